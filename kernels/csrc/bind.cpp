@@ -1,2 +1,150 @@
+// Python bindings: plain integers in, because converting a tensor costs more than many of these calls. kernels/cpu.py checks the
+// contract (dtype, shape, contiguity) before it comes here.
 #include <nanobind/nanobind.h>
-NB_MODULE(_cpu, m) { m.doc() = "CPU kernels"; }
+#include <nanobind/stl/string.h>
+
+#include "dispatch.h"
+#include "threads.h"
+
+namespace nb = nanobind;
+typedef uintptr_t ptr;
+
+namespace {
+
+const Table *table = best_table();
+
+template <class T> T *at(ptr p) { return reinterpret_cast<T *>(p); }
+
+void linear(ptr x, ptr w, ptr b, ptr out, int64_t M, int64_t O, int64_t K, int dtype, int out_dtype) {
+  LinearArgs a = {at<void>(x), at<void>(w), at<void>(b), at<void>(out), M, O, K, dtype, out_dtype};
+  table->linear(&a, parallel_for, thread_count());
+}
+
+void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r) {
+  MatmulArgs m = {at<float>(a), at<float>(b), at<float>(c), I, R, C, stride_i, stride_r};
+  table->matmul(&m, parallel_for);
+}
+
+void rms_norm(ptr x, ptr residual, ptr weight, ptr out, ptr total, int64_t rows, int64_t K, float eps, int dtype) {
+  RowArgs a = {};
+  a.x = at<void>(x), a.residual = at<void>(residual), a.weight = at<void>(weight), a.out = at<void>(out);
+  a.total = at<void>(total), a.rows = rows, a.K = K, a.eps = eps, a.dtype = dtype;
+  table->rms_norm(&a, parallel_for);
+}
+
+void rms_norm_backward(ptr x, ptr weight, ptr grad, ptr grad_total, ptr grad_x, ptr grad_weight, int64_t rows, int64_t K,
+                       float eps, int dtype) {
+  RowArgs a = {};
+  a.x = at<void>(x), a.weight = at<void>(weight), a.grad = at<void>(grad), a.residual = at<void>(grad_total);
+  a.grad_x = at<void>(grad_x), a.grad_weight = at<float>(grad_weight), a.rows = rows, a.K = K, a.eps = eps, a.dtype = dtype;
+  table->rms_norm_backward(&a, parallel_for);
+}
+
+void silu_mul(ptr gate, ptr up, ptr out, int64_t rows, int64_t K, int dtype) {
+  RowArgs a = {};
+  a.x = at<void>(gate), a.weight = at<void>(up), a.out = at<void>(out), a.rows = rows, a.K = K, a.dtype = dtype;
+  table->silu_mul(&a, parallel_for);
+}
+
+void silu_mul_backward(ptr gate, ptr up, ptr grad, ptr grad_gate, ptr grad_up, int64_t rows, int64_t K, int dtype) {
+  RowArgs a = {};
+  a.x = at<void>(gate), a.weight = at<void>(up), a.grad = at<void>(grad), a.grad_x = at<void>(grad_gate);
+  a.out = at<void>(grad_up), a.rows = rows, a.K = K, a.dtype = dtype;
+  table->silu_mul_backward(&a, parallel_for);
+}
+
+int64_t rope(ptr x, ptr out, ptr cos, ptr sin, ptr positions, int64_t T, int64_t H, int64_t D, int64_t max_position, float sign,
+             int dtype) {
+  RopeArgs a = {at<void>(x), at<void>(out), at<float>(cos), at<float>(sin), at<int64_t>(positions), T, H, D, max_position,
+                sign,        dtype};
+  return table->rope(&a, parallel_for);
+}
+
+int64_t write_kv(ptr k, ptr v, ptr k_pages, ptr v_pages, ptr slots, int64_t T, int64_t n_slots, int64_t row_bytes) {
+  KvArgs a = {at<void>(k), at<void>(v), at<void>(k_pages), at<void>(v_pages), at<int64_t>(slots), T, n_slots, row_bytes};
+  return table->write_kv(&a, parallel_for);
+}
+
+int64_t packed_attention(ptr q, ptr k, ptr v, ptr out, ptr lse, ptr cu_seqlens, int64_t S, int64_t Hq, int64_t Hk, int64_t D,
+                         float scale, int dtype) {
+  AttentionArgs a = {};
+  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.lse = at<float>(lse);
+  a.cu_seqlens = at<int32_t>(cu_seqlens), a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.scale = scale, a.dtype = dtype;
+  return table->attention(&a, parallel_for);
+}
+
+int64_t paged_attention(ptr q, ptr k_pages, ptr v_pages, ptr out, ptr block_table, ptr cu_seqlens, ptr context_lens, int64_t S,
+                        int64_t Hq, int64_t Hk, int64_t D, int64_t page_size, int64_t max_pages, int64_t n_pages, float scale,
+                        int dtype) {
+  AttentionArgs a = {};
+  a.q = at<void>(q), a.k = at<void>(k_pages), a.v = at<void>(v_pages), a.out = at<void>(out);
+  a.block_table = at<int32_t>(block_table), a.cu_seqlens = at<int32_t>(cu_seqlens), a.context_lens = at<int32_t>(context_lens);
+  a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.page_size = page_size, a.max_pages = max_pages, a.n_pages = n_pages;
+  a.scale = scale, a.dtype = dtype;
+  return table->attention(&a, parallel_for);
+}
+
+void attention_backward(ptr q, ptr k, ptr v, ptr out, ptr lse, ptr grad_out, ptr grad_q, ptr grad_k, ptr grad_v, ptr cu_seqlens,
+                        int64_t S, int64_t Hq, int64_t Hk, int64_t D, float scale, int dtype) {
+  AttentionArgs a = {};
+  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.lse = at<float>(lse);
+  a.grad_out = at<void>(grad_out), a.grad_q = at<void>(grad_q), a.grad_k = at<void>(grad_k), a.grad_v = at<void>(grad_v);
+  a.cu_seqlens = at<int32_t>(cu_seqlens), a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.scale = scale, a.dtype = dtype;
+  table->attention_backward(&a, parallel_for);
+}
+
+int64_t logprob(ptr logits, ptr targets, ptr temperature, ptr logprob, ptr entropy, int64_t N, int64_t V, int dtype) {
+  LogprobArgs a = {};
+  a.logits = at<void>(logits), a.targets = at<int64_t>(targets), a.temperature = at<float>(temperature);
+  a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.N = N, a.V = V, a.dtype = dtype;
+  return table->logprob(&a, parallel_for);
+}
+
+void logprob_backward(ptr logits, ptr targets, ptr temperature, ptr grad_logprob, ptr grad_entropy, ptr grad_logits, int64_t N,
+                      int64_t V, int dtype) {
+  LogprobArgs a = {};
+  a.logits = at<void>(logits), a.targets = at<int64_t>(targets), a.temperature = at<float>(temperature);
+  a.grad_logprob = at<float>(grad_logprob), a.grad_entropy = at<float>(grad_entropy), a.grad_logits = at<void>(grad_logits);
+  a.N = N, a.V = V, a.dtype = dtype;
+  table->logprob_backward(&a, parallel_for);
+}
+
+void sample(ptr logits, ptr temperature, ptr keep, ptr seed, ptr position, ptr token, ptr logprob, ptr entropy, int64_t N,
+            int64_t V, int dtype) {
+  LogprobArgs a = {};
+  a.logits = at<void>(logits), a.temperature = at<float>(temperature), a.keep = at<uint8_t>(keep), a.seed = at<int64_t>(seed);
+  a.position = at<int64_t>(position), a.token = at<int64_t>(token), a.logprob = at<float>(logprob);
+  a.entropy = at<float>(entropy), a.N = N, a.V = V, a.dtype = dtype;
+  table->sample(&a, parallel_for);
+}
+
+bool use(const std::string &name) {
+  const Table *found = name.empty() ? best_table() : find_table(name.c_str());
+  if (found) table = found;
+  return found != nullptr;
+}
+
+} // namespace
+
+NB_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels; called through duologue.kernels.ops";
+  nb::call_guard<nb::gil_scoped_release> no_gil;
+  m.def("linear", &linear, no_gil);
+  m.def("matmul", &matmul, no_gil);
+  m.def("rms_norm", &rms_norm, no_gil);
+  m.def("rms_norm_backward", &rms_norm_backward, no_gil);
+  m.def("silu_mul", &silu_mul, no_gil);
+  m.def("silu_mul_backward", &silu_mul_backward, no_gil);
+  m.def("rope", &rope, no_gil);
+  m.def("write_kv", &write_kv, no_gil);
+  m.def("packed_attention", &packed_attention, no_gil);
+  m.def("paged_attention", &paged_attention, no_gil);
+  m.def("attention_backward", &attention_backward, no_gil);
+  m.def("logprob", &logprob, no_gil);
+  m.def("logprob_backward", &logprob_backward, no_gil);
+  m.def("sample", &sample, no_gil);
+  m.def("use", &use, "Choose an instruction set by name ('' = the best); False when it cannot run here.");
+  m.def("name", [] { return std::string(table->name); });
+  m.def("threads", &thread_count);
+  m.def("set_threads", &set_thread_count);
+}

@@ -1,0 +1,306 @@
+"""The contract of the C++ kernels, checked, and their calls. Tensors in, tensors out; CPU, fp32 or bf16, contiguous.
+
+`DUOLOGUE_CPU=generic|avx2|avx512` forces an instruction set (read here, once); without it the best that runs is used. When the
+library was not built (no C++ compiler at installation) `available()` is False and the ops use plain PyTorch.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from duologue.kernels import _cpu as _built
+
+    _lib: ModuleType | None = _built
+except ImportError:
+    _lib = None
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ISAS = ("generic", "avx2", "avx512")
+
+
+def use(isa: str) -> None:
+    """Choose the instruction set by name; "" is the best that runs here."""
+    if _lib is None:
+        raise ValueError(f"DUOLOGUE_CPU = {isa!r}: the C++ kernels are not built, nothing can be chosen")
+    if not _lib.use(isa):
+        raise ValueError(f"DUOLOGUE_CPU = {isa!r}: accepted is one of {', '.join(ISAS)} that this machine can run")
+
+
+if os.environ.get("DUOLOGUE_CPU"):
+    use(os.environ["DUOLOGUE_CPU"])
+
+
+def lib() -> ModuleType:
+    assert _lib is not None
+    return _lib
+
+
+def available() -> bool:
+    return _lib is not None
+
+
+def describe() -> str:
+    """One line on what serves CPU tensors."""
+    if _lib is None:
+        return "PyTorch (the C++ kernels are not built)"
+    return f"C++ {_lib.name()}, {_lib.threads()} threads"
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the C++ kernels take a tensor of this device and dtype."""
+    return _lib is not None and x.device.type == "cpu" and x.dtype in _DTYPES
+
+
+def check(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None) -> None:
+    """Raise ValueError unless `x` has this shape (None = any size), dtype and the CPU device."""
+    if len(x.shape) != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
+        wanted = ", ".join("*" if s is None else str(s) for s in shape)
+        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, accepted is ({wanted})")
+    if dtype is not None and x.dtype != dtype:
+        raise ValueError(f"{op}: {name} is {x.dtype}, accepted is {dtype}")
+    if x.device.type != "cpu":
+        raise ValueError(f"{op}: {name} is on {x.device}, but the other arguments are on cpu")
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+    x = x.contiguous()
+    K, dtype = x.shape[-1], x.dtype
+    O = weight.shape[0]
+    out = torch.empty((*x.shape[:-1], O), dtype=out_dtype or dtype)
+    check("linear", "weight", weight, (None, K), dtype)
+    if bias is not None:
+        check("linear", "bias", bias, (O,), dtype)
+    if out.dtype != dtype and out.dtype != torch.float32:
+        raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {dtype} or torch.float32")
+    if not weight.is_contiguous():
+        weight = weight.contiguous()
+    lib().linear(
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
+        x.numel() // K if K else 0, O, K, _DTYPES[dtype], _DTYPES[out.dtype],
+    )  # fmt: skip
+    return out
+
+
+def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, total); total is x itself without a residual."""
+    x = x.contiguous()
+    K = x.shape[-1]
+    check("rms_norm", "weight", weight, (K,), x.dtype)
+    out, total = torch.empty_like(x), x
+    if residual is not None:
+        check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype)
+        residual, total = residual.contiguous(), torch.empty_like(x)
+    lib().rms_norm(
+        x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
+        x.numel() // K if K else 0, K, eps, _DTYPES[x.dtype],
+    )  # fmt: skip
+    return out, total
+
+
+def rms_norm_backward(
+    total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the normed input, gradient of the weight). `grad_total` is added when the sum has another use."""
+    K = total.shape[-1]
+    rows = total.numel() // K
+    grad = grad.contiguous()
+    grad_x = torch.empty_like(total)
+    partial = torch.empty((-(-rows // 32), K), dtype=torch.float32)
+    lib().rms_norm_backward(
+        total.data_ptr(), weight.data_ptr(), grad.data_ptr(), 0 if grad_total is None else grad_total.contiguous().data_ptr(),
+        grad_x.data_ptr(), partial.data_ptr(), rows, K, eps, _DTYPES[total.dtype],
+    )  # fmt: skip
+    return grad_x, partial.sum(0).to(weight.dtype)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    check("silu_mul", "up", up, tuple(gate.shape), gate.dtype)
+    out = torch.empty_like(gate)
+    K = gate.shape[-1]
+    lib().silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, _DTYPES[gate.dtype])
+    return out
+
+
+def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    K = gate.shape[-1]
+    lib().silu_mul_backward(
+        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(),
+        gate.numel() // K if K else 0, K, _DTYPES[gate.dtype],
+    )  # fmt: skip
+    return grad_gate, grad_up
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) -> Tensor:
+    x = x.contiguous()
+    check("rope", "x", x, (None, None, None), None)
+    T, H, D = x.shape
+    if D % 2:
+        raise ValueError(f"rope: the head dim is {D}, accepted is an even number")
+    check("rope", "cos", cos, (None, D // 2), torch.float32)
+    check("rope", "sin", sin, tuple(cos.shape), torch.float32)
+    check("rope", "positions", positions, (T,), torch.int64)
+    out = torch.empty_like(x)
+    bad = lib().rope(
+        x.data_ptr(), out.data_ptr(), cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), positions.contiguous().data_ptr(),
+        T, H, D, cos.shape[0], sign, _DTYPES[x.dtype],
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"rope: positions[{bad - 1}] = {int(positions[bad - 1])}, accepted is 0 to {cos.shape[0] - 1}")
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    k, v = k.contiguous(), v.contiguous()
+    check("write_kv", "k", k, (None, None, None), k_pages.dtype)
+    T, Hk, D = k.shape
+    check("write_kv", "v", v, (T, Hk, D), k.dtype)
+    check("write_kv", "k_pages", k_pages, (None, None, Hk, D), k.dtype)
+    check("write_kv", "v_pages", v_pages, tuple(k_pages.shape), k.dtype)
+    check("write_kv", "slots", slots, (T,), torch.int64)
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise ValueError("write_kv: k_pages and v_pages must be contiguous, they are written in place")
+    n_slots = k_pages.shape[0] * k_pages.shape[1]
+    bad = lib().write_kv(
+        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.contiguous().data_ptr(),
+        T, n_slots, Hk * D * k.element_size(),
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"write_kv: slots[{bad - 1}] = {int(slots[bad - 1])}, accepted is 0 to {n_slots - 1}")
+
+
+def _check_heads(op: str, q: Tensor, Hk: int) -> None:
+    if Hk == 0 or q.shape[1] % Hk:
+        raise ValueError(f"{op}: {q.shape[1]} query heads are no multiple of {Hk} key heads")
+    if q.shape[2] > 256:
+        raise ValueError(f"{op}: the head dim is {q.shape[2]}, accepted is at most 256")
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(out [T, Hq, D], log-sum-exp [T, Hq] fp32)."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    check("packed_attention", "q", q, (None, None, None), None)
+    T, Hq, D = q.shape
+    check("packed_attention", "k", k, (T, None, D), q.dtype)
+    check("packed_attention", "v", v, tuple(k.shape), q.dtype)
+    check("packed_attention", "cu_seqlens", cu_seqlens, (None,), torch.int32)
+    _check_heads("packed_attention", q, k.shape[1])
+    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
+        raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to T = {T}, it is {cu_seqlens.tolist()[:8]}...")
+    out, lse = torch.empty_like(q), torch.empty((T, Hq), dtype=torch.float32)
+    lib().packed_attention(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.contiguous().data_ptr(),
+        len(cu_seqlens) - 1, Hq, k.shape[1], D, scale, _DTYPES[q.dtype],
+    )  # fmt: skip
+    return out, lse
+
+
+def packed_attention_backward(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, lse: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    lib().attention_backward(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), grad.data_ptr(), grad_q.data_ptr(),
+        grad_k.data_ptr(), grad_v.data_ptr(), cu_seqlens.contiguous().data_ptr(), len(cu_seqlens) - 1,
+        q.shape[1], k.shape[1], q.shape[2], scale, _DTYPES[q.dtype],
+    )  # fmt: skip
+    return grad_q, grad_k, grad_v
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float
+) -> Tensor:
+    op = "paged_attention"
+    q = q.contiguous()
+    check(op, "q", q, (None, None, None), k_pages.dtype)
+    T, Hq, D = q.shape
+    check(op, "k_pages", k_pages, (None, None, None, D), q.dtype)
+    check(op, "v_pages", v_pages, tuple(k_pages.shape), q.dtype)
+    P, B, Hk, _ = k_pages.shape
+    S = context_lens.shape[0]
+    check(op, "block_table", block_table, (S, None), torch.int32)
+    check(op, "cu_seqlens", cu_seqlens, (S + 1,), torch.int32)
+    check(op, "context_lens", context_lens, (S,), torch.int32)
+    _check_heads(op, q, Hk)
+    if B % 16:
+        raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
+    out = torch.empty_like(q)
+    bad = lib().paged_attention(
+        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(), block_table.contiguous().data_ptr(),
+        cu_seqlens.data_ptr(), context_lens.data_ptr(), S, Hq, Hk, D, B, block_table.shape[1], P, scale, _DTYPES[q.dtype],
+    )  # fmt: skip
+    if bad:
+        raise ValueError(
+            f"{op}: sequence {bad - 1} of {int(context_lens[bad - 1])} tokens needs pages that block_table "
+            f"{block_table[bad - 1].tolist()} does not name; accepted is 0 to {P - 1}"
+        )
+    return out
+
+
+def _check_logits(op: str, logits: Tensor) -> None:
+    check(op, "logits", logits, (None, None), None)
+    if logits.shape[1] == 0:
+        raise ValueError(f"{op}: logits has an empty vocabulary")
+
+
+def temperatures(op: str, temperature: float | Tensor, n: int) -> Tensor:
+    """[n] fp32 positive temperatures."""
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((n,), float(temperature))
+    check(op, "temperature", temperature, (n,), torch.float32)
+    if bool((temperature <= 0).any()):
+        raise ValueError(f"{op}: temperature has {float(temperature.min())}, accepted is above 0")
+    return temperature.contiguous()
+
+
+def logprob(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    logits = logits.contiguous()
+    _check_logits("logprob", logits)
+    N, V = logits.shape
+    check("logprob", "targets", targets, (N,), torch.int64)
+    out, entropy = torch.empty(N), torch.empty(N)
+    bad = lib().logprob(
+        logits.data_ptr(), targets.contiguous().data_ptr(), temperature.data_ptr(), out.data_ptr(), entropy.data_ptr(),
+        N, V, _DTYPES[logits.dtype],
+    )  # fmt: skip
+    if bad:
+        raise ValueError(f"logprob: targets[{bad - 1}] = {int(targets[bad - 1])}, accepted is 0 to {V - 1}")
+    return out, entropy
+
+
+def logprob_backward(
+    logits: Tensor, targets: Tensor, temperature: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    logits, targets, grad_logprob = logits.contiguous(), targets.contiguous(), grad_logprob.contiguous()
+    grad = torch.empty_like(logits)
+    lib().logprob_backward(
+        logits.data_ptr(), targets.data_ptr(), temperature.data_ptr(), grad_logprob.data_ptr(),
+        0 if grad_entropy is None else grad_entropy.contiguous().data_ptr(), grad.data_ptr(), *logits.shape, _DTYPES[logits.dtype],
+    )  # fmt: skip
+    return grad
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, keep: Tensor | None, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.contiguous()
+    _check_logits("sample", logits)
+    N, V = logits.shape
+    check("sample", "temperature", temperature, (N,), torch.float32)
+    check("sample", "seed", seed, (N,), torch.int64)
+    check("sample", "position", position, (N,), torch.int64)
+    token, out, entropy = torch.empty(N, dtype=torch.int64), torch.empty(N), torch.empty(N)
+    lib().sample(
+        logits.data_ptr(), temperature.contiguous().data_ptr(), 0 if keep is None else keep.contiguous().data_ptr(),
+        seed.contiguous().data_ptr(), position.contiguous().data_ptr(), token.data_ptr(), out.data_ptr(), entropy.data_ptr(),
+        N, V, _DTYPES[logits.dtype],
+    )  # fmt: skip
+    return token, out, entropy

@@ -1,0 +1,17 @@
+#include "table.h"
+
+#include <stdlib.h>
+
+#include "vec.inc"
+
+#include "linear.inc"
+#include "rows.inc"
+
+#include "attention.inc"
+#include "softmax.inc"
+
+extern const Table table_avx2;
+const Table table_avx2 = {
+    "avx2",       linear,    matmul,             rms_norm, rms_norm_backward, silu_mul, silu_mul_backward, rope, write_kv,
+    attention, attention_backward, logprob,  logprob_backward,  sample,
+};

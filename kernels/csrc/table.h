@@ -1,0 +1,96 @@
+// The entry points of one instruction set. Plain C types: each isa_*.cpp fills one table, and nothing else is shared.
+#pragma once
+#include <stdint.h>
+
+enum Dtype { F32 = 0, BF16 = 1 };
+
+typedef void (*ParallelFor)(int64_t n, void (*fn)(void *ctx, int64_t i), void *ctx);
+
+struct LinearArgs {
+  const void *x, *weight, *bias; // [M, K], [O, K], [O] or null
+  void *out;                     // [M, O]
+  int64_t M, O, K;
+  int dtype, out_dtype;
+};
+
+// C[i, c] = sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r]; the sum runs over r in order.
+struct MatmulArgs {
+  const float *a, *b; // b [R, C]
+  float *c;           // [I, C]
+  int64_t I, R, C, stride_i, stride_r;
+};
+
+struct RowArgs { // rms_norm and silu_mul, forward and backward; unused fields are null
+  const void *x, *residual, *weight, *grad;
+  void *out, *total, *grad_x;
+  float *grad_weight; // [blocks, K] partial sums
+  int64_t rows, K;
+  float eps;
+  int dtype;
+};
+
+struct RopeArgs {
+  const void *x;         // [T, H, D]
+  void *out;             // [T, H, D]
+  const float *cos, *sin; // [max_position, D / 2]
+  const int64_t *positions;
+  int64_t T, H, D, max_position;
+  float sign; // -1 rotates back
+  int dtype;
+};
+
+struct KvArgs {
+  const void *k, *v;
+  void *k_pages, *v_pages;
+  const int64_t *slots;
+  int64_t T, n_slots, row_bytes;
+};
+
+struct AttentionArgs {
+  const void *q, *k, *v; // k, v: [T, Hk, D], or pages [P, B, Hk, D] when block_table is set
+  void *out;
+  float *lse;                 // [T, Hq] or null
+  const int32_t *block_table; // [S, max_pages] or null
+  const int32_t *cu_seqlens;  // [S + 1]
+  const int32_t *context_lens; // [S] or null
+  int64_t S, Hq, Hk, D, page_size, max_pages, n_pages;
+  float scale;
+  int dtype;
+  // backward only
+  const void *grad_out;
+  void *grad_q, *grad_k, *grad_v;
+};
+
+struct LogprobArgs {
+  const void *logits; // [N, V]
+  const int64_t *targets;
+  const float *temperature; // [N]
+  float *logprob, *entropy; // [N]
+  int64_t N, V;
+  int dtype;
+  // backward only
+  const float *grad_logprob, *grad_entropy;
+  void *grad_logits;
+  // sampling only
+  const uint8_t *keep; // [N, V] or null
+  const int64_t *seed, *position;
+  int64_t *token;
+};
+
+// Functions return 0, or the 1-based index of the row whose integer input (target, position, slot, page) is out of range.
+struct Table {
+  const char *name;
+  void (*linear)(const LinearArgs *, ParallelFor, int threads);
+  void (*matmul)(const MatmulArgs *, ParallelFor);
+  void (*rms_norm)(const RowArgs *, ParallelFor);
+  void (*rms_norm_backward)(const RowArgs *, ParallelFor);
+  void (*silu_mul)(const RowArgs *, ParallelFor);
+  void (*silu_mul_backward)(const RowArgs *, ParallelFor);
+  int64_t (*rope)(const RopeArgs *, ParallelFor);
+  int64_t (*write_kv)(const KvArgs *, ParallelFor);
+  int64_t (*attention)(const AttentionArgs *, ParallelFor);
+  void (*attention_backward)(const AttentionArgs *, ParallelFor);
+  int64_t (*logprob)(const LogprobArgs *, ParallelFor);
+  void (*logprob_backward)(const LogprobArgs *, ParallelFor);
+  void (*sample)(const LogprobArgs *, ParallelFor);
+};

@@ -1,0 +1,163 @@
+"""The definition of correct: every op in plain PyTorch, on any device and dtype.
+
+fp32 and bf16 inputs are computed in fp32 and rounded once at the end; float64 inputs stay in float64 (the oracle of the tests).
+
+Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V vocabulary, S sequences, P pages, B page size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+    out_dtype = out_dtype or x.dtype
+    if out_dtype == x.dtype:
+        return torch.nn.functional.linear(x, weight, bias)
+    return torch.nn.functional.linear(x.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype))
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x)
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def _rotate(x_THD: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
+    first, second = _wide(x_THD).chunk(2, dim=-1)
+    return torch.cat((first * cos_T1d - second * sin_T1d, second * cos_T1d + first * sin_T1d), dim=-1).to(x_THD.dtype)
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    cos_T1d, sin_T1d = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
+    return _rotate(q, cos_T1d, sin_T1d), _rotate(k, cos_T1d, sin_T1d)
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return (torch.nn.functional.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def _attend(q_nHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scale: float) -> Tensor:
+    """The n queries are the last n of L positions; causal; query heads share key heads in consecutive groups."""
+    n, heads, _ = q_nHD.shape
+    length, groups, _ = k_LGD.shape
+    k_HLD = _wide(k_LGD).repeat_interleave(heads // groups, dim=1).transpose(0, 1)
+    v_HLD = _wide(v_LGD).repeat_interleave(heads // groups, dim=1).transpose(0, 1)
+    scores_HnL = _wide(q_nHD).transpose(0, 1) @ k_HLD.transpose(1, 2) * scale
+    query = torch.arange(length - n, length, device=q_nHD.device).unsqueeze(1)
+    visible_nL = torch.arange(length, device=q_nHD.device) <= query
+    weights = scores_HnL.masked_fill(~visible_nL, float("-inf")).softmax(-1)
+    return (weights @ v_HLD).transpose(0, 1).to(q_nHD.dtype)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    parts = [
+        _attend(q[a:b], k[a:b], v[a:b], scale) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a
+    ]
+    return torch.cat(parts) if parts else torch.empty_like(q)
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    k_pages.view(-1, *k_pages.shape[2:])[slots] = k
+    v_pages.view(-1, *v_pages.shape[2:])[slots] = v
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
+    bounds = cu_seqlens.tolist()
+    parts = []
+    for s, length in enumerate(context_lens.tolist()):
+        pages = block_table[s, : -(-length // k_pages.shape[1])].long()
+        k = k_pages[pages].flatten(0, 1)[:length]
+        v = v_pages[pages].flatten(0, 1)[:length]
+        parts.append(_attend(q[bounds[s] : bounds[s + 1]], k, v, scale))
+    return torch.cat(parts) if parts else torch.empty_like(q)
+
+
+def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.device).unsqueeze(-1)
+    return _wide(logits) / temperature
+
+
+def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    logp_NV = torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    entropy = -(logp_NV.exp() * logp_NV).sum(-1)
+    return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+
+
+_M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+
+
+def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for 32-bit unsigned values held in int64, without overflowing int64."""
+    low, high = (a & 0xFFFF) * b, (a >> 16) * b  # both below 2**48
+    total_low = low + ((high & 0xFFFF) << 16)
+    return (high >> 16) + (total_low >> 32), total_low & _MASK
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words (in int64) per counter; all arguments broadcast."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        hi0, lo0 = _mul_hi_lo(_M0, c0)
+        hi1, lo1 = _mul_hi_lo(_M1, c2)
+        c0, c1, c2, c3 = hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0
+        k0, k1 = (k0 + _W0) & _MASK, (k1 + _W1) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniforms(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
+    """[N, V] uniforms in (0, 1): key = seed, counter = (token id // 4, 0, position), one word per token id."""
+    block = torch.arange(-(-vocab_size // 4), device=seed.device)
+    seed, position = seed.unsqueeze(1), position.unsqueeze(1)
+    zero = torch.zeros_like(block)
+    words = philox((block, zero, position & _MASK, (position >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))
+    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
+    return ((bits >> 8).double() + 0.5).mul(2.0**-24).float()
+
+
+def keep_mask(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """[N, V] support after top-k, then top-p, then min-p, each on what the one before kept (as transformers orders them)."""
+    order = logits.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
+    size = logits.shape[-1]
+    keep = rank < torch.where(top_k > 0, top_k, size).unsqueeze(-1)
+    probs = logits.masked_fill(~keep, float("-inf")).softmax(-1)
+    before = torch.zeros_like(probs).scatter_(-1, order, probs.gather(-1, order).cumsum(-1) - probs.gather(-1, order))
+    keep &= (before < top_p.unsqueeze(-1)) | (rank == 0)
+    probs = logits.masked_fill(~keep, float("-inf")).softmax(-1)
+    return keep & (probs >= min_p.unsqueeze(-1) * probs.amax(-1, keepdim=True))
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    greedy = temperature == 0
+    scale = torch.where(greedy, torch.ones_like(temperature), temperature)
+    scaled = _scaled(logits, scale)
+    noise = -torch.log(-torch.log(uniforms(seed, position, logits.shape[-1])))
+    score = torch.where(greedy.unsqueeze(-1), scaled, scaled + noise)
+    if bool((top_k > 0).any() | (top_p < 1).any() | (min_p > 0).any()):
+        score = score.masked_fill(~keep_mask(scaled, top_k, top_p, min_p), float("-inf"))
+    token = score.argmax(-1)
+    return token, *logprob(logits, token, scale)

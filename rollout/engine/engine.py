@@ -1,0 +1,269 @@
+"""The rollout engine: many live sequences on one set of weights, with paged KV and continuous batching.
+
+    engine = Engine(model)
+    completions = engine.generate(prompts, SamplingParams(max_new_tokens=64, stop_token_ids=(2,)))
+
+    branch = engine.open(prompt)                    # or keep a dialogue's KV between turns
+    reply = branch.generate(params)
+    branch.append(other_side)
+    reply = branch.generate(params)
+
+On CPU the log-probs equal those of `duologue.model.decoder.score` bit for bit, whatever the batch, fork, preemption or turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ids
+
+from duologue.model.decoder import Decoder
+from duologue.rollout.engine.pages import PagePool
+from duologue.rollout.engine.runner import Runner
+from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
+from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+
+
+class Engine:
+    """Generates on `model`'s own parameters: nothing is copied, and an optimizer step in place is seen by the next request.
+
+    page_size: tokens of a KV page (a multiple of 16 for the CPU kernels). cache_tokens: size of the pool.
+    max_batch: requests that run at once. max_step_tokens: tokens of one step, prefill and decode together.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        page_size: int = 16,
+        cache_tokens: int = 65_536,
+        max_batch: int = 256,
+        max_step_tokens: int = 4_096,
+        seed: int = 0,
+    ) -> None:
+        if page_size < 16 or page_size % 16:
+            raise ValueError(f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)")
+        if cache_tokens < page_size:
+            raise ValueError(f"cache_tokens = {cache_tokens}: accepted is at least one page ({page_size})")
+        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
+        self.model = model
+        self.weights_version = 0
+        self._weights_seen = self._weights_counter()
+        self._seed = seed
+        self._n_requests = 0
+        self._branches: dict[Branch, None] = {}  # open branches, the longest unused first
+        self.pool = PagePool(cache_tokens // page_size, page_size)
+        self._runner = Runner(model, self.pool.n_pages, page_size)
+        self._scheduler = Scheduler(self.pool, max_batch, max_step_tokens, self._branches)
+
+    @property
+    def stats(self) -> Stats:
+        return self._scheduler.stats
+
+    # ---- whole completions -------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
+        """One completion per prompt, in order. `params` is shared, or one per prompt."""
+        each = params if isinstance(params, list) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"generate: {len(prompts)} prompts but {len(each)} SamplingParams")
+        branches: list[Branch] = []
+        try:
+            branches = [self.open(prompt) for prompt in prompts]
+            requests = [self.start(branch, p) for branch, p in zip(branches, each, strict=True)]
+            self.run()
+        except BaseException:
+            self.abort()
+            raise
+        finally:
+            for branch in branches:
+                branch.close()
+        return [request.completion for request in requests]
+
+    # ---- branches ----------------------------------------------------------------------------------------------------
+
+    def open(self, token_ids: Ids[int] = ()) -> Branch:
+        """A live sequence that begins with `token_ids`."""
+        self.check_ids(token_ids)
+        branch = Branch(self, token_ids)
+        self._branches[branch] = None
+        return branch
+
+    def start(self, branch: Branch, params: SamplingParams) -> Request:
+        """Put a request for `branch` in line. `step` or `run` works on it."""
+        self._check_request(branch, params)
+        self._notice_new_weights()
+        seed = params.seed
+        if seed is None:  # a multiplicative hash keeps the engine's own seeds apart from small user seeds
+            seed = ((self._seed << 32) + self._n_requests) * 0x9E3779B97F4A7C15 % 2**63
+        self._n_requests += 1
+        return self._queue(branch, params, seed, prefill_only=False)
+
+    def prefill(self, branches: list[Branch]) -> None:
+        """Compute the KV of whole contexts now, so that forks share it."""
+        self._notice_new_weights()
+        for branch in branches:
+            if branch.token_ids:
+                self._check_request(branch, SamplingParams(max_new_tokens=1))
+                self._queue(branch, SamplingParams(), 0, prefill_only=True)
+        self.run()
+
+    def fork(self, branch: Branch, n: int) -> list[Branch]:
+        """See `Branch.fork`. When no page is left for the copy, the child recomputes those tokens instead."""
+        size = self.pool.page_size
+        n_full, rest = divmod(branch.n_cached, size)
+        children = []
+        for _ in range(n):
+            child = self.open(branch.token_ids)
+            child.pages = branch.pages[:n_full]
+            child.n_cached = n_full * size
+            self.pool.share(child.pages)
+            if rest and (page := self.pool.take(1, self.pool.version[branch.pages[n_full]])):
+                self._runner.copy_page(branch.pages[n_full], page[0])
+                child.pages += page
+                child.n_cached += rest
+            children.append(child)
+        return children
+
+    def rewind(self, branch: Branch, n_tokens: int) -> None:
+        if not 0 <= n_tokens <= len(branch.token_ids):
+            raise ValueError(f"rewind: n_tokens = {n_tokens}, accepted is 0 to {len(branch.token_ids)}, the branch's length")
+        del branch.token_ids[len(branch.token_ids) - n_tokens :]
+        self._trim(branch, len(branch.token_ids))
+
+    def close(self, branch: Branch) -> None:
+        self._scheduler.release(branch)
+        del self._branches[branch]
+
+    # ---- the loop ----------------------------------------------------------------------------------------------------
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request is in flight."""
+        return self._scheduler.busy
+
+    def run(self) -> None:
+        """Step until nothing is in flight."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> list[Request]:
+        """One step of the model over everything in flight; returns the requests that it finished."""
+        if self._weights_counter() != self._weights_seen:
+            raise RuntimeError("the weights changed while requests were in flight; finish or abort them before an update")
+        works = self._scheduler.plan(self.weights_version)
+        if not works:
+            return []
+        assert all(self.pool.version[p] == self.weights_version for w in works for p in w.request.branch.pages)
+        sampled = zip(*self._runner.execute(works), strict=True)
+        finished = []
+        for work in works:
+            request = work.request
+            request.branch.n_cached += work.n_tokens
+            if work.samples:
+                self._take(request, *next(sampled))
+            elif request.prefill_only and request.n_todo == 0:
+                request.done = True
+            if request.done:
+                finished.append(request)
+                self._scheduler.running.remove(request)
+                self._detach(request)
+        self._count(works)
+        return finished
+
+    def abort(self) -> None:
+        """Drop every request in flight; what they sampled so far stays in their branches."""
+        for request in [*self._scheduler.running, *self._scheduler.waiting]:
+            self._detach(request)
+        self._scheduler.running.clear()
+        self._scheduler.waiting.clear()
+
+    # ---- checks and bookkeeping --------------------------------------------------------------------------------------
+
+    def check_ids(self, token_ids: Ids[int]) -> None:
+        """Raise ValueError unless every id is in the vocabulary."""
+        if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.model.config.vocab_size):
+            bad = next(t for t in token_ids if not 0 <= t < self.model.config.vocab_size)
+            raise ValueError(f"token id {bad} is outside the vocabulary: accepted is 0 to {self.model.config.vocab_size - 1}")
+
+    def _check_request(self, branch: Branch, params: SamplingParams) -> None:
+        if branch.engine is not self:
+            raise RuntimeError("this branch is closed or belongs to another engine")
+        if branch.request is not None:
+            raise RuntimeError("this branch is generating already; wait for its request to finish")
+        if not branch.token_ids:
+            raise ValueError("an empty branch cannot generate: append at least one token (usually the bos token)")
+        n, new = len(branch.token_ids), params.max_new_tokens
+        limits = (
+            (self.model.config.max_position_embeddings, "the model's max_position_embeddings"),
+            (self.pool.n_pages * self.pool.page_size, "the KV pool (rollout.cache_tokens)"),
+        )
+        for limit, what in limits:
+            if n + new > limit:
+                raise ValueError(f"a context of {n} tokens and max_new_tokens {new} exceed {what}, which holds {limit}")
+        for token in params.stop_token_ids:
+            self.check_ids((token,))
+
+    def _queue(self, branch: Branch, params: SamplingParams, seed: int, prefill_only: bool) -> Request:
+        request = Request(
+            branch=branch,
+            params=params,
+            seed=seed,
+            completion=Completion(weights_version=self.weights_version),
+            stop_token_ids=frozenset(params.stop_token_ids),
+            prefill_only=prefill_only,
+        )
+        if not prefill_only:
+            self._trim(branch, len(branch.token_ids) - 1)  # the last token must be computed again to sample after it
+        elif request.n_todo == 0:
+            return request
+        branch.request = request
+        self._scheduler.waiting.append(request)
+        return request
+
+    def _take(self, request: Request, token: int, logprob: float, entropy: float) -> None:
+        completion = request.completion
+        request.branch.token_ids.append(token)
+        completion.token_ids.append(token)
+        completion.logprobs.append(logprob)
+        completion.entropies.append(entropy)
+        if token in request.stop_token_ids:
+            completion.finish_reason, request.done = "stop", True
+        elif len(completion.token_ids) == request.params.max_new_tokens:
+            completion.finish_reason, request.done = "length", True
+
+    def _detach(self, request: Request) -> None:
+        request.branch.request = None
+        self._branches[request.branch] = self._branches.pop(request.branch)  # now the most recently used
+
+    def _trim(self, branch: Branch, n_cached: int) -> None:
+        """Keep the KV of the first `n_cached` tokens at most. A partly kept page that others hold too is let go whole."""
+        size = self.pool.page_size
+        keep = min(branch.n_cached, n_cached)
+        n_pages = self.pool.pages_for(keep)
+        if keep % size and self.pool.refcount[branch.pages[n_pages - 1]] > 1:
+            n_pages, keep = n_pages - 1, keep // size * size
+        self.pool.give_back(branch.pages[n_pages:])
+        del branch.pages[n_pages:]
+        branch.n_cached = keep
+
+    def _weights_counter(self) -> int:
+        return sum(p._version for p in self.model.parameters())
+
+    def _notice_new_weights(self) -> None:
+        """A new weights version when any parameter was written since; KV of the old one is dropped and recomputed on use."""
+        counter = self._weights_counter()
+        if counter == self._weights_seen:
+            return
+        if self.busy:
+            raise RuntimeError("the weights changed while requests were in flight; finish or abort them before an update")
+        self._weights_seen = counter
+        self.weights_version += 1
+        for branch in self._branches:
+            self._scheduler.release(branch)
+
+    def _count(self, works: list[Work]) -> None:
+        decode = sum(w.n_tokens == 1 and w.samples for w in works)
+        self.stats.steps += 1
+        self.stats.decode_tokens += decode
+        self.stats.prefill_tokens += sum(w.n_tokens for w in works) - decode

@@ -1,0 +1,119 @@
+"""Turns a step's work into tensors and runs the model on the paged KV: the only file of the engine that computes.
+
+Shapes: T tokens of the step, S requests, N of them sampling, L layers, P pages, B page size, Hq/Hk heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duologue.kernels import ops
+from duologue.model.decoder import Decoder
+from duologue.rollout.engine.scheduler import Work
+
+
+class PagedAttention:
+    """The attention context of one step: writes the step's K/V into the pages, then attends over each request's pages."""
+
+    def __init__(
+        self,
+        kv: Tensor,  # [L, 2, P, B, Hk, D]
+        slots: Tensor,  # [T] page * B + offset
+        block_table: Tensor,  # [S, max_pages] int32
+        cu_seqlens: Tensor,  # [S + 1] int32, of the step's tokens
+        context_lens: Tensor,  # [S] int32, this step's tokens included
+        scale: float,
+    ) -> None:
+        self.kv = kv
+        self.slots = slots
+        self.block_table = block_table
+        self.cu_seqlens = cu_seqlens
+        self.context_lens = context_lens
+        self.scale = scale
+
+    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        k_pages, v_pages = self.kv[layer]
+        ops.write_kv(k_TGD, v_TGD, k_pages, v_pages, self.slots)
+        return ops.paged_attention(
+            q_THD, k_pages, v_pages, self.block_table, self.cu_seqlens, self.context_lens, self.scale
+        )
+
+
+class Runner:
+    """The model with its KV tensor. The weights are the trainer's own parameters, used in place."""
+
+    def __init__(self, model: Decoder, n_pages: int, page_size: int) -> None:
+        config = model.config
+        weight = model.model.embed_tokens.weight
+        self.model = model
+        self.page_size = page_size
+        self.scale = config.head_dim**-0.5
+        self.device = weight.device
+        shape = (config.num_layers, 2, n_pages, page_size, config.num_kv_heads, config.head_dim)
+        try:
+            self.kv = torch.empty(shape, dtype=weight.dtype, device=self.device)
+        except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError on every device
+            gib = np.prod(shape) * weight.element_size() / 2**30
+            raise MemoryError(
+                f"the KV pool of {n_pages * page_size} tokens takes {gib:.2f} GiB, which {self.device} does not have; "
+                "lower rollout.cache_tokens"
+            ) from error
+
+    def copy_page(self, source: int, target: int) -> None:
+        self.kv[:, :, target].copy_(self.kv[:, :, source])
+
+    @torch.no_grad()
+    def execute(self, works: list[Work]) -> tuple[list[int], list[float], list[float]]:
+        """Run a step: (token, log-prob, entropy) for each work that samples, in order."""
+        token_ids, positions, attention, last = self._inputs(works)
+        hidden_TH = self.model.hidden(token_ids, positions, attention)
+        if last is None:
+            return [], [], []
+        logits_NV = self.model.head(hidden_TH[last] if len(last) < len(hidden_TH) else hidden_TH)
+        token, logprob, entropy = ops.sample(logits_NV, *self._sampling(works))
+        return token.tolist(), logprob.tolist(), entropy.tolist()
+
+    def _inputs(self, works: list[Work]) -> tuple[Tensor, Tensor, PagedAttention, Tensor | None]:
+        branches = [w.request.branch for w in works]
+        start = np.array([b.n_cached for b in branches])
+        n = np.array([w.n_tokens for w in works])
+        ends = np.cumsum(n)
+        row = np.repeat(np.arange(len(works)), n)  # [T] the request of each token
+        position = np.arange(ends[-1]) - (ends - n)[row] + start[row]
+        pages = np.zeros((len(works), max(len(b.pages) for b in branches)), dtype=np.int32)
+        for i, branch in enumerate(branches):
+            pages[i, : len(branch.pages)] = branch.pages
+        slots = pages[row, position // self.page_size].astype(np.int64) * self.page_size + position % self.page_size
+        ids: list[int] = []
+        for branch, work in zip(branches, works, strict=True):
+            ids += branch.token_ids[branch.n_cached : branch.n_cached + work.n_tokens]
+        samples = np.array([w.samples for w in works])
+        attention = PagedAttention(
+            kv=self.kv,
+            slots=self._tensor(slots),
+            block_table=self._tensor(pages),
+            cu_seqlens=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
+            context_lens=self._tensor((start + n).astype(np.int32)),
+            scale=self.scale,
+        )
+        last = self._tensor(ends[samples] - 1) if samples.any() else None
+        return self._tensor(np.array(ids)), self._tensor(position), attention, last
+
+    def _sampling(self, works: list[Work]) -> tuple[Tensor, ...]:
+        """The arguments of `ops.sample` after the logits. The noise counter is the index of the token to be drawn."""
+        requests = [w.request for w in works if w.samples]
+        params = [r.params for r in requests]
+        return (
+            self._tensor(np.array([p.temperature for p in params], dtype=np.float32)),
+            self._tensor(np.array([p.top_k for p in params], dtype=np.int32)),
+            self._tensor(np.array([p.top_p for p in params], dtype=np.float32)),
+            self._tensor(np.array([p.min_p for p in params], dtype=np.float32)),
+            self._tensor(np.array([r.seed for r in requests], dtype=np.int64)),
+            self._tensor(np.array([len(r.branch.token_ids) for r in requests], dtype=np.int64)),
+        )
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)

@@ -1,0 +1,150 @@
+"""Plays many dialogues at once on the engine: two branches per dialogue, each with its own side's private text.
+
+No turn waits for another dialogue's: as soon as a reply is finished its dialogue moves on, and the engine batches whatever is
+in flight.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+from duologue.rollout.selfplay.dialogue import FINAL, UTTERANCE, Dialogue, Group, Transcript
+from duologue.rollout.selfplay.scenario import Game, Scenario
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rules:
+    """Limits of the talk and how it is sampled. A round is one exchange: both sides speak once."""
+
+    max_rounds: int = 7
+    max_tokens_per_turn: int = 48
+    max_tokens_final: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) from any parts; stable across processes and Python versions."""
+    digest = hashlib.blake2b("/".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class _Table:
+    """One dialogue being held: a small state machine that asks for replies and takes them."""
+
+    def __init__(self, arena: Arena, scenario: Scenario, first: int, branches: tuple[Branch, Branch], seed: int) -> None:
+        self.arena = arena
+        self.scenario = scenario
+        self.first = first
+        self.branches = branches
+        self.seed = seed
+        self.version = -1
+        self.transcript = Transcript(arena.tokenizer.chat, arena.private_ids(scenario))
+        self.utterances = 0
+        self.finals: dict[int, str] = {}
+        self.dialogue: Dialogue | None = None
+
+    def ask(self, role: int, kind: int) -> Request:
+        """Request `role`'s next words. The branch gets exactly the ids that the view gained since it last spoke."""
+        arena, view, branch = self.arena, self.transcript.views[role], self.branches[role]
+        self.transcript.ask(role, arena.final_prompt_ids if kind == FINAL else None)
+        branch.append(view.token_ids[len(branch) :])
+        rules = arena.rules
+        params = SamplingParams(
+            max_new_tokens=rules.max_tokens_final if kind == FINAL else rules.max_tokens_per_turn,
+            temperature=rules.temperature,
+            top_p=rules.top_p if rules.temperature > 0 else 1.0,
+            seed=derive_seed(self.seed, role),
+            stop_token_ids=arena.stop_token_ids,
+        )
+        request = arena.engine.start(branch, params)
+        arena.in_flight[request] = (self, role, kind)
+        return request
+
+    def take(self, role: int, kind: int, completion: Completion) -> None:
+        """`role` has spoken: go on to the other side, to the final statements, or to the end."""
+        assert self.version in (-1, completion.weights_version), "the weights changed within a dialogue"
+        self.version = completion.weights_version
+        text = self.arena.tokenizer.decode(completion.token_ids).strip()
+        self.transcript.say(role, completion.token_ids, completion.logprobs, kind, text)
+        if kind == FINAL:
+            self.finals[role] = text
+            if len(self.finals) == 2:
+                self.end((self.finals[0], self.finals[1]))
+            return
+        self.utterances += 1
+        if self.arena.game.closes(text):
+            for side in (role, 1 - role):
+                self.ask(side, FINAL)
+        elif self.utterances == 2 * self.arena.rules.max_rounds:
+            self.end(None)
+        else:
+            self.ask(1 - role, UTTERANCE)
+
+    def end(self, finals: tuple[str, str] | None) -> None:
+        views = self.transcript.views
+        for view, branch in zip(views, self.branches, strict=True):
+            assert view.token_ids[: len(branch)] == branch.token_ids, "a branch and its view went apart"
+            branch.close()
+        self.dialogue = Dialogue(
+            scenario=self.scenario,
+            first_speaker=self.first,
+            turns=self.transcript.turns,
+            views=views,
+            outcome=self.arena.game.judge(self.scenario, finals),
+            weights_version=self.version,
+        )
+
+
+class Arena:
+    """`play` holds groups of dialogues under `rules` and has `game` judge them."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, game: Game, rules: Rules) -> None:
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.game = game
+        self.rules = rules
+        self.final_prompt_ids = tokenizer.encode(game.final_prompt)
+        self.stop_token_ids = tuple(tokenizer.stop_token_ids)
+        self.in_flight: dict[Request, tuple[_Table, int, int]] = {}
+
+    def private_ids(self, scenario: Scenario) -> tuple[list[int], list[int]]:
+        first, second = scenario.private_text
+        return self.tokenizer.encode(first), self.tokenizer.encode(second)
+
+    def play(self, scenarios: list[Scenario], *, group_size: int, seed: int) -> list[Group]:
+        """One group of `group_size` dialogues per scenario. The first speaker is drawn per group; all draws follow from `seed`."""
+        bases = [self._open(scenario) for scenario in scenarios]
+        self.engine.prefill([branch for pair in bases for branch in pair])
+        tables: list[list[_Table]] = []
+        for g, (scenario, pair) in enumerate(zip(scenarios, bases, strict=True)):
+            first = derive_seed(seed, g, "first") % 2
+            forks = [branch.fork(group_size) for branch in pair]
+            group = [
+                _Table(self, scenario, first, (forks[0][i], forks[1][i]), derive_seed(seed, g, i)) for i in range(group_size)
+            ]
+            tables.append(group)
+            for branch in pair:
+                branch.close()
+        for group in tables:
+            for table in group:
+                table.ask(table.first, UTTERANCE)
+        self._run()
+        return [
+            Group(scenario=scenario, dialogues=[t.dialogue for t in group if t.dialogue is not None])
+            for scenario, group in zip(scenarios, tables, strict=True)
+        ]
+
+    def _open(self, scenario: Scenario) -> tuple[Branch, Branch]:
+        first, second = (self.tokenizer.chat.open(ids) for ids in self.private_ids(scenario))
+        return self.engine.open(first), self.engine.open(second)
+
+    def _run(self) -> None:
+        while self.engine.busy:
+            for request in self.engine.step():
+                table, role, kind = self.in_flight.pop(request)
+                table.take(role, kind, request.completion)
