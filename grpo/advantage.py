@@ -1,8 +1,8 @@
 """Advantages from the rewards of a batch: who is compared with whom, and what is subtracted.
 
-One entry per (dialogue, role) row, `[N]`. A group is whatever shares a `group_id`: the dialogues of one scenario or, for
-role-swapped pairs, of a scenario and its mirror image. Groups may be ragged. With `roles` given, each role of a group is
-its own group.
+One entry per (dialogue, role) row, `[N]`. A group is whatever shares a `group_id`: the dialogues of one scenario or,
+for role-swapped pairs, of a scenario and its mirror image. Groups may be ragged. With `roles` given, each role of a
+group is its own group.
 
     kind            advantage of row i                                     paper (arXiv)
     mean            r_i - mean of its group                                2503.20783 (Dr. GRPO)
