@@ -64,7 +64,7 @@ class LossConfig:
         )
         for name, accepted, ok in checks:
             if not ok:
-                raise ValueError(f"loss: {name} = {getattr(self, name)!r}: accepted is {accepted}")
+                raise ValueError(f"{name} = {getattr(self, name)!r}: accepted is {accepted}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

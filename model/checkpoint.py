@@ -72,9 +72,6 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
     model.cos, model.sin = (table.to(device) for table in rope_tables(model.config))
 
 
-    model.cos, model.sin = (table.to(device) for table in rope_tables(model.config))
-
-
 def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
     if (folder / INDEX).is_file():
         weight_map: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]

@@ -1,0 +1,217 @@
+"""Deal-or-No-Deal: two sides divide a few items that they value differently (rules of Lewis et al. 2017, arXiv 1706.05125).
+
+Contexts are generated. Each side sees the counts and its own values; each side's values add up to the same total. Every type is
+worth something to somebody, and at least one type to both. Contexts that differ only in the order of the items or in who sits
+where form a class, and the train / held-out split goes by class, so that no held-out context has a twin in training.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from duologue.rollout.selfplay.scenario import Outcome, Scenario
+
+ITEMS = ("book", "hat", "ball", "pen", "cup")
+CLOSE = "<selection>"
+FAILURES = ("no_close", "malformed", "out_of_range", "conflict", "leftover")
+OBJECTIVES = ("cooperative", "nash", "selfish")
+HELDOUT_SHARE = 0.2
+
+Vector = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Deal:
+    """`counts[k]` items of type k; `values[side][k]` is what one of them is worth to a side."""
+
+    counts: Vector
+    values: tuple[Vector, Vector]
+
+    def scores(self, take: Vector) -> tuple[int, int]:
+        """Points of both sides when side 0 takes `take` and side 1 the rest."""
+        rest = tuple(c - t for c, t in zip(self.counts, take, strict=True))
+        return _dot(self.values[0], take), _dot(self.values[1], rest)
+
+    def allocations(self) -> list[Vector]:
+        """Everything that side 0 can take."""
+        return list(itertools.product(*(range(c + 1) for c in self.counts)))
+
+
+@dataclass(frozen=True, slots=True)
+class Frontier:
+    """What the best allocations of a deal reach."""
+
+    best_joint: int
+    best_nash: int
+    pareto: frozenset[tuple[int, int]]  # the score pairs that nothing dominates
+    nash_point: tuple[int, int]  # largest product, then larger sum, then smaller gap
+
+
+def frontier(deal: Deal) -> Frontier:
+    """By enumeration of all allocations."""
+    points = {deal.scores(take) for take in deal.allocations()}
+    pareto = frozenset(p for p in points if not any(q != p and q[0] >= p[0] and q[1] >= p[1] for q in points))
+    nash_point = max(points, key=lambda p: (p[0] * p[1], p[0] + p[1], -abs(p[0] - p[1])))
+    return Frontier(max(a + b for a, b in points), nash_point[0] * nash_point[1], pareto, nash_point)
+
+
+def count_vectors(types: int = 3, low: int = 5, high: int = 7) -> list[Vector]:
+    """1 to 4 of each type, `low` to `high` items in all."""
+    return [c for c in itertools.product(range(1, 5), repeat=types) if low <= sum(c) <= high]
+
+
+def value_vectors(counts: Vector, total: int) -> list[Vector]:
+    """Non-negative integer values per item for which everything together is worth `total`."""
+    if len(counts) == 1:
+        return [(total // counts[0],)] if total % counts[0] == 0 else []
+    head, tail = counts[0], counts[1:]
+    return [(v, *rest) for v in range(total // head + 1) for rest in value_vectors(tail, total - head * v)]
+
+
+def contexts(types: int = 3, total: int = 10) -> list[Deal]:
+    """Every ordered context of the game (5,295 for three types and a total of 10)."""
+    low, high = (5, 7) if types == 3 else (2 * types, 2 * types + 2)
+    found = []
+    for counts in count_vectors(types, low, high):
+        for pair in itertools.product(value_vectors(counts, total), repeat=2):
+            if all(a or b for a, b in zip(*pair, strict=True)) and any(a and b for a, b in zip(*pair, strict=True)):
+                found.append(Deal(counts, pair))
+    return found
+
+
+def class_of(deal: Deal) -> tuple[Vector, ...]:
+    """The same for all contexts that differ only in item order and seats."""
+    first = sorted(zip(deal.counts, deal.values[0], deal.values[1], strict=True))
+    second = sorted(zip(deal.counts, deal.values[1], deal.values[0], strict=True))
+    return tuple(min(first, second))
+
+
+class DealGame:
+    """The game as `duologue.rollout.selfplay.scenario.Game`: contexts, texts, strict parsing, scores."""
+
+    name = "deal"
+    final_prompt = "selection ?"
+
+    def __init__(self, *, types: int = 3, total: int = 10, walk_away: float = 0.0) -> None:
+        """`walk_away` is what a side gets without a deal, in points, under the `selfish` objective."""
+        if not 3 <= types <= len(ITEMS):
+            raise ValueError(f"game.item_types = {types}: accepted is 3 to {len(ITEMS)}")
+        if not 0 <= walk_away <= total:
+            raise ValueError(f"game.walk_away = {walk_away}: accepted is 0 to the total value {total}")
+        self.types = types
+        self.total = total
+        self.walk_away = walk_away
+        self.items = ITEMS[:types]
+        self._statement = re.compile(" ".join(rf"{item} (\d+)" for item in self.items))
+        self._frontiers: dict[Deal, Frontier] = {}
+
+    @cached_property
+    def splits(self) -> dict[str, list[Deal]]:
+        """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle."""
+        everything = contexts(self.types, self.total)
+        classes = sorted({class_of(deal) for deal in everything})
+        random.Random(0).shuffle(classes)
+        heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
+        split: dict[str, list[Deal]] = {"train": [], "heldout": []}
+        for deal in everything:
+            split["heldout" if class_of(deal) in heldout else "train"].append(deal)
+        return split
+
+    def frontier(self, deal: Deal) -> Frontier:
+        if deal not in self._frontiers:
+            self._frontiers[deal] = frontier(deal)
+        return self._frontiers[deal]
+
+    # ---- the Game interface ------------------------------------------------------------------------------------------
+
+    def sample(self, rng: random.Random, split: str) -> Scenario:
+        if split not in self.splits:
+            raise ValueError(f"split = {split!r}: accepted is one of {', '.join(self.splits)}")
+        return self.scenario(rng.choice(self.splits[split]), split)
+
+    def scenario(self, deal: Deal, split: str) -> Scenario:
+        first, second = (
+            " , ".join(f"{c} {item} worth {v}" for c, item, v in zip(deal.counts, self.items, values, strict=True))
+            for values in deal.values
+        )
+        numbers = "-".join("".join(map(str, v)) for v in (deal.counts, *deal.values))
+        return Scenario(game=self.name, id=f"deal-{numbers}", split=split, private_text=(first, second), data=deal)
+
+    def closes(self, text: str) -> bool:
+        return text.endswith(CLOSE)
+
+    def statement(self, take: Sequence[int]) -> str:
+        """The final statement that takes these."""
+        return " ".join(f"{item} {n}" for item, n in zip(self.items, take, strict=True))
+
+    def parse(self, text: str) -> Vector | None:
+        """What a final statement takes, or None when it is not exactly of the form of `statement`."""
+        match = self._statement.fullmatch(text)
+        return tuple(int(n) for n in match.groups()) if match else None
+
+    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
+        deal: Deal = scenario.data
+        takes = [None, None] if finals is None else [self.parse(text) for text in finals]
+        failure = _failure(deal, finals, takes)
+        if failure is not None or takes[0] is None:
+            return Outcome(agreed=False, scores=(0.0, 0.0), failure=failure)
+        points, best = deal.scores(takes[0]), self.frontier(deal)
+        metrics = {
+            "pareto": float(points in best.pareto),
+            "joint_ratio": sum(points) / best.best_joint,
+            "nash_ratio": points[0] * points[1] / best.best_nash,
+        }
+        return Outcome(agreed=True, scores=(float(points[0]), float(points[1])), metrics=metrics)
+
+    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
+        """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. `selfish`: own score /
+        total, where no deal leaves the walk-away value. Without a deal the first two give 0."""
+        if objective not in OBJECTIVES:
+            raise ValueError(f"game.objective = {objective!r}: accepted is one of {', '.join(OBJECTIVES)}")
+        if objective == "selfish":
+            points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
+            return points[0] / self.total, points[1] / self.total
+        value = outcome.metrics["joint_ratio" if objective == "cooperative" else "nash_ratio"] if outcome.agreed else 0.0
+        return value, value
+
+
+def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector | None]) -> str | None:
+    """The kind of a failed deal, None when the two statements fit."""
+    if finals is None:
+        return "no_close"
+    if takes[0] is None or takes[1] is None:
+        return "malformed"
+    if any(n > c for take in takes if take for n, c in zip(take, deal.counts, strict=True)):
+        return "out_of_range"
+    sums = [a + b for a, b in zip(takes[0], takes[1], strict=True)]
+    if any(s > c for s, c in zip(sums, deal.counts, strict=True)):
+        return "conflict"
+    return "leftover" if sums != list(deal.counts) else None
+
+
+def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
+    """Means over dialogues. `agreement` is over all; `pareto`, `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed
+    (0 when none agreed); `score_*` and `joint_all` count a failed deal as 0; `failure_*` are shares of all."""
+    n = max(len(outcomes), 1)
+    agreed = [o for o in outcomes if o.agreed]
+    m = max(len(agreed), 1)
+    failures = Counter(o.failure for o in outcomes if o.failure)
+    return {
+        "dialogues": float(len(outcomes)),
+        "agreement": len(agreed) / n,
+        **{key: sum(o.metrics[key] for o in agreed) / m for key in ("pareto", "joint_ratio", "nash_ratio")},
+        "joint_all": sum(o.metrics["joint_ratio"] for o in agreed) / n,
+        **{f"score_{side}": sum(o.scores[side] for o in outcomes) / n for side in (0, 1)},
+        **{f"score_agreed_{side}": sum(o.scores[side] for o in agreed) / m for side in (0, 1)},
+        **{f"failure_{kind}": failures[kind] / n for kind in FAILURES},
+    }
+
+
+def _dot(a: Vector, b: Vector) -> int:
+    return sum(x * y for x, y in zip(a, b, strict=True))
