@@ -1,116 +1,98 @@
-"""Advantages from the rewards of a batch: who is compared with whom, and what is subtracted.
+"""Group-relative advantages by segment ids, for ragged groups with unscored members.
 
-One entry per (dialogue, role) row, `[N]`. A group is whatever shares a `group_id`: the dialogues of one scenario or,
-for role-swapped pairs, of a scenario and its mirror image. Groups may be ragged. With `roles` given, each role of a
-group is its own group.
-
-    kind            advantage of row i                                     paper (arXiv)
-    mean            r_i - mean of its group                                2503.20783 (Dr. GRPO)
-    std             the same / (standard deviation of its group + 1e-4)    2402.03300 (GRPO; unbiased, 1e-4 as in TRL)
-    leave_one_out   r_i - mean of the others of its group                  2402.14740 (RLOO)
-    running         r_i - running mean of the rewards of its role          2506.24119 (SPIRAL)
-
-A row that could not be scored counts nowhere and gets 0, and its tokens must not be trained: `Advantages.scored`.
+An unscored dialogue (its judge failed) is no zero: it takes no part in its group's statistics, its own advantage is 0, and the
+caller masks its tokens and counts it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
-KINDS = ("std", "mean", "leave_one_out", "running")
-STD_EPSILON = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RunningBaseline:
-    """Exponential mean of the rewards of each role. An update returns a new one; `dataclasses.asdict` serialises it.
-
-    One update per batch, with the batch's mean, so that the order of rows has no effect. A role starts at the mean of
-    its first batch.
-    """
-
-    decay: float = 0.95
-    means: tuple[float | None, float | None] = (None, None)  # by role; without roles the first serves all
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"running baseline: decay = {self.decay!r}: accepted is a number in [0, 1)")
-
-    def values(self, rewards: Tensor, roles: Tensor, scored: Tensor) -> tuple[Tensor, RunningBaseline]:
-        """The baseline of each row [N], from before this batch wherever there is one, and the state after it."""
-        baseline, means = torch.zeros_like(rewards), list(self.means)
-        for role, old in enumerate(self.means):
-            rows = (roles == role) & scored
-            if not rows.any():
-                continue
-            batch_mean = float(rewards[rows].mean())
-            start = batch_mean if old is None else old
-            baseline[rows] = start
-            means[role] = self.decay * start + (1 - self.decay) * batch_mean
-        return baseline, RunningBaseline(decay=self.decay, means=(means[0], means[1]))
+METHODS = ("std", "mean", "leave_one_out", "running")
+EPS = 1e-4  # as in TRL: keeps the division finite; a group without variance has advantage 0 whatever this is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advantages:
-    """Advantages of a batch and what became of its groups (per role where roles were given)."""
+    """`value` [N] fp32. `no_variance` counts the groups whose scored rewards are all equal: they teach nothing."""
 
-    values: Tensor  # [N] as rewards
-    scored: Tensor  # [N] bool: rows whose tokens may be trained
-    groups: int  # groups with a scored row
-    flat_groups: int  # of these, without variance: nothing to learn from them except with the running baseline
-    baseline: RunningBaseline | None  # the state after this batch, for "running"
+    value: Tensor
+    no_variance: int
+    groups: int
 
 
-def compute_advantages(
+@dataclass(kw_only=True, slots=True)
+class RunningBaseline:
+    """An exponential average of the reward per role (SPIRAL, Liu et al. 2025, arXiv 2506.24119). Explicit state, saved with a run."""
+
+    decay: float = 0.95
+    means: dict[int, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"decay": self.decay, "means": {str(role): mean for role, mean in self.means.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.decay = state["decay"]
+        self.means = {int(role): mean for role, mean in state["means"].items()}
+
+
+def group_advantages(
     rewards: Tensor,
     group_ids: Tensor,
+    scored: Tensor,
     *,
-    kind: str,
+    method: str = "std",
     roles: Tensor | None = None,
-    scored: Tensor | None = None,
     baseline: RunningBaseline | None = None,
 ) -> Advantages:
-    """Advantages of rows [N]: `rewards` floating, `group_ids` and `roles` (0 or 1) integer, `scored` bool (None: all).
+    """Advantages of rewards [N] in groups group_ids [N] (ids 0 .. n - 1); scored [N] bool.
 
-    The reward of an unscored row may be anything, NaN included. `baseline` is the state of `running`, given then only.
+    std: (r - mean) / (std + 1e-4) with the unbiased std; mean: r - mean; leave_one_out: r - mean of the others (RLOO, Ahmadian et
+    al. 2024, arXiv 2402.14740); running: r - the role's running mean before this batch, which is then updated. `roles` [N] given,
+    a group is split by role.
     """
-    if kind not in KINDS:
-        raise ValueError(f"advantage = {kind!r}: accepted is one of {', '.join(KINDS)}")
-    assert (baseline is not None) == (kind == "running"), "a running baseline belongs to kind 'running'"
-    scored = torch.ones_like(group_ids, dtype=torch.bool) if scored is None else scored
-    reward = rewards.double().where(scored, 0.0)
+    if method not in METHODS:
+        raise ValueError(f"grpo.advantage = {method!r}: accepted is one of {', '.join(METHODS)}")
+    if roles is not None:
+        _, group_ids = torch.unique(torch.stack((group_ids, roles)), dim=1, return_inverse=True)
+    n_groups = int(group_ids.max()) + 1 if len(group_ids) else 0
     weight = scored.double()
-    keys = group_ids[None] if roles is None else torch.stack([group_ids, roles.to(group_ids.dtype)])
-    distinct, group = torch.unique(keys, dim=1, return_inverse=True)
-    n = distinct.shape[1]
+    r = torch.where(scored, rewards.double(), 0.0)
 
-    def per_group(values: Tensor) -> Tensor:
-        return values.new_zeros(n).index_add(0, group, values)
+    def over_group(x: Tensor) -> Tensor:
+        return x.new_zeros(n_groups).index_add(0, group_ids, x)
 
-    count = per_group(weight)
-    mean = per_group(reward) / count.clamp(min=1)
-    highest = reward.new_full((n,), -torch.inf).scatter_reduce(0, group, reward.where(scored, -torch.inf), "amax")
-    lowest = reward.new_full((n,), torch.inf).scatter_reduce(0, group, reward.where(scored, torch.inf), "amin")
-    flat = highest <= lowest  # exact, where a computed deviation of equal rewards may round to something else than 0
-    centred = (reward - mean[group]) * (weight * ~flat[group])
-    if kind == "std":
-        std = (per_group(centred.square()) / (count - 1).clamp(min=1)).sqrt()
-        values = centred / (std + STD_EPSILON)[group]
-    elif kind == "leave_one_out":
-        values = centred * (count / (count - 1).clamp(min=1))[group]
+    count = over_group(weight)
+    mean = over_group(r * weight) / count.clamp(min=1)
+    centred = torch.where(scored, r - mean[group_ids], 0.0)
+    square = over_group(centred.square())
+    flat = square <= 1e-12 * count.clamp(min=1)
+    if method == "running":
+        assert baseline is not None and roles is not None, "a running baseline is kept per role"
+        value = _running(r, roles, scored, baseline)
+    elif method == "mean":
+        value = centred
+    elif method == "leave_one_out":
+        value = centred * (count / (count - 1).clamp(min=1))[group_ids]
     else:
-        values = centred
-    if baseline is not None:
-        level, baseline = baseline.values(reward, torch.zeros_like(group) if roles is None else roles, scored)
-        values = (reward - level) * weight
-    present = count > 0
-    return Advantages(
-        values=values.to(rewards.dtype),
-        scored=scored,
-        groups=int(present.sum()),
-        flat_groups=int((flat & present).sum()),
-        baseline=baseline,
-    )
+        std = (square / (count - 1).clamp(min=1)).sqrt()
+        value = centred / (std + EPS)[group_ids]
+    value = torch.where(scored & (~flat[group_ids] | (method == "running")), value, 0.0)
+    return Advantages(value=value.float(), no_variance=int((flat & (count > 0)).sum()), groups=int((count > 0).sum()))
+
+
+def _running(r: Tensor, roles: Tensor, scored: Tensor, baseline: RunningBaseline) -> Tensor:
+    value = torch.zeros_like(r)
+    for role in sorted(set(roles.tolist())):
+        members = (roles == role) & scored
+        if not bool(members.any()):
+            continue
+        batch_mean = float(r[members].mean())
+        before = baseline.means.get(role, batch_mean)
+        value[members] = r[members] - before
+        baseline.means[role] = baseline.decay * before + (1 - baseline.decay) * batch_mean
+    return value

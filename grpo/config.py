@@ -1,180 +1,125 @@
-"""The settings of a run: frozen dataclasses, read from TOML, changed by `section.key=value`, written back with the run.
-
-    config = load_config("deal", ["train.steps=50", "grpo.group_size=16"])
-
-Whatever is unknown, of another type or out of range is a ValueError that names the key, the value and what is accepted.
-A section of the file is a class below; a class lists each key with its default and its range.
-"""
+"""The configuration of a run: frozen, read from TOML and `section.key=value` overrides. Unknown keys are errors; nothing writes back."""
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
-import json
-import math
-import re
 import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from importlib import resources
-from importlib.resources.abc import Traversable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-from duologue.grpo.advantage import KINDS
-from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS, LossConfig
+from duologue.grpo.advantage import METHODS
+from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.optimizer import SCHEDULES
+from duologue.model.checkpoint import DTYPES
 
-TYPE_NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-
-
-def setting(default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
-    """A number and its range."""
-    limits = [f"{sign} {limit:g}" for sign, limit in ((">=", least), (">", above), ("<=", most)) if limit is not None]
-    return field(
-        default=default, metadata={"least": least, "above": above, "most": most, "limits": " and ".join(limits)}
-    )
-
-
-def choice(default: Any, options: Sequence[str]) -> Any:
-    """One of `options`, or for a list any of them."""
-    return field(default=default, metadata={"options": tuple(options), "limits": f"one of {', '.join(options)}"})
-
-
-class Section:
-    """Checks each field of a subclass against its annotation and its range."""
-
-    __slots__ = ()
-
-    def __post_init__(self) -> None:
-        hints, section = get_type_hints(type(self)), type(self).__name__.removesuffix("Section").lower()
-        for item in fields(self):  # type: ignore[arg-type]
-            value, hint = getattr(self, item.name), hints[item.name]
-            if not _fits(value, hint, item.metadata):
-                raise ValueError(
-                    f"{section}.{item.name} = {_toml_value(value)}: accepted is {_accepted(hint, item.metadata)}"
-                )
+RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelSection(Section):
-    path: str = ""  # a Hugging Face folder; "" = train a model of the sizes below from nothing
+class ModelSection:
+    """`path` names a Hugging Face checkpoint; empty, a Qwen3 decoder of the sizes below starts from nothing."""
+
+    path: str = ""
     device: str = "cpu"
-    dtype: str = choice("float32", ("float32", "bfloat16"))
-    hidden_size: int = setting(128, least=1)
-    intermediate_size: int = setting(384, least=1)
-    num_layers: int = setting(4, least=1)
-    num_heads: int = setting(4, least=1)
-    num_kv_heads: int = setting(2, least=1)
-    head_dim: int = setting(0, least=0)  # 0 = hidden_size / num_heads
-    vocab_size: int = setting(1024, least=1)
-    max_position: int = setting(512, least=1)
+    dtype: str = "float32"
+    hidden_size: int = 128
+    intermediate_size: int = 384
+    num_layers: int = 4
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    vocab_size: int = 512
+    max_position: int = 512
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GameSection(Section):
-    name: str = choice("deal", ("deal",))
-    objective: str = choice("cooperative", ("cooperative", "nash", "selfish"))
-    walk_away: float = setting(0.0, least=0)  # selfish: what no deal is worth
-    item_types: int = setting(3, least=2, most=5)
-    total_value: int = setting(10, least=1)  # of all items, to each side
+class GameSection:
+    name: str = "deal"
+    objective: str = "cooperative"
+    walk_away: float = 0.0  # points of a side without a deal, under objective "selfish"
+    item_types: int = 3
+    total_value: int = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImitationSection(Section):
-    steps: int = setting(0, least=0)
-    dialogues: int = setting(4000, least=1)  # size of the scripted corpus
-    dialogues_per_step: int = setting(64, least=1)
-    learning_rate: float = setting(1e-3, above=0)
-    warmup_steps: int = setting(20, least=0)
+class ImitationSection:
+    """Imitating scripted negotiators before self-play; 0 steps skips the stage."""
+
+    steps: int = 0
+    dialogues: int = 20_000  # size of the scripted corpus
+    dialogues_per_step: int = 64
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSection(Section):
-    steps: int = setting(100, least=0)
-    seed: int = setting(0, least=0)
-    save_every: int = setting(50, least=1)
-    keep_checkpoints: int = setting(2, least=1)
-    tokens_per_microbatch: int = setting(16384, least=1)
-    max_seconds: float = setting(0.0, least=0)  # 0 = no limit
-    threads: int = setting(0, least=0)  # 0 = PyTorch's choice
+class TrainSection:
+    steps: int = 100
+    seed: int = 0
+    save_every: int = 25
+    keep_checkpoints: int = 2
+    tokens_per_microbatch: int = 16_384
+    max_seconds: float = 0.0  # of training time; self-play ends after the step that passes it; 0 = no limit
+    threads: int = 0  # 0 = all cores
+    kl_every: int = 10  # measure KL to the start on every k-th step; 0 = never
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class GrpoSection(Section):
-    group_size: int = setting(8, least=2)
-    groups_per_step: int = setting(8, least=1)
-    updates_per_rollout: int = setting(1, least=1)  # each on its share of the groups
-    train_roles: str = choice("both", ("both", "first"))
-    train_kinds: tuple[str, ...] = choice(("utterance", "final"), ("utterance", "final"))
-    learning_rate: float = setting(3e-4, above=0)
-    warmup_steps: int = setting(0, least=0)
-    schedule: str = choice("constant", SCHEDULES)
-    weight_decay: float = setting(0.0, least=0)
-    betas: tuple[float, float] = setting((0.9, 0.95), least=0, most=0.99999)
-    max_grad_norm: float = setting(1.0, least=0)  # 0 = no clipping
-    loss: str = choice("dapo", VARIANTS)
+class GrpoSection:
+    group_size: int = 8
+    groups_per_step: int = 16
+    updates_per_rollout: int = 1
+    train_roles: str = "both"
+    train_kinds: tuple[str, ...] = ("utterance", "final")
+    learning_rate: float = 1e-4
+    warmup_steps: int = 5
+    schedule: str = "constant"
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.95)
+    max_grad_norm: float = 1.0
+    loss: str = "dapo"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float = 0.0  # 0 = off
-    advantage: str = choice("std", KINDS)
+    dual_clip: float = 0.0
+    advantage: str = "std"
     per_role: bool = True
     kl_coef: float = 0.0
-    kl_estimator: str = choice("k3", KL_ESTIMATORS)
-    entropy_coef: float = setting(0.0, least=0)
-    tis_cap: float = 0.0  # 0 = off
-    imitation_coef: float = setting(0.0, least=0)  # weight of the imitation batches that are mixed in
-
-    @property
-    def loss_config(self) -> LossConfig:
-        try:
-            return LossConfig(
-                variant=self.loss,
-                clip_low=self.clip_low,
-                clip_high=self.clip_high,
-                dual_clip=self.dual_clip,
-                kl_coef=self.kl_coef,
-                kl_estimator=self.kl_estimator,
-                entropy_coef=self.entropy_coef,
-                tis_cap=self.tis_cap,
-            )
-        except ValueError as error:
-            raise ValueError(f"grpo.{error}") from None
+    kl_estimator: str = "k3"
+    entropy_coef: float = 0.0
+    tis_cap: float = 0.0
+    imitation_coef: float = 0.0  # weight of imitation batches mixed into the updates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DialogueSection(Section):
-    max_rounds: int = setting(7, least=1)  # a round: both speak once
-    max_tokens_per_turn: int = setting(32, least=1)
-    max_tokens_final: int = setting(16, least=1)
-    context: str = choice("full", ("full",))
-    temperature: float = setting(1.0, above=0)
-    top_p: float = setting(1.0, above=0, most=1)
-
-    @property
-    def max_trained_tokens(self) -> int:
-        """The most tokens that one role can have sampled in one dialogue."""
-        return self.max_rounds * self.max_tokens_per_turn + self.max_tokens_final
+class DialogueSection:
+    max_rounds: int = 5
+    max_tokens_per_turn: int = 48
+    max_tokens_final: int = 12
+    context: str = "full"
+    temperature: float = 1.0
+    top_p: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RolloutSection(Section):
-    page_size: int = setting(16, least=16)
-    cache_tokens: int = setting(65536, least=16)
-    max_batch: int = setting(256, least=1)
-    exact: bool = True  # rollout log-probs equal those of training bit for bit
+class RolloutSection:
+    page_size: int = 16
+    cache_tokens: int = 65_536
+    max_batch: int = 256
+    exact: bool = True
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalSection(Section):
-    dialogues: int = setting(500, least=1)
-    split: str = choice("heldout", ("train", "heldout"))
-    temperature: float = setting(1.0, least=0)  # 0 = greedy
+class EvalSection:
+    dialogues: int = 500
+    split: str = "heldout"
+    temperature: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
-    """All settings of a run."""
-
     model: ModelSection = field(default_factory=ModelSection)
     game: GameSection = field(default_factory=GameSection)
     imitation: ImitationSection = field(default_factory=ImitationSection)
@@ -185,176 +130,190 @@ class Config:
     eval: EvalSection = field(default_factory=EvalSection)
 
     def __post_init__(self) -> None:
-        assert self.grpo.loss_config
-        for key, accepted, ok in _cross_checks(self):
-            if not ok:
-                section, name = key.split(".")
-                raise ValueError(
-                    f"{key} = {_toml_value(getattr(getattr(self, section), name))}: accepted is {accepted}"
-                )
+        for key, accepted in _CHOICES.items():
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            for item in value if isinstance(value, tuple) else (value,):
+                if item not in accepted:
+                    raise ValueError(f"{key} = {item!r}: accepted is one of {', '.join(map(repr, accepted))}")
+        for key, (low, high) in _RANGES.items():
+            section, name = key.split(".")
+            value = getattr(getattr(self, section), name)
+            if not low <= value <= high:
+                raise ValueError(f"{key} = {value}: accepted is {low} to {'any' if high == _ANY else high}")
+        self._check_together()
+
+    def _check_together(self) -> None:
+        d, m, r = self.dialogue, self.model, self.rollout
+        if d.top_p != 1.0:
+            raise ValueError(
+                f"dialogue.top_p = {d.top_p}: accepted is 1.0. A truncated sample trained with the full softmax biases the ratio"
+            )
+        if d.temperature == 0:
+            raise ValueError("dialogue.temperature = 0: accepted is above 0, greedy dialogues are all alike and teach nothing")
+        if r.page_size % 16:
+            raise ValueError(f"rollout.page_size = {r.page_size}: accepted is a multiple of 16")
+        if not r.exact and m.device == "cpu":
+            raise ValueError("rollout.exact = false: the CPU kernels are always exact, the setting has no effect there; leave it out")
+        if len(self.grpo.betas) != 2:
+            raise ValueError(f"grpo.betas = {list(self.grpo.betas)}: accepted is a list of two numbers")
+        if not self.grpo.train_kinds:
+            raise ValueError("grpo.train_kinds = []: accepted is at least one of 'utterance', 'final'")
+        if self.grpo.imitation_coef and not self.imitation.dialogues:
+            raise ValueError("grpo.imitation_coef needs imitation.dialogues above 0")
+        if self.grpo.advantage == "running" and not self.grpo.per_role:
+            raise ValueError("grpo.per_role = false contradicts grpo.advantage = 'running', which keeps a baseline per role")
+        if not m.path and m.num_heads % m.num_kv_heads:
+            raise ValueError(f"model.num_heads = {m.num_heads} is no multiple of model.num_kv_heads = {m.num_kv_heads}")
 
     def to_toml(self) -> str:
-        """The resolved settings; reading them gives an equal Config."""
-        lines = []
-        for table in fields(self):
-            section = getattr(self, table.name)
-            lines += [f"[{table.name}]"]
-            lines += [f"{item.name} = {_toml_value(getattr(section, item.name))}" for item in fields(section)] + [""]
+        """The resolved configuration; `load_config` reads it back to an equal one."""
+        lines: list[str] = []
+        for section in dataclasses.fields(self):
+            lines.append(f"[{section.name}]")
+            values = getattr(self, section.name)
+            lines += [f"{f.name} = {_toml(getattr(values, f.name))}" for f in dataclasses.fields(values)]
+            lines.append("")
         return "\n".join(lines)
 
 
-def load_config(recipe_or_path: str, overrides: Iterable[str] = ()) -> Config:
-    """Settings of a packaged recipe, or of the TOML file at a path, with overrides `section.key=value` on top."""
-    source = _find(recipe_or_path)
-    try:
-        raw = tomllib.loads(source.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source}: not a TOML file: {error}") from None
-    tables = _tables()
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        section, dot, name = key.strip().partition(".")
-        if not (equals and dot):
-            raise ValueError(f"override {override!r}: accepted is section.key=value")
-        table = raw.setdefault(section, {})
-        if isinstance(table, dict):
-            table[name] = _parse(text, get_type_hints(tables[section]).get(name) if section in tables else None)
-    return from_tables(raw)
+_ANY = 10**12
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "model.dtype": tuple(DTYPES),
+    "game.name": ("deal",),
+    "game.objective": ("cooperative", "nash", "selfish"),
+    "grpo.train_roles": ("both", "first"),
+    "grpo.train_kinds": ("utterance", "final"),
+    "grpo.schedule": SCHEDULES,
+    "grpo.loss": VARIANTS,
+    "grpo.advantage": METHODS,
+    "grpo.kl_estimator": KL_ESTIMATORS,
+    "dialogue.context": ("full",),
+    "eval.split": ("heldout", "train"),
+}
+_RANGES: dict[str, tuple[float, float]] = {
+    **{f"model.{k}": (1, _ANY) for k in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")},
+    "model.vocab_size": (261, _ANY),
+    "model.max_position": (32, _ANY),
+    "model.head_dim": (2, 256),
+    "game.item_types": (3, 5),
+    "game.total_value": (5, 40),
+    "imitation.steps": (0, _ANY),
+    "imitation.dialogues": (1, _ANY),
+    "imitation.dialogues_per_step": (1, _ANY),
+    "imitation.learning_rate": (0, 1),
+    "train.steps": (0, _ANY),
+    "train.seed": (0, 2**31),
+    "train.save_every": (1, _ANY),
+    "train.keep_checkpoints": (1, _ANY),
+    "train.tokens_per_microbatch": (1, _ANY),
+    "train.max_seconds": (0, _ANY),
+    "train.threads": (0, 4096),
+    "train.kl_every": (0, _ANY),
+    "grpo.group_size": (2, _ANY),
+    "grpo.groups_per_step": (1, _ANY),
+    "grpo.updates_per_rollout": (1, 100),
+    "grpo.learning_rate": (0, 1),
+    "grpo.warmup_steps": (0, _ANY),
+    "grpo.max_grad_norm": (0, _ANY),
+    "grpo.clip_low": (0, 1),
+    "grpo.clip_high": (0, _ANY),
+    "grpo.kl_coef": (0, _ANY),
+    "grpo.tis_cap": (0, _ANY),
+    "grpo.imitation_coef": (0, _ANY),
+    "dialogue.max_rounds": (1, _ANY),
+    "dialogue.max_tokens_per_turn": (1, _ANY),
+    "dialogue.max_tokens_final": (1, _ANY),
+    "dialogue.temperature": (0, 100),
+    "rollout.page_size": (16, 1024),
+    "rollout.cache_tokens": (16, _ANY),
+    "rollout.max_batch": (1, _ANY),
+    "eval.dialogues": (1, _ANY),
+    "eval.temperature": (0, 100),
+}
 
 
-def from_tables(raw: Mapping[str, Any]) -> Config:
-    """A Config from what a TOML file holds."""
-    tables = _tables()
-    sections = {}
-    for name, values in raw.items():
-        if name not in tables:
-            raise ValueError(_unknown(f"section [{name}]", name, tables))
-        if not isinstance(values, Mapping):
-            raise ValueError(f"{name} = {values!r}: accepted is a section [{name}]")
-        hints = get_type_hints(tables[name])
-        for key in values:
-            if key not in hints:
-                raise ValueError(_unknown(f"key {name}.{key}", key, hints))
-        sections[name] = tables[name](**{key: _convert(value, hints[key]) for key, value in values.items()})
-    return Config(**sections)
-
-
-def recipes() -> dict[str, Traversable]:
-    """The packaged recipes by name."""
-    folder = resources.files("duologue.grpo") / "recipes"
-    return {item.name.removesuffix(".toml"): item for item in folder.iterdir() if item.name.endswith(".toml")}
-
-
-def _find(recipe_or_path: str) -> Traversable:
-    known = recipes()
-    if recipe_or_path in known:
-        return known[recipe_or_path]
-    path = Path(recipe_or_path)
-    if path.is_file():
-        return path
-    raise ValueError(_unknown(f"recipe {recipe_or_path!r}, and no such file", recipe_or_path, known))
-
-
-def _tables() -> dict[str, Any]:
-    return get_type_hints(Config)
-
-
-def _unknown(what: str, name: str, accepted: Iterable[str]) -> str:
-    names = sorted(accepted)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"unknown {what}{f'; did you mean {close[0]!r}?' if close else ''} (accepted: {', '.join(names)})"
-
-
-def _cross_checks(c: Config) -> list[tuple[str, str, bool]]:
-    """(key, what is accepted, whether it holds) for what involves more than one key or a special form."""
-    model, dialogue, scratch = c.model, c.dialogue, c.model.path == ""
-    words = 2 * dialogue.max_rounds * dialogue.max_tokens_per_turn + dialogue.max_tokens_final
-    kinds = c.grpo.train_kinds
-    head_dim = model.head_dim or model.hidden_size // model.num_heads
-    divides = model.head_dim > 0 or model.hidden_size % model.num_heads == 0
-    full = "1.0: sampling from a truncated distribution biases the ratio of a loss over the full one"
-    return [
-        ("model.device", "cpu, cuda or cuda:N", re.fullmatch(r"cpu|cuda(:\d+)?", model.device) is not None),
-        ("model.num_heads", f"a divisor of hidden_size ({model.hidden_size}), or a head_dim", not scratch or divides),
-        ("model.num_heads", "one that gives an even head_dim", not scratch or head_dim % 2 == 0),
-        (
-            "model.num_kv_heads",
-            f"a divisor of {model.num_heads}",
-            not scratch or model.num_heads % model.num_kv_heads == 0,
-        ),
-        (
-            "model.max_position",
-            f"at least the {words} tokens of a talk by [dialogue]",
-            not scratch or model.max_position >= words,
-        ),
-        ("game.walk_away", "0 unless objective = 'selfish'", c.game.walk_away == 0 or c.game.objective == "selfish"),
-        ("game.walk_away", f"a number below total_value ({c.game.total_value})", c.game.walk_away < c.game.total_value),
-        ("grpo.train_kinds", "a list of at least one kind, each once", 0 < len(set(kinds)) == len(kinds)),
-        (
-            "grpo.updates_per_rollout",
-            f"a divisor of {c.grpo.groups_per_step}",
-            c.grpo.groups_per_step % c.grpo.updates_per_rollout == 0,
-        ),
-        (
-            "grpo.tis_cap",
-            "0 while rollout.exact = true: the weight would be 1",
-            c.grpo.tis_cap == 0 or not c.rollout.exact,
-        ),
-        ("dialogue.top_p", full, dialogue.top_p == 1),
-        ("rollout.page_size", "a multiple of 16", c.rollout.page_size % 16 == 0),
-        (
-            "rollout.cache_tokens",
-            f"at least a page ({c.rollout.page_size})",
-            c.rollout.cache_tokens >= c.rollout.page_size,
-        ),
-        ("rollout.exact", "true on cpu, where it costs nothing", c.rollout.exact or model.device != "cpu"),
-    ]
-
-
-def _fits(value: Any, hint: Any, limits: Mapping[str, Any]) -> bool:
-    if items := get_args(hint):
-        return (
-            isinstance(value, tuple)
-            and (Ellipsis in items or len(value) == len(items))
-            and all(_fits(item, items[0], limits) for item in value)
-        )
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
-        return False
-    if "options" in limits:
-        return value in limits["options"]
-    least, above, most = (limits.get(key) for key in ("least", "above", "most"))
-    return (least is None or value >= least) and (above is None or value > above) and (most is None or value <= most)
-
-
-def _accepted(hint: Any, limits: Mapping[str, Any]) -> str:
-    items = get_args(hint)
-    many = "" if not items else "a list, each of it " if Ellipsis in items else f"a list of {len(items)}, each of it "
-    rule = limits.get("limits", "")
-    return many + (rule if "options" in limits else f"{TYPE_NAMES[items[0] if items else hint]} {rule}".strip())
-
-
-def _convert(value: Any, hint: Any) -> Any:
-    """TOML's types to ours: lists to tuples, and an integer where a number is wanted."""
-    if isinstance(value, list):
-        return tuple(_convert(item, (get_args(hint) or (hint,))[0]) for item in value)
-    return float(value) if hint is float and type(value) is int else value
-
-
-def _parse(text: str, hint: Any) -> Any:
-    """The value of an override: TOML, or else the bare text; where a string is wanted only quotes make it TOML."""
-    text = text.strip()
-    if hint is str and text[:1] not in ("'", '"'):
-        return text
-    try:
-        parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return parsed["value"] if parsed.keys() == {"value"} else text
-
-
-def _toml_value(value: Any) -> str:
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
     if isinstance(value, tuple):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return str(value).lower() if isinstance(value, bool) else repr(value)
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return repr(value)
+
+
+def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides.
+
+    ValueError names an unknown recipe, section, key or value, and what is accepted.
+    """
+    path = Path(recipe_or_path)
+    if not path.suffix and not path.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+        if recipe_or_path not in known:
+            raise ValueError(f"unknown recipe {recipe_or_path!r}: accepted is one of {', '.join(known)}, or a path to a .toml file")
+        path = RECIPES / f"{recipe_or_path}.toml"
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        raw = tomllib.loads(path.read_text("utf-8"))
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from error
+    for override in overrides:
+        key, found, text = override.partition("=")
+        section, _, name = key.partition(".")
+        if not found or not name:
+            raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
+        raw.setdefault(section, {})[name] = _parse(text)
+    return from_dict(raw)
+
+
+def _parse(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text  # a bare word is a string
+
+
+def from_dict(raw: dict[str, Any]) -> Config:
+    """Sections and keys to a Config; every one must be known and of its type."""
+    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    built: dict[str, Any] = {}
+    for name, values in raw.items():
+        if name not in sections:
+            raise ValueError(f"unknown section [{name}]: {_accepted(name, list(sections))}")
+        kind = sections[name]
+        assert isinstance(kind, type)
+        fields = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
+        if not isinstance(values, dict):
+            raise ValueError(f"{name} = {values!r}: accepted is a section [{name}] of keys")
+        for key in values:
+            if key not in fields:
+                raise ValueError(f"unknown key {name}.{key}: {_accepted(key, list(fields))}")
+        built[name] = kind(**{key: _typed(f"{name}.{key}", value, fields[key]) for key, value in values.items()})
+    return Config(**built)
+
+
+def _accepted(got: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(got, known, 1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"accepted is one of {', '.join(known)}"
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the key's default."""
+    if isinstance(default, bool):
+        ok, accepted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        ok, accepted = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif isinstance(default, float):
+        ok, accepted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        value = float(value) if ok else value
+    elif isinstance(default, tuple):
+        ok, accepted = isinstance(value, list), "a list"
+        value = tuple(value) if ok else value
+    else:
+        ok, accepted = isinstance(value, str), "a string"
+    if not ok:
+        raise ValueError(f"{key} = {value!r}: accepted is {accepted}")
+    return value

@@ -1,25 +1,18 @@
-"""The policy loss of GRPO and its relatives, as pure functions of per-token vectors.
+"""The policy-gradient losses: pure functions of per-token vectors, each defined here and nowhere else.
 
-Every vector is `[N]`, one entry per trained token of one micro-batch: nothing is padded, nothing is masked here. A
-sequence is one packed row. What a loss divides by is an explicit `Normaliser` of the whole batch (all micro-batches,
-all ranks), so the losses of the micro-batches, and their gradients, sum to those of the whole however it is split.
+All take [N] vectors over the trained tokens of a micro-batch: `logp` (of the policy that is trained, with gradient), `old_logp` (of
+the policy that sampled), `advantage`, `segment_ids` (which row a token belongs to, 0 .. n_segments - 1). Nothing is averaged
+implicitly: the caller passes a `Normaliser` with sums over all micro-batches and ranks, so the losses of the parts of a batch add
+up to the loss of the whole, and so do the gradients.
 
-    r_t = exp(logp_t - old_logp_t)    A = advantage    |o_i| = trained tokens of sequence i    sg = stop gradient
+Variants (ratio r = exp(logp - old_logp), clip bounds 1 - low and 1 + high, advantage A; a loss is minus the objective):
 
-    variant  term of token t                             sum over tokens divided by  paper (arXiv)
-    grpo     -min(r A, clip(r, 1 - low, 1 + high) A)     sequences * |o_i|           2402.03300
-    dr_grpo  same                                        sequences * max_length      2503.20783
-    dapo     same                                        tokens                      2503.14476
-    bnpo     same                                        tokens                      (TRL's name)
-    gspo     same, r replaced by exp(mean_t log r_t)     sequences * |o_i|           2507.18071
-    cispo    -sg(clip(r, 1 - low, 1 + high)) A logp      tokens                      2506.13585
-
-TRL's `bnpo` divides by the tokens of each micro-batch; with a global normaliser its difference to `dapo` is gone, on
-purpose. CISPO's paper leaves the lower side open: `clip_low = 1`.
-
-The surrogate alone is multiplied by the truncated importance weight `sg(min(exp(old_logp - behaviour_logp), tis_cap))`
-(https://fengyao.notion.site/off-policy-rl). `kl_coef * KL(policy, reference)` is added to a token's term before the
-division. `entropy_coef` times the mean entropy over tokens is subtracted from the loss, whatever the variant.
+- grpo    min(r A, clip(r) A), mean over a row's tokens, then over rows (Shao et al. 2024, arXiv 2402.03300)
+- bnpo    the same terms, divided by the number of trained tokens of the batch at hand (TRL's `bnpo`)
+- dapo    the same terms, divided by the number of trained tokens of the whole step (Yu et al. 2025, arXiv 2503.14476)
+- dr_grpo the same terms, divided by rows x the largest completion length (Liu et al. 2025, arXiv 2503.20783)
+- gspo    r of a row is exp(mean of its log-ratios), one for all its tokens; then as grpo (Zheng et al. 2025, arXiv 2507.18071)
+- cispo   stop-gradient(min(r, 1 + high)) A logp, divided like dapo (MiniMax 2025, arXiv 2506.13585)
 """
 
 from __future__ import annotations
@@ -29,76 +22,86 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-VARIANTS = ("grpo", "dr_grpo", "dapo", "bnpo", "gspo", "cispo")
+VARIANTS = ("dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo")
 KL_ESTIMATORS = ("k1", "k2", "k3")
-STATS = ("clip_low", "clip_high", "ratio", "approx_kl", "entropy", "kl_ref", "mismatch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """What to minimise. Clip bounds are distances from 1: the ratio is kept in [1 - clip_low, 1 + clip_high].
-
-    `dual_clip` (1912.09729; 0 = off) bounds the ratio of tokens with a negative advantage; it must exceed
-    1 + clip_high, and CISPO has no use for it. `tis_cap` 0 = no truncated importance sampling.
-    """
+    """`dual_clip`, `kl_coef`, `entropy_coef` and `tis_cap` are off at 0."""
 
     variant: str = "dapo"
     clip_low: float = 0.2
     clip_high: float = 0.2
-    dual_clip: float = 0.0
+    dual_clip: float = 0.0  # c > 1: with A < 0 the term is bounded by c A (Ye et al. 2020, arXiv 1912.09729)
     kl_coef: float = 0.0
     kl_estimator: str = "k3"
     entropy_coef: float = 0.0
-    tis_cap: float = 0.0
+    tis_cap: float = 0.0  # truncated importance sampling between the sampler's and the trainer's log-probs
 
     def __post_init__(self) -> None:
-        dual_ok = self.dual_clip == 0 or (self.dual_clip > 1 + self.clip_high and self.variant != "cispo")
-        checks = (
-            ("variant", f"one of {', '.join(VARIANTS)}", self.variant in VARIANTS),
-            ("kl_estimator", f"one of {', '.join(KL_ESTIMATORS)}", self.kl_estimator in KL_ESTIMATORS),
-            ("clip_low", "a number in (0, 1]", 0 < self.clip_low <= 1),
-            ("clip_high", "a number > 0", self.clip_high > 0),
-            ("dual_clip", "0 (off), or a number > 1 + clip_high for a variant other than cispo", dual_ok),
-            ("kl_coef", "a number >= 0", self.kl_coef >= 0),
-            ("tis_cap", "0 (off) or a number >= 1", self.tis_cap == 0 or self.tis_cap >= 1),
-        )
-        for name, accepted, ok in checks:
-            if not ok:
-                raise ValueError(f"{name} = {getattr(self, name)!r}: accepted is {accepted}")
+        if self.variant not in VARIANTS:
+            raise ValueError(f"grpo.loss = {self.variant!r}: accepted is one of {', '.join(VARIANTS)}")
+        if self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}")
+        if self.dual_clip != 0 and self.dual_clip <= 1:
+            raise ValueError(f"grpo.dual_clip = {self.dual_clip}: accepted is 0 (off) or a number above 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normaliser:
-    """What the loss divides by: sums over the whole batch, not over the micro-batch at hand."""
+    """Sums over all micro-batches and ranks of one update."""
 
     tokens: float  # trained tokens
-    sequences: float  # sequences that have a trained token
-    max_length: float  # the most tokens that a sequence could have had trained; dr_grpo only
-
-    @classmethod
-    def of(cls, lengths: Tensor, max_length: float) -> Normaliser:
-        """From the trained tokens of each sequence of the batch `[S]`. Over ranks, add up `tokens` and `sequences`."""
-        return cls(tokens=float(lengths.sum()), sequences=float((lengths > 0).sum()), max_length=max_length)
+    rows: float  # rows that have trained tokens
+    max_length: float = 0.0  # the largest completion length, for dr_grpo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LossStats:
-    """Sums over tokens of `STATS`, and the number of tokens last: add up micro-batches (and ranks), then take means.
+    """Sums over the tokens given, to be added over micro-batches and divided by the tokens."""
 
-    ratio: r, or the sequence's for gspo. approx_kl: k3 of the old policy to this one. kl_ref: the KL term. mismatch:
-    |old_logp - behaviour_logp|, or |logp - old_logp| where the behaviour's are the old ones: at the first update on a
-    rollout that is by how much rollout and trainer disagree.
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl_old: Tensor  # k3 estimate of KL(old || new)
+    ratio: Tensor
+
+
+def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
+    """Per-token estimate of KL(policy || reference) from samples of the policy (Schulman 2020, "Approximating KL divergence").
+
+    With d = logp - ref_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
     """
+    d = logp - ref_logp
+    if estimator == "k1":
+        return d
+    if estimator == "k2":
+        return d.square() / 2
+    return torch.exp(-d) - 1 + d
 
-    sums: Tensor  # [len(STATS) + 1] float64
 
-    def __add__(self, other: LossStats) -> LossStats:
-        return LossStats(self.sums + other.sums)
+def segment_sum(x: Tensor, segment_ids: Tensor, n_segments: int) -> Tensor:
+    return x.new_zeros(n_segments).index_add(0, segment_ids, x)
 
-    def means(self) -> dict[str, float]:
-        """The mean of each over tokens (0 without tokens). Waits for the device."""
-        *sums, tokens = self.sums.tolist()
-        return {name: value / max(tokens, 1.0) for name, value in zip(STATS, sums, strict=True)}
+
+def token_weights(config: LossConfig, segment_ids: Tensor, n_segments: int, total: Normaliser) -> Tensor:
+    """[N] weight of each token's term in the loss."""
+    ones = torch.ones_like(segment_ids, dtype=torch.float64 if total.tokens > 2**24 else torch.float32)
+    if config.variant in ("dapo", "bnpo", "cispo"):
+        return ones / total.tokens
+    if config.variant == "dr_grpo":
+        return ones / (total.rows * total.max_length)
+    lengths = segment_sum(ones, segment_ids, n_segments)
+    return 1.0 / (lengths[segment_ids] * total.rows)
+
+
+def log_ratio(config: LossConfig, logp: Tensor, old_logp: Tensor, segment_ids: Tensor, n_segments: int) -> Tensor:
+    """[N] log-ratios; for gspo the row's mean, whose gradient still reaches every token."""
+    ratio = logp - old_logp
+    if config.variant != "gspo":
+        return ratio
+    lengths = segment_sum(torch.ones_like(ratio), segment_ids, n_segments)
+    return (segment_sum(ratio, segment_ids, n_segments) / lengths.clamp(min=1))[segment_ids]
 
 
 def policy_loss(
@@ -107,102 +110,47 @@ def policy_loss(
     old_logp: Tensor,
     advantage: Tensor,
     segment_ids: Tensor,
-    lengths: Tensor,
-    normaliser: Normaliser,
+    n_segments: int,
+    total: Normaliser,
     *,
     ref_logp: Tensor | None = None,
     entropy: Tensor | None = None,
-    behaviour_logp: Tensor | None = None,
+    sampler_logp: Tensor | None = None,
 ) -> tuple[Tensor, LossStats]:
-    """Loss of one micro-batch (a scalar whose sum over micro-batches is the loss of the batch) and its statistics.
+    """(loss, stats) of a micro-batch; see the module's docstring for the variants.
 
-    logp, old_logp, advantage: [N], one floating dtype. `old_logp` is what the ratio divides by: the behaviour's own
-    log-probs where rollout and training agree, else those of the trainer's forward at the old weights, and then
-    `behaviour_logp` [N] is given too. segment_ids [N] int64: the sequence of each token; lengths [S]: the number of
-    trained tokens of each sequence, wherever they are; gspo needs whole sequences. `ref_logp` is needed if kl_coef > 0,
-    `entropy` (differentiable) if entropy_coef != 0, `behaviour_logp` if tis_cap > 0.
+    ref_logp [N] is needed when kl_coef is set, entropy [N] (with gradient) when entropy_coef is. sampler_logp [N] holds the
+    log-probs that the rollout recorded when they differ from the trainer's own at the old policy (`old_logp`): each term is then
+    weighted by min(exp(old_logp - sampler_logp), tis_cap), a constant.
     """
-    log_ratio = logp - old_logp
-    if config.variant == "gspo":
-        log_ratio = sequence_mean(log_ratio, segment_ids, lengths)
-    ratio = log_ratio.exp()
-    term = surrogate(config, ratio, logp, advantage)
-    if config.tis_cap > 0:
-        assert behaviour_logp is not None, "tis_cap > 0 needs behaviour_logp"
-        term = term * (old_logp - behaviour_logp).exp().clamp(max=config.tis_cap).detach()
-    kl = None
-    if config.kl_coef > 0:
-        assert ref_logp is not None, "kl_coef > 0 needs ref_logp"
-        kl = reference_kl(config.kl_estimator, logp, old_logp, ref_logp)
-        term = term + config.kl_coef * kl
-    loss = (term / divisor(config.variant, segment_ids, lengths, normaliser)).sum()
-    if config.entropy_coef != 0:
-        assert entropy is not None, "entropy_coef != 0 needs entropy"
-        loss = loss - config.entropy_coef * entropy.sum() / max(normaliser.tokens, 1.0)
-    return loss, _stats(config, logp, old_logp, advantage, ratio, entropy, kl, behaviour_logp)
-
-
-def surrogate(config: LossConfig, ratio: Tensor, logp: Tensor, advantage: Tensor) -> Tensor:
-    """The term of each token [N] before KL and normalisation; `ratio` is of the token or, for gspo, of its sequence."""
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    log_r = log_ratio(config, logp, old_logp, segment_ids, n_segments)
+    ratio = torch.exp(log_r)
+    low, high = 1 - config.clip_low, 1 + config.clip_high
     if config.variant == "cispo":
-        return -clipped.detach() * advantage * logp
-    if config.dual_clip > 0:
-        ratio = ratio.clamp(max=config.dual_clip)  # where A > 0 the minimum takes `clipped`, so this bounds A < 0 only
-    return -torch.minimum(ratio * advantage, clipped * advantage)
+        term = ratio.detach().clamp(max=high) * advantage * logp
+    else:
+        term = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+        if config.dual_clip:
+            term = torch.where(advantage < 0, torch.maximum(term, config.dual_clip * advantage), term)
+    if config.tis_cap and sampler_logp is not None:
+        term = term * torch.exp(old_logp - sampler_logp).clamp(max=config.tis_cap).detach()
+    if config.kl_coef:
+        assert ref_logp is not None
+        term = term - config.kl_coef * kl_estimate(logp, ref_logp, config.kl_estimator)
+    if config.entropy_coef:
+        assert entropy is not None
+        term = term + config.entropy_coef * entropy
+    weights = token_weights(config, segment_ids, n_segments, total).to(logp.dtype)
+    with torch.no_grad():
+        stats = LossStats(
+            clipped_low=((ratio < low) & (advantage < 0)).sum(),
+            clipped_high=((ratio > high) & (advantage > 0)).sum(),
+            kl_old=(ratio - 1 - log_r).sum(),
+            ratio=ratio.sum(),
+        )
+    return -(weights * term).sum(), stats
 
 
-def reference_kl(estimator: str, logp: Tensor, old_logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """KL(policy || reference) of each token [N] from one sample (http://joschu.net/blog/kl-approx.html).
-
-    With d = logp - ref_logp, k3 is exp(-d) - 1 + d, as in TRL; k2 is d^2 / 2, whose expected gradient on-policy is that
-    of the KL; k1 is r d, as d alone has an expected gradient of zero (2512.21852): on-policy it is d, with the KL's
-    gradient.
-    """
-    difference = logp - ref_logp
-    if estimator == "k1":
-        return (logp - old_logp).exp() * difference
-    if estimator == "k2":
-        return difference.square() / 2
-    return (-difference).exp() - 1 + difference
-
-
-def sequence_mean(values: Tensor, segment_ids: Tensor, lengths: Tensor) -> Tensor:
-    """Mean of `values` [N] over each sequence, given back to each of its tokens [N]."""
-    sums = values.new_zeros(lengths.shape[0]).index_add(0, segment_ids, values)
-    return (sums / lengths.clamp(min=1))[segment_ids]
-
-
-def divisor(variant: str, segment_ids: Tensor, lengths: Tensor, normaliser: Normaliser) -> Tensor | float:
-    """What each token's term is divided by: [N] or a number."""
-    if variant in ("dapo", "bnpo", "cispo"):
-        return max(normaliser.tokens, 1.0)
-    if variant == "dr_grpo":
-        return max(normaliser.sequences, 1.0) * normaliser.max_length
-    return max(normaliser.sequences, 1.0) * lengths[segment_ids]
-
-
-@torch.no_grad()
-def _stats(
-    config: LossConfig,
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    ratio: Tensor,
-    entropy: Tensor | None,
-    kl: Tensor | None,
-    behaviour_logp: Tensor | None,
-) -> LossStats:
-    shift = old_logp - logp
-    zero = torch.zeros_like(logp)
-    values = {
-        "clip_low": (ratio < 1 - config.clip_low) & (advantage < 0),
-        "clip_high": (ratio > 1 + config.clip_high) & (advantage > 0),
-        "ratio": ratio,
-        "approx_kl": shift.exp() - 1 - shift,
-        "entropy": zero if entropy is None else entropy,
-        "kl_ref": zero if kl is None else kl,
-        "mismatch": (shift if behaviour_logp is None else old_logp - behaviour_logp).abs(),
-    }
-    sums = [values[name].detach().sum(dtype=torch.float64) for name in STATS]
-    return LossStats(torch.stack([*sums, zero.new_tensor(float(zero.numel()), dtype=torch.float64)]))
+def imitation_loss(logp: Tensor, total_tokens: float) -> Tensor:
+    """Negative log-likelihood of demonstrated tokens [N], over the tokens of the whole step."""
+    return -logp.sum() / total_tokens

@@ -1,134 +1,79 @@
-"""AdamW on fp32 master weights, with learning rate, clipping and state made explicit.
+"""AdamW with fp32 master weights, a learning-rate schedule, and gradient clipping by the global norm.
 
-The arithmetic is `torch.optim.AdamW`'s, fused. What this adds: bf16 and fp16 parameters are updated through an fp32
-copy and written back in place, so that the engine, which holds the same storage, sees them; their gradients are summed
-over micro-batches in fp32; the squared gradient norm can be reduced over ranks before it is used; a step that would
-spread a NaN is refused; the state is a flat dictionary of tensors.
+The update is `torch.optim.AdamW`'s. The model's parameters are written in place, so the rollout engine, which holds the same
+tensors, has the new weights at once.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 SCHEDULES = ("constant", "cosine")
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str = "constant") -> float:
-    """Rate of update `step` (from 0): linear up to `peak` in the warm-up, then constant or half a cosine down to 0."""
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1) -> float:
+    """Of update `step` (from 0): linear warm-up, then constant, or a cosine from `peak` to `floor * peak` at the last step."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: accepted is one of {', '.join(SCHEDULES)}")
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return peak * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+    progress = min((step - warmup_steps) / max(total_steps - 1 - warmup_steps, 1), 1.0)
+    return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 class Optimizer:
-    """AdamW over named parameters; weight decay (decoupled) falls on matrices only, not on norms and biases.
+    """AdamW over `model`'s parameters; weight decay on matrices only. bf16 and fp16 parameters get an fp32 master copy."""
 
-    loss.backward(); optimizer.accumulate()      # per micro-batch
-    norm = optimizer.step(learning_rate(...))    # clips, updates, drops the gradients
-    """
+    def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float) -> None:
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
+        self.max_grad_norm = max_grad_norm
+        groups = [
+            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
+        ]
+        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, foreach=True)
 
-    def __init__(
-        self,
-        named_parameters: Iterable[tuple[str, nn.Parameter]],
-        *,
-        betas: tuple[float, float] = (0.9, 0.95),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        max_grad_norm: float = 1.0,
-    ) -> None:
-        self.max_grad_norm = max_grad_norm  # 0 = no clipping
-        self.parameters = {name: parameter for name, parameter in named_parameters if parameter.requires_grad}
-        self.masters: dict[str, Tensor] = {  # what AdamW updates: the parameter itself where that is precise enough
-            name: parameter.detach().float() if parameter.dtype.itemsize < 4 else parameter
-            for name, parameter in self.parameters.items()
-        }
-        matrices = [master for master in self.masters.values() if master.ndim >= 2]
-        vectors = [master for master in self.masters.values() if master.ndim < 2]
-        groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.adamw = torch.optim.AdamW([group for group in groups if group["params"]], betas=betas, eps=eps, fused=True)
-        for master in self.masters.values():
-            step = torch.zeros((), device=master.device)
-            moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
-            self.adamw.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
+    def squared_grad_norm(self) -> Tensor:
+        """The sum to be reduced over ranks before `step`."""
+        squares = [p.grad.float().square().sum() for p in self.parameters if p.grad is not None]
+        return torch.stack(squares).sum() if squares else torch.zeros(())
 
     @torch.no_grad()
-    def accumulate(self) -> None:
-        """Move the gradients of low-precision parameters into fp32 sums; autograd sums the others well enough."""
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                grad = parameter.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                parameter.grad = None
-
-    @torch.no_grad()
-    def squared_norm(self) -> Tensor:
-        """Sum of the squares of all gradients, [] fp64. With sharded parameters, add it up over ranks for `step`."""
-        self.accumulate()
-        gradients = self._gradients()
-        assert gradients, "no gradient: nothing was trained since the last step"
-        return torch.stack(torch._foreach_norm(gradients)).double().square().sum()
-
-    @torch.no_grad()
-    def step(self, rate: float, squared_norm: Tensor | None = None) -> float:
-        """Scale the gradients down to `max_grad_norm`, update with learning rate `rate`, drop the gradients.
-
-        Returns the norm before clipping. If it is not finite: FloatingPointError, weights and state are as they were.
-        """
-        norm = math.sqrt(float(self.squared_norm() if squared_norm is None else squared_norm))
+    def step(self, lr: float) -> float:
+        """Clip, update in place, clear the gradients; returns the gradient norm before clipping. A non-finite norm raises."""
+        norm = float(self.squared_grad_norm().sqrt())
         if not math.isfinite(norm):
-            raise FloatingPointError(f"the gradient norm is {norm}: no update was made")
-        scale = self.max_grad_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
-        if 0 < scale < 1:
-            torch._foreach_mul_(self._gradients(), scale)
-        for group in self.adamw.param_groups:
-            group["lr"] = rate
-        self.adamw.step()
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
-        self.zero_grad()
+            raise RuntimeError(f"the gradient norm is {norm}; lower the learning rate or look at the last dialogues")
+        scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            if parameter.grad is None:
+                continue
+            grad = parameter.grad.float() * scale if scale != 1.0 else parameter.grad.float()
+            parameter.grad = None
+            master.grad = grad
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._adamw.step()
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None
+            if master is not parameter:
+                parameter.copy_(master)
         return norm
 
-    def zero_grad(self) -> None:
-        """Drop all gradients."""
-        for name, parameter in self.parameters.items():
-            parameter.grad = self.masters[name].grad = None
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for low precision; no copies are made."""
-        state: dict[str, Tensor] = {}
-        for name, master in self.masters.items():
-            state |= {f"{key}.{name}": self.adamw.state[master][key] for key in MOMENTS}
-            if master is not self.parameters[name]:
-                state[f"master.{name}"] = master
-        return state
+    def state_dict(self) -> dict[str, Any]:
+        masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        return {"adamw": self._adamw.state_dict(), "masters": masters}
 
     @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Continue exactly where `state` was taken. ValueError names a tensor missing, surplus or of another shape."""
-        own = self.state_dict()
-        if wrong := sorted(own.keys() ^ state.keys()):
-            problem = "is missing" if wrong[0] in own else "belongs to no parameter here"
-            raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
-        for key, tensor in own.items():
-            if state[key].shape != tensor.shape:
-                raise ValueError(f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}")
-        for key, tensor in own.items():
-            tensor.copy_(state[key])
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
-
-    def _gradients(self) -> list[Tensor]:
-        return [master.grad for master in self.masters.values() if master.grad is not None]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._adamw.load_state_dict(state["adamw"])
+        mine = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
+        for master, saved in zip(mine, state["masters"], strict=True):
+            master.copy_(saved)
