@@ -127,6 +127,17 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state_dict().items())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_is_seen_by_who_watches_the_version_of_the_weights(dtype: torch.dtype) -> None:
+    """The engine drops its KV when a parameter's version has changed."""
+    model = make_model(dtype)
+    optimizer = Optimizer(model.named_parameters(), **SETTINGS)
+    backward(model, 0)
+    before = [parameter._version for parameter in model.parameters()]
+    optimizer.step(1e-3)
+    assert all(parameter._version > old for parameter, old in zip(model.parameters(), before, strict=True))
+
+
 def test_a_frozen_parameter_stays_out() -> None:
     model = make_model()
     model[0].weight.requires_grad_(False)
