@@ -1,0 +1,115 @@
+"""One optimizer update from packed rows, in micro-batches whose split does not change the gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duologue.grpo.batch import Batch, Row, pack, split_rows
+from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
+from duologue.kernels import ops
+from duologue.model.decoder import Decoder, PackedAttention
+
+
+@dataclass(kw_only=True, slots=True)
+class UpdateStats:
+    """Means over trained tokens, except `mismatch`, the largest |trainer - rollout| log-prob, and `loss`, a sum by design."""
+
+    loss: float = 0.0
+    entropy: float = 0.0
+    clip_share: float = 0.0
+    kl_old: float = 0.0
+    mismatch: float = 0.0
+    tokens: int = 0  # that went through the model
+    trained_tokens: int = 0
+
+
+def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs, entropies, target indices), each [N], of the batch's trained tokens. The head runs on these positions only."""
+    targets = batch.targets
+    hidden_TH = model.hidden(batch.token_ids, batch.positions, PackedAttention(batch.cu_seqlens, model.scale))
+    logprob, entropy = ops.logprob(model.head(hidden_TH[targets - 1]), batch.token_ids[targets], temperature)
+    return logprob, entropy, targets
+
+
+def normaliser(rows: Sequence[Row]) -> Normaliser:
+    """Over all rows of the update, whatever micro-batches they are split into. On several ranks the fields are summed (max taken)."""
+    lengths = [row.n_trained for row in rows]
+    return Normaliser(
+        tokens=float(max(sum(lengths), 1)),
+        rows=float(max(sum(n > 0 for n in lengths), 1)),
+        max_length=float(max([*lengths, 1])),
+    )
+
+
+def accumulate_policy_gradient(
+    model: Decoder,
+    rows: Sequence[Row],
+    config: LossConfig,
+    *,
+    temperature: float,
+    max_tokens: int,
+    reference: Decoder | None = None,
+) -> UpdateStats:
+    """Add the gradient of the loss over `rows` to the parameters' `.grad`.
+
+    Rows whose advantage is exactly 0 count in the normaliser but are not computed, unless a KL or entropy term needs them.
+    """
+    total = normaliser(rows)
+    device = model.head_weight.device
+    needs_all = bool(config.kl_coef or config.entropy_coef)
+    active = [row for row in rows if row.n_trained and (needs_all or row.advantage != 0.0)]
+    stats = UpdateStats()
+    for part in split_rows(active, max_tokens):
+        batch = pack(part, device)
+        logp, entropy, targets = trained_logprobs(model, batch, temperature)
+        old_logp = batch.behaviour_logprobs[targets]
+        ref_logp = None
+        if config.kl_coef:
+            assert reference is not None
+            with torch.no_grad():
+                ref_logp = trained_logprobs(reference, batch, temperature)[0]
+        loss, parts = policy_loss(
+            config, logp, old_logp, batch.advantages[targets], batch.segment_ids[targets], len(part), total,
+            ref_logp=ref_logp, entropy=entropy,
+        )  # fmt: skip
+        loss.backward()  # type: ignore[no-untyped-call]
+        stats.loss += float(loss.detach())
+        stats.entropy += float(entropy.detach().sum())
+        stats.clip_share += float(parts.clipped_low + parts.clipped_high)
+        stats.kl_old += float(parts.kl_old)
+        stats.mismatch = max(stats.mismatch, float((logp.detach() - old_logp).abs().max()))
+        stats.tokens += len(batch.token_ids)
+        stats.trained_tokens += len(targets)
+    n = max(stats.trained_tokens, 1)
+    stats.entropy, stats.clip_share, stats.kl_old = stats.entropy / n, stats.clip_share / n, stats.kl_old / n
+    return stats
+
+
+def accumulate_imitation_gradient(model: Decoder, rows: Sequence[Row], *, max_tokens: int, coefficient: float = 1.0) -> UpdateStats:
+    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times `coefficient`."""
+    total = normaliser(rows)
+    stats = UpdateStats()
+    for part in split_rows(rows, max_tokens):
+        batch = pack(part, model.head_weight.device)
+        logp, entropy, _ = trained_logprobs(model, batch, 1.0)
+        loss = imitation_loss(logp, total.tokens)
+        (loss * coefficient).backward()
+        stats.loss += float(loss.detach())
+        stats.entropy += float(entropy.detach().sum())
+        stats.tokens += len(batch.token_ids)
+        stats.trained_tokens += len(logp)
+    stats.entropy /= max(stats.trained_tokens, 1)
+    return stats
+
+
+@torch.no_grad()
+def kl_to_reference(reference: Decoder, rows: Sequence[Row], *, temperature: float, max_tokens: int) -> float:
+    """Mean k3 estimate of KL(policy || reference) per sampled token, on the first micro-batch of rows."""
+    part = split_rows([row for row in rows if row.n_trained], max_tokens)[0]
+    batch = pack(part, reference.head_weight.device)
+    ref_logp, _, targets = trained_logprobs(reference, batch, temperature)
+    return float(kl_estimate(batch.behaviour_logprobs[targets], ref_logp, "k3").mean())
