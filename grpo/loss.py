@@ -8,11 +8,13 @@ up to the loss of the whole, and so do the gradients.
 Variants (ratio r = exp(logp - old_logp), clip bounds 1 - low and 1 + high, advantage A; a loss is minus the objective):
 
 - grpo    min(r A, clip(r) A), mean over a row's tokens, then over rows (Shao et al. 2024, arXiv 2402.03300)
-- bnpo    the same terms, divided by the number of trained tokens of the batch at hand (TRL's `bnpo`)
 - dapo    the same terms, divided by the number of trained tokens of the whole step (Yu et al. 2025, arXiv 2503.14476)
+- bnpo    as dapo: what sets TRL's `bnpo` apart is that it divides by each micro-batch's tokens, which changes with the split
 - dr_grpo the same terms, divided by rows x the largest completion length (Liu et al. 2025, arXiv 2503.20783)
 - gspo    r of a row is exp(mean of its log-ratios), one for all its tokens; then as grpo (Zheng et al. 2025, arXiv 2507.18071)
 - cispo   stop-gradient(min(r, 1 + high)) A logp, divided like dapo (MiniMax 2025, arXiv 2506.13585)
+
+The entropy bonus is the mean over trained tokens whatever the variant, as in TRL.
 """
 
 from __future__ import annotations
@@ -84,9 +86,9 @@ def segment_sum(x: Tensor, segment_ids: Tensor, n_segments: int) -> Tensor:
     return x.new_zeros(n_segments).index_add(0, segment_ids, x)
 
 
-def token_weights(config: LossConfig, segment_ids: Tensor, n_segments: int, total: Normaliser) -> Tensor:
-    """[N] weight of each token's term in the loss."""
-    ones = torch.ones_like(segment_ids, dtype=torch.float64 if total.tokens > 2**24 else torch.float32)
+def token_weights(config: LossConfig, logp: Tensor, segment_ids: Tensor, n_segments: int, total: Normaliser) -> Tensor:
+    """[N] weight of each token's term in the loss, of logp's dtype."""
+    ones = torch.ones_like(logp)
     if config.variant in ("dapo", "bnpo", "cispo"):
         return ones / total.tokens
     if config.variant == "dr_grpo":
@@ -132,15 +134,19 @@ def policy_loss(
         term = torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
         if config.dual_clip:
             term = torch.where(advantage < 0, torch.maximum(term, config.dual_clip * advantage), term)
-    if config.tis_cap and sampler_logp is not None:
+    if config.tis_cap:
+        assert sampler_logp is not None, "tis_cap needs sampler_logp"
         term = term * torch.exp(old_logp - sampler_logp).clamp(max=config.tis_cap).detach()
     if config.kl_coef:
-        assert ref_logp is not None
-        term = term - config.kl_coef * kl_estimate(logp, ref_logp, config.kl_estimator)
+        assert ref_logp is not None, "kl_coef needs ref_logp"
+        kl = kl_estimate(logp, ref_logp, config.kl_estimator)
+        if config.kl_estimator == "k1":
+            kl = kl * torch.exp(logp - old_logp)  # k1 alone has an expected gradient of zero (arXiv 2512.21852)
+        term = term - config.kl_coef * kl
+    loss = -(token_weights(config, logp, segment_ids, n_segments, total) * term).sum()
     if config.entropy_coef:
-        assert entropy is not None
-        term = term + config.entropy_coef * entropy
-    weights = token_weights(config, segment_ids, n_segments, total).to(logp.dtype)
+        assert entropy is not None, "entropy_coef needs entropy"
+        loss = loss - config.entropy_coef * entropy.sum() / total.tokens
     with torch.no_grad():
         stats = LossStats(
             clipped_low=((ratio < low) & (advantage < 0)).sum(),
@@ -148,7 +154,7 @@ def policy_loss(
             kl_old=(ratio - 1 - log_r).sum(),
             ratio=ratio.sum(),
         )
-    return -(weights * term).sum(), stats
+    return loss, stats
 
 
 def imitation_loss(logp: Tensor, total_tokens: float) -> Tensor:
