@@ -8,24 +8,23 @@ from itertools import pairwise
 
 import pytest
 import torch
-from duologue.grpo.batch import Batch, Row, pack
+from duologue.grpo.batch import Batch, Row, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from torch import nn
 
 
 def make_rows(seed: int, n: int = 9) -> list[Row]:
-    """Random rows of 1 to 12 tokens; row 4 has no trained token, row 2 and 5 no advantage."""
+    """Random rows of 1 to 12 tokens; row 4 has no trained token."""
     rng = random.Random(seed)
     rows = []
     for i in range(n):
-        length = rng.randint(1, 12)
-        mask = [False] + [rng.random() < 0.6 and i != 4 for _ in range(length - 1)]
+        mask = [False] + [rng.random() < 0.6 and i != 4 for _ in range(rng.randint(0, 11))]
         rows.append(
             Row(
-                token_ids=[rng.randrange(20) for _ in range(length)],
+                token_ids=[rng.randrange(20) for _ in mask],
                 loss_mask=mask,
-                behaviour_logprobs=[-rng.random() if trained else float("nan") for trained in mask],
-                advantage=0.0 if i in (2, 5) else rng.gauss(0, 1),
+                logprobs=[-rng.random() if trained else 0.0 for trained in mask],
+                advantage=rng.gauss(0, 1),
                 dialogue_id=i // 2,
                 role=i % 2,
             )
@@ -33,116 +32,78 @@ def make_rows(seed: int, n: int = 9) -> list[Row]:
     return rows
 
 
-def unpack(batch: Batch) -> list[tuple[list[int], list[int], list[bool], list[float], list[float], int, int]]:
-    bounds = batch.cu_seqlens.tolist()
-    return [
-        (
-            *(getattr(batch, name)[start:end].tolist() for name in PER_TOKEN),
-            int(batch.dialogue_id[row]),
-            int(batch.role[row]),
-        )
-        for row, (start, end) in enumerate(pairwise(bounds))
-    ]
-
-
-PER_TOKEN = ("token_ids", "positions", "loss_mask", "behaviour_logprobs", "advantages")
-
-
 def test_packing_keeps_every_row() -> None:
     rows = make_rows(0)
     batch = pack(rows)
-    assert (batch.n_rows, batch.n_tokens) == (len(rows), sum(len(row.token_ids) for row in rows))
     assert batch.cu_seqlens.dtype == torch.int32
-    for row, (ids, positions, mask, logprobs, advantages, dialogue, role) in zip(rows, unpack(batch), strict=True):
-        assert ids == row.token_ids
-        assert positions == list(range(len(ids)))
-        assert mask == row.loss_mask
-        for trained, given, kept, advantage in zip(mask, row.behaviour_logprobs, logprobs, advantages, strict=True):
-            assert kept == (pytest.approx(given) if trained else 0)
-            assert advantage == (pytest.approx(row.advantage) if trained else 0)
-        assert (dialogue, role) == (row.dialogue_id, row.role)
+    assert batch.dialogue_id.tolist() == [row.dialogue_id for row in rows]
+    assert batch.role.tolist() == [row.role for row in rows]
+    bounds = list(pairwise(batch.cu_seqlens.tolist()))
+    assert bounds[-1][1] == len(batch.token_ids)
+    for i, (row, (start, end)) in enumerate(zip(rows, bounds, strict=True)):
+        here = slice(start, end)
+        assert batch.token_ids[here].tolist() == row.token_ids
+        assert batch.positions[here].tolist() == list(range(len(row.token_ids)))
+        assert batch.loss_mask[here].tolist() == row.loss_mask
+        assert batch.behaviour_logprobs[here].tolist() == pytest.approx(row.logprobs)
+        assert batch.advantages[here].tolist() == pytest.approx([row.advantage] * len(row.token_ids))
+        assert batch.segment_ids[here].tolist() == [i] * len(row.token_ids)
 
 
 def test_targets_by_hand() -> None:
-    a = Row(
-        token_ids=[5, 6, 7], loss_mask=[0, 0, 1], behaviour_logprobs=[0, 0, -0.5], advantage=2, dialogue_id=0, role=1
-    )
-    b = dataclasses.replace(a, token_ids=[8, 9], loss_mask=[0, 1], behaviour_logprobs=[0, -1.0], advantage=-1)
-    untrained = dataclasses.replace(a, loss_mask=[0, 0, 0])
-    targets = pack([a, untrained, b]).targets()
-    assert targets.hidden_index.tolist() == [1, 6]
-    assert targets.token_ids.tolist() == [7, 9]
-    assert targets.behaviour_logprobs.tolist() == [-0.5, -1.0]
-    assert targets.advantages.tolist() == [2, -1]
-    assert targets.segment_ids.tolist() == [0, 2]
-    assert targets.lengths.tolist() == [1, 0, 1]
+    a = Row(token_ids=[5, 6, 7], loss_mask=[0, 0, 1], logprobs=[0, 0, -0.5], advantage=2, dialogue_id=0, role=1)
+    b = dataclasses.replace(a, token_ids=[8, 9], loss_mask=[0, 1], logprobs=[0, -1.0])
+    batch = pack([a, dataclasses.replace(a, loss_mask=[0, 0, 0]), b])
+    assert batch.targets.tolist() == [2, 7]
+    assert batch.token_ids[batch.targets].tolist() == [7, 9]
+    assert batch.token_ids[batch.targets - 1].tolist() == [6, 8]
+    assert batch.segment_ids[batch.targets].tolist() == [0, 2]
+    assert (a.n_trained, b.n_trained) == (1, 1)
 
 
 @pytest.mark.parametrize("max_tokens", [1, 13, 30, 10_000])
 def test_split_keeps_whole_rows_in_order_within_the_budget(max_tokens: int) -> None:
     rows = make_rows(1)
-    batch = pack(rows)
-    parts = batch.split(max_tokens)
-    assert all(part.n_tokens <= max_tokens or part.n_rows == 1 for part in parts)
-    trained = [row for row in unpack(batch) if any(row[2])]
-    assert [row for part in parts for row in unpack(part)] == trained
-    for part, following in pairwise(parts):
-        assert part.n_tokens + int(following.cu_seqlens[1]) > max_tokens  # it would not have fitted
-    skipping = batch.split(max_tokens, skip_zero_advantage=True)
-    assert [row for part in skipping for row in unpack(part)] == [row for row in trained if any(row[4])]
+    parts = split_rows(rows, max_tokens)
+    assert [row for part in parts for row in part] == rows
+    sizes = [sum(len(row.token_ids) for row in part) for part in parts]
+    assert all(size <= max_tokens or len(part) == 1 for size, part in zip(sizes, parts, strict=True))
+    for size, following in zip(sizes, parts[1:], strict=False):
+        assert size + len(following[0].token_ids) > max_tokens  # it would not have fitted
+    assert split_rows([], max_tokens) == []
 
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
 def test_micro_batches_give_the_gradient_of_the_whole(variant: str) -> None:
     """Through a model whose hidden state at t depends on the row up to t, so a cut row or a wrong index would show."""
-    batch = pack(make_rows(2))
+    rows = [row for row in make_rows(2) if row.n_trained]
     torch.manual_seed(0)
     embed, head = nn.Embedding(20, 6, dtype=torch.float64), nn.Linear(6, 20, dtype=torch.float64)
     parameters = [*embed.parameters(), *head.parameters()]
-    normaliser = Normaliser.of(batch.targets().lengths, max_length=12)
+    total = Normaliser(tokens=float(sum(row.n_trained for row in rows)), rows=float(len(rows)), max_length=12.0)
 
-    def gradient(parts: list[Batch]) -> list[torch.Tensor]:
-        total = torch.zeros((), dtype=torch.float64)
-        for part in parts:
-            t = part.targets()
-            bounds = part.cu_seqlens.tolist()
-            states = [embed(part.token_ids[a:b]).cumsum(0) for a, b in pairwise(bounds)]
-            logp = head(torch.cat(states)[t.hidden_index]).log_softmax(-1).gather(1, t.token_ids[:, None])[:, 0]
-            old, advantages = t.behaviour_logprobs.double() - 2.5, t.advantages.double()
-            total = (
-                total
-                + policy_loss(LossConfig(variant=variant), logp, old, advantages, t.segment_ids, t.lengths, normaliser)[
-                    0
-                ]
-            )
-        return list(torch.autograd.grad(total, parameters))
+    def part_loss(batch: Batch) -> torch.Tensor:
+        states = torch.cat([embed(batch.token_ids[a:b]).cumsum(0) for a, b in pairwise(batch.cu_seqlens.tolist())])
+        at = batch.targets
+        logp = head(states[at - 1]).log_softmax(-1).gather(1, batch.token_ids[at][:, None])[:, 0]
+        old, advantages = batch.behaviour_logprobs[at].double() - 2.5, batch.advantages[at].double()
+        ids = batch.segment_ids[at]
+        return policy_loss(LossConfig(variant=variant), logp, old, advantages, ids, len(batch.role), total)[0]
 
-    whole = gradient([batch])
+    def gradient(parts: list[list[Row]]) -> list[torch.Tensor]:
+        return list(torch.autograd.grad(sum(part_loss(pack(part)) for part in parts), parameters))
+
+    whole = gradient([rows])
     assert max(float(grad.abs().max()) for grad in whole) > 1e-3
-    for parts in (batch.split(1), batch.split(17), batch.split(17, skip_zero_advantage=True)):
+    for parts in (split_rows(rows, 1), split_rows(rows, 17), split_rows(rows[::-1], 17)):
         assert len(parts) > 1
         torch.testing.assert_close(gradient(parts), whole, rtol=1e-10, atol=1e-14)
 
 
-def test_select_reorders_rows() -> None:
-    batch = pack(make_rows(3))
-    rows = unpack(batch)
-    assert unpack(batch.select([7, 0, 3])) == [rows[7], rows[0], rows[3]]
-    assert batch.select([]).split(10) == []
-    assert unpack(batch.to("cpu")) == rows
-
-
 def test_what_must_not_be_packed() -> None:
-    good = Row(token_ids=[1, 2], loss_mask=[0, 1], behaviour_logprobs=[0, -1], advantage=1, dialogue_id=0, role=0)
-    for change in (
-        {"loss_mask": [1, 1]},  # the first token has no prediction
-        {"loss_mask": [1]},
-        {"token_ids": [], "loss_mask": [], "behaviour_logprobs": []},
-        {"behaviour_logprobs": [0, float("nan")]},
-        {"behaviour_logprobs": [0, 0.1]},
-        {"advantage": float("nan")},
-    ):
+    good = Row(token_ids=[1, 2], loss_mask=[0, 1], logprobs=[0, -1], advantage=1, dialogue_id=7, role=0)
+    with pytest.raises(ValueError, match="dialogue 7, role 0: its first token is marked for training"):
+        pack([good, dataclasses.replace(good, loss_mask=[1, 1])])
+    for change in ({"loss_mask": [0]}, {"logprobs": [0]}, {"token_ids": [1]}):
         with pytest.raises(AssertionError):
             pack([dataclasses.replace(good, **change)])
-    with pytest.raises(ValueError, match="tokens per micro-batch = 0: accepted is an integer >= 1"):
-        pack([good]).split(0)
