@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
+import re
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from duologue.grpo.advantage import METHODS
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
@@ -30,7 +32,7 @@ class ModelSection:
     num_layers: int = 4
     num_heads: int = 4
     num_kv_heads: int = 2
-    head_dim: int = 32
+    head_dim: int = 0  # 0 = hidden_size / num_heads
     vocab_size: int = 512
     max_position: int = 512
 
@@ -144,7 +146,13 @@ class Config:
         self._check_together()
 
     def _check_together(self) -> None:
-        d, m, r = self.dialogue, self.model, self.rollout
+        d, m, r, game = self.dialogue, self.model, self.rollout, self.game
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", m.device):
+            raise ValueError(f"model.device = {m.device!r}: accepted is cpu, cuda or cuda:N")
+        if game.walk_away and (game.objective != "selfish" or not 0 <= game.walk_away <= game.total_value):
+            raise ValueError(
+                f"game.walk_away = {game.walk_away}: accepted is 0, or with game.objective = 'selfish' up to the total {game.total_value}"
+            )
         if d.top_p != 1.0:
             raise ValueError(
                 f"dialogue.top_p = {d.top_p}: accepted is 1.0. A truncated sample trained with the full softmax biases the ratio"
@@ -155,16 +163,28 @@ class Config:
             raise ValueError(f"rollout.page_size = {r.page_size}: accepted is a multiple of 16")
         if not r.exact and m.device == "cpu":
             raise ValueError("rollout.exact = false: the CPU kernels are always exact, the setting has no effect there; leave it out")
-        if len(self.grpo.betas) != 2:
-            raise ValueError(f"grpo.betas = {list(self.grpo.betas)}: accepted is a list of two numbers")
-        if not self.grpo.train_kinds:
-            raise ValueError("grpo.train_kinds = []: accepted is at least one of 'utterance', 'final'")
+        if self.grpo.tis_cap and r.exact:
+            raise ValueError(f"grpo.tis_cap = {self.grpo.tis_cap}: accepted is 0 while rollout.exact = true, where the weight is 1 anyway")
+        if len(self.grpo.betas) != 2 or not all(0 <= beta < 1 for beta in self.grpo.betas):
+            raise ValueError(f"grpo.betas = {list(self.grpo.betas)}: accepted is a list of two numbers from 0 to below 1")
+        if not self.grpo.train_kinds or len(set(self.grpo.train_kinds)) < len(self.grpo.train_kinds):
+            raise ValueError(f"grpo.train_kinds = {list(self.grpo.train_kinds)}: accepted is 'utterance', 'final' or both, each once")
+        if self.grpo.dual_clip and (self.grpo.dual_clip <= 1 + self.grpo.clip_high or self.grpo.loss == "cispo"):
+            raise ValueError(
+                f"grpo.dual_clip = {self.grpo.dual_clip}: accepted is 0, or above 1 + clip_high = {1 + self.grpo.clip_high:g} for a loss "
+                "other than cispo"
+            )
         if self.grpo.imitation_coef and not self.imitation.dialogues:
             raise ValueError("grpo.imitation_coef needs imitation.dialogues above 0")
         if self.grpo.advantage == "running" and not self.grpo.per_role:
             raise ValueError("grpo.per_role = false contradicts grpo.advantage = 'running', which keeps a baseline per role")
         if not m.path and m.num_heads % m.num_kv_heads:
             raise ValueError(f"model.num_heads = {m.num_heads} is no multiple of model.num_kv_heads = {m.num_kv_heads}")
+        if not m.path and (m.head_dim % 2 or (m.head_dim == 0 and m.hidden_size % (2 * m.num_heads))):
+            raise ValueError(
+                f"model.head_dim = {m.head_dim}: accepted is an even number, or 0 where hidden_size / num_heads is one "
+                f"({m.hidden_size} / {m.num_heads})"
+            )
 
     def to_toml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal one."""
@@ -195,13 +215,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     **{f"model.{k}": (1, _ANY) for k in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")},
     "model.vocab_size": (261, _ANY),
     "model.max_position": (32, _ANY),
-    "model.head_dim": (2, 256),
+    "model.head_dim": (0, 256),
     "game.item_types": (3, 5),
     "game.total_value": (5, 40),
     "imitation.steps": (0, _ANY),
     "imitation.dialogues": (1, _ANY),
     "imitation.dialogues_per_step": (1, _ANY),
-    "imitation.learning_rate": (0, 1),
+    "imitation.learning_rate": (1e-12, 1),
+    "imitation.warmup_steps": (0, _ANY),
     "train.steps": (0, _ANY),
     "train.seed": (0, 2**31),
     "train.save_every": (1, _ANY),
@@ -213,12 +234,15 @@ _RANGES: dict[str, tuple[float, float]] = {
     "grpo.group_size": (2, _ANY),
     "grpo.groups_per_step": (1, _ANY),
     "grpo.updates_per_rollout": (1, 100),
-    "grpo.learning_rate": (0, 1),
+    "grpo.learning_rate": (1e-12, 1),
+    "grpo.weight_decay": (0, 1),
     "grpo.warmup_steps": (0, _ANY),
     "grpo.max_grad_norm": (0, _ANY),
     "grpo.clip_low": (0, 1),
     "grpo.clip_high": (0, _ANY),
+    "grpo.dual_clip": (0, _ANY),
     "grpo.kl_coef": (0, _ANY),
+    "grpo.entropy_coef": (0, _ANY),
     "grpo.tis_cap": (0, _ANY),
     "grpo.imitation_coef": (0, _ANY),
     "dialogue.max_rounds": (1, _ANY),
@@ -238,8 +262,8 @@ def _toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, str):
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
 
 
@@ -252,7 +276,7 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
     if not path.suffix and not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.toml"))
         if recipe_or_path not in known:
-            raise ValueError(f"unknown recipe {recipe_or_path!r}: accepted is one of {', '.join(known)}, or a path to a .toml file")
+            raise ValueError(f"unknown recipe {recipe_or_path!r}: {_accepted(recipe_or_path, known)}, or a path to a .toml file")
         path = RECIPES / f"{recipe_or_path}.toml"
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -265,26 +289,30 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         section, _, name = key.partition(".")
         if not found or not name:
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
-        raw.setdefault(section, {})[name] = _parse(text)
+        table = raw.setdefault(section.strip(), {})
+        if isinstance(table, dict):
+            default = getattr(getattr(Config(), section.strip(), None), name.strip(), None)
+            table[name.strip()] = _parse(text.strip(), isinstance(default, str))
     return from_dict(raw)
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, is_string: bool) -> Any:
+    """A TOML value, or else the bare text. Where a string is wanted only quotes make it TOML, so that a path may be any text."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text  # a bare word is a string
+        return text
+    return text if len(value) > 1 or (is_string and not isinstance(value["value"], str)) else value["value"]
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
     """Sections and keys to a Config; every one must be known and of its type."""
-    sections = {f.name: f.default_factory for f in dataclasses.fields(Config)}
+    sections: dict[str, Any] = get_type_hints(Config)
     built: dict[str, Any] = {}
     for name, values in raw.items():
         if name not in sections:
             raise ValueError(f"unknown section [{name}]: {_accepted(name, list(sections))}")
         kind = sections[name]
-        assert isinstance(kind, type)
         fields = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
         if not isinstance(values, dict):
             raise ValueError(f"{name} = {values!r}: accepted is a section [{name}] of keys")
@@ -311,7 +339,7 @@ def _typed(key: str, value: Any, default: Any) -> Any:
         value = float(value) if ok else value
     elif isinstance(default, tuple):
         ok, accepted = isinstance(value, list), "a list"
-        value = tuple(value) if ok else value
+        value = tuple(_typed(key, v, default[0]) for v in value) if ok else value
     else:
         ok, accepted = isinstance(value, str), "a string"
     if not ok:
