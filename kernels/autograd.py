@@ -24,11 +24,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) ->
 
 @torch.library.custom_op("duologue::linear_backward", mutates_args=())
 def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    x_MK, grad_MO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-    if grad.dtype != x.dtype:  # fp32 logits from bf16 weights
-        grad_MO = grad_MO.to(x.dtype)
-    grad_x = (grad_MO @ weight).view(x.shape) if need_x else x.new_empty(0)
-    return grad_x, grad_MO.t() @ x_MK if need_weight else x.new_empty(0)
+    grad_x, grad_weight = cpu.linear_backward(x.flatten(0, -2), weight, grad.flatten(0, -2), need_x, need_weight)
+    return grad_x.view(x.shape) if need_x else grad_x, grad_weight
 
 
 @linear_backward.register_fake
@@ -181,19 +178,19 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
 
 @packed_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:2], dtype=torch.float32)
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((*q.shape[:2], 2), dtype=torch.float32)
 
 
 @torch.library.custom_op("duologue::packed_attention_backward", mutates_args=())
 def packed_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, lse: Tensor, grad: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu.packed_attention_backward(q, k, v, cu_seqlens, scale, out, lse, grad)
+    return cpu.packed_attention_backward(q, k, v, cu_seqlens, scale, out, stats, grad)
 
 
 @packed_attention_backward.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, lse: Tensor, grad: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     like = torch.contiguous_format
     return (
@@ -210,8 +207,8 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 
 def _attention_grad(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, cu_seqlens, out, lse = ctx.saved_tensors
-    return *packed_attention_backward(q, k, v, cu_seqlens, ctx.scale, out, lse, grad), None, None
+    q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
+    return *packed_attention_backward(q, k, v, cu_seqlens, ctx.scale, out, stats, grad), None, None
 
 
 packed_attention.register_autograd(_attention_grad, setup_context=_attention_setup)

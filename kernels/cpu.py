@@ -86,6 +86,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
     return out
 
 
+def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    """(grad [M, O] @ weight [O, K], grad^T @ x [M, K]); what is not needed is empty.
+
+    Not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the workers of these kernels.
+    """
+    dtype = x.dtype
+    x, weight, grad = x.float().contiguous(), weight.float().contiguous(), grad.float().contiguous()
+    (M, O), K = grad.shape, x.shape[1]
+    grad_x, grad_weight = x.new_empty((M, K) if need_x else 0), x.new_empty((O, K) if need_weight else 0)
+    if need_x:
+        lib().matmul(grad.data_ptr(), weight.data_ptr(), grad_x.data_ptr(), M, O, K, O, 1)
+    if need_weight:
+        lib().matmul(grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), O, M, K, 1, O)
+    return grad_x.to(dtype), grad_weight.to(dtype)
+
+
 def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, total); total is x itself without a residual."""
     x = x.contiguous()
@@ -184,7 +200,7 @@ def _check_heads(op: str, q: Tensor, Hk: int) -> None:
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [T, Hq, D], log-sum-exp [T, Hq] fp32)."""
+    """(out [T, Hq, D], what the backward needs of each row [T, Hq, 2] fp32)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     check("packed_attention", "q", q, (None, None, None), None)
     T, Hq, D = q.shape
@@ -194,21 +210,21 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     _check_heads("packed_attention", q, k.shape[1])
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
         raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to T = {T}, it is {cu_seqlens.tolist()[:8]}...")
-    out, lse = torch.empty_like(q), torch.empty((T, Hq), dtype=torch.float32)
+    out, stats = torch.empty_like(q), torch.empty((T, Hq, 2), dtype=torch.float32)
     lib().packed_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), cu_seqlens.contiguous().data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), cu_seqlens.contiguous().data_ptr(),
         len(cu_seqlens) - 1, Hq, k.shape[1], D, scale, _DTYPES[q.dtype],
     )  # fmt: skip
-    return out, lse
+    return out, stats
 
 
 def packed_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, lse: Tensor, grad: Tensor
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     lib().attention_backward(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(), grad.data_ptr(), grad_q.data_ptr(),
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), grad.data_ptr(), grad_q.data_ptr(),
         grad_k.data_ptr(), grad_v.data_ptr(), cu_seqlens.contiguous().data_ptr(), len(cu_seqlens) - 1,
         q.shape[1], k.shape[1], q.shape[2], scale, _DTYPES[q.dtype],
     )  # fmt: skip

@@ -65,10 +65,10 @@ int64_t write_kv(ptr k, ptr v, ptr k_pages, ptr v_pages, ptr slots, int64_t T, i
   return table->write_kv(&a, parallel_for);
 }
 
-int64_t packed_attention(ptr q, ptr k, ptr v, ptr out, ptr lse, ptr cu_seqlens, int64_t S, int64_t Hq, int64_t Hk, int64_t D,
+int64_t packed_attention(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr cu_seqlens, int64_t S, int64_t Hq, int64_t Hk, int64_t D,
                          float scale, int dtype) {
   AttentionArgs a = {};
-  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.lse = at<float>(lse);
+  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.stats = at<float>(stats);
   a.cu_seqlens = at<int32_t>(cu_seqlens), a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.scale = scale, a.dtype = dtype;
   return table->attention(&a, parallel_for);
 }
@@ -84,10 +84,10 @@ int64_t paged_attention(ptr q, ptr k_pages, ptr v_pages, ptr out, ptr block_tabl
   return table->attention(&a, parallel_for);
 }
 
-void attention_backward(ptr q, ptr k, ptr v, ptr out, ptr lse, ptr grad_out, ptr grad_q, ptr grad_k, ptr grad_v, ptr cu_seqlens,
+void attention_backward(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr grad_out, ptr grad_q, ptr grad_k, ptr grad_v, ptr cu_seqlens,
                         int64_t S, int64_t Hq, int64_t Hk, int64_t D, float scale, int dtype) {
   AttentionArgs a = {};
-  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.lse = at<float>(lse);
+  a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.stats = at<float>(stats);
   a.grad_out = at<void>(grad_out), a.grad_q = at<void>(grad_q), a.grad_k = at<void>(grad_k), a.grad_v = at<void>(grad_v);
   a.cu_seqlens = at<int32_t>(cu_seqlens), a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.scale = scale, a.dtype = dtype;
   table->attention_backward(&a, parallel_for);

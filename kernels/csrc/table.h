@@ -49,7 +49,7 @@ struct KvArgs {
 struct AttentionArgs {
   const void *q, *k, *v; // k, v: [T, Hk, D], or pages [P, B, Hk, D] when block_table is set
   void *out;
-  float *lse;                 // [T, Hq] or null
+  float *stats;               // [T, Hq, 2]: row max (base 2) and 1 / sum, for the backward; or null
   const int32_t *block_table; // [S, max_pages] or null
   const int32_t *cu_seqlens;  // [S + 1]
   const int32_t *context_lens; // [S] or null
