@@ -18,12 +18,13 @@ from duologue.rollout.games.deal_scripts import ScriptedDialogue, corpus
 from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
 
 
-def use_threads(n: int) -> None:
-    """Threads of torch and of the C++ kernels; 0 leaves all cores."""
-    if n:
-        torch.set_num_threads(n)
-        if cpu.available():
-            cpu.lib().set_threads(n)
+def use_threads(config: Config) -> None:
+    """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve them."""
+    if config.model.device == "cpu" and cpu.available():
+        cpu.lib().set_threads(config.train.threads)
+        torch.set_num_threads(1)
+    elif config.train.threads:
+        torch.set_num_threads(config.train.threads)
 
 
 def build_game(config: Config) -> DealGame:

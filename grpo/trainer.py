@@ -50,7 +50,7 @@ class Trainer:
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(self, config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> None:
-        use_threads(config.train.threads)
+        use_threads(config)
         self.config = config
         self.run_dir = run
         self.progress = progress

@@ -105,5 +105,6 @@ void parallel_for(int64_t n, void (*fn)(void *, int64_t), void *ctx) {
   inside = true;
   p.work();
   inside = false;
-  while (p.busy.load(std::memory_order_acquire) != 0) PAUSE();
+  // A worker may be waiting for this very core: give it up when the end is not in sight.
+  for (int spin = 0; p.busy.load(std::memory_order_acquire) != 0; ++spin) spin < 2000 ? PAUSE() : (void)sched_yield();
 }
