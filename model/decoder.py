@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -129,6 +130,13 @@ class Decoder(nn.Module):
         cos, sin = rope_tables(config)
         self.register_buffer("cos", cos, persistent=False)  # [max_position, D / 2] fp32
         self.register_buffer("sin", sin, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        """Moves and casts as any module, but the rotary tables stay fp32: positions in bf16 would blur after 256 tokens."""
+        super()._apply(fn, recurse)
+        if not self.head_weight.is_meta:
+            self.cos, self.sin = (table.to(self.head_weight.device) for table in rope_tables(self.config))
+        return self
 
     @property
     def head_weight(self) -> Tensor:

@@ -52,8 +52,8 @@ class Engine:
         self._seed = seed
         self._n_requests = 0
         self._branches: dict[Branch, None] = {}  # open branches, the longest unused first
+        self._runner = Runner(model, cache_tokens // page_size, page_size)
         self.pool = PagePool(cache_tokens // page_size, page_size)
-        self._runner = Runner(model, self.pool.n_pages, page_size)
         self._scheduler = Scheduler(self.pool, max_batch, max_step_tokens, self._branches)
 
     @property
