@@ -2,6 +2,9 @@
 
 Position t's mask, behaviour log-prob and advantage belong to token t itself, as a target: it is predicted from position t - 1, so
 the first token of a row can never be trained.
+
+The rows of a group begin alike. Positions of equal prefixes have equal hidden states, so each is a node of a tree and goes
+through the model once (`nodes`, `first`); only attention sees the rows at full length.
 """
 
 from __future__ import annotations
@@ -11,6 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from duologue.kernels import ops
+from duologue.model.decoder import Decoder
 
 
 @dataclass(kw_only=True, slots=True)
@@ -41,6 +47,8 @@ class Batch:
     advantages: Tensor  # [T] fp32
     dialogue_id: Tensor  # [S] int64
     role: Tensor  # [S] int64
+    nodes: Tensor  # [T] int64: positions with the same prefix in different rows have the same node, 0 .. U - 1
+    first: Tensor  # [U] int64: where in T each node occurs first
 
     @property
     def targets(self) -> Tensor:
@@ -61,6 +69,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
             raise ValueError(f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training, nothing predicts it")
         assert len(row.token_ids) == len(row.loss_mask) == len(row.logprobs)
     lengths = [len(row.token_ids) for row in rows]
+    nodes, first = _prefix_tree(rows)
     return Batch(
         token_ids=torch.tensor([t for row in rows for t in row.token_ids], dtype=torch.int64, device=device),
         positions=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int64, device=device),
@@ -70,7 +79,44 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         advantages=torch.tensor([row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device),
         dialogue_id=torch.tensor([row.dialogue_id for row in rows], dtype=torch.int64, device=device),
         role=torch.tensor([row.role for row in rows], dtype=torch.int64, device=device),
+        nodes=torch.tensor(nodes, dtype=torch.int64, device=device),
+        first=torch.tensor(first, dtype=torch.int64, device=device),
     )
+
+
+def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    children: dict[tuple[int, int], int] = {}  # (parent node, token id) -> node
+    nodes: list[int] = []
+    first: list[int] = []
+    for row in rows:
+        node = -1
+        for token in row.token_ids:
+            node = children.setdefault((node, token), len(first))
+            if node == len(first):
+                first.append(len(nodes))
+            nodes.append(node)
+    return nodes, first
+
+
+class TreeAttention:
+    """Attention context of a batch whose tokens are its nodes (T = U): lays them out as rows, and takes their outputs back."""
+
+    def __init__(self, batch: Batch, scale: float) -> None:
+        self.batch = batch
+        self.scale = scale
+        self.shared = len(batch.first) < len(batch.nodes)
+
+    def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        batch = self.batch
+        if not self.shared:
+            return ops.packed_attention(q_TAD, k_TGD, v_TGD, batch.cu_seqlens, self.scale)
+        q, k, v = (x.index_select(0, batch.nodes) for x in (q_TAD, k_TGD, v_TGD))
+        return ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale).index_select(0, batch.first)
+
+
+def hidden_nodes(model: Decoder, batch: Batch) -> Tensor:
+    """The hidden state of every node, [U, H]; position t's is row `batch.nodes[t]`."""
+    return model.hidden(batch.token_ids[batch.first], batch.positions[batch.first], TreeAttention(batch, model.scale))
 
 
 def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:

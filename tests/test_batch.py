@@ -8,8 +8,11 @@ from itertools import pairwise
 
 import pytest
 import torch
-from duologue.grpo.batch import Batch, Row, pack, split_rows
+from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
+from duologue.kernels import ops
+from duologue.model.config import ModelConfig
+from duologue.model.decoder import Decoder, score
 from torch import nn
 
 
@@ -107,3 +110,58 @@ def test_what_must_not_be_packed() -> None:
     for change in ({"loss_mask": [0]}, {"logprobs": [0]}, {"token_ids": [1]}):
         with pytest.raises(AssertionError):
             pack([dataclasses.replace(good, **change)])
+
+
+def tree_rows() -> list[Row]:
+    """Groups that share a prompt, two of whose rows also begin their reply alike; one row is another's prefix."""
+    rng = random.Random(0)
+    rows = []
+    for group in range(3):
+        prompt = [rng.randrange(40) for _ in range(19)]
+        for reply in ([1, 2, 3, 4], [1, 2, 5], [6], [1, 2]):
+            ids = prompt + reply
+            mask = [t >= 19 for t in range(len(ids))]
+            rows.append(
+                Row(token_ids=ids, loss_mask=mask, logprobs=[-1.0] * len(ids), advantage=1.0, dialogue_id=group, role=0)
+            )
+    return rows
+
+
+def test_equal_prefixes_are_one_node() -> None:
+    batch = pack(tree_rows())
+    assert len(batch.first) == 3 * (19 + 4 + 1 + 1)
+    prefixes = [
+        tuple(batch.token_ids[a : t + 1].tolist()) for a, b in pairwise(batch.cu_seqlens.tolist()) for t in range(a, b)
+    ]
+    node_of = dict(zip(prefixes, batch.nodes.tolist(), strict=True))
+    assert [node_of[prefix] for prefix in prefixes] == batch.nodes.tolist()
+    assert len(set(node_of.values())) == len(node_of) == len(batch.first)
+    assert [prefixes[t] for t in batch.first.tolist()] == list(node_of)
+
+
+def test_nodes_give_the_log_probs_of_the_rows_bit_for_bit_and_their_gradient() -> None:
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
+        num_kv_heads=2, head_dim=8, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.init_weights(0)
+    rows = tree_rows()
+    batch = pack(rows)
+    at = batch.targets
+    plain = torch.cat(
+        [x[18:] for x in score(model, [row.token_ids for row in rows])]  # the targets of a row follow its prompt
+    )
+    logits = model.head(hidden_nodes(model, batch)[batch.nodes[at - 1]])
+    ours, _ = ops.logprob(logits, batch.token_ids[at])
+    assert torch.equal(ours, plain)
+    weights = torch.randn(len(ours), generator=torch.Generator().manual_seed(0))
+    grads = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (ours, plain)]
+    for ours_grad, plain_grad in zip(*grads, strict=True):
+        torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-4, atol=1e-5 * float(plain_grad.abs().max()))
+
+
+def test_rows_with_nothing_in_common_are_left_as_they_are() -> None:
+    rows = [dataclasses.replace(row, token_ids=[i, *row.token_ids[1:]]) for i, row in enumerate(make_rows(4))]
+    batch = pack(rows)
+    assert batch.nodes.tolist() == batch.first.tolist() == list(range(len(batch.token_ids)))

@@ -1,0 +1,185 @@
+"""One GRPO step, rollout and update, against TRL's `GRPOTrainer` on the same weights, prompts and rewards.
+
+    python bench/step.py [--only ours|trl] [--json] [--device cpu] [--steps 8]
+
+4.2M parameters (Qwen3: hidden 256, 4 layers, 4 heads, 2 KV heads, intermediate 768, vocab 4096, tied), fp32; 8 prompts
+of 64 tokens x 8 completions of exactly 64; one on-policy update (dapo, no KL). Checkpoint and tokenizer are made on the
+spot, nothing is downloaded. A step is all of rollout, reward, forward, backward and optimizer. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import torch
+from duologue.grpo.advantage import group_advantages
+from duologue.grpo.batch import Row
+from duologue.grpo.loss import LossConfig
+from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.update import accumulate_policy_gradient
+from duologue.model.checkpoint import load_model
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
+
+PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, VOCAB = 8, 8, 64, 64, 4096
+SAMPLED = PROMPTS * GROUP * NEW_TOKENS
+RATE, BETAS, CLIP = 1e-5, (0.9, 0.999), 0.2
+WARMUP = 2  # steps that are not counted
+
+
+def make_checkpoint(folder: Path) -> list[list[int]]:
+    """A random model and a tokenizer of one word per id, as transformers writes them; returns the prompts."""
+    import tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=512,
+        bos_token_id=0, eos_token_id=1, pad_token_id=2,
+    )  # fmt: skip
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w3"))
+    core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w2"}
+    PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
+    return torch.randint(4, VOCAB, (PROMPTS, PROMPT_TOKENS)).tolist()
+
+
+def reward(token_ids: list[int]) -> float:
+    """The share of even ids: trivial to compute, and it varies within every group."""
+    return sum(t % 2 == 0 for t in token_ids) / len(token_ids)
+
+
+def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step, and of its rollout and update."""
+    model, _ = load_model(folder, device)
+    engine = Engine(model)
+    optimizer = Optimizer(model, betas=BETAS, weight_decay=0.0, max_grad_norm=1.0)
+    loss = LossConfig(variant="dapo", clip_low=CLIP, clip_high=CLIP)
+    params = SamplingParams(max_new_tokens=NEW_TOKENS)
+    group_ids = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    seconds: dict[str, list[float]] = {"step": [], "rollout": [], "update": []}
+    for _ in range(WARMUP + steps):
+        began = time.perf_counter()
+        completions = rollout(engine, prompts, params)
+        rolled = time.perf_counter()
+        rewards = torch.tensor([reward(c.token_ids) for c in completions])
+        found = group_advantages(rewards, group_ids, torch.ones_like(group_ids, dtype=torch.bool)).value.tolist()
+        rows = [
+            Row(
+                token_ids=prompts[i // GROUP] + c.token_ids,
+                loss_mask=[False] * PROMPT_TOKENS + [True] * len(c.token_ids),
+                logprobs=[0.0] * PROMPT_TOKENS + c.logprobs,
+                advantage=found[i],
+                dialogue_id=i,
+                role=0,
+            )
+            for i, c in enumerate(completions)
+        ]
+        accumulate_policy_gradient(model, rows, loss, temperature=1.0, max_tokens=16_384)
+        optimizer.step(RATE)
+        ended = time.perf_counter()
+        assert sum(row.n_trained for row in rows) == SAMPLED
+        for name, value in (("step", ended - began), ("rollout", rolled - began), ("update", ended - rolled)):
+            seconds[name].append(value)
+    return {name: values[WARMUP:] for name, values in seconds.items()}
+
+
+def rollout(engine: Engine, prompts: list[list[int]], params: SamplingParams) -> list[Completion]:
+    """GROUP completions per prompt, in order; a prompt is computed once and forked, as the arena does it."""
+    bases = [engine.open(prompt) for prompt in prompts]
+    engine.prefill(bases)
+    branches = [branch for base in bases for branch in base.fork(GROUP)]
+    requests = [engine.start(branch, params) for branch in branches]
+    engine.run()
+    for branch in (*bases, *branches):
+        branch.close()
+    return [request.completion for request in requests]
+
+
+def run_trl(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step of GRPOTrainer: its defaults, but for what makes the step the same, and no checkpointing."""
+    import datasets
+    import trl
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
+    def trivial_reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
+        assert all(len(ids) == NEW_TOKENS for ids in completion_ids)
+        return [reward(ids) for ids in completion_ids]
+
+    text = [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
+    trainer = trl.GRPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        reward_funcs=trivial_reward,
+        train_dataset=datasets.Dataset.from_dict({"prompt": text}),
+        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        callbacks=[Clock()],
+        args=trl.GRPOConfig(
+            output_dir=str(folder / "trl"), use_cpu=device == "cpu", bf16=False, report_to=[], save_strategy="no",
+            disable_tqdm=True, logging_steps=10_000, max_steps=WARMUP + 1 + steps, seed=0,
+            per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, gradient_accumulation_steps=1,
+            max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0,
+            top_k=0, top_p=1.0, beta=0.0, loss_type="dapo", epsilon=CLIP, learning_rate=RATE,
+            lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=1.0,
+            gradient_checkpointing=False,
+        ),
+    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):
+        trainer.train()
+    return {"step": [b - a for a, b in pairwise(ends)][WARMUP:]}
+
+
+PROVIDERS = {"trl": run_trl, "ours": run_ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", choices=sorted(PROVIDERS))
+    parser.add_argument("--json", action="store_true", help="no table")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--steps", type=int, default=8)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prompts = make_checkpoint(folder)
+        chosen = [p for p in PROVIDERS if args.only in (None, p)]
+        times = {p: PROVIDERS[p](folder, prompts, args.steps, args.device) for p in chosen}
+    medians = {p: {part: statistics.median(values) for part, values in parts.items()} for p, parts in times.items()}
+    speeds = {p: SAMPLED / parts["step"] for p, parts in medians.items()}
+    if not args.json:
+        print(f"{'':6}{'s / step':>10}{'fastest':>10}{'slowest':>10}{'rollout':>10}{'update':>10}{'tokens/s':>10}")
+        for p, parts in medians.items():
+            spread = (parts["step"], min(times[p]["step"]), max(times[p]["step"]))
+            split = "".join(f"{parts[part]:10.3f}" if part in parts else f"{'':10}" for part in ("rollout", "update"))
+            print(f"{p:6}{''.join(f'{x:10.3f}' for x in spread)}{split}{speeds[p]:10.0f}")
+    result: dict[str, Any] = {
+        "bench": "step",
+        "device": args.device,
+        "dtype": "float32",
+        "threads": torch.get_num_threads(),
+    }
+    result |= {"tokens_per_s": speeds["ours"]} if "ours" in speeds else {}
+    result |= {"trl_tokens_per_s": speeds["trl"]} if "trl" in speeds else {}
+    result |= {"ratio": speeds["ours"] / speeds["trl"]} if len(speeds) == 2 else {}
+    result |= {f"{p}_{part}_s": value for p, parts in medians.items() for part, value in parts.items()}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
