@@ -1,8 +1,8 @@
-"""Deal-or-No-Deal: two sides divide a few items that they value differently (rules of Lewis et al. 2017, arXiv 1706.05125).
+"""Deal-or-No-Deal: two sides divide a few items that they value differently (Lewis et al. 2017, arXiv 1706.05125).
 
-Contexts are generated. Each side sees the counts and its own values; each side's values add up to the same total. Every type is
-worth something to somebody, and at least one type to both. Contexts that differ only in the order of the items or in who sits
-where form a class, and the train / held-out split goes by class, so that no held-out context has a twin in training.
+Contexts are generated. Each side sees the counts and its own values; each side's values add up to the same total. Every
+type is worth something to somebody, and at least one type to both. Contexts that differ only in the order of the items
+or in who sits where form a class, and the train / held-out split goes by class: held-out ones have no twin in training.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ CLOSE = "<selection>"
 FAILURES = ("no_close", "malformed", "out_of_range", "conflict", "leftover")
 OBJECTIVES = ("cooperative", "nash", "selfish")
 HELDOUT_SHARE = 0.2
+MOST_LISTED = 200_000  # pairs of value vectors up to which a variant is enumerated
+POOL = 20_000  # contexts drawn for a larger one
 
 Vector = tuple[int, ...]
 
@@ -74,15 +76,40 @@ def value_vectors(counts: Vector, total: int) -> list[Vector]:
     return [(v, *rest) for v in range(total // head + 1) for rest in value_vectors(tail, total - head * v)]
 
 
+def count_range(types: int) -> tuple[int, int]:
+    """Fewest and most items in all."""
+    return (5, 7) if types == 3 else (2 * types, 2 * types + 2)
+
+
 def contexts(types: int = 3, total: int = 10) -> list[Deal]:
     """Every ordered context of the game (5,295 for three types and a total of 10)."""
-    low, high = (5, 7) if types == 3 else (2 * types, 2 * types + 2)
     found = []
-    for counts in count_vectors(types, low, high):
-        for pair in itertools.product(value_vectors(counts, total), repeat=2):
-            if all(a or b for a, b in zip(*pair, strict=True)) and any(a and b for a, b in zip(*pair, strict=True)):
-                found.append(Deal(counts, pair))
+    for counts in count_vectors(types, *count_range(types)):
+        vectors = value_vectors(counts, total)
+        found += [Deal(counts, (a, b)) for a in vectors for b in vectors if _worth_talking((a, b))]
     return found
+
+
+def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
+    """Up to `n` different ones of `contexts`, drawn evenly without listing them: four types have millions. Fewer than
+    `n` only when hardly any pair of values is a context."""
+    rng = random.Random(seed)
+    valued = {counts: value_vectors(counts, total) for counts in count_vectors(types, *count_range(types))}
+    weights = [len(vectors) ** 2 for vectors in valued.values()]
+    found: dict[Deal, None] = {}
+    for _ in range(20 * n):
+        if len(found) == n:
+            break
+        counts = rng.choices(list(valued), weights)[0]
+        pair = (rng.choice(valued[counts]), rng.choice(valued[counts]))
+        if _worth_talking(pair):
+            found[Deal(counts, pair)] = None
+    return list(found)
+
+
+def _worth_talking(pair: tuple[Vector, Vector]) -> bool:
+    """Every type is worth something to a side, and one type to both."""
+    return all(a or b for a, b in zip(*pair, strict=True)) and any(a and b for a, b in zip(*pair, strict=True))
 
 
 def class_of(deal: Deal) -> tuple[Vector, ...]:
@@ -108,19 +135,24 @@ class DealGame:
         self.total = total
         self.walk_away = walk_away
         self.items = ITEMS[:types]
-        self._statement = re.compile(" ".join(rf"{item} (\d+)" for item in self.items))
+        self._statement = re.compile(" ".join(f"{item} (0|[1-9][0-9]{{0,3}})" for item in self.items))
         self._frontiers: dict[Deal, Frontier] = {}
 
     @cached_property
     def splits(self) -> dict[str, list[Deal]]:
-        """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle."""
-        everything = contexts(self.types, self.total)
+        """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle. A variant too large to list
+        is represented by a fixed draw of `POOL` contexts."""
+        types, total = self.types, self.total
+        pairs = sum(len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types)))
+        everything = contexts(types, total) if pairs <= MOST_LISTED else draw_contexts(types, total, POOL, 0)
         classes = sorted({class_of(deal) for deal in everything})
         random.Random(0).shuffle(classes)
         heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
         split: dict[str, list[Deal]] = {"train": [], "heldout": []}
         for deal in everything:
             split["heldout" if class_of(deal) in heldout else "train"].append(deal)
+        if not all(split.values()):
+            raise ValueError(f"game.total_value = {total} leaves too few contexts with {types} item types; raise it")
         return split
 
     def frontier(self, deal: Deal) -> Frontier:
@@ -140,7 +172,7 @@ class DealGame:
             " , ".join(f"{c} {item} worth {v}" for c, item, v in zip(deal.counts, self.items, values, strict=True))
             for values in deal.values
         )
-        numbers = "-".join("".join(map(str, v)) for v in (deal.counts, *deal.values))
+        numbers = "-".join(".".join(map(str, v)) for v in (deal.counts, *deal.values))
         return Scenario(game=self.name, id=f"deal-{numbers}", split=split, private_text=(first, second), data=deal)
 
     def closes(self, text: str) -> bool:
@@ -170,14 +202,15 @@ class DealGame:
         return Outcome(agreed=True, scores=(float(points[0]), float(points[1])), metrics=metrics)
 
     def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
-        """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. `selfish`: own score /
-        total, where no deal leaves the walk-away value. Without a deal the first two give 0."""
+        """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both are 0
+        without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a bad deal."""
         if objective not in OBJECTIVES:
             raise ValueError(f"game.objective = {objective!r}: accepted is one of {', '.join(OBJECTIVES)}")
         if objective == "selfish":
             points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
             return points[0] / self.total, points[1] / self.total
-        value = outcome.metrics["joint_ratio" if objective == "cooperative" else "nash_ratio"] if outcome.agreed else 0.0
+        key = "joint_ratio" if objective == "cooperative" else "nash_ratio"
+        value = outcome.metrics[key] if outcome.agreed else 0.0
         return value, value
 
 
@@ -196,8 +229,9 @@ def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector 
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means over dialogues. `agreement` is over all; `pareto`, `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed
-    (0 when none agreed); `score_*` and `joint_all` count a failed deal as 0; `failure_*` are shares of all."""
+    """Means over dialogues. `agreement` and `failure_*` (kinds of failed deals) are shares of all. `pareto`,
+    `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed. `score_*` and `joint_all`
+    are over all, where a failed deal counts 0."""
     n = max(len(outcomes), 1)
     agreed = [o for o in outcomes if o.agreed]
     m = max(len(agreed), 1)

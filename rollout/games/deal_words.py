@@ -1,0 +1,201 @@
+"""What a scripted negotiator of `deal` can mean, and how it says it.
+
+An `Act` is an utterance before it is words; it holds all that the other side learns from it. Offers name exactly who
+gets what, always in the order of the items, so that the words alone decide the final statements.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from duologue.rollout.games.deal import CLOSE, Vector
+
+REVEAL = (
+    "to me {0} .",
+    "my values are {0} .",
+    "i will be open : {0} .",
+    "honestly , for me {0} .",
+    "here is how i see it : {0} .",
+    "my side : {0} .",
+    "so you know , my values : {0} .",
+    "let us be open . {0} .",
+)
+ALSO = (
+    "and to me {0} .",
+    "fair , my values are {0} .",
+    "thank you . for me {0} .",
+    "i see . to me {0} .",
+    "ok , mine are {0} .",
+    "then you should know : {0} .",
+)
+WANT = (
+    "i care most about the {0} .",
+    "i really want the {0} .",
+    "the {0} would help me most .",
+    "i need the {0} most .",
+    "mostly i am here for the {0} .",
+    "i would love to have the {0} .",
+    "i like the {0} best .",
+)
+SPARE = (
+    "i do not need the {0} .",
+    "the {0} could be yours .",
+    "i have no use for the {0} .",
+    "you may have the {0} .",
+    "i can live without the {0} .",
+    "keep the {0} if you like .",
+)
+ASK = (
+    "what are they worth to you ?",
+    "and you ?",
+    "what do you value ?",
+    "how about your side ?",
+    "how do you see it ?",
+    "tell me your values .",
+    "your side , please ?",
+    "your values ?",
+)
+OFFER = (
+    "i take {0} , you take {1} .",
+    "i get {0} , you get {1} .",
+    "you get {1} , i get {0} .",
+    "{0} for me , {1} for you .",
+    "how about i take {0} and you take {1} ?",
+    "let me have {0} and you keep {1} .",
+    "my offer : {0} for me , {1} for you .",
+    "would you give me {0} and take {1} ?",
+    "can we do {0} for me , {1} for you ?",
+    "you could have {1} , and i {0} .",
+)
+TERSE = 4  # the first of these, for offers with many parts
+BY_ITEM = ("{0} .", "how about {0} ?", "i suggest {0} .", "what if {0} ?", "then {0} .", "so {0} , ok ?")
+JOINT = (
+    "best for both : {0} .",
+    "each gets what it likes more : {0} .",
+    "so we waste nothing : {0} .",
+    "by our values , {0} .",
+    "together we win most with {0} .",
+    "the best is {0} .",
+)
+REFUSE = (
+    "no .",
+    "sorry , no .",
+    "that is too little .",
+    "not like this .",
+    "i need more .",
+    "you ask too much .",
+    "hmm , no thank you .",
+    "i can not accept that .",
+)
+REASON = (
+    "no , i need the {0} .",
+    "not without the {0} .",
+    "sorry , i want the {0} .",
+    "but the {0} should be mine .",
+    "i can not give up the {0} .",
+    "no , i came for the {0} .",
+)
+AGREE = (
+    "deal .",
+    "that works for me .",
+    "sounds fair , deal .",
+    "ok , i accept .",
+    "great , let us do that .",
+    "yes , agreed .",
+    "fine with me .",
+    "good offer , i take it .",
+)
+CONFIRM = ("great .", "thank you .", "good , we are done .", "perfect .", "nice deal .", "ok then .", "glad to hear .")
+HURRY = (
+    "fine , let us just choose .",
+    "ok , enough talk .",
+    "whatever , let us finish .",
+    "i have no time , let us pick .",
+    "good enough , time to choose .",
+    "let us get it over with .",
+)
+LEAVE = (
+    "then there is no deal .",
+    "i would rather leave it .",
+    "we will not agree .",
+    "forget it .",
+    "this leads nowhere , bye .",
+    "no deal then .",
+)
+BYE = ("too bad , bye .", "as you like .", "bye then .", "sorry to hear that .", "maybe next time .", "ok , no deal .")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Act:
+    """What an utterance says. Item types are indices; `take` is what the speaker would take."""
+
+    accept: bool = False  # of the offer that stands
+    confirm: bool = False  # that the other side accepted
+    refuse: bool = False
+    reveal: Vector | None = None  # the speaker's exact values
+    want: int | None = None
+    spare: int | None = None
+    take: Vector | None = None
+    joint: bool = False  # `take` is best for both by the values that were stated
+    ask: bool = False
+    leave: bool = False
+    close: bool = False
+
+
+def utter(act: Act, counts: Vector, items: Sequence[str], rng: random.Random, *, told: bool, left: bool) -> str:
+    """The act in words. `told`, `left`: the other side has stated its values, has just walked away."""
+
+    def name(k: int) -> str:
+        return items[k] + "s" * (counts[k] > 1)
+
+    said: list[str] = []
+    if act.accept or act.confirm:
+        said.append(rng.choice(AGREE if act.accept else CONFIRM))
+    if act.refuse:
+        said.append(rng.choice(REFUSE) if act.want is None else rng.choice(REASON).format(name(act.want)))
+    if act.reveal is not None:
+        said.append(rng.choice(ALSO if told and rng.random() < 0.6 else REVEAL).format(_values(act.reveal, items, rng)))
+    if act.want is not None and not act.refuse:
+        said.append(rng.choice(WANT).format(name(act.want)))
+    if act.spare is not None:
+        said.append(rng.choice(SPARE).format(name(act.spare)))
+    if act.take is not None:
+        said.append(_offer(act.take, act.joint, counts, items, rng))
+    if act.ask:
+        said.append(rng.choice(ASK))
+    if act.leave:
+        said.append(rng.choice(BYE if left else LEAVE))
+    if act.close:
+        said += [CLOSE] if said else [rng.choice(HURRY), CLOSE]
+    return " ".join(said)
+
+
+def _values(values: Vector, items: Sequence[str], rng: random.Random) -> str:
+    article, verb = rng.choice((("", ""), ("", ""), ("a ", ""), ("a ", "is worth "), ("the ", "is "), ("each ", "")))
+    stated = [f"{article}{item} {value}" for item, value in zip(items, values, strict=True)]
+    return " , ".join([f"{article}{items[0]} {verb}{values[0]}", *stated[1:]])
+
+
+def _offer(take: Vector, joint: bool, counts: Vector, items: Sequence[str], rng: random.Random) -> str:
+    exact = rng.random() < 0.5
+    rest = tuple(c - t for c, t in zip(counts, take, strict=True))
+    if not any(t and r for t, r in zip(take, rest, strict=True)) and rng.random() < (0.75 if joint else 0.5):
+        shares = (
+            f"{_amount(c, c, item, exact)} for {'me' if t else 'you'}"
+            for t, c, item in zip(take, counts, items, strict=True)
+        )
+        return rng.choice(JOINT if joint else BY_ITEM).format(" , ".join(shares))
+    mine, yours = (
+        [_amount(n, c, item, exact) for n, c, item in zip(share, counts, items, strict=True) if n] or ["nothing"]
+        for share in (take, rest)
+    )
+    form = rng.choice(OFFER[:TERSE] if len(mine) + len(yours) > 4 else OFFER)
+    return form.format(" and ".join(mine), " and ".join(yours))
+
+
+def _amount(n: int, count: int, item: str, exact: bool) -> str:
+    """`n` of `count` items: "2 hats", or, when it is all of them and not `exact`, "both hats"."""
+    whole = "" if exact or n < count else {1: "the", 2: "both"}.get(n, f"all {n}")
+    return f"{whole or n} {item}{'s' * (n > 1)}"
