@@ -19,7 +19,7 @@ try:
 except ImportError:
     _lib = None
 
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("generic", "avx2", "avx512")
 
 
@@ -53,7 +53,7 @@ def describe() -> str:
 
 def serves(x: Tensor) -> bool:
     """Whether the C++ kernels take a tensor of this device and dtype."""
-    return _lib is not None and x.device.type == "cpu" and x.dtype in _DTYPES
+    return _lib is not None and x.device.type == "cpu" and x.dtype in DTYPES
 
 
 def check(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None) -> None:
@@ -81,7 +81,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
         weight = weight.contiguous()
     lib().linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
-        x.numel() // K if K else 0, O, K, _DTYPES[dtype], _DTYPES[out.dtype],
+        x.numel() // K if K else 0, O, K, DTYPES[dtype], DTYPES[out.dtype],
     )  # fmt: skip
     return out
 
@@ -113,7 +113,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
         residual, total = residual.contiguous(), torch.empty_like(x)
     lib().rms_norm(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
-        x.numel() // K if K else 0, K, eps, _DTYPES[x.dtype],
+        x.numel() // K if K else 0, K, eps, DTYPES[x.dtype],
     )  # fmt: skip
     return out, total
 
@@ -129,7 +129,7 @@ def rms_norm_backward(
     partial = torch.empty((-(-rows // 32), K), dtype=torch.float32)
     lib().rms_norm_backward(
         total.data_ptr(), weight.data_ptr(), grad.data_ptr(), 0 if grad_total is None else grad_total.contiguous().data_ptr(),
-        grad_x.data_ptr(), partial.data_ptr(), rows, K, eps, _DTYPES[total.dtype],
+        grad_x.data_ptr(), partial.data_ptr(), rows, K, eps, DTYPES[total.dtype],
     )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
 
@@ -139,7 +139,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     check("silu_mul", "up", up, tuple(gate.shape), gate.dtype)
     out = torch.empty_like(gate)
     K = gate.shape[-1]
-    lib().silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, _DTYPES[gate.dtype])
+    lib().silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, DTYPES[gate.dtype])
     return out
 
 
@@ -149,7 +149,7 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, T
     K = gate.shape[-1]
     lib().silu_mul_backward(
         gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(),
-        gate.numel() // K if K else 0, K, _DTYPES[gate.dtype],
+        gate.numel() // K if K else 0, K, DTYPES[gate.dtype],
     )  # fmt: skip
     return grad_gate, grad_up
 
@@ -166,7 +166,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) ->
     out = torch.empty_like(x)
     bad = lib().rope(
         x.data_ptr(), out.data_ptr(), cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), positions.contiguous().data_ptr(),
-        T, H, D, cos.shape[0], sign, _DTYPES[x.dtype],
+        T, H, D, cos.shape[0], sign, DTYPES[x.dtype],
     )  # fmt: skip
     if bad:
         raise ValueError(f"rope: positions[{bad - 1}] = {int(positions[bad - 1])}, accepted is 0 to {cos.shape[0] - 1}")
@@ -190,133 +190,3 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     )  # fmt: skip
     if bad:
         raise ValueError(f"write_kv: slots[{bad - 1}] = {int(slots[bad - 1])}, accepted is 0 to {n_slots - 1}")
-
-
-def _check_heads(op: str, q: Tensor, Hk: int) -> None:
-    if Hk == 0 or q.shape[1] % Hk:
-        raise ValueError(f"{op}: {q.shape[1]} query heads are no multiple of {Hk} key heads")
-    if q.shape[2] > 256:
-        raise ValueError(f"{op}: the head dim is {q.shape[2]}, accepted is at most 256")
-
-
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [T, Hq, D], what the backward needs of each row [T, Hq, 2] fp32)."""
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    check("packed_attention", "q", q, (None, None, None), None)
-    T, Hq, D = q.shape
-    check("packed_attention", "k", k, (T, None, D), q.dtype)
-    check("packed_attention", "v", v, tuple(k.shape), q.dtype)
-    check("packed_attention", "cu_seqlens", cu_seqlens, (None,), torch.int32)
-    _check_heads("packed_attention", q, k.shape[1])
-    if cu_seqlens[0] != 0 or cu_seqlens[-1] != T or bool((cu_seqlens[1:] < cu_seqlens[:-1]).any()):
-        raise ValueError(f"packed_attention: cu_seqlens must rise from 0 to T = {T}, it is {cu_seqlens.tolist()[:8]}...")
-    out, stats = torch.empty_like(q), torch.empty((T, Hq, 2), dtype=torch.float32)
-    lib().packed_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), cu_seqlens.contiguous().data_ptr(),
-        len(cu_seqlens) - 1, Hq, k.shape[1], D, scale, _DTYPES[q.dtype],
-    )  # fmt: skip
-    return out, stats
-
-
-def packed_attention_backward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, grad = q.contiguous(), k.contiguous(), v.contiguous(), grad.contiguous()
-    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    lib().attention_backward(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), grad.data_ptr(), grad_q.data_ptr(),
-        grad_k.data_ptr(), grad_v.data_ptr(), cu_seqlens.contiguous().data_ptr(), len(cu_seqlens) - 1,
-        q.shape[1], k.shape[1], q.shape[2], scale, _DTYPES[q.dtype],
-    )  # fmt: skip
-    return grad_q, grad_k, grad_v
-
-
-def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float
-) -> Tensor:
-    op = "paged_attention"
-    q = q.contiguous()
-    check(op, "q", q, (None, None, None), k_pages.dtype)
-    T, Hq, D = q.shape
-    check(op, "k_pages", k_pages, (None, None, None, D), q.dtype)
-    check(op, "v_pages", v_pages, tuple(k_pages.shape), q.dtype)
-    P, B, Hk, _ = k_pages.shape
-    S = context_lens.shape[0]
-    check(op, "block_table", block_table, (S, None), torch.int32)
-    check(op, "cu_seqlens", cu_seqlens, (S + 1,), torch.int32)
-    check(op, "context_lens", context_lens, (S,), torch.int32)
-    _check_heads(op, q, Hk)
-    if B % 16:
-        raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
-    out = torch.empty_like(q)
-    bad = lib().paged_attention(
-        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(), block_table.contiguous().data_ptr(),
-        cu_seqlens.data_ptr(), context_lens.data_ptr(), S, Hq, Hk, D, B, block_table.shape[1], P, scale, _DTYPES[q.dtype],
-    )  # fmt: skip
-    if bad:
-        raise ValueError(
-            f"{op}: sequence {bad - 1} of {int(context_lens[bad - 1])} tokens needs pages that block_table "
-            f"{block_table[bad - 1].tolist()} does not name; accepted is 0 to {P - 1}"
-        )
-    return out
-
-
-def _check_logits(op: str, logits: Tensor) -> None:
-    check(op, "logits", logits, (None, None), None)
-    if logits.shape[1] == 0:
-        raise ValueError(f"{op}: logits has an empty vocabulary")
-
-
-def temperatures(op: str, temperature: float | Tensor, n: int) -> Tensor:
-    """[n] fp32 positive temperatures."""
-    if not isinstance(temperature, Tensor):
-        temperature = torch.full((n,), float(temperature))
-    check(op, "temperature", temperature, (n,), torch.float32)
-    if bool((temperature <= 0).any()):
-        raise ValueError(f"{op}: temperature has {float(temperature.min())}, accepted is above 0")
-    return temperature.contiguous()
-
-
-def logprob(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    logits = logits.contiguous()
-    _check_logits("logprob", logits)
-    N, V = logits.shape
-    check("logprob", "targets", targets, (N,), torch.int64)
-    out, entropy = torch.empty(N), torch.empty(N)
-    bad = lib().logprob(
-        logits.data_ptr(), targets.contiguous().data_ptr(), temperature.data_ptr(), out.data_ptr(), entropy.data_ptr(),
-        N, V, _DTYPES[logits.dtype],
-    )  # fmt: skip
-    if bad:
-        raise ValueError(f"logprob: targets[{bad - 1}] = {int(targets[bad - 1])}, accepted is 0 to {V - 1}")
-    return out, entropy
-
-
-def logprob_backward(
-    logits: Tensor, targets: Tensor, temperature: Tensor, grad_logprob: Tensor, grad_entropy: Tensor | None
-) -> Tensor:
-    logits, targets, grad_logprob = logits.contiguous(), targets.contiguous(), grad_logprob.contiguous()
-    grad = torch.empty_like(logits)
-    lib().logprob_backward(
-        logits.data_ptr(), targets.data_ptr(), temperature.data_ptr(), grad_logprob.data_ptr(),
-        0 if grad_entropy is None else grad_entropy.contiguous().data_ptr(), grad.data_ptr(), *logits.shape, _DTYPES[logits.dtype],
-    )  # fmt: skip
-    return grad
-
-
-def sample(
-    logits: Tensor, temperature: Tensor, keep: Tensor | None, seed: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.contiguous()
-    _check_logits("sample", logits)
-    N, V = logits.shape
-    check("sample", "temperature", temperature, (N,), torch.float32)
-    check("sample", "seed", seed, (N,), torch.int64)
-    check("sample", "position", position, (N,), torch.int64)
-    token, out, entropy = torch.empty(N, dtype=torch.int64), torch.empty(N), torch.empty(N)
-    lib().sample(
-        logits.data_ptr(), temperature.contiguous().data_ptr(), 0 if keep is None else keep.contiguous().data_ptr(),
-        seed.contiguous().data_ptr(), position.contiguous().data_ptr(), token.data_ptr(), out.data_ptr(), entropy.data_ptr(),
-        N, V, _DTYPES[logits.dtype],
-    )  # fmt: skip
-    return token, out, entropy

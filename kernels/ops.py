@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from duologue.kernels import autograd, cpu, reference
+from duologue.kernels import attention, autograd, cpu, reference, softmax
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -81,8 +81,8 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
     if not cpu.serves(q):
         return reference.packed_attention(q, k, v, cu_seqlens, scale)
     if _plain(q, k, v):
-        return cpu.packed_attention(q, k, v, cu_seqlens, scale)[0]
-    out: Tensor = autograd.packed_attention(q, k, v, cu_seqlens, scale)[0]
+        return attention.packed(q, k, v, cu_seqlens, scale)[0]
+    out: Tensor = attention.packed_op(q, k, v, cu_seqlens, scale)[0]
     return out
 
 
@@ -100,8 +100,11 @@ def paged_attention(
     tokens ([S] int32), whose K and V are already in the pages block_table[s] ([S, max_pages] int32). One query is decode, many
     are prefill, and both mix. On CPU the bits equal those of `packed_attention` on the same keys.
     """
-    back_end = cpu if cpu.serves(q) else reference
-    return back_end.paged_attention(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
+    if not cpu.serves(q):
+        return reference.paged_attention(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
+    run = attention.paged_op if torch.compiler.is_compiling() else attention.paged
+    out: Tensor = run(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
+    return out
 
 
 def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
@@ -111,11 +114,8 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
     """
     if not cpu.serves(logits):
         return reference.logprob(logits, targets, temperature)
-    scale = cpu.temperatures("logprob", temperature, len(logits))
-    if _plain(logits):
-        return cpu.logprob(logits, targets, scale)
-    out: tuple[Tensor, Tensor] = autograd.logprob(logits, targets, scale)
-    return out
+    run = softmax.logprob_now if _plain(logits) else softmax.logprob_op
+    return run(logits, targets, temperature)
 
 
 def sample(
@@ -130,8 +130,6 @@ def sample(
     """
     if not cpu.serves(logits):
         return reference.sample(logits, temperature, top_k, top_p, min_p, seed, position)
-    keep = None
-    if bool((top_k > 0).any() | (top_p < 1).any() | (min_p > 0).any()):
-        scale = torch.where(temperature == 0, torch.ones_like(temperature), temperature)
-        keep = reference.keep_mask(logits.float() / scale.unsqueeze(-1), top_k, top_p, min_p)
-    return cpu.sample(logits, temperature, keep, seed, position)
+    run = softmax.sample_op if torch.compiler.is_compiling() else softmax.sample
+    out: tuple[Tensor, Tensor, Tensor] = run(logits, temperature, top_k, top_p, min_p, seed, position)
+    return out

@@ -127,26 +127,31 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def uniforms(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """[N, V] uniforms in (0, 1): key = seed, counter = (token id // 4, 0, position), one word per token id."""
+    """[N, V] fp32 uniforms in (0, 1): key = seed, counter = (token id // 4, 0, position), one word per token id.
+
+    All 32 bits count: a token wins by a small uniform, and there fp32 resolves them; 24 bits would cut the tail at 6e-8.
+    """
     block = torch.arange(-(-vocab_size // 4), device=seed.device)
     seed, position = seed.unsqueeze(1), position.unsqueeze(1)
     zero = torch.zeros_like(block)
     words = philox((block, zero, position & _MASK, (position >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))
     bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
-    return ((bits >> 8).double() + 0.5).mul(2.0**-24).float()
+    return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 def keep_mask(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """[N, V] support after top-k, then top-p, then min-p, each on what the one before kept (as transformers orders them)."""
-    order = logits.argsort(dim=-1, descending=True, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(logits.shape[-1], device=logits.device).expand_as(order))
+    """[N, V] support after top-k, then top-p, then min-p, each on what the one before kept (transformers' order).
+
+    A token stays when fewer than k (when less than p of the mass) lie strictly above it: so ties stay or go together.
+    """
     size = logits.shape[-1]
-    keep = rank < torch.where(top_k > 0, top_k, size).unsqueeze(-1)
-    probs = logits.masked_fill(~keep, float("-inf")).softmax(-1)
-    before = torch.zeros_like(probs).scatter_(-1, order, probs.gather(-1, order).cumsum(-1) - probs.gather(-1, order))
-    keep &= (before < top_p.unsqueeze(-1)) | (rank == 0)
-    probs = logits.masked_fill(~keep, float("-inf")).softmax(-1)
-    return keep & (probs >= min_p.unsqueeze(-1) * probs.amax(-1, keepdim=True))
+    ranked = logits.sort(dim=-1, descending=True).values
+    kth = torch.where(top_k > 0, top_k, size).clamp(max=size).long() - 1
+    least = ranked.gather(-1, kth.unsqueeze(-1))
+    probs = ranked.masked_fill(ranked < least, float("-inf")).softmax(-1)
+    within = (probs.cumsum(-1) - probs < top_p.unsqueeze(-1)).sum(-1, keepdim=True).clamp(min=1, max=size)
+    least = torch.where(top_p.unsqueeze(-1) < 1, torch.maximum(least, ranked.gather(-1, within - 1)), least)
+    return (logits >= least) & (logits >= ranked[:, :1] + min_p.unsqueeze(-1).log())
 
 
 def sample(
@@ -155,7 +160,7 @@ def sample(
     greedy = temperature == 0
     scale = torch.where(greedy, torch.ones_like(temperature), temperature)
     scaled = _scaled(logits, scale)
-    noise = -torch.log(-torch.log(uniforms(seed, position, logits.shape[-1])))
+    noise = -torch.log(-torch.log1p(-uniforms(seed, position, logits.shape[-1])))
     score = torch.where(greedy.unsqueeze(-1), scaled, scaled + noise)
     if bool((top_k > 0).any() | (top_p < 1).any() | (min_p > 0).any()):
         score = score.masked_fill(~keep_mask(scaled, top_k, top_p, min_p), float("-inf"))

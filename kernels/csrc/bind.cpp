@@ -65,21 +65,21 @@ int64_t write_kv(ptr k, ptr v, ptr k_pages, ptr v_pages, ptr slots, int64_t T, i
   return table->write_kv(&a, parallel_for);
 }
 
-int64_t packed_attention(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr cu_seqlens, int64_t S, int64_t Hq, int64_t Hk, int64_t D,
-                         float scale, int dtype) {
+int64_t packed_attention(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr cu_seqlens, int64_t T, int64_t S, int64_t Hq, int64_t Hk,
+                         int64_t D, float scale, int dtype) {
   AttentionArgs a = {};
   a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.stats = at<float>(stats);
-  a.cu_seqlens = at<int32_t>(cu_seqlens), a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.scale = scale, a.dtype = dtype;
+  a.cu_seqlens = at<int32_t>(cu_seqlens), a.T = T, a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.scale = scale, a.dtype = dtype;
   return table->attention(&a, parallel_for);
 }
 
-int64_t paged_attention(ptr q, ptr k_pages, ptr v_pages, ptr out, ptr block_table, ptr cu_seqlens, ptr context_lens, int64_t S,
-                        int64_t Hq, int64_t Hk, int64_t D, int64_t page_size, int64_t max_pages, int64_t n_pages, float scale,
-                        int dtype) {
+int64_t paged_attention(ptr q, ptr k_pages, ptr v_pages, ptr out, ptr block_table, ptr cu_seqlens, ptr context_lens, int64_t T,
+                        int64_t S, int64_t Hq, int64_t Hk, int64_t D, int64_t page_size, int64_t max_pages, int64_t n_pages,
+                        float scale, int dtype) {
   AttentionArgs a = {};
   a.q = at<void>(q), a.k = at<void>(k_pages), a.v = at<void>(v_pages), a.out = at<void>(out);
   a.block_table = at<int32_t>(block_table), a.cu_seqlens = at<int32_t>(cu_seqlens), a.context_lens = at<int32_t>(context_lens);
-  a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.page_size = page_size, a.max_pages = max_pages, a.n_pages = n_pages;
+  a.T = T, a.S = S, a.Hq = Hq, a.Hk = Hk, a.D = D, a.page_size = page_size, a.max_pages = max_pages, a.n_pages = n_pages;
   a.scale = scale, a.dtype = dtype;
   return table->attention(&a, parallel_for);
 }
@@ -93,29 +93,32 @@ void attention_backward(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr grad_out, p
   table->attention_backward(&a, parallel_for);
 }
 
-int64_t logprob(ptr logits, ptr targets, ptr temperature, ptr logprob, ptr entropy, int64_t N, int64_t V, int dtype) {
+int64_t logprob(ptr logits, ptr targets, ptr temperature, float one_temperature, ptr logprob, ptr entropy, ptr stats, int64_t N,
+                int64_t V, int dtype) {
   LogprobArgs a = {};
   a.logits = at<void>(logits), a.targets = at<int64_t>(targets), a.temperature = at<float>(temperature);
-  a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.N = N, a.V = V, a.dtype = dtype;
+  a.one_temperature = one_temperature, a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.stats = at<float>(stats);
+  a.N = N, a.V = V, a.dtype = dtype;
   return table->logprob(&a, parallel_for);
 }
 
-void logprob_backward(ptr logits, ptr targets, ptr temperature, ptr grad_logprob, ptr grad_entropy, ptr grad_logits, int64_t N,
-                      int64_t V, int dtype) {
+void logprob_backward(ptr logits, ptr targets, ptr temperature, float one_temperature, ptr entropy, ptr stats, ptr grad_logprob,
+                      ptr grad_entropy, ptr grad_logits, int64_t N, int64_t V, int dtype) {
   LogprobArgs a = {};
   a.logits = at<void>(logits), a.targets = at<int64_t>(targets), a.temperature = at<float>(temperature);
+  a.one_temperature = one_temperature, a.entropy = at<float>(entropy), a.stats = at<float>(stats);
   a.grad_logprob = at<float>(grad_logprob), a.grad_entropy = at<float>(grad_entropy), a.grad_logits = at<void>(grad_logits);
   a.N = N, a.V = V, a.dtype = dtype;
   table->logprob_backward(&a, parallel_for);
 }
 
-void sample(ptr logits, ptr temperature, ptr keep, ptr seed, ptr position, ptr token, ptr logprob, ptr entropy, int64_t N,
-            int64_t V, int dtype) {
+int64_t sample(ptr logits, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr seed, ptr position, ptr token, ptr logprob,
+               ptr entropy, int64_t N, int64_t V, int dtype) {
   LogprobArgs a = {};
-  a.logits = at<void>(logits), a.temperature = at<float>(temperature), a.keep = at<uint8_t>(keep), a.seed = at<int64_t>(seed);
-  a.position = at<int64_t>(position), a.token = at<int64_t>(token), a.logprob = at<float>(logprob);
-  a.entropy = at<float>(entropy), a.N = N, a.V = V, a.dtype = dtype;
-  table->sample(&a, parallel_for);
+  a.logits = at<void>(logits), a.temperature = at<float>(temperature), a.top_k = at<int32_t>(top_k);
+  a.top_p = at<float>(top_p), a.min_p = at<float>(min_p), a.seed = at<int64_t>(seed), a.position = at<int64_t>(position);
+  a.token = at<int64_t>(token), a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.N = N, a.V = V, a.dtype = dtype;
+  return table->sample(&a, parallel_for);
 }
 
 bool use(const std::string &name) {

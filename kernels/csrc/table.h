@@ -53,7 +53,7 @@ struct AttentionArgs {
   const int32_t *block_table; // [S, max_pages] or null
   const int32_t *cu_seqlens;  // [S + 1]
   const int32_t *context_lens; // [S] or null
-  int64_t S, Hq, Hk, D, page_size, max_pages, n_pages;
+  int64_t T, S, Hq, Hk, D, page_size, max_pages, n_pages;
   float scale;
   int dtype;
   // backward only
@@ -64,20 +64,23 @@ struct AttentionArgs {
 struct LogprobArgs {
   const void *logits; // [N, V]
   const int64_t *targets;
-  const float *temperature; // [N]
+  const float *temperature; // [N], or null: one_temperature
+  float one_temperature;
   float *logprob, *entropy; // [N]
+  float *stats;             // [N, 2]: largest logit, log of the sum, for the backward; or null
   int64_t N, V;
   int dtype;
   // backward only
-  const float *grad_logprob, *grad_entropy;
+  const float *grad_logprob, *grad_entropy; // the latter may be null
   void *grad_logits;
   // sampling only
-  const uint8_t *keep; // [N, V] or null
+  const int32_t *top_k;
+  const float *top_p, *min_p;
   const int64_t *seed, *position;
   int64_t *token;
 };
 
-// Functions return 0, or the 1-based index of the row whose integer input (target, position, slot, page) is out of range.
+// Functions return 0, or the 1-based index of the row whose input (target, position, slot, page, sampling parameter) is out of range.
 struct Table {
   const char *name;
   void (*linear)(const LinearArgs *, ParallelFor, int threads);
@@ -92,5 +95,5 @@ struct Table {
   void (*attention_backward)(const AttentionArgs *, ParallelFor);
   int64_t (*logprob)(const LogprobArgs *, ParallelFor);
   void (*logprob_backward)(const LogprobArgs *, ParallelFor);
-  void (*sample)(const LogprobArgs *, ParallelFor);
+  int64_t (*sample)(const LogprobArgs *, ParallelFor);
 };

@@ -1,0 +1,161 @@
+"""Log-prob, entropy and sampling on the C++ kernels: the contracts, and `torch.library` ops with gradients.
+
+Shapes: N rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from duologue.kernels.cpu import DTYPES, check, lib
+
+
+def _check_logits(op: str, logits: Tensor) -> tuple[int, int]:
+    check(op, "logits", logits, (None, None), None)
+    N, V = logits.shape
+    if V == 0:
+        raise ValueError(f"{op}: logits has an empty vocabulary")
+    return N, V
+
+
+def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+    """(one per row, one for all): the kernel takes either; making a tensor costs as much as a short call."""
+    if isinstance(temperature, Tensor):
+        return temperature.float().contiguous(), 1.0
+    return None, float(temperature)
+
+
+def logprob(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, *, keep_stats: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob [N], entropy [N], what the backward needs [N, 2] or nothing)."""
+    logits, targets = logits.contiguous(), targets.contiguous()
+    N, V = _check_logits("logprob", logits)
+    check("logprob", "targets", targets, (N,), torch.int64)
+    if temperatures is not None:
+        check("logprob", "temperature", temperatures, (N,), torch.float32)
+    out, entropy = torch.empty(N, dtype=torch.float32), torch.empty(N, dtype=torch.float32)
+    stats = torch.empty((N, 2) if keep_stats else 0, dtype=torch.float32)
+    bad = lib().logprob(
+        logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
+        out.data_ptr(), entropy.data_ptr(), stats.data_ptr() if keep_stats else 0, N, V, DTYPES[logits.dtype],
+    )  # fmt: skip
+    if bad:
+        target, used = int(targets[bad - 1]), temperature if temperatures is None else float(temperatures[bad - 1])
+        raise ValueError(
+            f"logprob: row {bad - 1} has target {target} and temperature {used}, accepted is 0 to {V - 1} and above 0"
+        )
+    return out, entropy, stats
+
+
+def sample(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = logits.contiguous()
+    N, V = _check_logits("sample", logits)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+    settings = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seed, position)]
+    for name, x, dtype in zip(names, settings, dtypes, strict=True):
+        check("sample", name, x, (N,), dtype)
+    token = torch.empty(N, dtype=torch.int64)
+    out, entropy = torch.empty(N, dtype=torch.float32), torch.empty(N, dtype=torch.float32)
+    bad = lib().sample(
+        logits.data_ptr(), *(x.data_ptr() for x in settings), token.data_ptr(), out.data_ptr(), entropy.data_ptr(),
+        N, V, DTYPES[logits.dtype],
+    )  # fmt: skip
+    if bad:
+        given = ", ".join(f"{name} = {x[bad - 1].item()}" for name, x in zip(names[:4], settings, strict=False))
+        raise ValueError(
+            f"sample: row {bad - 1} has {given}; accepted are temperature and top_k from 0, top_p and min_p from 0 to 1"
+        )
+    return token, out, entropy
+
+
+# ---- torch.library ops -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("duologue::logprob", mutates_args=())
+def _logprob_op(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return logprob(logits, targets, temperatures, temperature, keep_stats=True)
+
+
+@_logprob_op.register_fake
+def _(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = logits.shape[0]
+    new = logits.new_empty
+    return new(n, dtype=torch.float32), new(n, dtype=torch.float32), new((n, 2), dtype=torch.float32)
+
+
+@torch.library.custom_op("duologue::logprob_backward", mutates_args=())
+def _logprob_backward_op(
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+) -> Tensor:
+    logits, targets = logits.contiguous(), targets.contiguous()
+    grad_logprob, grad_entropy, grad = grad_logprob.contiguous(), grad_entropy.contiguous(), torch.empty_like(logits)
+    lib().logprob_backward(
+        logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
+        entropy.data_ptr(), stats.data_ptr(), grad_logprob.data_ptr(), grad_entropy.data_ptr(), grad.data_ptr(),
+        *logits.shape, DTYPES[logits.dtype],
+    )  # fmt: skip
+    return grad
+
+
+@_logprob_backward_op.register_fake
+def _(logits: Tensor, *_: Any) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    logits, targets, temperatures, ctx.temperature = inputs
+    ctx.save_for_backward(logits, targets, temperatures, *output[1:])
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    logits, targets, temperatures, entropy, stats = ctx.saved_tensors
+    grad = _logprob_backward_op(
+        logits, targets, temperatures, ctx.temperature, entropy, stats, grad_logprob, grad_entropy
+    )
+    return grad, None, None, None
+
+
+_logprob_op.register_autograd(_backward, setup_context=_setup)
+
+
+def logprob_op(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    out: tuple[Tensor, Tensor, Tensor] = _logprob_op(logits, targets, *_split(temperature))
+    return out[:2]
+
+
+def logprob_now(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    return logprob(logits, targets, *_split(temperature))[:2]
+
+
+@torch.library.custom_op("duologue::sample", mutates_args=())
+def sample_op(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return sample(logits, temperature, top_k, top_p, min_p, seed, position)
+
+
+@sample_op.register_fake
+def _(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    new, n = logits.new_empty, logits.shape[0]
+    return new(n, dtype=torch.int64), new(n, dtype=torch.float32), new(n, dtype=torch.float32)
