@@ -76,7 +76,8 @@ def paged(
     out = torch.empty_like(q)
     bad = lib().paged_attention(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(), block_table.data_ptr(),
-        cu_seqlens.data_ptr(), context_lens.data_ptr(), T, S, Hq, Hk, D, B, block_table.shape[1], P, scale, DTYPES[q.dtype],
+        cu_seqlens.data_ptr(), context_lens.data_ptr(), T, S, Hq, Hk, D, B, block_table.shape[1], P, scale,
+        DTYPES[q.dtype],
     )  # fmt: skip
     _check_lengths(op, bad, T)
     if bad:
