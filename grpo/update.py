@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duologue.grpo.batch import Batch, Row, pack, split_rows
+from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
 from duologue.kernels import ops
-from duologue.model.decoder import Decoder, PackedAttention
+from duologue.model.decoder import Decoder
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,8 +30,8 @@ class UpdateStats:
 def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs, entropies, target indices), each [N], of the batch's trained tokens. The head runs on these positions only."""
     targets = batch.targets
-    hidden_TH = model.hidden(batch.token_ids, batch.positions, PackedAttention(batch.cu_seqlens, model.scale))
-    logprob, entropy = ops.logprob(model.head(hidden_TH[targets - 1]), batch.token_ids[targets], temperature)
+    hidden_NH = hidden_nodes(model, batch).index_select(0, batch.nodes[targets - 1])
+    logprob, entropy = ops.logprob(model.head(hidden_NH), batch.token_ids[targets], temperature)
     return logprob, entropy, targets
 
 
