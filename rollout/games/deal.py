@@ -13,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
@@ -68,12 +68,13 @@ def count_vectors(types: int = 3, low: int = 5, high: int = 7) -> list[Vector]:
     return [c for c in itertools.product(range(1, 5), repeat=types) if low <= sum(c) <= high]
 
 
-def value_vectors(counts: Vector, total: int) -> list[Vector]:
+@cache
+def value_vectors(counts: Vector, total: int) -> tuple[Vector, ...]:
     """Non-negative integer values per item for which everything together is worth `total`."""
     if len(counts) == 1:
-        return [(total // counts[0],)] if total % counts[0] == 0 else []
+        return ((total // counts[0],),) if total % counts[0] == 0 else ()
     head, tail = counts[0], counts[1:]
-    return [(v, *rest) for v in range(total // head + 1) for rest in value_vectors(tail, total - head * v)]
+    return tuple((v, *rest) for v in range(total // head + 1) for rest in value_vectors(tail, total - head * v))
 
 
 def count_range(types: int) -> tuple[int, int]:
@@ -94,14 +95,14 @@ def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
     """Up to `n` different ones of `contexts`, drawn evenly without listing them: four types have millions. Fewer than
     `n` only when hardly any pair of values is a context."""
     rng = random.Random(seed)
-    valued = {counts: value_vectors(counts, total) for counts in count_vectors(types, *count_range(types))}
-    weights = [len(vectors) ** 2 for vectors in valued.values()]
+    choices = [(counts, value_vectors(counts, total)) for counts in count_vectors(types, *count_range(types))]
+    weights = list(itertools.accumulate(len(v) ** 2 for _, v in choices))
     found: dict[Deal, None] = {}
     for _ in range(20 * n):
         if len(found) == n:
             break
-        counts = rng.choices(list(valued), weights)[0]
-        pair = (rng.choice(valued[counts]), rng.choice(valued[counts]))
+        counts, vectors = rng.choices(choices, cum_weights=weights)[0]
+        pair = (rng.choice(vectors), rng.choice(vectors))
         if _worth_talking(pair):
             found[Deal(counts, pair)] = None
     return list(found)

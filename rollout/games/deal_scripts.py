@@ -15,7 +15,7 @@ from duologue.rollout.games.deal import Deal, DealGame, Vector
 from duologue.rollout.games.deal_words import Act, utter
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
-TEMPERAMENTS = {"open": 0.41, "vague": 0.14, "hard": 0.18, "splitter": 0.15, "hasty": 0.12}
+TEMPERAMENTS = {"open": 0.41, "vague": 0.13, "hard": 0.18, "splitter": 0.15, "hasty": 0.13}
 MAX_UTTERANCES = 9
 # What an offer must be worth to be accepted, less one per refusal; open asks for more where it knows more.
 ENOUGH = {"open": 2, "vague": 4, "hard": 8, "splitter": 3, "hasty": 0}
@@ -76,7 +76,8 @@ class Negotiator:
             act = Act(confirm=True, close=True)
         elif heard.offer is not None and self._content(heard.offer):
             self.agreed = heard.offer
-            act = Act(accept=True, close=self.spoken > 0 and self._chance(0.65))
+            late = 2 * self.spoken + 2 >= MAX_UTTERANCES
+            act = Act(accept=True, close=late or (self.spoken > 0 and self._chance(0.65)))
         elif heard.last.leave and (self.heard.offer is None and self._chance(0.6)):
             act = Act(leave=True)
         elif self.temperament != "open" and self._chance(2 * CANDOUR if heard.last.ask else CANDOUR):
