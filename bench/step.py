@@ -23,8 +23,10 @@ from typing import Any
 import torch
 from duologue.grpo.advantage import group_advantages
 from duologue.grpo.batch import Row
+from duologue.grpo.config import from_dict
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.setup import use_threads
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.model.checkpoint import load_model
 from duologue.rollout.engine.engine import Engine
@@ -62,6 +64,8 @@ def reward(token_ids: list[int]) -> float:
 
 def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
     """Seconds of each step, and of its rollout and update."""
+    threads = torch.get_num_threads()
+    use_threads(from_dict({"model": {"device": device}}))  # as `duologue train` does
     model, _ = load_model(folder, device)
     engine = Engine(model)
     optimizer = Optimizer(model, betas=BETAS, weight_decay=0.0, max_grad_norm=1.0)
@@ -92,6 +96,7 @@ def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) ->
         assert sum(row.n_trained for row in rows) == SAMPLED
         for name, value in (("step", ended - began), ("rollout", rolled - began), ("update", ended - rolled)):
             seconds[name].append(value)
+    torch.set_num_threads(threads)
     return {name: values[WARMUP:] for name, values in seconds.items()}
 
 
