@@ -20,6 +20,15 @@ DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = [1, 7, 15, 16, 17, 64, 127, 129]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """torch's OpenMP threads spin after each call; on few cores they starve the kernels under test."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(request.param)

@@ -121,6 +121,12 @@ int64_t sample(ptr logits, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr
   return table->sample(&a, parallel_for);
 }
 
+void uniforms(ptr seed, ptr position, ptr out, int64_t N, int64_t V) {
+  LogprobArgs a = {};
+  a.seed = at<int64_t>(seed), a.position = at<int64_t>(position), a.logprob = at<float>(out), a.N = N, a.V = V;
+  table->uniforms(&a);
+}
+
 bool use(const std::string &name) {
   const Table *found = name.empty() ? best_table() : find_table(name.c_str());
   if (found) table = found;
@@ -146,6 +152,7 @@ NB_MODULE(_cpu, m) {
   m.def("logprob", &logprob, no_gil);
   m.def("logprob_backward", &logprob_backward, no_gil);
   m.def("sample", &sample, no_gil);
+  m.def("uniforms", &uniforms, no_gil);
   m.def("use", &use, "Choose an instruction set by name ('' = the best); False when it cannot run here.");
   m.def("name", [] { return std::string(table->name); });
   m.def("threads", &thread_count);

@@ -96,4 +96,5 @@ struct Table {
   int64_t (*logprob)(const LogprobArgs *, ParallelFor);
   void (*logprob_backward)(const LogprobArgs *, ParallelFor);
   int64_t (*sample)(const LogprobArgs *, ParallelFor);
+  void (*uniforms)(const LogprobArgs *);
 };
