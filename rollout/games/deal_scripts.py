@@ -119,7 +119,10 @@ class Negotiator:
         """The open thing to do next: offer the best joint deal, or state the values, or ask."""
         theirs, pending = self.heard.values, self.heard.offer is not None
         if theirs is not None and (self.revealed or not (self.heard.last.ask or self._chance(0.3))):
-            return Act(take=self._joint_best(theirs), refuse=pending, joint=True)
+            take = self._joint_best(theirs)
+            if self._chance(0.65):
+                return Act(take=take, reveal=self.values, against=theirs, refuse=pending, best=True)
+            return Act(take=take, refuse=pending, best=True)
         if not self.revealed:
             refuse = pending and self._chance(0.6)
             return Act(reveal=self.values, refuse=refuse, ask=theirs is None and not refuse and self._chance(0.5))

@@ -1,7 +1,9 @@
 """What a scripted negotiator of `deal` can mean, and how it says it.
 
 An `Act` is an utterance before it is words; it holds all that the other side learns from it. Offers name exactly who
-gets what, always in the order of the items, so that the words alone decide the final statements.
+gets what, mostly item by item in the order of the items: what is said next to each other needs no memory and no
+arithmetic across the sentence, which is what a small model learns late. For the same reason an offer that is best for
+both may set the two values of each item side by side before it says who gets it.
 """
 
 from __future__ import annotations
@@ -69,15 +71,23 @@ OFFER = (
     "can we do {0} for me , {1} for you ?",
     "you could have {1} , and i {0} .",
 )
-TERSE = 4  # the first of these, for offers with many parts
+TERSE = 4  # as many of a list's first forms go with an offer of many parts
 BY_ITEM = ("{0} .", "how about {0} ?", "i suggest {0} .", "what if {0} ?", "then {0} .", "so {0} , ok ?")
 JOINT = (
     "best for both : {0} .",
     "each gets what it likes more : {0} .",
     "so we waste nothing : {0} .",
-    "by our values , {0} .",
+    "by our values {0} .",
     "together we win most with {0} .",
     "the best is {0} .",
+)
+COMPARE = (  # "book 4 to 1 for me": worth 4 to me and 1 to you, so all of the type goes to me
+    "{0} .",
+    "{0} , ok ?",
+    "compare : {0} .",
+    "me to you : {0} .",
+    "side by side : {0} .",
+    "then {0} .",
 )
 REFUSE = (
     "no .",
@@ -138,7 +148,8 @@ class Act:
     want: int | None = None
     spare: int | None = None
     take: Vector | None = None
-    joint: bool = False  # `take` is best for both by the values that were stated
+    best: bool = False  # `take` is the best for both that the speaker can see
+    against: Vector | None = None  # with `reveal` and `take`: the other's values, item by item against the own ones
     ask: bool = False
     leave: bool = False
     close: bool = False
@@ -154,15 +165,16 @@ def utter(act: Act, counts: Vector, items: Sequence[str], rng: random.Random, *,
     if act.accept or act.confirm:
         said.append(rng.choice(AGREE if act.accept else CONFIRM))
     if act.refuse:
-        said.append(rng.choice(REFUSE) if act.want is None else rng.choice(REASON).format(name(act.want)))
-    if act.reveal is not None:
+        forms = REFUSE[:TERSE] if act.take is not None and _splits(act.take, counts) > 1 else REFUSE
+        said.append(rng.choice(forms) if act.want is None else rng.choice(REASON).format(name(act.want)))
+    if act.reveal is not None and act.against is None:
         said.append(rng.choice(ALSO if told and rng.random() < 0.6 else REVEAL).format(_values(act.reveal, items, rng)))
     if act.want is not None and not act.refuse:
         said.append(rng.choice(WANT).format(name(act.want)))
     if act.spare is not None:
         said.append(rng.choice(SPARE).format(name(act.spare)))
     if act.take is not None:
-        said.append(_offer(act.take, act.joint, counts, items, rng))
+        said.append(_offer(act, act.take, counts, items, rng))
     if act.ask:
         said.append(rng.choice(ASK))
     if act.leave:
@@ -173,26 +185,40 @@ def utter(act: Act, counts: Vector, items: Sequence[str], rng: random.Random, *,
 
 
 def _values(values: Vector, items: Sequence[str], rng: random.Random) -> str:
-    article, verb = rng.choice((("", ""), ("", ""), ("a ", ""), ("a ", "is worth "), ("the ", "is "), ("each ", "")))
+    article, verb = rng.choice((("", ""),) * 5 + (("a ", ""), ("a ", "is worth "), ("the ", "is "), ("each ", "")))
     stated = [f"{article}{item} {value}" for item, value in zip(items, values, strict=True)]
     return " , ".join([f"{article}{items[0]} {verb}{values[0]}", *stated[1:]])
 
 
-def _offer(take: Vector, joint: bool, counts: Vector, items: Sequence[str], rng: random.Random) -> str:
-    exact = rng.random() < 0.5
+def _offer(act: Act, take: Vector, counts: Vector, items: Sequence[str], rng: random.Random) -> str:
+    if act.reveal is not None and act.against is not None:
+        whose = ("me" if t else "you" for t in take)
+        compared = zip(items, act.reveal, act.against, whose, strict=True)
+        return rng.choice(COMPARE).format(" , ".join(f"{item} {m} to {y} for {who}" for item, m, y, who in compared))
+    exact = rng.random() < 0.75
     rest = tuple(c - t for c, t in zip(counts, take, strict=True))
-    if not any(t and r for t, r in zip(take, rest, strict=True)) and rng.random() < (0.75 if joint else 0.5):
-        shares = (
-            f"{_amount(c, c, item, exact)} for {'me' if t else 'you'}"
-            for t, c, item in zip(take, counts, items, strict=True)
-        )
-        return rng.choice(JOINT if joint else BY_ITEM).format(" , ".join(shares))
+    if rng.random() < 0.75:
+        parts = (_part(t, c, item, exact) for t, c, item in zip(take, counts, items, strict=True))
+        forms = JOINT if act.best else BY_ITEM[:1] if _splits(take, counts) > 1 else BY_ITEM
+        return rng.choice(forms).format(" , ".join(parts))
     mine, yours = (
         [_amount(n, c, item, exact) for n, c, item in zip(share, counts, items, strict=True) if n] or ["nothing"]
         for share in (take, rest)
     )
     form = rng.choice(OFFER[:TERSE] if len(mine) + len(yours) > 4 else OFFER)
     return form.format(" and ".join(mine), " and ".join(yours))
+
+
+def _splits(take: Vector, counts: Vector) -> int:
+    """How many types are divided."""
+    return sum(0 < t < c for t, c in zip(take, counts, strict=True))
+
+
+def _part(n: int, count: int, item: str, exact: bool) -> str:
+    """Who gets how many of one type: "2 hats for me and 1 for you"."""
+    if n in (0, count):
+        return f"{_amount(count, count, item, exact)} for {'me' if n else 'you'}"
+    return f"{_amount(n, count, item, exact)} for me and {count - n} for you"
 
 
 def _amount(n: int, count: int, item: str, exact: bool) -> str:
