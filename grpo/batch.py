@@ -1,10 +1,10 @@
 """The packed contract between rollouts and updates: one row per (dialogue, role), rows one after the other, no padding.
 
-Position t's mask, behaviour log-prob and advantage belong to token t itself, as a target: it is predicted from position t - 1, so
-the first token of a row can never be trained.
+Position t's mask, behaviour log-prob and advantage belong to token t itself, as a target: it is predicted from
+position t - 1, so the first token of a row can never be trained.
 
-The rows of a group begin alike. Positions of equal prefixes have equal hidden states, so each is a node of a tree and goes
-through the model once (`nodes`, `first`); only attention sees the rows at full length.
+The rows of a group begin alike. Positions of equal prefixes have equal hidden states, so each is a node of a tree
+and goes through the model once (`nodes`, `first`); only attention sees the rows at full length.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder
+from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,7 +65,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
     """Lay rows one after the other. ValueError for a row whose first token is marked: nothing predicts it."""
     for row in rows:
         if row.loss_mask and row.loss_mask[0]:
-            raise ValueError(f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training, nothing predicts it")
+            raise ValueError(f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training")
         assert len(row.token_ids) == len(row.loss_mask) == len(row.logprobs)
     lengths = [len(row.token_ids) for row in rows]
     nodes, first = _prefix_tree(rows)
@@ -76,7 +75,9 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
         loss_mask=torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.bool, device=device),
         behaviour_logprobs=torch.tensor([x for row in rows for x in row.logprobs], dtype=torch.float32, device=device),
-        advantages=torch.tensor([row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device),
+        advantages=torch.tensor(
+            [row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device
+        ),
         dialogue_id=torch.tensor([row.dialogue_id for row in rows], dtype=torch.int64, device=device),
         role=torch.tensor([row.role for row in rows], dtype=torch.int64, device=device),
         nodes=torch.tensor(nodes, dtype=torch.int64, device=device),
@@ -99,7 +100,7 @@ def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
 
 
 class TreeAttention:
-    """Attention context of a batch whose tokens are its nodes (T = U): lays them out as rows, and takes their outputs back."""
+    """Attention context of a batch whose tokens are its nodes (T = U): lays out rows, takes the outputs back."""
 
     def __init__(self, batch: Batch, scale: float) -> None:
         self.batch = batch

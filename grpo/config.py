@@ -1,4 +1,7 @@
-"""The configuration of a run: frozen, read from TOML and `section.key=value` overrides. Unknown keys are errors; nothing writes back."""
+"""The configuration of a run: frozen, read from TOML and `section.key=value` overrides; nothing writes back.
+
+Whatever is unknown, of another type or out of range is a ValueError that names the key, the value and what is accepted.
+"""
 
 from __future__ import annotations
 
@@ -133,58 +136,22 @@ class Config:
 
     def __post_init__(self) -> None:
         for key, accepted in _CHOICES.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+            value = self.value(key)
             for item in value if isinstance(value, tuple) else (value,):
                 if item not in accepted:
                     raise ValueError(f"{key} = {item!r}: accepted is one of {', '.join(map(repr, accepted))}")
         for key, (low, high) in _RANGES.items():
-            section, name = key.split(".")
-            value = getattr(getattr(self, section), name)
+            value = self.value(key)
             if not low <= value <= high:
                 raise ValueError(f"{key} = {value}: accepted is {low} to {'any' if high == _ANY else high}")
-        self._check_together()
+        for key, rule, holds in _rules(self):
+            if not holds:
+                raise ValueError(f"{key} = {_toml(self.value(key))}: accepted is {rule}")
 
-    def _check_together(self) -> None:
-        d, m, r, game = self.dialogue, self.model, self.rollout, self.game
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", m.device):
-            raise ValueError(f"model.device = {m.device!r}: accepted is cpu, cuda or cuda:N")
-        if game.walk_away and (game.objective != "selfish" or not 0 <= game.walk_away <= game.total_value):
-            raise ValueError(
-                f"game.walk_away = {game.walk_away}: accepted is 0, or with game.objective = 'selfish' up to the total {game.total_value}"
-            )
-        if d.top_p != 1.0:
-            raise ValueError(
-                f"dialogue.top_p = {d.top_p}: accepted is 1.0. A truncated sample trained with the full softmax biases the ratio"
-            )
-        if d.temperature == 0:
-            raise ValueError("dialogue.temperature = 0: accepted is above 0, greedy dialogues are all alike and teach nothing")
-        if r.page_size % 16:
-            raise ValueError(f"rollout.page_size = {r.page_size}: accepted is a multiple of 16")
-        if not r.exact and m.device == "cpu":
-            raise ValueError("rollout.exact = false: the CPU kernels are always exact, the setting has no effect there; leave it out")
-        if self.grpo.tis_cap and r.exact:
-            raise ValueError(f"grpo.tis_cap = {self.grpo.tis_cap}: accepted is 0 while rollout.exact = true, where the weight is 1 anyway")
-        if len(self.grpo.betas) != 2 or not all(0 <= beta < 1 for beta in self.grpo.betas):
-            raise ValueError(f"grpo.betas = {list(self.grpo.betas)}: accepted is a list of two numbers from 0 to below 1")
-        if not self.grpo.train_kinds or len(set(self.grpo.train_kinds)) < len(self.grpo.train_kinds):
-            raise ValueError(f"grpo.train_kinds = {list(self.grpo.train_kinds)}: accepted is 'utterance', 'final' or both, each once")
-        if self.grpo.dual_clip and (self.grpo.dual_clip <= 1 + self.grpo.clip_high or self.grpo.loss == "cispo"):
-            raise ValueError(
-                f"grpo.dual_clip = {self.grpo.dual_clip}: accepted is 0, or above 1 + clip_high = {1 + self.grpo.clip_high:g} for a loss "
-                "other than cispo"
-            )
-        if self.grpo.imitation_coef and not self.imitation.dialogues:
-            raise ValueError("grpo.imitation_coef needs imitation.dialogues above 0")
-        if self.grpo.advantage == "running" and not self.grpo.per_role:
-            raise ValueError("grpo.per_role = false contradicts grpo.advantage = 'running', which keeps a baseline per role")
-        if not m.path and m.num_heads % m.num_kv_heads:
-            raise ValueError(f"model.num_heads = {m.num_heads} is no multiple of model.num_kv_heads = {m.num_kv_heads}")
-        if not m.path and (m.head_dim % 2 or (m.head_dim == 0 and m.hidden_size % (2 * m.num_heads))):
-            raise ValueError(
-                f"model.head_dim = {m.head_dim}: accepted is an even number, or 0 where hidden_size / num_heads is one "
-                f"({m.hidden_size} / {m.num_heads})"
-            )
+    def value(self, key: str) -> Any:
+        """What `section.key` is set to."""
+        section, name = key.split(".")
+        return getattr(getattr(self, section), name)
 
     def to_toml(self) -> str:
         """The resolved configuration; `load_config` reads it back to an equal one."""
@@ -212,7 +179,11 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("heldout", "train"),
 }
 _RANGES: dict[str, tuple[float, float]] = {
-    **{f"model.{k}": (1, _ANY) for k in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")},
+    "model.hidden_size": (1, _ANY),
+    "model.intermediate_size": (1, _ANY),
+    "model.num_layers": (1, _ANY),
+    "model.num_heads": (1, _ANY),
+    "model.num_kv_heads": (1, _ANY),
     "model.vocab_size": (261, _ANY),
     "model.max_position": (32, _ANY),
     "model.head_dim": (0, 256),
@@ -257,6 +228,55 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 
 
+def _rules(c: Config) -> list[tuple[str, str, bool]]:
+    """(key, what is accepted, whether it holds) where a range is not enough: forms, and keys that depend on others."""
+    m, game, g, r = c.model, c.game, c.grpo, c.rollout
+    scratch = not m.path  # otherwise the sizes are the checkpoint's
+    dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
+    size = f"an even number, or 0 where hidden_size / num_heads ({m.hidden_size} / {m.num_heads}) is one"
+    full = "1.0: a truncated sample trained with the full softmax biases the ratio"
+    walk_away = f"0, or with game.objective = 'selfish' up to the total {game.total_value}"
+    return [
+        ("model.device", "cpu, cuda or cuda:N", bool(re.fullmatch(r"cpu|cuda(:\d+)?", m.device))),
+        (
+            "model.num_heads",
+            f"a multiple of num_kv_heads ({m.num_kv_heads})",
+            not scratch or m.num_heads % m.num_kv_heads == 0,
+        ),
+        ("model.head_dim", size, not scratch or (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0),
+        (
+            "game.walk_away",
+            walk_away,
+            not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
+        ),
+        ("dialogue.top_p", full, c.dialogue.top_p == 1),
+        (
+            "dialogue.temperature",
+            "above 0: greedy dialogues are all alike and teach nothing",
+            c.dialogue.temperature > 0,
+        ),
+        ("rollout.page_size", "a multiple of 16", r.page_size % 16 == 0),
+        ("rollout.exact", "true on cpu, where the kernels are always exact", r.exact or m.device != "cpu"),
+        ("grpo.tis_cap", "0 while rollout.exact = true, where the weight would be 1", not (g.tis_cap and r.exact)),
+        (
+            "grpo.betas",
+            "a list of two numbers from 0 to below 1",
+            len(g.betas) == 2 and all(0 <= b < 1 for b in g.betas),
+        ),
+        (
+            "grpo.train_kinds",
+            "'utterance', 'final' or both, each once",
+            0 < len(set(g.train_kinds)) == len(g.train_kinds),
+        ),
+        ("grpo.dual_clip", dual, not g.dual_clip or (g.dual_clip > 1 + g.clip_high and g.loss != "cispo")),
+        (
+            "grpo.per_role",
+            "true with grpo.advantage = 'running', which is per role",
+            g.per_role or g.advantage != "running",
+        ),
+    ]
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -276,7 +296,8 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
     if not path.suffix and not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.toml"))
         if recipe_or_path not in known:
-            raise ValueError(f"unknown recipe {recipe_or_path!r}: {_accepted(recipe_or_path, known)}, or a path to a .toml file")
+            accepted = f"{_accepted(recipe_or_path, known)}, or a path to a .toml file"
+            raise ValueError(f"unknown recipe {recipe_or_path!r}: {accepted}")
         path = RECIPES / f"{recipe_or_path}.toml"
     if not path.is_file():
         raise ValueError(f"there is no file {path}")
@@ -297,7 +318,7 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def _parse(text: str, is_string: bool) -> Any:
-    """A TOML value, or else the bare text. Where a string is wanted only quotes make it TOML, so that a path may be any text."""
+    """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path passes."""
     try:
         value = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -1,7 +1,8 @@
 """AdamW with fp32 master weights, a learning-rate schedule, and gradient clipping by the global norm.
 
-The update is `torch.optim.AdamW`'s, fused (5 to 7 times as fast as its foreach form on a 4M-parameter model on CPU). The model's
-parameters are written in place, so the rollout engine, which holds the same tensors, has the new weights at once.
+The update is `torch.optim.AdamW`'s, fused (5 to 7 times as fast as its foreach form on a 4M-parameter model on
+CPU). The model's parameters are written in place, so the rollout engine, which holds the same tensors, has the new
+weights at once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ SCHEDULES = ("constant", "cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1) -> float:
-    """Of update `step` (from 0): linear warm-up, then constant, or a cosine from `peak` to `floor * peak` at the last step."""
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1
+) -> float:
+    """Of update `step` (from 0): linear warm-up, then constant, or a cosine down to `floor * peak` at the last step."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: accepted is one of {', '.join(SCHEDULES)}")
     if step < warmup_steps:
@@ -34,9 +37,13 @@ class Optimizer:
     bf16 and fp16 parameters get an fp32 master copy, and their gradients are summed in fp32 by `accumulate`.
     """
 
-    def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
+    ) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()}
+        self.masters: dict[str, Tensor] = {
+            n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()
+        }
         self.max_grad_norm = max_grad_norm  # 0 = no clipping
         groups = [
             {"params": [m for m in self.masters.values() if m.dim() >= 2], "weight_decay": weight_decay},
@@ -49,7 +56,7 @@ class Optimizer:
             self._adamw.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
 
     def accumulate(self) -> None:
-        """After a micro-batch: move low-precision gradients into fp32 sums. fp32 ones autograd sums well enough itself."""
+        """After a micro-batch: move low-precision gradients into fp32 sums; autograd sums the others well enough."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
@@ -102,7 +109,7 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on exactly where `state` was taken. ValueError names a tensor that is missing, surplus or of another shape."""
+        """Go on exactly where `state` was taken. ValueError names a tensor missing, surplus or of another shape."""
         own = self.state_dict()
         if wrong := sorted(own.keys() ^ state.keys()):
             problem = "is missing" if wrong[0] in own else "belongs to no parameter here"
