@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder, rope_tables
+from duologue.model.decoder import Decoder
 from duologue.model.files import write_folder
 from duologue.model.tokenizer import Tokenizer
 
@@ -69,7 +69,6 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
         found.add(name)
     if missing := sorted(wanted.keys() - found):
         raise ValueError(f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}")
-    model.cos, model.sin = (table.to(device) for table in rope_tables(model.config))
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:

@@ -7,11 +7,23 @@ from typing import Any
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_TYPES = ("default", "linear", "llama3")
+BIASES = {  # (qkv, o, mlp)
+    "llama": ((False, False, False), (True, True, False), (False, False, True), (True, True, True)),
+    "qwen2": ((True, False, False),),
+    "qwen3": ((False, False, False), (True, True, False)),
+}
+# Settings that would change what the model computes, and the only value of each that is computed here.
+FIXED = {
+    "hidden_act": "silu",
+    "use_sliding_window": False,
+    "partial_rotary_factor": 1.0,
+    "quantization_config": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """`kind` "linear" divides positions by `factor`; "llama3" divides low frequencies only (see decoder.rope_frequencies)."""
+    """`kind` "linear" divides every frequency by `factor`, "llama3" the low ones only (decoder.rope_frequencies)."""
 
     kind: str
     factor: float
@@ -22,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A Llama, Qwen2 or Qwen3 decoder."""
+    """A Llama, Qwen2 or Qwen3 decoder. The family decides what can be said and whether heads are normalised."""
 
     model_type: str
     vocab_size: int
@@ -47,43 +59,62 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.model_type not in FAMILIES:
             raise ValueError(f"model_type = {self.model_type!r}: accepted is one of {', '.join(FAMILIES)}")
+        layer = ("hidden_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim")
+        for name in (*layer, "vocab_size", "num_layers", "max_position_embeddings"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} = {value!r}: accepted is an integer >= 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.num_heads} attention heads are no multiple of {self.num_kv_heads} key-value heads")
+            raise ValueError(f"num_heads = {self.num_heads}: accepted is a multiple of num_kv_heads {self.num_kv_heads}")
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim}: accepted is an even number (rotary embedding works on pairs)")
+            raise ValueError(f"head_dim = {self.head_dim}: accepted is an even number (rotary embedding turns pairs)")
+        biases = (self.qkv_bias, self.o_bias, self.mlp_bias)
+        accepted = BIASES[self.model_type]
+        if biases not in accepted:  # a checkpoint of this family could not say it
+            raise ValueError(f"(qkv_bias, o_bias, mlp_bias) = {biases}: accepted for {self.model_type} is {accepted}")
 
     @property
     def qk_norm(self) -> bool:
         """Qwen3 normalises every query and key head."""
         return self.model_type == "qwen3"
 
+    @property
+    def num_parameters(self) -> int:
+        """Trained numbers of the whole model; a tied head counts once."""
+        H, I, D = self.hidden_size, self.intermediate_size, self.head_dim
+        q, kv = self.num_heads * D, self.num_kv_heads * D
+        attention = 2 * H * q + 2 * H * kv + self.qkv_bias * (q + 2 * kv) + self.o_bias * H + self.qk_norm * 2 * D
+        mlp = 3 * H * I + self.mlp_bias * (2 * I + H)
+        embeddings = self.vocab_size * H * (1 if self.tie_word_embeddings else 2)
+        return embeddings + self.num_layers * (attention + mlp + 2 * H) + H
+
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """From the object in config.json; a missing key raises ValueError with its name."""
+        """From the object in config.json; what is missing or not computed here raises ValueError with its name."""
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise ValueError(f"model_type = {family!r} in config.json: accepted is one of {', '.join(FAMILIES)}")
-        needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        for key in needed:
-            if key not in raw:
-                raise ValueError(f"config.json lacks {key!r}")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act = {raw['hidden_act']!r} in config.json: accepted is 'silu'")
-        if raw.get("use_sliding_window"):
-            raise ValueError("use_sliding_window = true in config.json: only full attention is accepted")
+        for key, accepted in FIXED.items():
+            if raw.get(key, accepted) not in (accepted, None):
+                raise ValueError(f"{key} = {raw[key]!r} in config.json: accepted is {accepted!r}")
+        if other := set(raw.get("layer_types") or ()) - {"full_attention"}:
+            raise ValueError(f"layer_types = {sorted(other)} in config.json: accepted is 'full_attention'")
         bias = bool(raw.get("attention_bias", False)) or family == "qwen2"
         theta, scaling = _rope(raw)
+        heads = _required(raw, "num_attention_heads")
+        hidden = _required(raw, "hidden_size")
         eos = raw.get("eos_token_id")
         return cls(
             model_type=family,
-            vocab_size=raw["vocab_size"],
-            hidden_size=raw["hidden_size"],
-            intermediate_size=raw["intermediate_size"],
-            num_layers=raw["num_hidden_layers"],
-            num_heads=raw["num_attention_heads"],
-            num_kv_heads=raw.get("num_key_value_heads") or raw["num_attention_heads"],
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"],
-            max_position_embeddings=raw.get("max_position_embeddings", 2048),
+            vocab_size=_required(raw, "vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=_required(raw, "intermediate_size"),
+            num_layers=_required(raw, "num_hidden_layers"),
+            num_heads=heads,
+            # What is left out has transformers' defaults, which differ between families.
+            num_kv_heads=raw.get("num_key_value_heads") or (heads if family == "llama" else 32),
+            head_dim=raw.get("head_dim") or (128 if family == "qwen3" else hidden // heads),
+            max_position_embeddings=raw.get("max_position_embeddings", 2048 if family == "llama" else 32_768),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
@@ -126,7 +157,7 @@ class ModelConfig:
             "dtype": self.dtype,
             "torch_dtype": self.dtype,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": list(self.eos_token_id) if len(self.eos_token_id) > 1 else next(iter(self.eos_token_id), None),
+            "eos_token_id": one_or_list(self.eos_token_id),
         }
         if self.model_type != "qwen2":
             raw["attention_bias"] = self.qkv_bias
@@ -135,19 +166,33 @@ class ModelConfig:
         return raw
 
 
+def one_or_list(ids: tuple[int, ...]) -> int | list[int] | None:
+    """Ids as Hugging Face's files write them: null, a number, or a list."""
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
+
+
+def _required(raw: dict[str, Any], key: str) -> int:
+    if type(raw.get(key)) is not int or raw[key] < 1:
+        problem = f"{key} = {raw[key]!r} in config.json" if key in raw else f"config.json lacks {key!r}"
+        raise ValueError(f"{problem}: accepted is an integer >= 1")
+    value: int = raw[key]
+    return value
+
+
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) from either layout: `rope_parameters` (transformers 5) or `rope_theta` with `rope_scaling` (4)."""
+    """(theta, scaling) of either layout: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type = {kind!r} in config.json: accepted is one of {', '.join(ROPE_TYPES)}")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor = {rope['partial_rotary_factor']} in config.json: accepted is 1.0")
     if kind == "default":
         return theta, None
-    return theta, RopeScaling(
-        kind=kind,
-        factor=float(rope["factor"]),
-        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
-        original_max_position=int(rope.get("original_max_position_embeddings", raw.get("max_position_embeddings", 8192))),
-    )
+    names = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]
+    if missing := [name for name in names if name not in rope]:
+        raise ValueError(f"rope_type = {kind!r} in config.json lacks {', '.join(missing)}")
+    original = rope.get("original_max_position_embeddings", raw.get("max_position_embeddings", 8192))
+    numbers = {name: float(rope[name]) for name in names}
+    return theta, RopeScaling(kind=kind, original_max_position=int(original), **numbers)

@@ -1,7 +1,10 @@
 """One decoder for training and rollout: Llama, Qwen2 and Qwen3 by configuration.
 
-The modules mirror Hugging Face's names, so a checkpoint's tensors are this model's parameters. Attention is not computed here:
-the layers hand q, k and v to a context object, which trains on packed rows or reads the rollout engine's pages.
+The modules mirror Hugging Face's names, so a checkpoint's tensors are this model's parameters. Attention is computed
+elsewhere: layers hand q, k and v to a context object, which trains on packed rows or reads the rollout engine's pages.
+
+A decode step of a small model is all overhead, so what runs per token avoids the slow parts of nn.Module: `.forward`
+skips the hooks (a Layer is the smallest unit with hooks), `_parameters` and `_at_hand` the search for an attribute.
 
 Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head dim, V vocabulary, S sequences.
 """
@@ -9,18 +12,19 @@ Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
-
 from duologue.kernels import ops
 from duologue.model.config import ModelConfig
+from torch import Tensor, nn
+
+Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
+ROPE_ROWS = 262_144  # positions tabled from the start; beyond, the tables grow with the positions that come
 
 
 class AttentionContext(Protocol):
-    """What the decoder asks for attention: q [T, A, D], k and v [T, G, D] of one layer, already rotated -> [T, A, D]."""
+    """What the decoder asks for attention: q [T, A, D], k and v [T, G, D] of a layer, already rotated -> [T, A, D]."""
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor: ...
 
@@ -45,17 +49,34 @@ class Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return ops.linear(x, weight, self.bias)
 
 
 class RMSNorm(nn.Module):
+    """weight [K]; `add` first adds to the residual stream."""
+
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.rms_norm(x, self.weight, self.eps)
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return ops.rms_norm(x, weight, self.eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum)"""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return ops.add_rms_norm(x, residual, weight, self.eps)
+
+
+def _at_hand(module: nn.Module) -> None:
+    """Let plain attribute access find the submodules. Replacing one by setattr undoes it for that one: none is stale."""
+    module.__dict__.update(module._modules)
 
 
 class SelfAttention(nn.Module):
@@ -70,17 +91,17 @@ class SelfAttention(nn.Module):
         self.o_proj = Linear(config.num_heads * D, H, config.o_bias)
         self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
+        _at_hand(self)
 
-    def forward(self, x_TH: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, attn: AttentionContext) -> Tensor:
-        T, D = x_TH.shape[0], self.head_dim
-        q_TAD = self.q_proj(x_TH).view(T, -1, D)
-        k_TGD = self.k_proj(x_TH).view(T, -1, D)
-        v_TGD = self.v_proj(x_TH).view(T, -1, D)
+    def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext) -> Tensor:
+        T, D = len(x_TH), self.head_dim
+        q_TAD = self.q_proj.forward(x_TH).view(T, -1, D)
+        k_TGD = self.k_proj.forward(x_TH).view(T, -1, D)
+        v_TGD = self.v_proj.forward(x_TH).view(T, -1, D)
         if self.q_norm is not None and self.k_norm is not None:
-            q_TAD, k_TGD = self.q_norm(q_TAD), self.k_norm(k_TGD)
-        q_TAD, k_TGD = ops.rope(q_TAD, k_TGD, cos, sin, positions)
-        out: Tensor = self.o_proj(attn(self.layer, q_TAD, k_TGD, v_TGD).view(T, -1))
-        return out
+            q_TAD, k_TGD = self.q_norm.forward(q_TAD), self.k_norm.forward(k_TGD)
+        q_TAD, k_TGD = ops.rope(q_TAD, k_TGD, *rotary)
+        return self.o_proj.forward(attn(self.layer, q_TAD, k_TGD, v_TGD).view(T, -1))
 
 
 class MLP(nn.Module):
@@ -90,19 +111,33 @@ class MLP(nn.Module):
         self.gate_proj = Linear(H, I, config.mlp_bias)
         self.up_proj = Linear(H, I, config.mlp_bias)
         self.down_proj = Linear(I, H, config.mlp_bias)
+        _at_hand(self)
 
     def forward(self, x_TH: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(ops.silu_mul(self.gate_proj(x_TH), self.up_proj(x_TH)))
-        return out
+        return self.down_proj.forward(ops.silu_mul(self.gate_proj.forward(x_TH), self.up_proj.forward(x_TH)))
 
 
 class Layer(nn.Module):
+    """Takes what the previous layer adds to the residual stream (None at the first) and returns what this one adds."""
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config, layer)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        _at_hand(self)
+
+    def forward(
+        self, update_TH: Tensor | None, residual_TH: Tensor, rotary: Rotary, attn: AttentionContext
+    ) -> tuple[Tensor, Tensor]:
+        if update_TH is None:
+            x_TH = self.input_layernorm.forward(residual_TH)
+        else:
+            x_TH, residual_TH = self.input_layernorm.add(update_TH, residual_TH)
+        attended_TH = self.self_attn.forward(x_TH, rotary, attn)
+        x_TH, residual_TH = self.post_attention_layernorm.add(attended_TH, residual_TH)
+        return self.mlp.forward(x_TH), residual_TH
 
 
 class Body(nn.Module):
@@ -118,25 +153,13 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed tokens."""
 
-    cos: Tensor
-    sin: Tensor
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Body(config)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.scale = config.head_dim**-0.5
-        cos, sin = rope_tables(config)
-        self.register_buffer("cos", cos, persistent=False)  # [max_position, D / 2] fp32
-        self.register_buffer("sin", sin, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
-        """Moves and casts as any module, but the rotary tables stay fp32: positions in bf16 would blur after 256 tokens."""
-        super()._apply(fn, recurse)
-        if not self.head_weight.is_meta:
-            self.cos, self.sin = (table.to(self.head_weight.device) for table in rope_tables(self.config))
-        return self
+        self._tables: tuple[Tensor, Tensor] | None = None
 
     @property
     def head_weight(self) -> Tensor:
@@ -146,36 +169,49 @@ class Decoder(nn.Module):
     def hidden(self, token_ids: Tensor, positions: Tensor, attn: AttentionContext) -> Tensor:
         """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]."""
         body = self.model
-        residual_TH: Tensor = body.embed_tokens(token_ids)
-        update_TH: Tensor | None = None
+        rotary = (*self.rotary_tables(positions), positions)
+        update_TH, residual_TH = None, body.embed_tokens(token_ids)
         for layer in body.layers:
-            assert isinstance(layer, Layer)
-            norm = layer.input_layernorm
-            if update_TH is None:
-                x_TH = norm(residual_TH)
-            else:
-                x_TH, residual_TH = ops.add_rms_norm(update_TH, residual_TH, norm.weight, norm.eps)
-            attended_TH = layer.self_attn(x_TH, self.cos, self.sin, positions, attn)
-            norm = layer.post_attention_layernorm
-            x_TH, residual_TH = ops.add_rms_norm(attended_TH, residual_TH, norm.weight, norm.eps)
-            update_TH = layer.mlp(x_TH)
+            update_TH, residual_TH = layer(update_TH, residual_TH, rotary, attn)
         assert update_TH is not None
-        return ops.add_rms_norm(update_TH, residual_TH, body.norm.weight, body.norm.eps)[0]
+        return body.norm.add(update_TH, residual_TH)[0]
 
     def head(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> fp32 logits [N, V]."""
         return ops.linear(hidden_NH, self.head_weight, None, torch.float32)
 
     def forward(self, token_ids: Tensor) -> Tensor:
+        """[B, T] -> fp32 logits [B, T, V]. ValueError when T is more than the model holds."""
         B, T = token_ids.shape
+        limit = self.config.max_position_embeddings
+        if limit < T:
+            raise ValueError(f"the rows have {T} tokens, accepted is {limit} at most")
         positions = torch.arange(T, device=token_ids.device).repeat(B)
-        cu_seqlens = torch.arange(0, (B + 1) * T, T, dtype=torch.int32, device=token_ids.device)
+        cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=token_ids.device) * T
         hidden_NH = self.hidden(token_ids.flatten(), positions, PackedAttention(cu_seqlens, self.scale))
-        return self.head(hidden_NH).view(B, T, -1)
+        return self.head(hidden_NH).view(B, T, self.config.vocab_size)
+
+    def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each [rows, D / 2], on the positions' device, made once.
+
+        No buffers, because a cast of the model must not reach them: in bf16 positions blur beyond 256.
+        """
+        known = self._tables
+        limit = self.config.max_position_embeddings
+        if known is not None and known[0].device == positions.device:
+            if len(known[0]) == limit or int(positions.max()) < len(known[0]):
+                return known
+            rows = limit
+        else:
+            rows = min(limit, max(ROPE_ROWS, int(positions.max()) + 1)) if limit > ROPE_ROWS else limit
+        with torch.inference_mode(False):  # a later backward may use them
+            cos, sin = rope_tables(self.config, rows)
+            self._tables = cos.to(positions.device), sin.to(positions.device)
+        return self._tables
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, 0.02), the projections into the residual stream scaled by 1/sqrt(2 layers) (GPT-2), norms 1, biases 0."""
+        """Normal(0, 0.02), projections into the residual stream over sqrt(2 layers) (GPT-2), norms 1, biases 0."""
         generator = torch.Generator().manual_seed(seed)
         into_residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
@@ -189,23 +225,24 @@ class Decoder(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wavelength exceeds the original context (Llama 3.1)."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama 3.1)."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     scaling = config.rope_scaling
     if scaling is None:
         return frequency
+    slowed = frequency / scaling.factor
     if scaling.kind == "linear":
-        return frequency / scaling.factor
-    wavelength = 2 * math.pi / frequency
+        return slowed
+    waves = scaling.original_max_position * frequency / (2 * math.pi)  # how often it turns in the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = ((scaling.original_max_position / wavelength - low) / (high - low)).clamp(0, 1)
-    return frequency * (blend + (1 - blend) / scaling.factor)
+    blend = (waves - low) / (high - low)
+    return torch.where(waves < low, slowed, torch.where(waves > high, frequency, torch.lerp(slowed, frequency, blend)))
 
 
-def rope_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [max_position, D / 2] fp32."""
-    angles = torch.arange(config.max_position_embeddings).float().unsqueeze(1) * rope_frequencies(config)
+def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0 to rows - 1, each [rows, D / 2] fp32."""
+    angles = torch.arange(rows, device="cpu").float().unsqueeze(1) * rope_frequencies(config)
     return angles.cos(), angles.sin()
 
 
@@ -214,19 +251,20 @@ def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) 
 
     Differentiable when grad is on. Raises ValueError for an id outside the vocabulary or a sequence beyond the context.
     """
+    limit, V = model.config.max_position_embeddings, model.config.vocab_size
     for i, ids in enumerate(sequences):
-        if len(ids) > model.config.max_position_embeddings:
-            raise ValueError(f"sequence {i} has {len(ids)} tokens, the model holds {model.config.max_position_embeddings}")
-        for bad in (t for t in ids if not 0 <= t < model.config.vocab_size):
-            raise ValueError(f"sequence {i} has token id {bad}, accepted is 0 to {model.config.vocab_size - 1}")
+        if len(ids) > limit:
+            raise ValueError(f"sequence {i} has {len(ids)} tokens, accepted is {limit} at most")
+        for bad in (t for t in ids if not 0 <= t < V):
+            raise ValueError(f"sequence {i} has the token id {bad}, accepted is 0 to {V - 1}")
     lengths = [len(ids) for ids in sequences]
-    if sum(lengths) == 0:
-        return [torch.empty(0) for _ in sequences]
     device = model.head_weight.device
+    if max(lengths, default=0) < 2:
+        return [torch.empty(0, device=device) for _ in sequences]
     token_ids = torch.tensor([t for ids in sequences for t in ids], device=device)
     positions = torch.tensor([p for n in lengths for p in range(n)], device=device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     hidden_TH = model.hidden(token_ids, positions, PackedAttention(cu_seqlens, model.scale))
     targets = torch.nonzero(positions > 0).squeeze(1)  # every token but each sequence's first
     logprobs, _ = ops.logprob(model.head(hidden_TH[targets - 1]), token_ids[targets], temperature)
-    return list(logprobs.split([max(n - 1, 0) for n in lengths]))
+    return list(torch.split(logprobs, [max(n - 1, 0) for n in lengths]))
