@@ -16,55 +16,73 @@
 
 namespace {
 
+// `ticket` holds (job number, tasks left): a thread claims a task by lowering it, and nothing can be claimed between jobs, when the
+// fields change. The caller waits for claimed tasks only, never for a worker that has not come: on a busy machine it works alone.
 struct Pool {
   std::mutex call; // one parallel_for at a time
   std::mutex mutex;
   std::condition_variable wake;
   std::vector<std::thread> workers;
-  std::atomic<uint64_t> epoch{0};
-  std::atomic<int64_t> next{0};
-  std::atomic<int> busy{0};
+  std::atomic<uint64_t> ticket{0};
+  std::atomic<int64_t> done{0};
   std::atomic<bool> quit{false};
-  void (*fn)(void *, int64_t) = nullptr;
-  void *ctx = nullptr;
-  int64_t n = 0;
+  std::atomic<void (*)(void *, int64_t)> fn{nullptr};
+  std::atomic<void *> ctx{nullptr};
+  std::atomic<int> sleepers{0};
   int pid = 0;
 
+  bool idle() const { return (ticket.load(std::memory_order_seq_cst) & 0xffffffffu) == 0; }
   void work() {
-    for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) fn(ctx, i);
+    for (;;) {
+      uint64_t seen = ticket.load(std::memory_order_acquire);
+      const int64_t left = seen & 0xffffffffu;
+      if (left == 0) return;
+      const auto task = fn.load(std::memory_order_relaxed);
+      void *const data = ctx.load(std::memory_order_relaxed);
+      if (!ticket.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel)) continue;
+      task(data, left - 1);
+      done.fetch_add(1, std::memory_order_release);
+    }
   }
   void loop() {
-    uint64_t seen = 0;
     for (;;) {
-      for (int spin = 0; spin < 4000 && epoch.load(std::memory_order_acquire) == seen; ++spin) PAUSE();
-      if (epoch.load(std::memory_order_acquire) == seen) {
+      for (int spin = 0; spin < 4000 && idle() && !quit; ++spin) PAUSE();
+      if (idle() && !quit) {
         std::unique_lock<std::mutex> lock(mutex);
-        wake.wait(lock, [&] { return epoch.load(std::memory_order_acquire) != seen; });
+        sleepers.fetch_add(1);
+        wake.wait(lock, [&] { return !idle() || quit; });
+        sleepers.fetch_sub(1);
       }
-      seen = epoch.load(std::memory_order_acquire);
-      if (quit.load()) return;
+      if (quit) return;
       work();
-      busy.fetch_sub(1, std::memory_order_release);
     }
   }
   void start(int n_workers) {
     pid = getpid();
     quit = false;
-    epoch = 0;
     for (int i = 0; i < n_workers; ++i) workers.emplace_back([this] { loop(); });
   }
   void stop() {
-    quit = true;
-    publish();
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      quit = true;
+    }
+    wake.notify_all();
     for (auto &w : workers) w.join();
     workers.clear();
   }
-  void publish() {
-    {
-      std::lock_guard<std::mutex> lock(mutex);
-      epoch.fetch_add(1, std::memory_order_release);
+  void run(int64_t tasks, void (*f)(void *, int64_t), void *data) {
+    fn.store(f, std::memory_order_relaxed), ctx.store(data, std::memory_order_relaxed);
+    done.store(0, std::memory_order_relaxed);
+    const uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
+    ticket.store(job << 32 | (uint64_t)tasks, std::memory_order_seq_cst);
+    if (sleepers.load(std::memory_order_seq_cst)) {
+      { std::lock_guard<std::mutex> lock(mutex); } // a worker on its way to sleep has seen the job, or sleeps already
+      wake.notify_all();
     }
-    wake.notify_all();
+    work();
+    // A worker may be waiting for this very core: give it up when the end is not in sight.
+    for (int spin = 0; done.load(std::memory_order_acquire) != tasks; ++spin) spin < 2000 ? PAUSE() : (void)sched_yield();
   }
 };
 
@@ -97,14 +115,7 @@ void parallel_for(int64_t n, void (*fn)(void *, int64_t), void *ctx) {
   if (pool->pid != 0 && pool->pid != getpid()) pool = new Pool; // after a fork the workers are gone
   std::lock_guard<std::mutex> call(pool->call);
   if (pool->pid == 0) pool->start(thread_count() - 1);
-  Pool &p = *pool;
-  p.fn = fn, p.ctx = ctx, p.n = n;
-  p.next.store(0, std::memory_order_relaxed);
-  p.busy.store((int)p.workers.size(), std::memory_order_relaxed);
-  p.publish();
   inside = true;
-  p.work();
+  pool->run(n, fn, ctx);
   inside = false;
-  // A worker may be waiting for this very core: give it up when the end is not in sight.
-  for (int spin = 0; p.busy.load(std::memory_order_acquire) != 0; ++spin) spin < 2000 ? PAUSE() : (void)sched_yield();
 }
