@@ -64,6 +64,10 @@ class RunDir:
             shutil.rmtree(leftover, ignore_errors=True)
         return run
 
+    def close(self) -> None:
+        """Release the lock. A process that ends, however it ends, releases it too."""
+        self._lock.close()
+
     # ---- lines -------------------------------------------------------------------------------------------------------
 
     def append_metrics(self, row: dict[str, Any]) -> None:

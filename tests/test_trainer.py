@@ -1,0 +1,190 @@
+"""Training end to end on a tiny policy: resume is exact whenever the run died, and splitting a batch changes nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from duologue.grpo.config import Config, load_config
+from duologue.grpo.loss import LossConfig
+from duologue.grpo.progress import Progress
+from duologue.grpo.rows import demonstration_batch
+from duologue.grpo.run import Interrupted, RunDir, read_lines
+from duologue.grpo.setup import build_corpus, build_game, build_policy
+from duologue.grpo.trainer import train
+from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient
+from safetensors.torch import load_file
+
+TINY = [
+    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
+    "model.head_dim=16", "model.vocab_size=300", "model.max_position=400", "imitation.steps=4", "imitation.dialogues=200",
+    "imitation.dialogues_per_step=6", "train.steps=4", "train.save_every=1", "train.kl_every=2", "train.tokens_per_microbatch=700",
+    "grpo.group_size=4", "grpo.groups_per_step=2", "grpo.imitation_coef=0.5", "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=10", "dialogue.max_tokens_final=8", "eval.dialogues=8", "rollout.cache_tokens=4096",
+]  # fmt: skip
+VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
+
+
+def config(*more: str) -> Config:
+    return load_config("deal", [*TINY, *more])
+
+
+def run_whole(path: Path, *more: str) -> dict[str, Any]:
+    c = config(*more)
+    return train(c, RunDir.create(path, c.to_toml()), Progress(quiet=True), threading.Event())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_lines(path / "metrics.jsonl")]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    last = "checkpoints/step_000008/model.safetensors"
+    first, second = load_file(a / last), load_file(b / last)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert lines(a) == lines(b)
+    assert read_lines(a / "dialogues.jsonl") == read_lines(b / "dialogues.jsonl")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    run_whole(path)
+    return path
+
+
+def test_a_run_leaves_what_it_promises(whole: Path) -> None:
+    summary = json.loads((whole / "summary.json").read_text())
+    for policy in ("warm_start", "trained"):
+        assert {"agreement", "pareto", "joint_ratio", "nash_ratio", "dialogues"} <= summary[policy].keys()
+        assert summary[policy]["dialogues"] == 8
+    assert summary["train_seconds"] > 0
+    assert [row["step"] for row in read_lines(whole / "metrics.jsonl")] == list(range(8))
+    dialogues = read_lines(whole / "dialogues.jsonl")
+    assert {d["stage"] for d in dialogues} == {"selfplay", "eval"}
+    for d in dialogues:
+        assert {"step", "scenario", "personas", "turns", "outcome", "reward", "advantage", "weights_version"} <= d.keys()
+        assert all({"role", "kind", "text", "token_ids", "logprobs"} <= turn.keys() for turn in d["turns"])
+
+
+def test_transformers_loads_the_checkpoint(whole: Path) -> None:
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(whole / "checkpoints" / "step_000008")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(whole / "checkpoints" / "step_000008")
+    turn = read_lines(whole / "dialogues.jsonl")[0]["turns"][0]
+    assert tokenizer.decode(turn["token_ids"], skip_special_tokens=True).strip() == turn["text"]
+    assert sum(p.numel() for p in model.parameters()) > 10_000
+
+
+def test_rollout_logprobs_equal_the_trainers_in_every_step(whole: Path) -> None:
+    from duologue.kernels import cpu
+
+    found = [row["mismatch"] for row in read_lines(whole / "metrics.jsonl") if row["stage"] == "selfplay"]
+    assert len(found) == 4
+    assert all(value <= (0.0 if cpu.available() else 1e-4) for value in found)
+
+
+@pytest.mark.parametrize("after", [2, 4, 6])
+def test_stopping_and_resuming_gives_the_same_run(whole: Path, tmp_path: Path, after: int) -> None:
+    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects, and on."""
+    c = config()
+    stop = threading.Event()
+
+    class StopAfter(Progress):
+        seen = 0
+
+        def update(self, step: int, metrics: Any) -> None:
+            self.seen += 1
+            if self.seen == after:
+                stop.set()
+
+    run = RunDir.create(tmp_path / "run", c.to_toml())
+    with pytest.raises(Interrupted):
+        train(c, run, StopAfter(quiet=True), stop)
+    run.close()
+    train(c, RunDir.resume(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
+    assert_same_run(whole, tmp_path / "run")
+
+
+def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> None:
+    """A real process, killed again and again as soon as it has got a little further."""
+    path = tmp_path / "run"
+    command = [sys.executable, "-c", "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))", "train", "deal"]
+    command += [*TINY, "--run-dir", str(path)]
+    for goal in (1, 3, 6):
+        process = subprocess.Popen(
+            command + (["--resume"] if path.exists() else []), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 120
+        while len(read_lines(path / "metrics.jsonl")) <= goal and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(whole, path)
+
+
+def gradients(model: torch.nn.Module) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("variant", ["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo"])
+def test_splitting_the_batch_does_not_change_the_gradient(variant: str) -> None:
+    c = config()
+    corpus = build_corpus(c, build_game(c))
+    model, tokenizer = build_policy(c, corpus)
+    rows = demonstration_batch(corpus, tokenizer, 6, 0)
+    for i, row in enumerate(rows):
+        row.advantage = (-1.0) ** i * (1 + i / 7)
+        row.logprobs = [-5.5 if marked else 0.0 for marked in row.loss_mask]
+    loss = LossConfig(variant=variant)
+    found = []
+    for limit in (100_000, 300, 1):
+        accumulate_policy_gradient(model, rows, loss, temperature=1.0, max_tokens=limit)
+        found.append(gradients(model))
+    for part in found[1:]:
+        for a, b in zip(found[0], part, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+    assert any(float(g.abs().max()) > 1e-4 for g in found[0])
+
+
+def test_imitation_gradient_equals_autograd_of_the_plain_model() -> None:
+    """Against transformers' model of the same weights and its own cross-entropy."""
+    import transformers
+
+    c = config()
+    corpus = build_corpus(c, build_game(c))
+    model, tokenizer = build_policy(c, corpus)
+    rows = demonstration_batch(corpus, tokenizer, 3, 0)
+    theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**model.config.to_hf()))
+    theirs.load_state_dict(model.state_dict(), strict=False)
+    theirs.tie_weights()
+    total = sum(row.n_trained for row in rows)
+    expected_loss = 0.0
+    for row in rows:
+        labels = torch.tensor([[t if m else -100 for t, m in zip(row.token_ids, row.loss_mask, strict=True)]])
+        logits = theirs(torch.tensor([row.token_ids])).logits[:, :-1].flatten(0, 1)
+        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / total
+        loss.backward()
+        expected_loss += float(loss)
+    stats = accumulate_imitation_gradient(model, rows, max_tokens=500)
+    assert stats.loss == pytest.approx(expected_loss, rel=1e-5)
+    expected = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=2e-4, atol=2e-6)
