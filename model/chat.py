@@ -1,138 +1,236 @@
 """A chat template, compiled once into id fragments around turns.
 
-Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation renders conversations
-with marker contents, cuts the fragments out between the markers, and checks that longer conversations are the concatenation of
-those fragments. A template that renders earlier turns differently once later ones exist cannot be compiled, and is refused.
+Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation renders
+conversations with marker contents, cuts the fragments out between the markers, as text and then as ids, and checks that
+longer conversations are the concatenation of those fragments. Contexts are append-only, so a template that renders a
+turn differently once others follow is refused, with the turn and both renderings. So is one that fragments cannot stand
+for: without a system turn, with one side that must speak first, or with today's date in it.
+
+Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from datetime import datetime
-from typing import Any, NoReturn
+from bisect import bisect
+from collections.abc import Callable, Iterable
+from itertools import accumulate
+from typing import Any, NamedTuple, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-Message = dict[str, str]
+Offsets = list[tuple[int, int]]
+ACCEPTED = (
+    "accepted is a template that takes a system turn, then user and assistant turns in any order: every context begins "
+    "with private instructions, and either side may speak first"
+)
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks the assistant's words for other trainers; here it only has to parse."""
+
+    tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
 def _raise(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def render(template: str, messages: list[Message], variables: dict[str, Any], add_generation_prompt: bool) -> str:
-    """A conversation as text, in the environment that Hugging Face templates are written for."""
+def _tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, **options)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """`source` in the sandboxed environment that Hugging Face templates are written for, less one function.
+
+    There is no `strftime_now`: contexts must not change from day to day. Templates that have a fixed date too use it.
+    """
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
     )
-    environment.filters["tojson"] = lambda x, **_: json.dumps(x, ensure_ascii=False)
+    environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    compiled = environment.from_string(template)
-    return compiled.render(
-        messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt,
-        enable_thinking=False, **variables,
-    )  # fmt: skip
+    return environment.from_string(source)
+
+
+class Pieces(NamedTuple):
+    """The texts around contents: a turn is `xxx_before`, content, `xxx_after`."""
+
+    system_before: str
+    system_after: str
+    user_before: str
+    user_after: str
+    reply: str
+    closing: str
+
+    def segments(self, roles: Iterable[str]) -> list[tuple[str, str]]:
+        """A conversation as (name of the piece, text); the contents are named by their turn's index."""
+        around = {
+            "system": ("system_before", "system_after"),
+            "user": ("user_before", "user_after"),
+            "assistant": ("reply", "closing"),
+        }
+        found = []
+        for i, role in enumerate(roles):
+            before, after = around[role]
+            found += [(before, getattr(self, before)), (str(i), _mark(i)), (after, getattr(self, after))]
+        return found
 
 
 def _mark(i: int) -> str:
     return f"m{i}zqx"  # survives trimming, and stands in no template
 
 
-class Chat:
-    """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` joined in order are the ids of the conversation."""
+def _first_difference(a: str, b: str) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    def __init__(self, template: str, variables: dict[str, Any], encode: Callable[[str], list[int]], stop_token_ids: set[int]) -> None:
-        """`encode` parses special tokens; `variables` are the tokenizer's own (bos_token, eos_token, ...)."""
-        self._template = template
+
+def _conversations() -> list[list[str]]:
+    """What a context can look like: either side first, several turns, and a question after the other side's words."""
+    u, a = "user", "assistant"
+    turns = [[], [u], [u, a], [u, a, u, a, u], [a], [a, u], [a, u, a, u, a], [u, u, a], [a, u, u, a, u]]
+    return [["system", *t] for t in turns]
+
+
+class Chat:
+    """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` in order are the ids of a conversation.
+
+    stop_token_ids: what ends a reply when sampled. end_token_id: the one of them that this template writes itself.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        variables: dict[str, str],
+        encode: Callable[[str], tuple[list[int], Offsets]],
+        eos_token_ids: Iterable[int],
+        special_ids: Iterable[int],
+    ) -> None:
+        """`encode` parses special tokens and gives character offsets; `variables` are bos_token, eos_token and such.
+
+        ValueError says why a template cannot be compiled.
+        """
         self._variables = variables
-        before, after_system = self._cut(["system", "user"], [0])
-        heard_before, heard_after = self._cut(["system", "user"], [1], strip=before + _mark(0) + after_system)
-        reply, closing = self._cut_reply()
-        self._check(before, after_system, heard_before, heard_after, reply, closing)
-        self._open = (encode(before), encode(after_system))
-        self._heard = (encode(heard_before), encode(heard_after))
-        self._reply = encode(reply)
-        self._closing = encode(closing)
-        stops = set(stop_token_ids)
-        self._end = self._closing[0] if self._closing and self._closing[0] in stops else None
+        try:
+            self._template = compile_template(template)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template is not valid: {error}") from error
+        pieces = self._pieces()
+        self._check(pieces)
+        self._ids = self._cut_ids(pieces, encode)
+        closing, special = self._ids["closing"], set(special_ids)
+        stops = [*eos_token_ids]
+        end = next((i for i, t in enumerate(closing) if t in special or t in stops), None)
+        if end is not None:
+            stops.insert(0, closing[end])
         if not stops:
-            raise ValueError("the chat template ends a reply with no token that stops generation; name one as eos_token")
+            raise ValueError("no token ends a reply: the chat template writes none there, and eos_token is not set")
+        self.end_token_id = stops[0]
         self.stop_token_ids = frozenset(stops)
+        self._after_stop = closing if end is None else closing[end + 1 :]
 
     def open(self, system_ids: list[int]) -> list[int]:
         """Everything before the first turn: the template's own beginning and the system turn with these ids."""
-        return [*self._open[0], *system_ids, *self._open[1]]
+        return [*self._ids["system_before"], *system_ids, *self._ids["system_after"]]
 
     def heard(self, token_ids: list[int]) -> list[int]:
         """The other side's turn."""
-        return [*self._heard[0], *token_ids, *self._heard[1]]
+        return [*self._ids["user_before"], *token_ids, *self._ids["user_after"]]
 
     def reply(self) -> list[int]:
         """What stands before our own words."""
-        return list(self._reply)
+        return list(self._ids["reply"])
 
     def close_reply(self, stopped: bool) -> list[int]:
         """What follows our own words. When a stop token was sampled (`stopped`) it already stands there."""
-        return self._closing[1:] if stopped and self._end is not None else list(self._closing)
+        return list(self._after_stop if stopped else self._ids["closing"])
 
     # ---- compilation -------------------------------------------------------------------------------------------------
 
     def _render(self, roles: list[str], generate: bool = False) -> str:
         messages = [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
         try:
-            return render(self._template, messages, self._variables, generate)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template does not take the turns {', '.join(roles)}: {error}") from error
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=generate, enable_thinking=False,
+                **self._variables,
+            )  # fmt: skip
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+            reason = "it asks for today's date" if "strftime_now" in str(error) else str(error)
+            turns = ", ".join(roles)
+            raise ValueError(f"the chat template does not take the turns {turns}: {reason}. {ACCEPTED}") from error
 
-    def _cut(self, roles: list[str], keep: list[int], strip: str | None = None) -> tuple[str, str]:
-        """What stands before and after turn `keep[0]`, from a conversation of that turn and one more."""
-        turn = keep[0]
-        text = self._render(roles[: turn + 1])
-        if strip is not None:
-            if not text.startswith(strip):
-                self._refuse(0, "the system turn changes once a user turn follows")
-            text = text[len(strip) :]
+    def _pieces(self) -> Pieces:
+        system = self._render(["system"])
+        user = self._render(["system", "user"])
+        prompt = self._render(["system", "user"], generate=True)
+        if prompt == user:
+            raise ValueError("the chat template has no generation prompt: nothing marks whose turn it is")
+        reply = self._rest(user, prompt, 1)
+        between, closing = self._around(2, self._rest(prompt, self._render(["system", "user", "assistant"]), 2))
+        if between:
+            self._refuse(2, f"{between!r} stands before a finished reply, but not in the generation prompt {reply!r}")
+        return Pieces(*self._around(0, system), *self._around(1, self._rest(system, user, 1)), reply, closing)
+
+    def _rest(self, start: str, text: str, turn: int) -> str:
+        if not text.startswith(start):
+            self._differ(turn, turn + 1, start, text)
+        return text[len(start) :]
+
+    def _around(self, turn: int, text: str) -> tuple[str, str]:
         parts = text.split(_mark(turn))
         if len(parts) != 2:
-            raise ValueError(f"the chat template renders the {roles[turn]} turn's content {len(parts) - 1} times, accepted is once")
+            role, n = ("system", "user", "assistant")[turn], len(parts) - 1
+            raise ValueError(f"the chat template writes the content of a {role} turn {n} times, not once. {ACCEPTED}")
         return parts[0], parts[1]
 
-    def _cut_reply(self) -> tuple[str, str]:
-        prompt = self._render(["system", "user"], generate=True)
-        without = self._render(["system", "user"])
-        if not prompt.startswith(without):
-            self._refuse(1, "the generation prompt changes the turns before it")
-        reply = prompt[len(without) :]
-        if not reply:
-            raise ValueError("the chat template has no generation prompt: nothing marks whose turn it is")
-        done = self._render(["system", "user", "assistant"])
-        if not done.startswith(prompt + _mark(2)):
-            self._refuse(2, "a finished reply does not begin with its generation prompt")
-        return reply, done[len(prompt + _mark(2)) :]
-
-    def _check(self, before: str, after_system: str, heard_before: str, heard_after: str, reply: str, closing: str) -> None:
-        """Longer conversations, from either first speaker, must be the concatenation of the fragments."""
-        pieces = {
-            "system": (before, after_system),
-            "user": (heard_before, heard_after),
-            "assistant": (reply, closing),
-        }
-        for first in ("user", "assistant"):
-            other = "assistant" if first == "user" else "user"
-            for n in range(1, 6):
-                roles = ["system", *([first, other] * 3)[:n]]
-                expected = "".join(f"{pieces[r][0]}{_mark(i)}{pieces[r][1]}" for i, r in enumerate(roles))
-                actual = self._render(roles)
+    def _check(self, pieces: Pieces) -> None:
+        for roles in _conversations():
+            segments = pieces.segments(roles)
+            for generate in (False, True) if roles[-1] != "assistant" else (False,):
+                if generate:
+                    segments.append(("reply", pieces.reply))
+                actual, expected = self._render(roles, generate), "".join(text for _, text in segments)
                 if actual != expected:
-                    at = next((i for i, (a, b) in enumerate(zip(actual, expected, strict=False)) if a != b), len(expected))
-                    turn = sum(_mark(i) in expected[:at] for i in range(len(roles)))
-                    self._refuse(turn, f"in a conversation of {len(roles)} turns it is rendered differently")
+                    ends = [*accumulate(len(text) for _, text in segments)]
+                    self._differ(bisect(ends, _first_difference(expected, actual)) // 3, len(roles), expected, actual)
+
+    def _cut_ids(self, pieces: Pieces, encode: Callable[[str], tuple[list[int], Offsets]]) -> dict[str, list[int]]:
+        """The ids of each piece, cut out of whole conversations, where they must be the same everywhere."""
+        known: dict[str, list[int]] = {}
+        for roles in _conversations():
+            segments = pieces.segments(roles)
+            ends = list(accumulate(len(text) for _, text in segments))
+            cut: list[list[int]] = [[] for _ in segments]
+            at = 0
+            for token, (start, end) in zip(*encode("".join(text for _, text in segments)), strict=True):
+                while start >= ends[at]:
+                    at += 1
+                if end > ends[at]:
+                    raise ValueError(
+                        f"the tokenizer joins the end of {segments[at][1]!r} and what follows in one token: the chat "
+                        "template has no boundary of tokens between a content and what stands around it"
+                    )
+                cut[at].append(token)
+            for (name, text), ids in zip(segments, cut, strict=True):
+                if known.setdefault(name, ids) != ids and not name.isdigit():
+                    raise ValueError(f"the tokenizer gives {text!r} of the chat template other ids in other places")
+        return known
+
+    def _differ(self, turn: int, turns: int, expected: str, actual: str) -> NoReturn:
+        begin = max(0, _first_difference(expected, actual) - 10)
+        alone, here = expected[begin : begin + 50], actual[begin : begin + 50]
+        self._refuse(turn, f"its fragments give {alone!r}, a conversation of {turns} turns has {here!r}")
 
     def _refuse(self, turn: int, reason: str) -> NoReturn:
         raise ValueError(
-            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only, so a turn must be rendered the "
-            "same whatever follows it"
+            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must be rendered "
+            "the same whatever follows it. Put a template that does so into chat_template.jinja"
         )

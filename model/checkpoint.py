@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints, in and out: config.json, safetensors (one file or shards with an index), tokenizer, chat template."""
+"""Hugging Face checkpoints, in and out: config.json, safetensors in one file or in shards, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from duologue.model.config import ModelConfig, one_or_list
+from duologue.model.decoder import Decoder
+from duologue.model.files import write_folder
+from duologue.model.tokenizer import Tokenizer, read_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder
-from duologue.model.files import write_folder
-from duologue.model.tokenizer import Tokenizer
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+HEAD = "lm_head.weight"
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -30,50 +30,63 @@ def parse_dtype(name: str) -> torch.dtype:
 def load_model(
     path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer in a checkpoint folder; `dtype` None keeps the checkpoint's.
+    """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else float32).
 
-    ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a truncated file, an unknown model type.
+    ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a damaged file, a model type.
     """
     folder = Path(path)
     config = read_config(folder)
+    tokenizer = Tokenizer.from_dir(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        highest = tokenizer.vocab_size - 1
+        raise ValueError(f"{folder}: tokenizer.json has ids up to {highest}, the model's vocab_size is {config.vocab_size}")
     with torch.device("meta"):
         model = Decoder(config)
     load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
-    return model, Tokenizer.from_dir(folder)
+    return model, tokenizer
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """config.json as a ModelConfig, with the eos ids of generation_config.json when it has them."""
+    """config.json as a ModelConfig."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
-    try:
-        raw = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not valid JSON: {error}") from error
-    return ModelConfig.from_hf(raw)
+    return ModelConfig.from_hf(read_json(folder / "config.json"))
 
 
 def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Fill `model` (which may be on the meta device) from the folder's safetensors; every tensor must match by name and shape."""
+    """Fill `model` (which may be on the meta device) from the folder; every tensor must match by name and shape.
+
+    The parameters are new objects afterwards: make an optimizer later than this.
+    """
     wanted = dict(model.named_parameters())
     found: set[str] = set()
+    stored_head: Tensor | None = None
     for name, file, tensor in _tensors(folder):
-        if name == "lm_head.weight" and model.lm_head is None:
-            continue  # some tied checkpoints store the head all the same
+        if name == HEAD and model.lm_head is None:
+            stored_head = tensor  # some write the tied head all the same
+            continue
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # old Llama checkpoints carry this table
         if name not in wanted:
-            raise ValueError(f"{file} has a tensor {name!r} that a {model.config.model_type} model does not have")
+            raise ValueError(f"{file}: {name} is no tensor of this {model.config.model_type} model")
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{file}: {name} has shape {list(tensor.shape)}, the config asks for {list(wanted[name].shape)}")
+            raise ValueError(f"{file}: {name} is {list(tensor.shape)}, the model's is {list(wanted[name].shape)}")
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(f"{file}: {name} has dtype {tensor.dtype}, accepted is one of {', '.join(DTYPES)}")
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
         found.add(name)
     if missing := sorted(wanted.keys() - found):
-        raise ValueError(f"{folder} lacks {len(missing)} tensors of the model, the first is {missing[0]!r}")
+        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
+    if stored_head is not None and not torch.equal(stored_head.to(device=device, dtype=dtype), model.head_weight):
+        raise ValueError(f"{folder}: tie_word_embeddings is true, yet {HEAD} differs from the embedding")
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
     if (folder / INDEX).is_file():
-        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ValueError(f"{folder / INDEX} has no weight_map")
         files = sorted(set(weight_map.values()))
     elif (folder / SINGLE).is_file():
         files = [SINGLE]
@@ -92,21 +105,23 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
 
 
 def save_model(model: Decoder, tokenizer: Tokenizer, path: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
-    """Write a folder that transformers and `load_model` load. It appears whole or not at all."""
+    """Write a folder that transformers and `load_model` load. It appears whole, or what was there before stays."""
     write_folder(Path(path), lambda folder: write_checkpoint(model, tokenizer, folder, max_shard_bytes))
 
 
-def write_checkpoint(model: Decoder, tokenizer: Tokenizer, folder: Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def write_checkpoint(
+    model: Decoder, tokenizer: Tokenizer, folder: Path, max_shard_bytes: int = 5_000_000_000
+) -> None:
     """The files of a checkpoint, into an existing folder."""
-    config = model.config
-    dtype = str(model.head_weight.dtype).removeprefix("torch.")
-    raw = {**config.to_hf(), "dtype": dtype, "torch_dtype": dtype}
-    stops = sorted(tokenizer.eos_token_ids)
-    raw["eos_token_id"] = stops if len(stops) > 1 else next(iter(stops), raw["eos_token_id"])
-    raw["bos_token_id"] = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    (folder / "config.json").write_text(json.dumps(raw, indent=2), "utf-8")
-    generation = {"bos_token_id": raw["bos_token_id"], "eos_token_id": raw["eos_token_id"]}
-    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2), "utf-8")
+    raw = model.config.to_hf()
+    raw["dtype"] = raw["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
+    if tokenizer.eos_token_ids:
+        raw["eos_token_id"] = one_or_list(tokenizer.eos_token_ids)
+    if tokenizer.bos_token_id is not None:
+        raw["bos_token_id"] = tokenizer.bos_token_id
+    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
+    for name, value in (("config.json", raw), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(value, indent=2), "utf-8")
     tokenizer.save(folder)
     _write_tensors({k: v.detach().cpu().contiguous() for k, v in model.named_parameters()}, folder, max_shard_bytes)
 

@@ -65,7 +65,7 @@ class ModelConfig:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} = {value!r}: accepted is an integer >= 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads = {self.num_heads}: accepted is a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(f"num_heads = {self.num_heads}: accepted is a multiple of {self.num_kv_heads} key heads")
         if self.head_dim % 2:
             raise ValueError(f"head_dim = {self.head_dim}: accepted is an even number (rotary embedding turns pairs)")
         biases = (self.qkv_bias, self.o_bias, self.mlp_bias)

@@ -75,7 +75,7 @@ class RMSNorm(nn.Module):
 
 
 def _at_hand(module: nn.Module) -> None:
-    """Let plain attribute access find the submodules. Replacing one by setattr undoes it for that one: none is stale."""
+    """Let plain attribute access find the submodules. Replacing one by setattr undoes it for that one."""
     module.__dict__.update(module._modules)
 
 

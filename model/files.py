@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,42 +18,43 @@ def fsync_path(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file through a temporary sibling: fsync, then rename. On any failure the old content stays."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
         temporary.replace(path)
-        fsync_path(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    fsync_path(path.parent)
 
 
 def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     """Have `write` fill a temporary sibling folder, fsync every file, and put it in the place of `path`.
 
-    An existing `path` is moved aside first and removed last, so that one whole folder exists at every moment.
+    No rename replaces a full folder, so an existing `path` steps aside for a moment. A kill in that moment leaves it as
+    `.NAME.old`, and the next write puts it back first. What a killed write left behind goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    if old.exists() and not path.exists():
+        old.rename(path)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    temporary.mkdir()
     try:
         write(temporary)
-        temporary.chmod(0o755)
-        for file in temporary.rglob("*"):
+        for file in (*temporary.rglob("*"), temporary):
             fsync_path(file)
-        fsync_path(temporary)
-        old = path.with_name(f".{path.name}.old") if path.exists() else None
-        if old is not None:
-            shutil.rmtree(old, ignore_errors=True)
+        if path.exists():
             path.rename(old)
         temporary.rename(path)
-        fsync_path(path.parent)
-        if old is not None:
-            shutil.rmtree(old)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
         raise
+    fsync_path(path.parent)
+    shutil.rmtree(old, ignore_errors=True)

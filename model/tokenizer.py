@@ -1,4 +1,4 @@
-"""Text to ids and back, with the chat template's fragments. Wraps `tokenizers`; reads and writes Hugging Face's files."""
+"""Text to ids and back, and the chat template's fragments; `tokenizers` does the work, on Hugging Face's files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from duologue.model.chat import Chat, Offsets
 from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from duologue.model.chat import Chat
 
 SPECIAL = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 # One token per marker, and a turn ends with the token that stops generation.
@@ -22,32 +21,47 @@ TEMPLATE = (
 
 
 class Tokenizer:
-    """`encode` treats its text as text: a special token written in it stays ordinary characters."""
+    """`encode` treats its text as text: a special token written in it stays ordinary characters.
 
-    def __init__(self, core: tokenizers.Tokenizer, settings: dict[str, Any], template: str | None, eos: Iterable[int] = ()) -> None:
+    eos_token_ids: what ends a text, the first is the tokenizer's own. chat: the fragments of its chat template.
+    """
+
+    def __init__(
+        self, core: tokenizers.Tokenizer, settings: dict[str, Any], template: str | None, eos: Iterable[int] = ()
+    ) -> None:
+        """`settings` is the object of tokenizer_config.json, `eos` are ids that end a text (generation_config.json)."""
         self._core = core
-        self._settings = settings  # tokenizer_config.json
+        self._settings = settings
         self._template = template
-        named = self._token_id("eos_token")
-        self.eos_token_ids = tuple(dict.fromkeys([*eos, *([named] if named is not None else [])]))
+        # As transformers does: the named tokens are special, even where tokenizer.json does not say so.
+        known = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
+        found = {token for token in self._named().values() if core.token_to_id(token) is not None}
+        core.add_special_tokens(sorted(found - known))
+        own = self._token_id("eos_token")
+        self.eos_token_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *eos]))
         self.bos_token_id = self._token_id("bos_token")
 
-    @property
+    @cached_property
     def vocab_size(self) -> int:
-        return int(self._core.get_vocab_size())
+        """One more than the highest id."""
+        return 1 + max(self._core.get_vocab().values())
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return next(iter(self.eos_token_ids), None)
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
-        return self.chat.stop_token_ids
+        """The eos ids and the token that ends a turn of the chat template, if there is one."""
+        return frozenset(self.eos_token_ids) if self._template is None else self.chat.stop_token_ids
 
     @cached_property
     def chat(self) -> Chat:
         """The template's fragments; ValueError when there is no template or it cannot be compiled."""
         if self._template is None:
             raise ValueError("the tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)")
-        keys = ("bos_token", "eos_token", "unk_token", "pad_token")
-        variables = {key: self._token(key) for key in keys if self._token(key) is not None}
-        return Chat(self._template, variables, self._encode_template, set(self.eos_token_ids))
+        special = [i for i, token in self._core.get_added_tokens_decoder().items() if token.special]
+        return Chat(self._template, self._named(), self._encode_template, self.eos_token_ids, special)
 
     def encode(self, text: str) -> list[int]:
         self._core.encode_special_tokens = True
@@ -58,17 +72,19 @@ class Tokenizer:
         text: str = self._core.decode(list(token_ids), skip_special_tokens=not keep_special)
         return text
 
-    def _encode_template(self, text: str) -> list[int]:
+    def _encode_template(self, text: str) -> tuple[list[int], Offsets]:
         self._core.encode_special_tokens = False
-        ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
-        return ids
+        encoding = self._core.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
 
-    def _token(self, key: str) -> str | None:
-        value = self._settings.get(key)
-        return value["content"] if isinstance(value, dict) else value
+    def _named(self) -> dict[str, str]:
+        """bos_token, eos_token and the like; each is written as text or as an object."""
+        tokens = {key: value for key, value in self._settings.items() if key.endswith("_token")}
+        named = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
+        return {key: value for key, value in named.items() if isinstance(value, str)}
 
     def _token_id(self, key: str) -> int | None:
-        token = self._token(key)
+        token = self._named().get(key)
         if token is None:
             return None
         found: int | None = self._core.token_to_id(token)
@@ -78,13 +94,18 @@ class Tokenizer:
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json, tokenizer_config.json, generation_config.json and chat_template.jinja; all but the first may lack."""
+        """Read tokenizer.json and, where there, tokenizer_config.json, generation_config.json, chat_template.jinja."""
         folder = Path(path)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json")
-        core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-        settings = _read_json(folder / "tokenizer_config.json")
-        eos = _read_json(folder / "generation_config.json").get("eos_token_id", _read_json(folder / "config.json").get("eos_token_id"))
+        try:
+            core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{folder / 'tokenizer.json'} cannot be read: {error}") from error
+        settings = read_json(folder / "tokenizer_config.json")
+        eos = read_json(folder / "generation_config.json").get("eos_token_id")
+        if eos is None:
+            eos = read_json(folder / "config.json").get("eos_token_id")
         jinja = folder / "chat_template.jinja"
         template = jinja.read_text("utf-8") if jinja.is_file() else settings.get("chat_template")
         if isinstance(template, list):  # several named templates
@@ -94,7 +115,6 @@ class Tokenizer:
     def save(self, path: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into an existing folder."""
         folder = Path(path)
-        self._core.encode_special_tokens = False
         self._core.save(str(folder / "tokenizer.json"))
         settings = {key: value for key, value in self._settings.items() if key != "chat_template"}
         (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
@@ -102,23 +122,29 @@ class Tokenizer:
             (folder / "chat_template.jinja").write_text(self._template, "utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file, empty when there is no file; ValueError when it holds something else."""
     if not path.is_file():
         return {}
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object")
     return found
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """A byte-level BPE tokenizer of at most `vocab_size` ids, learned from `texts`, with a compact chat template of its own.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:
+    """A byte-level BPE tokenizer of at most `vocab_size` ids, learned from `texts`.
 
-    Digits stand alone, so that numbers are read digit by digit. The same texts give the same tokenizer.
+    A word and the space before it are one unit, and a text gets no space of its own, so a word inside a sentence has
+    the same ids everywhere. Digits stand alone, so that numbers are read digit by digit. The same texts give the same
+    tokenizer. Without `chat_template` it has a compact one, in which each role is one token and `<|end|>` ends a turn.
     """
-    if vocab_size < 256 + len(SPECIAL):
-        raise ValueError(f"vocab_size = {vocab_size}: accepted is at least {256 + len(SPECIAL)} (all bytes and {len(SPECIAL)} markers)")
+    least = 256 + len(SPECIAL)
+    if vocab_size < least:
+        raise ValueError(f"vocab_size = {vocab_size}: accepted is at least {least} (all bytes, {len(SPECIAL)} markers)")
     core = tokenizers.Tokenizer(models.BPE())
     words = tokenizers.Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -139,4 +165,4 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         "pad_token": "<|end|>",
         "clean_up_tokenization_spaces": False,
     }
-    return Tokenizer(core, settings, TEMPLATE)
+    return Tokenizer(core, settings, TEMPLATE if chat_template is None else chat_template)
