@@ -1,0 +1,43 @@
+# `make demo` and `make test` each do everything on a fresh machine: virtual environment, install, run.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/demo
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.core
+	$(BIN)/duologue train deal --run-dir $(RUN) $$(test -f $(RUN)/config.toml && echo --resume)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*.h kernels/csrc/*.cpp kernels/csrc/*.inc
+	$(BIN)/python bench/count_lines.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python bench/kernels.py
+	$(BIN)/python bench/rollout.py
+	$(BIN)/python bench/step.py
+
+clean:
+	rm -rf build $(VENV)
+
+# constraints.txt pins the tested torch: without it pip would take the newest build with all of CUDA.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "duologue needs Python 3.11 or newer; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+SOURCES := pyproject.toml constraints.txt CMakeLists.txt $(wildcard kernels/csrc/*)
+
+$(VENV)/.core: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(SOURCES) | $(VENV)/bin/python
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@ $(VENV)/.core
