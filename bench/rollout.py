@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from duologue.kernels import cpu
-from duologue.model.checkpoint import parse_dtype, read_config, load_weights
+from duologue.model.checkpoint import load_weights, parse_dtype, read_config
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import torch
-
 from duologue.grpo.config import Config
 from duologue.kernels import cpu
 from duologue.model.checkpoint import load_model, parse_dtype
@@ -90,9 +90,8 @@ def build_arena(config: Config, model: Decoder, tokenizer: Tokenizer, game: Deal
 def check_context(config: Config, model: Decoder, arena: Arena) -> None:
     """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool."""
     d, chat = config.dialogue, arena.tokenizer.chat
-    private = max(
-        len(ids) for deals in arena.game.splits.values() for ids in arena.private_ids(arena.game.scenario(deals[0], "train"))
-    )
+    example = arena.game.sample(random.Random(0), "train")
+    private = max(len(ids) for ids in arena.private_ids(example))
     frame = len(chat.reply()) + len(chat.close_reply(False)) + len(chat.heard([]))
     longest = len(chat.open([])) + private + d.max_rounds * (2 * d.max_tokens_per_turn + frame)
     longest += len(chat.heard(arena.final_prompt_ids)) + frame + d.max_tokens_final

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder
+from torch import Tensor
 
 
 @dataclass(kw_only=True, slots=True)
@@ -76,7 +75,7 @@ def accumulate_policy_gradient(
             config, logp, old_logp, batch.advantages[targets], batch.segment_ids[targets], len(part), total,
             ref_logp=ref_logp, entropy=entropy,
         )  # fmt: skip
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         stats.loss += float(loss.detach())
         stats.entropy += float(entropy.detach().sum())
         stats.clip_share += float(parts.clipped_low + parts.clipped_high)
@@ -97,7 +96,7 @@ def accumulate_imitation_gradient(model: Decoder, rows: Sequence[Row], *, max_to
         batch = pack(part, model.head_weight.device)
         logp, entropy, _ = trained_logprobs(model, batch, 1.0)
         loss = imitation_loss(logp, total.tokens)
-        (loss * coefficient).backward()
+        torch.autograd.backward(loss * coefficient)
         stats.loss += float(loss.detach())
         stats.entropy += float(entropy.detach().sum())
         stats.tokens += len(batch.token_ids)

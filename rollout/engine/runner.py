@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.scheduler import Work
+from torch import Tensor
 
 
 class PagedAttention:
@@ -33,11 +32,11 @@ class PagedAttention:
         self.context_lens = context_lens
         self.scale = scale
 
-    def __call__(self, layer: int, q_THD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+    def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         k_pages, v_pages = self.kv[layer]
         ops.write_kv(k_TGD, v_TGD, k_pages, v_pages, self.slots)
         return ops.paged_attention(
-            q_THD, k_pages, v_pages, self.block_table, self.cu_seqlens, self.context_lens, self.scale
+            q_TAD, k_pages, v_pages, self.block_table, self.cu_seqlens, self.context_lens, self.scale
         )
 
 
