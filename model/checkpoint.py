@@ -39,7 +39,7 @@ def load_model(
     tokenizer = Tokenizer.from_dir(folder)
     if tokenizer.vocab_size > config.vocab_size:
         highest = tokenizer.vocab_size - 1
-        raise ValueError(f"{folder}: tokenizer.json has ids up to {highest}, the model's vocab_size is {config.vocab_size}")
+        raise ValueError(f"{folder}: tokenizer.json has the id {highest}, config.json a vocab_size of {config.vocab_size}")
     with torch.device("meta"):
         model = Decoder(config)
     load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
