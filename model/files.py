@@ -31,7 +31,7 @@ def write_file(path: Path, data: bytes) -> None:
     fsync_path(path.parent)
 
 
-def write_folder(path: Path, write: Callable[[Path], None]) -> None:
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary sibling folder, fsync every file, and put it in the place of `path`.
 
     No rename replaces a full folder, so an existing `path` steps aside for a moment. A kill in that moment leaves it as
