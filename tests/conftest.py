@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,3 +77,42 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokeniz
 def each_checkpoint(request: pytest.FixtureRequest, checkpoint: Callable[[str], tuple[Path, Any]]) -> tuple[Path, Any]:
     """Every checkpoint in turn."""
     return checkpoint(request.param)
+
+# One run of letters with what stands before it, single digits, punctuation with its newlines, newlines, spaces: as in Qwen's.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEXT = ["the cat and the hat and the 3 books", "user assistant system\n\nthe deal is 2 hats, naïve café\n"] * 5
+
+
+@pytest.fixture
+def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
+    """make(special, template=None, plain=(), **settings) -> (ours, transformers'), both from one folder of files.
+
+    A byte-level BPE tokenizer with the layout of Qwen's and Llama 3's, whose special tokens are the given ones. `plain` are
+    added tokens that are not special; `settings` go into tokenizer_config.json, of which transformers also gets `template`.
+    """
+    import transformers
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Core
+
+    def make(special: list[str], template: str | None = None, plain: tuple[str, ...] = (), **settings: Any) -> Any:
+        core = Core(models.BPE())
+        core.normalizer = normalizers.NFC()
+        split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+        core.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        core.decoder = decoders.ByteLevel()
+        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+        core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+        core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+        core.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
+        core.save(str(tmp_path / "tokenizer.json"))
+        named = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+        if template is not None:
+            named["chat_template"] = template
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(named), "utf-8")
+        return Tokenizer.from_dir(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+
+    return make
