@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 
 import torch
-
 from duologue.grpo.advantage import RunningBaseline, group_advantages
 from duologue.grpo.batch import Row
 from duologue.grpo.config import GrpoSection

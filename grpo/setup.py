@@ -71,6 +71,16 @@ def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
     return load_model(path, config.model.device, parse_dtype(config.model.dtype))
 
 
+def check_sizes(config: Config, model: Decoder, path: Path) -> None:
+    """Raise ValueError when a checkpoint to resume from is not of the sizes that [model] names."""
+    if config.model.path:
+        return
+    for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        wanted, found = getattr(config.model, key), getattr(model.config, key)
+        if wanted != found:
+            raise ValueError(f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}")
+
+
 def build_arena(config: Config, model: Decoder, tokenizer: Tokenizer, game: DealGame, temperature: float | None = None) -> Arena:
     """An arena on a new engine; `temperature` replaces the one of training."""
     d, r = config.dialogue, config.rollout

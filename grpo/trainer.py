@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import evaluate
@@ -30,7 +29,7 @@ from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch, grpo_rows
 from duologue.grpo.run import Interrupted, RunDir
-from duologue.grpo.setup import build_arena, build_corpus, build_game, build_policy, frozen_copy, load_policy, use_threads
+from duologue.grpo.setup import build_arena, build_corpus, build_game, build_policy, check_sizes, frozen_copy, load_policy, use_threads
 from duologue.grpo.update import (
     UpdateStats,
     accumulate_imitation_gradient,
@@ -66,6 +65,7 @@ class Trainer:
             self.model, self.tokenizer = build_policy(config, self.corpus)
         else:
             self.model, self.tokenizer = load_policy(checkpoint, config)
+            check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
         self.arena = build_arena(config, self.model, self.tokenizer, self.game)
         if checkpoint is not None:

@@ -188,3 +188,29 @@ def test_imitation_gradient_equals_autograd_of_the_plain_model() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=2e-4, atol=2e-6)
+
+
+def test_a_checkpoint_of_another_shape_is_refused_on_resume(whole: Path, tmp_path: Path) -> None:
+    import shutil
+
+    path = tmp_path / "run"
+    shutil.copytree(whole, path)
+    other = config("model.hidden_size=64")
+    (path / "config.toml").write_text(other.to_toml())
+    run = RunDir.resume(path, other.to_toml())
+    with pytest.raises(ValueError, match=r"hidden_size = 32, but the run's configuration says model.hidden_size = 64"):
+        train(other, run, Progress(quiet=True), threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.max_position=64", "model.max_position = 64 is below the"),
+        ("rollout.cache_tokens=64", "rollout.cache_tokens = 64 is below the"),
+        ("imitation.steps=0", "starts from nothing, which needs imitation.steps above 0"),
+    ],
+)
+def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, setting: str, message: str) -> None:
+    c = config("grpo.imitation_coef=0.0", setting)
+    with pytest.raises(ValueError, match=message):
+        train(c, RunDir.create(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
