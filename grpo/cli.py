@@ -1,38 +1,49 @@
 """The `duologue` command: train, eval, report, doctor.
 
-Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (the state is saved; --resume goes on). Errors are one
-line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the traceback too.
+Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes on). An
+error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the traceback too.
+Imports that need torch are inside the commands, so that help and bad usage answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from duologue.grpo.config import Config
+    from duologue.grpo.progress import Progress
+    from duologue.grpo.run import RunDir
+
+INTERRUPTED = 130
+SETTINGS = "Settings: section.key=value or --section.key value, e.g. grpo.group_size=8 --train.seed 1"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
-    parser = _parser()
-    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        options, extra = parser.parse_known_args(arguments)
-        options.overrides = [*getattr(options, "overrides", []), *_dashed(parser, extra)]
+        rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+        options = _parser().parse_args(rest)
+        options.overrides = overrides
+        if overrides and options.command not in ("train", "eval"):
+            raise ValueError(f"{options.command} takes no settings, got {overrides[0]}")
+        return int(_COMMANDS[options.command](options))
     except SystemExit as stop:  # argparse has printed what is wrong
         return int(stop.code or 0)
-    try:
-        return int(_COMMANDS[options.command](options))
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except ValueError as error:
         return _fail(error, 2)
     except (OSError, RuntimeError, MemoryError) as error:
@@ -40,142 +51,171 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: Exception, code: int) -> int:
-    print(f"duologue: {error}", file=sys.stderr)
     if os.environ.get("DUOLOGUE_DEBUG"):
-        raise error
+        traceback.print_exc()
+    print(f"duologue: {error or type(error).__name__}", file=sys.stderr)
     return code
 
 
+def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words of the command line without the settings, and the settings as `section.key=value`, wherever they stand."""
+    rest: list[str] = []
+    overrides: list[str] = []
+    words = iter(argv)
+    for word in words:
+        dashed = re.fullmatch(r"--(\w+\.\w+)(=.*)?", word, re.DOTALL)
+        if dashed:
+            value = dashed[2] if dashed[2] is not None else next(words, None)
+            if value is None:
+                raise ValueError(f"{word} lacks a value")
+            overrides.append(dashed[1] + (value if dashed[2] is not None else f"={value}"))
+        elif re.match(r"[\w.]+=", word):
+            overrides.append(word)
+        else:
+            rest.append(word)
+    return rest, overrides
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="duologue", description="Self-play trainer for negotiating language models.")
+    parser = argparse.ArgumentParser(prog="duologue", description="Self-play trainer for negotiating policies")
+    parser.add_argument("--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train by a recipe or a TOML file")
+    train = commands.add_parser("train", help="train by a recipe or a TOML file", epilog=SETTINGS)
     train.add_argument("recipe", help="a recipe's name (deal) or the path of a .toml file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. grpo.group_size=8 train.seed=1")
     train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its newest checkpoint")
-    train.add_argument("--model", dest="model_path", metavar="DIR", help="the checkpoint to start from (model.path)")
-    evaluate = commands.add_parser("eval", help="hold dialogues with a checkpoint and measure them")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint")
+    evaluate = commands.add_parser("eval", help="hold dialogues with a checkpoint, measured", epilog=SETTINGS)
     evaluate.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
     evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
     evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
     evaluate.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
-    evaluate.add_argument("overrides", nargs="*", metavar="key=value")
-    report = commands.add_parser("report", help="make report.html of a run")
+    for command in (train, evaluate):
+        command.add_argument("--device", help="cpu, cuda or cuda:N (model.device)")
+    train.add_argument("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
+    report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", type=Path)
     commands.add_parser("doctor", help="show the device, the back ends in use and a self-check")
     return parser
-
-
-def _dashed(parser: argparse.ArgumentParser, extra: list[str]) -> list[str]:
-    """`--section.key value` and `--section.key=value` as overrides; anything else is bad usage."""
-    found = []
-    rest = list(extra)
-    while rest:
-        word = rest.pop(0)
-        if not word.startswith("--") or "." not in word.split("=")[0]:
-            parser.error(f"unrecognized argument {word}")
-        found.append(word[2:] if "=" in word else f"{word[2:]}={rest.pop(0) if rest else parser.error(f'{word} lacks a value')}")
-    return found
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> int:
-    from duologue.grpo.config import load_config
-
-    overrides = list(options.overrides)
-    if options.model_path:
-        overrides.append(f"model.path={options.model_path}")
-    config = load_config(options.recipe, overrides)
+    shortcuts = {"model.path": options.model, "model.device": options.device}
+    config = _config(options.recipe, options.overrides, shortcuts)
     from duologue.grpo.progress import Progress
     from duologue.grpo.report import write_report
     from duologue.grpo.run import Interrupted
     from duologue.grpo.trainer import train
 
-    run = _run_dir(options, config)
-    if run is None:
-        print(f"{options.run_dir} is finished; its results are in {options.run_dir / 'summary.json'} and report.html")
-        return 0
+    run = _open_run(options, config)
     progress = Progress()
+    if run is None:
+        progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
+        return _show_results(options.run_dir, config, progress)
     progress.log(f"run directory: {run.path}")
-    with _stop_on_signals(progress) as stop:
-        try:
-            summary = train(config, run, progress, stop)
-        except Interrupted as pause:
-            progress.close()
-            progress.log(f"{pause}; go on with: duologue train {options.recipe} ... --run-dir {run.path} --resume")
-            return 130
-        finally:
-            progress.close()
-    report = write_report(run.path)
-    progress.results({"warm start": summary["warm_start"], "trained": summary["trained"]})
-    progress.log(f"{summary['train_seconds']:.0f} s of training; report: {report}")
+    try:
+        with _stop_on_signals() as stop:
+            train(config, run, progress, stop)
+    except Interrupted as pause:
+        progress.close()
+        progress.log(f"{pause}. Go on with the same command and --run-dir {run.path} --resume")
+        return INTERRUPTED
+    finally:
+        progress.close()
+    write_report(run.path)
+    return _show_results(run.path, config, progress)
+
+
+def _config(recipe: str, overrides: list[str], shortcuts: dict[str, Any]) -> Config:
+    import torch
+    from duologue.grpo.config import load_config
+
+    overrides = [*overrides, *(f"{key}={value}" for key, value in shortcuts.items() if value is not None)]
+    config = load_config(recipe, overrides)
+    device = torch.device(config.model.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        found = torch.cuda.device_count()
+        raise ValueError(f"model.device = {config.model.device!r}: accepted is cpu or one of {found} CUDA devices here")
+    return config
+
+
+def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
+    """The run to work on; None when it is finished already."""
+    from duologue.grpo.run import RunDir, finished
+
+    path, toml = options.run_dir, config.to_toml()
+    if options.resume:
+        if path is None:
+            raise ValueError("--resume needs --run-dir DIR, the run to go on with")
+        return None if finished(path, toml) else RunDir.resume(path, toml)
+    if path is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"
+    return RunDir.create(path, toml)
+
+
+def _show_results(path: Path, config: Config, progress: Progress) -> int:
+    summary = json.loads((path / "summary.json").read_text("utf-8"))
+    columns = {"warm start": summary["warm_start"], "trained": summary["trained"]}
+    progress.results({name: column for name, column in columns.items() if column}, _conditions(config))
+    progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 
 
-def _run_dir(options: argparse.Namespace, config: Config) -> Any:
-    """The run to work on; None when it is finished already."""
-    from duologue.grpo.run import RunDir
-
-    if not options.resume:
-        path = options.run_dir
-        if path is None:
-            stamp = time.strftime("%Y%m%d-%H%M%S")
-            path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"
-        return RunDir.create(path, config.to_toml())
-    if options.run_dir is None:
-        raise ValueError("--resume needs --run-dir DIR, the run to go on with")
-    if (options.run_dir / "summary.json").is_file():
-        return None
-    return RunDir.resume(options.run_dir, config.to_toml())
+def _conditions(config: Config) -> str:
+    """How the evaluation held its dialogues."""
+    e = config.eval
+    how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
+    return f"{e.split} dialogues, {how}, seed {config.train.seed}"
 
 
 @contextlib.contextmanager
-def _stop_on_signals(progress: Any) -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM asks for a stop after the step at hand; the second is the default one."""
+def _stop_on_signals() -> Iterator[threading.Event]:
+    """The first SIGINT or SIGTERM asks for a stop after the step at hand; the second does what it does by default."""
     stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
+        yield stop
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, frame: Any) -> None:
         stop.set()
-        progress.log("stopping after this step; once more to stop at once")
+        os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
         for each, handler in before.items():
             signal.signal(each, handler)
 
-    if threading.current_thread() is threading.main_thread():
+    try:
         for number in before:
             signal.signal(number, ask)
-    try:
         yield stop
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from duologue.grpo.config import load_config
-    from duologue.model.files import write_file
-
-    overrides = [*options.overrides]
-    if options.dialogues is not None:
-        overrides.append(f"eval.dialogues={options.dialogues}")
-    if options.greedy:
-        overrides.append("eval.temperature=0.0")
-    config = load_config(options.recipe, overrides)
+    shortcuts = {
+        "model.device": options.device,
+        "eval.dialogues": options.dialogues,
+        "eval.temperature": 0.0 if options.greedy else None,
+    }
+    config = _config(options.recipe, options.overrides, shortcuts)
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.progress import Progress
     from duologue.grpo.setup import build_game, load_policy, use_threads
+    from duologue.model.files import write_file
 
     use_threads(config)
     model, tokenizer = load_policy(options.checkpoint, config)
     metrics, _ = evaluate(model, tokenizer, build_game(config), config)
-    Progress().results({str(options.checkpoint.name): metrics})
+    Progress().results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
-        write_file(options.json, json.dumps(metrics, indent=2).encode())
+        origin = {"checkpoint": str(options.checkpoint), "split": config.eval.split, "seed": config.train.seed}
+        row = {**origin, "temperature": config.eval.temperature, **metrics}
+        write_file(options.json, json.dumps(row, indent=2).encode())
     return 0
 
 

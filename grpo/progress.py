@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: a live line of the numbers that matter, plain lines when there is no terminal."""
+"""What a person sees while a run trains: the numbers that matter, live in a terminal and as plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
+from rich.padding import Padding
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 # metric -> (heading, format)
 SHOWN = {
@@ -37,59 +40,65 @@ RESULT = {
 class Progress:
     """`stage`, then `update` after each step. `quiet` shows nothing."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self.console = Console(quiet=quiet, highlight=False)
+    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=quiet, highlight=False, markup=False)
         self._live: Live | None = None
         self._stage = ""
         self._total = 0
         self._begin = (0, 0.0)
         self._last_line = 0.0
+        self._latest: dict[str, Any] = {}
 
     def stage(self, name: str, total: int, done: int = 0) -> None:
         """A new stage of `total` steps, of which `done` were done by an earlier process."""
         self.close()
-        self._stage, self._total, self._begin = name, total, (done, time.monotonic())
+        self._stage, self._total, self._begin, self._latest = name, total, (done, time.monotonic()), {}
         if self.console.is_terminal:
             self._live = Live(console=self.console, refresh_per_second=4, transient=True)
             self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """`step` steps of the stage are done."""
-        table = self._table(step, metrics)
+        """`step` steps of the stage are done. A metric that is not measured on every step keeps its latest value."""
+        self._latest |= {key: value for key, value in metrics.items() if value is not None}
         if self._live is not None:
-            self._live.update(table)
+            self._live.update(self._view(step))
         elif time.monotonic() - self._last_line > 10 or step == self._total:
             self._last_line = time.monotonic()
-            cells = [f"{title} {form.format(metrics[key])}" for key, (title, form) in SHOWN.items() if metrics.get(key) is not None]
-            self.console.print(f"{self._stage} {step}/{self._total}  " + "  ".join(cells) + f"  left {self._left(step)}", soft_wrap=True)
+            cells = "  ".join(f"{title} {value}" for title, value in self._cells())
+            self.log(f"{self._stage} {step}/{self._total}  {cells}  left {self._left(step)}")
 
     def log(self, message: str) -> None:
         self.console.print(message, soft_wrap=True)
 
-    def results(self, columns: Mapping[str, Mapping[str, float]]) -> None:
+    def results(self, columns: Mapping[str, Mapping[str, float]], title: str) -> None:
         """The table at the end: one column per policy."""
         self.close()
-        table = Table(title="held-out scenarios")
+        table = Table(title=title, title_justify="left")
         table.add_column("")
         for name in columns:
-            table.add_column(name.replace("_", " "), justify="right")
-        for key, (title, form) in RESULT.items():
+            table.add_column(name, justify="right")
+        for key, (heading, form) in RESULT.items():
             if all(key in c for c in columns.values()):
-                table.add_row(title, *(form.format(c[key]) for c in columns.values()))
+                table.add_row(heading, *(form.format(c[key]) for c in columns.values()))
         self.console.print(table)
 
     def close(self) -> None:
+        """End the live display; its last state stays to be read."""
         if self._live is not None:
+            last = self._live.renderable
             self._live.stop()
             self._live = None
+            if self._latest:
+                self.console.print(last)
 
-    def _table(self, step: int, metrics: Mapping[str, Any]) -> Table:
-        table = Table(title=f"{self._stage}: step {step} of {self._total}, {self._left(step)} left", box=None, title_justify="left")
-        shown = [(t, f.format(metrics[k])) for k, (t, f) in SHOWN.items() if metrics.get(k) is not None]
-        for title, _ in shown:
-            table.add_column(title, justify="right")
-        table.add_row(*(value for _, value in shown))
-        return table
+    def _cells(self) -> list[tuple[str, str]]:
+        return [(title, form.format(self._latest[key])) for key, (title, form) in SHOWN.items() if key in self._latest]
+
+    def _view(self, step: int) -> Group:
+        bar = ProgressBar(total=max(self._total, 1), completed=step, width=60)
+        head = Text.assemble((self._stage, "bold"), f"  step {step} of {self._total}, {self._left(step)} left")
+        numbers = Text("   ").join(Text.assemble((f"{title} ", "dim"), value) for title, value in self._cells())
+        return Group(head, Padding(bar, 0), numbers)
 
     def _left(self, step: int) -> str:
         done, since = self._begin

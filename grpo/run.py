@@ -1,7 +1,7 @@
 """A run's directory: the configuration, one line per step and per dialogue, checkpoints, summary and report.
 
-Written so that a run that is killed anywhere resumes as if it had not been: lines past the newest checkpoint are dropped on resume
-and computed again, and a checkpoint appears whole or not at all.
+Written so that a run that is killed anywhere resumes as if it had not been: a checkpoint appears whole or not at all,
+and it notes how long the lines were, so that what came after it is cut off on resume and computed again.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import os
 import re
 import shutil
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from duologue.model.files import write_file, write_folder
+from duologue.model.files import fsync_path, write_file, write_folder
+from safetensors import SafetensorError
 
 LINES = ("metrics.jsonl", "dialogues.jsonl")
+LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved
 MAY_DIFFER = {("train", "steps"), ("train", "max_seconds"), ("train", "save_every"), ("train", "keep_checkpoints")}
 
 
@@ -44,9 +46,10 @@ class RunDir:
 
     @classmethod
     def create(cls, path: Path, config_toml: str) -> RunDir:
-        """A new run in a directory that is empty or does not exist."""
-        if path.exists() and any(p.name != ".lock" for p in path.iterdir()):
-            raise ValueError(f"{path} exists and holds another run: go on with it by --resume, or choose another --run-dir")
+        """A new run in a directory that is empty or does not exist; ValueError when it holds something."""
+        if path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir())):
+            what = "holds another run or other files" if path.is_dir() else "is a file"
+            raise ValueError(f"{path} exists and {what}: go on with a run by --resume, or choose another --run-dir")
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         write_file(path / "config.toml", config_toml.encode())
@@ -59,9 +62,9 @@ class RunDir:
             raise ValueError(f"{path} holds no run to resume: it has no config.toml")
         _check_same((path / "config.toml").read_text("utf-8"), config_toml, path)
         run = cls(path)
+        (path / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one extends
         write_file(path / "config.toml", config_toml.encode())
-        for leftover in (path / "checkpoints").glob(".*.tmp"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        run._clean_up()
         return run
 
     def close(self) -> None:
@@ -77,42 +80,48 @@ class RunDir:
         self._append("dialogues.jsonl", rows)
 
     def _append(self, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        text = "".join(json.dumps(_finite(row), ensure_ascii=False, separators=(",", ":")) + "\n" for row in rows)
-        with open(self.path / name, "a", encoding="utf-8") as file:
-            file.write(text)
+        try:
+            with open(self.path / name, "a", encoding="utf-8") as file:
+                for row in rows:
+                    file.write(json.dumps(_finite(row), ensure_ascii=False, separators=(",", ":")) + "\n")
+        except OSError as error:
+            whole = "--resume goes on from the last checkpoint"
+            raise OSError(f"{self.path / name} could not be written ({error}); {whole}") from error
 
     def drop_lines_from(self, step: int) -> None:
-        """Drop every line of step `step` or later, and a last line that was cut off by a kill."""
+        """Cut off every line that the checkpoint of `step` had not seen; all lines when there is none."""
+        noted = self.path / "checkpoints" / step_name(step) / LENGTHS
+        lengths: dict[str, int] = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
         for name in LINES:
             path = self.path / name
-            if not path.is_file():
-                continue
-            kept = []
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    break
-                if row["step"] < step:
-                    kept.append(line)
-            write_file(path, b"".join(kept))
+            if path.is_file():
+                os.truncate(path, min(lengths.get(name, 0), path.stat().st_size))
 
     # ---- checkpoints and summary -------------------------------------------------------------------------------------
 
     def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
         """Have `write` fill `checkpoints/<name>`, then prune the oldest `step_*` beyond `keep` (0 = keep all).
 
-        When the disk is full nothing that was there is touched, and the error says so.
+        When the disk is full nothing that was there is touched, and the OSError says so.
         """
         path = self.path / "checkpoints" / name
         try:
-            write_folder(path, write)
-        except (OSError, RuntimeError) as error:  # safetensors and torch report a full disk in their own ways
-            raise OSError(f"the checkpoint {path} could not be written ({error}); the previous one is whole") from error
+            write_folder(path, lambda folder: self._write_with_lengths(folder, write))
+        except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors name a full disk so
+            previous = self.latest_checkpoint()
+            whole = f"the previous one, {previous}, is whole" if previous else "there is none before it"
+            raise OSError(f"the checkpoint {path} could not be written ({error}); {whole}") from error
         if keep:
             for old in self._steps()[:-keep]:
                 shutil.rmtree(old)
         return path
+
+    def _write_with_lengths(self, folder: Path, write: Callable[[Path], None]) -> None:
+        write(folder)
+        lines = [self.path / name for name in LINES if (self.path / name).is_file()]
+        for path in lines:
+            fsync_path(path)
+        (folder / LENGTHS).write_text(json.dumps({path.name: path.stat().st_size for path in lines}), "utf-8")
 
     def latest_checkpoint(self) -> Path | None:
         """The `step_*` checkpoint that a resume starts from."""
@@ -120,35 +129,63 @@ class RunDir:
         return steps[-1] if steps else None
 
     def _steps(self) -> list[Path]:
-        return sorted(p for p in (self.path / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
+        found = [p for p in (self.path / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
+        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+    def _clean_up(self) -> None:
+        """Remove what a kill in the midst of a save left behind; a checkpoint that was just moved aside goes back."""
+        folder = self.path / "checkpoints"
+        for aside in folder.glob(".*.old"):
+            if not (folder / aside.name[1 : -len(".old")]).exists():
+                aside.rename(folder / aside.name[1 : -len(".old")])
+        for leftover in [*folder.glob(".*.old"), *folder.glob(".*.tmp")]:
+            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_file(self.path / "summary.json", json.dumps(_finite(summary), indent=2).encode())
 
-    @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").is_file()
+
+def step_name(step: int) -> str:
+    """The checkpoint's name after `step` steps."""
+    return f"step_{step:06d}"
+
+
+def finished(path: Path, config_toml: str) -> bool:
+    """Whether the run there has come to the end of this very configuration; a longer one goes on."""
+    saved = path / "config.toml"
+    return (path / "summary.json").is_file() and saved.is_file() and saved.read_text("utf-8") == config_toml
+
+
+def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a .jsonl file, one at a time; without a last line that was cut off. A missing file is empty."""
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n"):
+                return
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path} line {number} is not a JSON object: {error}") from error
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a last line that was cut off is left out, a missing file is empty."""
-    rows: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text("utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                break
-    return rows
+    return list(iter_lines(path))
 
 
 def _check_same(old: str, new: str, path: Path) -> None:
     before, after = tomllib.loads(old), tomllib.loads(new)
-    for section in sorted({*before, *after}):
-        for key in sorted({*before.get(section, {}), *after.get(section, {})}):
-            a, b = before.get(section, {}).get(key), after.get(section, {}).get(key)
-            if a != b and (section, key) not in MAY_DIFFER:
-                raise ValueError(f"{path} was started with {section}.{key} = {a!r}, not {b!r}: resume it as it was, or start another run")
+    keys = sorted({(section, key) for config in (before, after) for section in config for key in config[section]})
+    differ = []
+    for section, key in keys:
+        a, b = before.get(section, {}).get(key), after.get(section, {}).get(key)
+        if a != b and (section, key) not in MAY_DIFFER:
+            differ.append(f"{section}.{key} = {a!r}, not {b!r}")
+    if differ:
+        raise ValueError(f"{path} was started with {'; '.join(differ)}: resume it as it was, or start another run")
 
 
 def _finite(value: Any) -> Any:

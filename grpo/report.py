@@ -1,0 +1,268 @@
+"""A run as one HTML file that needs nothing else: results, curves, and dialogues with both private sides.
+
+Works on a run that is still going or was cut off: what exists is shown. All text of the run is escaped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import tomllib
+from collections import deque
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from duologue.grpo.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
+from duologue.grpo.progress import RESULT
+from duologue.grpo.run import iter_lines, read_lines
+from duologue.model.files import write_file
+from duologue.model.tokenizer import Tokenizer
+
+SHOWN = 12  # dialogues of a policy, the first ones: not chosen
+FAILED_SHOWN = 4
+POLICIES = {"warm_start": "warm start", "trained": "trained"}
+# stage, title, metric -> label, whether a share
+CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
+    ("selfplay", "Reward and joint score", {"reward": "reward", "joint_ratio": "joint / best"}, False),
+    ("selfplay", "Agreement and Pareto", {"agreement": "agreed", "pareto": "Pareto, agreed"}, True),
+    ("selfplay", "Entropy per token", {"entropy": "nats"}, False),
+    ("selfplay", "KL to the start", {"kl_start": "nats per token"}, False),
+    ("selfplay", "Rollout against trainer", {"mismatch": "largest log-prob difference"}, False),
+    ("selfplay", "Tokens per second", {"rollout_tokens_per_s": "rollout", "update_tokens_per_s": "update"}, False),
+    ("selfplay", "Groups without variance", {"no_variance_share": "of all", "clip_share": "clipped tokens"}, True),
+    ("selfplay", "Gradient norm", {"grad_norm": "before clipping"}, False),
+    ("imitation", "Imitation loss", {"loss": "nats per token"}, False),
+)
+# Deal-or-No-Deal with three types and values that add up to 10: people (Lewis et al. 2017) and a random split.
+PUBLISHED = {
+    "people": {"agreement": 0.801, "pareto": 0.770, "joint_ratio": 0.950, "nash_ratio": 0.914},
+    "random split": {"pareto": 0.239, "joint_ratio": 0.682, "nash_ratio": 0.368},
+}
+FAILURES = {
+    "no_close": "the talk ended without a close",
+    "malformed": "a selection could not be read",
+    "out_of_range": "a selection took more than there is",
+    "conflict": "both took the same item",
+    "leftover": "items were left over",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run directory; ValueError when there is nothing to report."""
+    run_dir = Path(run_dir)
+    context = gather(run_dir)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    path = run_dir / "report.html"
+    write_file(path, environment.get_template("report.html.j2").render(context).encode())
+    return path
+
+
+def gather(run_dir: Path) -> dict[str, Any]:
+    """Everything that the template shows."""
+    if not (run_dir / "config.toml").is_file():
+        raise ValueError(f"{run_dir} holds no run: it has no config.toml")
+    toml = (run_dir / "config.toml").read_text("utf-8")
+    config = tomllib.loads(toml)
+    metrics = read_lines(run_dir / "metrics.jsonl")
+    summary = _summary(run_dir)
+    policies, recent = _dialogues(run_dir / "dialogues.jsonl")
+    tokenizer = _tokenizer(run_dir)
+    sections = _sections(policies, recent)
+    for rows in sections.values():
+        for row in rows:
+            row["columns"] = [(name, _dialogue(record, tokenizer)) for name, record in row["columns"]]
+    return {
+        "name": run_dir.resolve().name,
+        "facts": _facts(config, metrics, summary),
+        "finished": (run_dir / "summary.json").is_file(),
+        "results": _results(config, summary),
+        "failures": _failures(summary),
+        "charts": _charts(metrics),
+        "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
+        "sections": sections,
+        "coloured": tokenizer is not None,
+        "toml": toml,
+    }
+
+
+def _summary(run_dir: Path) -> dict[str, Any]:
+    """summary.json, or what the newest checkpoint of an unfinished run knows of it."""
+    found = run_dir / "summary.json"
+    if not found.is_file():
+        states = sorted(run_dir.glob("checkpoints/step_*/trainer_state.json"))
+        if not states:
+            return {}
+        found = states[-1]
+    try:
+        summary: dict[str, Any] = json.loads(found.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{found} is not valid JSON: {error}") from error
+    return summary
+
+
+def _dialogues(path: Path) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+    """The last evaluation's dialogues of each policy, and the latest of self-play. Read once: the file may be large."""
+    policies: dict[str, list[dict[str, Any]]] = {}
+    recent: deque[dict[str, Any]] = deque(maxlen=SHOWN)
+    for record in iter_lines(path):
+        if record["stage"] != "eval":
+            recent.append(record)
+            continue
+        of_policy = policies.setdefault(record["policy"], [])
+        if of_policy and of_policy[0]["step"] != record["step"]:
+            of_policy.clear()
+        of_policy.append(record)
+    return policies, list(recent)
+
+
+def _tokenizer(run_dir: Path) -> Tokenizer | None:
+    """Any checkpoint's: they share it."""
+    for file in sorted(run_dir.glob("checkpoints/[!.]*/tokenizer.json")):
+        return Tokenizer.from_dir(file.parent)
+    return None
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def _facts(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    imitation, selfplay = (sum(row["stage"] == stage for row in metrics) for stage in ("imitation", "selfplay"))
+    seconds = summary.get("train_seconds") or sum(row.get("seconds") or 0 for row in metrics)
+    facts = [
+        ("game", f"{config['game']['name']}, {config['game']['objective']}"),
+        ("seed", str(config["train"]["seed"])),
+        ("device", f"{config['model']['device']}, {config['model']['dtype']}"),
+        ("training time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"),
+        ("steps", f"{imitation} imitation, {selfplay} self-play"),
+    ]
+    if "parameters" in summary:
+        facts.append(("parameters", f"{summary['parameters'] / 1e6:.2f} M"))
+    peak = max((row.get("peak_memory_bytes") or 0 for row in metrics), default=0)
+    if peak:
+        facts.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
+    if metrics:
+        facts.append(("reported", time.strftime("%Y-%m-%d %H:%M")))
+    return facts
+
+
+def _results(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of the policies, and what people and chance reach where that is known."""
+    columns = {label: summary[key] for key, label in POLICIES.items() if summary.get(key)}
+    game = config["game"]
+    known = columns and (game["name"], game["item_types"], game["total_value"]) == ("deal", 3, 10)
+    others: dict[str, dict[str, float]] = PUBLISHED if known else {}
+    rows = []
+    for key, (heading, form) in RESULT.items():
+        if not all(key in column for column in columns.values()):
+            continue
+        values = [form.format(column[key]) for column in columns.values()]
+        change = ""
+        if len(columns) == 2 and key != "dialogues":
+            change = _change(summary["trained"][key] - summary["warm_start"][key], form)
+        rows.append((heading, values, change, [form.format(o[key]) if key in o else "" for o in others.values()]))
+    return {"columns": list(columns), "others": list(others), "rows": rows if columns else []}
+
+
+def _change(difference: float, form: str) -> str:
+    return f"{100 * difference:+.1f} points" if "%" in form else f"{difference:+{form[2:-1]}}"
+
+
+def _failures(summary: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
+    """(kind in words, share of all dialogues for each policy) of the kinds that occurred."""
+    columns = [summary[key] for key in POLICIES if summary.get(key)]
+    kinds = [key.removeprefix("failure_") for key in (columns[0] if columns else {}) if key.startswith("failure_")]
+    rows = [(FAILURES.get(kind, kind), [column.get(f"failure_{kind}", 0.0) for column in columns]) for kind in kinds]
+    return [row for row in rows if any(row[1])]
+
+
+def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    found = []
+    for stage, title, keys, percent in CHARTS:
+        drawn = chart(title, [row for row in metrics if row["stage"] == stage], keys, percent)
+        if drawn is not None:
+            found.append(drawn)
+    return found
+
+
+# ---- dialogues -------------------------------------------------------------------------------------------------------
+
+
+def _sections(policies: Mapping[str, list[dict[str, Any]]], recent: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Heading -> rows; a row is a scenario with the dialogue of each policy on it."""
+    before, after = policies.get("warm_start", []), policies.get("trained", [])
+    if not before and not after:
+        return {"The latest of self-play": [_row({"self-play": record}) for record in recent]} if recent else {}
+    pairs = list(zip_longest(before, after))
+    first = [row for pair in pairs[:SHOWN] for row in _rows(*pair)]
+    failed = [pair for pair in pairs[SHOWN:] if pair[1] and not pair[1]["outcome"]["agreed"]][:FAILED_SHOWN]
+    sections = {f"The first {min(SHOWN, len(pairs))} of {len(pairs)}, not chosen": first}
+    if failed:
+        sections["The next that the trained policy failed"] = [row for pair in failed for row in _rows(*pair)]
+    return sections
+
+
+def _rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:
+    found = {"warm start": before, "trained": after}
+    present = {name: record for name, record in found.items() if record}
+    same = len({record["scenario"]["id"] for record in present.values()}) == 1
+    return [_row(present)] if same else [_row({name: record}) for name, record in present.items()]
+
+
+def _row(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    scenario = next(iter(records.values()))["scenario"]
+    return {"id": scenario["id"], "private": scenario["private"], "columns": list(records.items())}
+
+
+def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    outcome, reward = record["outcome"] or {}, record["reward"]
+    turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
+    if outcome.get("agreed"):
+        verdict = "deal, {:g} and {:g} points".format(*outcome["scores"])
+    else:
+        kind = outcome.get("failure") or "unscored"
+        verdict = f"no deal: {FAILURES.get(kind, kind)}"
+    measures = [_measure(name, value) for name, value in outcome.get("metrics", {}).items()]
+    if reward is not None:
+        measures.append("reward {:.2f}".format(*reward) if reward[0] == reward[1] else "reward {:.2f}, {:.2f}".format(*reward))
+    return {
+        "talk": [turn for turn in turns if turn["kind"] != "final"],
+        "finals": sorted((turn for turn in turns if turn["kind"] == "final"), key=lambda turn: turn["side"]),
+        "agreed": bool(outcome.get("agreed")),
+        "verdict": verdict,
+        "measures": measures,
+    }
+
+
+def _measure(name: str, value: float) -> str:
+    if name == "pareto":
+        return "Pareto-optimal" if value == 1 else "not Pareto-optimal"
+    return f"{name.replace('_', ' ')} {value:.2f}"
+
+
+def _pieces(turn: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:
+    """(text, how surprising from 0 to 5, what the pointer is shown) of each token; the whole text when they are unknown.
+
+    A token without text, as the one that ends a turn, has the text "".
+    """
+    if tokenizer is None or turn["logprobs"] is None:
+        return [(turn["text"], 0, "")]
+    pieces, before = [], ""
+    for i, logprob in enumerate(turn["logprobs"]):
+        text = tokenizer.decode(turn["token_ids"][: i + 1])
+        split = text.endswith("\ufffd")  # in the midst of a character
+        piece = "" if split else text[len(before) :]
+        before = before if split else text
+        shown = piece.lstrip() if i == 0 else piece
+        level = min(5, math.floor(-logprob / 0.7)) if logprob < 0 else 0
+        pieces.append((shown, level, f"log p {logprob:.3f}, p {math.exp(logprob):.1%}"))
+    return pieces
