@@ -130,6 +130,7 @@ class Trainer:
     def _play(self) -> list[Group]:
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(self.config.grpo.groups_per_step)]
+        self.arena.engine.name_weights(self.step)  # the same in a resumed run
         groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"))
         for group in groups:
             for dialogue in group.dialogues:

@@ -257,8 +257,16 @@ class Engine:
             return
         if self.busy:
             raise RuntimeError("the weights changed while requests were in flight; finish or abort them before an update")
-        self._weights_seen = counter
-        self.weights_version += 1
+        self.name_weights(self.weights_version + 1)
+
+    def name_weights(self, version: int) -> None:
+        """Call the present weights `version` from now on, e.g. by the number of updates; all KV is dropped.
+
+        Without this the engine counts the changes that it notices by itself.
+        """
+        assert not self.busy
+        self._weights_seen = self._weights_counter()
+        self.weights_version = version
         for branch in self._branches:
             self._scheduler.release(branch)
 
