@@ -8,9 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from duologue.kernels.cpu import DTYPES, check, lib
+from torch import Tensor
 
 
 def _check_heads(op: str, Hq: int, Hk: int, D: int) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from duologue.kernels import cpu
+from torch import Tensor
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 try:
-    from duologue.kernels import _cpu as _built
+    import duologue.kernels._cpu as _built
 
     _lib: ModuleType | None = _built
 except ImportError:

@@ -15,9 +15,8 @@ Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from duologue.kernels import attention, autograd, cpu, reference, softmax
+from torch import Tensor
 
 
 def _plain(*tensors: Tensor | None) -> bool:
@@ -33,7 +32,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: tor
         return reference.linear(x, weight, bias, out_dtype)
     if _plain(x, weight, bias):
         return cpu.linear(x, weight, bias, out_dtype)
-    return autograd.linear(x, weight, bias, out_dtype or x.dtype)
+    out: Tensor = autograd.linear(x, weight, bias, out_dtype or x.dtype)
+    return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -42,7 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return reference.rms_norm(x, weight, eps)
     if _plain(x, weight):
         return cpu.rms_norm(x, None, weight, eps)[0]
-    return autograd.rms_norm(x, weight, eps)
+    out: Tensor = autograd.rms_norm(x, weight, eps)
+    return out
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -51,7 +52,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
         return reference.add_rms_norm(x, residual, weight, eps)
     if _plain(x, residual, weight):
         return cpu.rms_norm(x, residual, weight, eps)
-    return autograd.add_rms_norm(x, residual, weight, eps)
+    out: tuple[Tensor, Tensor] = autograd.add_rms_norm(x, residual, weight, eps)
+    return out
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -70,7 +72,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
         return reference.silu_mul(gate, up)
     if _plain(gate, up):
         return cpu.silu_mul(gate, up)
-    return autograd.silu_mul(gate, up)
+    out: Tensor = autograd.silu_mul(gate, up)
+    return out
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:

@@ -7,6 +7,8 @@ Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def _attend(q_nHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scale: float) -> Tensor
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     bounds = cu_seqlens.tolist()
     parts = [
-        _attend(q[a:b], k[a:b], v[a:b], scale) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if b > a
+        _attend(q[a:b], k[a:b], v[a:b], scale) for a, b in pairwise(bounds) if b > a
     ]
     return torch.cat(parts) if parts else torch.empty_like(q)
 
@@ -135,7 +137,8 @@ def uniforms(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     seed, position = seed.unsqueeze(1), position.unsqueeze(1)
     zero = torch.zeros_like(block)
     words = philox((block, zero, position & _MASK, (position >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))
-    bits = torch.stack(torch.broadcast_tensors(*words), dim=-1).flatten(1)[:, :vocab_size]
+    shape = (len(seed), len(block))
+    bits = torch.stack([word.expand(shape) for word in words], dim=-1).flatten(1)[:, :vocab_size]
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
