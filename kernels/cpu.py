@@ -77,10 +77,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
         check("linear", "bias", bias, (O,), dtype)
     if out.dtype != dtype and out.dtype != torch.float32:
         raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {dtype} or torch.float32")
-    if not weight.is_contiguous():
-        weight = weight.contiguous()
+    weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     lib().linear(
-        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.contiguous().data_ptr(), out.data_ptr(),
+        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
         x.numel() // K if K else 0, O, K, DTYPES[dtype], DTYPES[out.dtype],
     )  # fmt: skip
     return out
@@ -107,6 +106,7 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     x = x.contiguous()
     K = x.shape[-1]
     check("rms_norm", "weight", weight, (K,), x.dtype)
+    weight = weight.contiguous()
     out, total = torch.empty_like(x), x
     if residual is not None:
         check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype)
@@ -124,11 +124,12 @@ def rms_norm_backward(
     """(gradient of the normed input, gradient of the weight). `grad_total` is added when the sum has another use."""
     K = total.shape[-1]
     rows = total.numel() // K
-    grad = grad.contiguous()
+    total, weight, grad = total.contiguous(), weight.contiguous(), grad.contiguous()
+    grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x = torch.empty_like(total)
     partial = torch.empty((-(-rows // 32), K), dtype=torch.float32)
     lib().rms_norm_backward(
-        total.data_ptr(), weight.data_ptr(), grad.data_ptr(), 0 if grad_total is None else grad_total.contiguous().data_ptr(),
+        total.data_ptr(), weight.data_ptr(), grad.data_ptr(), 0 if grad_total is None else grad_total.data_ptr(),
         grad_x.data_ptr(), partial.data_ptr(), rows, K, eps, DTYPES[total.dtype],
     )  # fmt: skip
     return grad_x, partial.sum(0).to(weight.dtype)
@@ -163,9 +164,10 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) ->
     check("rope", "cos", cos, (None, D // 2), torch.float32)
     check("rope", "sin", sin, tuple(cos.shape), torch.float32)
     check("rope", "positions", positions, (T,), torch.int64)
+    cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     out = torch.empty_like(x)
     bad = lib().rope(
-        x.data_ptr(), out.data_ptr(), cos.contiguous().data_ptr(), sin.contiguous().data_ptr(), positions.contiguous().data_ptr(),
+        x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
         T, H, D, cos.shape[0], sign, DTYPES[x.dtype],
     )  # fmt: skip
     if bad:
@@ -183,9 +185,10 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     check("write_kv", "slots", slots, (T,), torch.int64)
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("write_kv: k_pages and v_pages must be contiguous, they are written in place")
+    slots = slots.contiguous()
     n_slots = k_pages.shape[0] * k_pages.shape[1]
     bad = lib().write_kv(
-        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.contiguous().data_ptr(),
+        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
         T, n_slots, Hk * D * k.element_size(),
     )  # fmt: skip
     if bad:
