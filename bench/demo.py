@@ -1,0 +1,45 @@
+"""Append finished runs to bench/results/deal.csv: one row per run, warm start and trained side by side.
+
+    python bench/demo.py runs/demo [RUN_DIR ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tomllib
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from bench.common import append_rows
+
+MEASURES = ("agreement", "pareto", "joint_ratio", "nash_ratio")
+
+
+def main(paths: list[str]) -> int:
+    rows = []
+    for path in map(Path, paths):
+        summary = json.loads((path / "summary.json").read_text())
+        config = tomllib.loads((path / "config.toml").read_text())
+        row: dict[str, object] = {"seed": summary["seed"], "dialogues": int(summary["trained"]["dialogues"])}
+        for policy in ("warm_start", "trained"):
+            row |= {f"{policy}_{key}": round(summary[policy][key], 4) for key in MEASURES}
+        row |= {
+            "imitation_steps": config["imitation"]["steps"],
+            "selfplay_steps": config["train"]["steps"],
+            "threads": config["train"]["threads"] or "all",
+            "train_seconds": round(summary["train_seconds"]),
+            "peak_memory_mb": round(summary["peak_memory_bytes"] / 2**20),
+            "parameters": summary["parameters"],
+        }
+        rows.append(row)
+        print(row)
+    if not rows:
+        print(__doc__)
+        return 2
+    append_rows("deal", rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
