@@ -75,9 +75,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
         loss_mask=torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.bool, device=device),
         behaviour_logprobs=torch.tensor([x for row in rows for x in row.logprobs], dtype=torch.float32, device=device),
-        advantages=torch.tensor(
-            [row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device
-        ),
+        advantages=torch.tensor([row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device),
         dialogue_id=torch.tensor([row.dialogue_id for row in rows], dtype=torch.int64, device=device),
         role=torch.tensor([row.role for row in rows], dtype=torch.int64, device=device),
         nodes=torch.tensor(nodes, dtype=torch.int64, device=device),

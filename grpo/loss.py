@@ -45,9 +45,7 @@ class LossConfig:
         if self.variant not in VARIANTS:
             raise ValueError(f"grpo.loss = {self.variant!r}: accepted is one of {', '.join(VARIANTS)}")
         if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}"
-            )
+            raise ValueError(f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}")
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise ValueError(f"grpo.dual_clip = {self.dual_clip}: accepted is 0 (off) or a number above 1")
 

@@ -17,9 +17,7 @@ SCHEDULES = ("constant", "cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def learning_rate(
-    step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1
-) -> float:
+def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1) -> float:
     """Of update `step` (from 0): linear warm-up, then constant, or a cosine down to `floor * peak` at the last step."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: accepted is one of {', '.join(SCHEDULES)}")
@@ -37,13 +35,9 @@ class Optimizer:
     bf16 and fp16 parameters get an fp32 master copy, and their gradients are summed in fp32 by `accumulate`.
     """
 
-    def __init__(
-        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
-    ) -> None:
+    def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {
-            n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()
-        }
+        self.masters: dict[str, Tensor] = {n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()}
         self.max_grad_norm = max_grad_norm  # 0 = no clipping
         groups = [
             {"params": [m for m in self.masters.values() if m.dim() >= 2], "weight_decay": weight_decay},

@@ -28,9 +28,7 @@ def ragged(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rewards, group_ids, scored, roles
 
 
-def brute_force(
-    method: str, rewards: list[float], keys: list[object], scored: list[bool]
-) -> tuple[list[float], int, int]:
+def brute_force(method: str, rewards: list[float], keys: list[object], scored: list[bool]) -> tuple[list[float], int, int]:
     """(advantages, groups with a scored row, of these without variance)."""
     values = []
     for i, key in enumerate(keys):
@@ -88,9 +86,7 @@ def test_std_equals_trl_on_full_groups() -> None:
 def test_equal_rewards_give_exactly_zero_and_are_counted(method: str) -> None:
     for reward in (0.1, 1e4 / 3):
         rewards = torch.full((7,), reward, dtype=torch.float64)
-        result = group_advantages(
-            rewards, torch.zeros(7, dtype=torch.long), torch.ones(7, dtype=torch.bool), method=method
-        )
+        result = group_advantages(rewards, torch.zeros(7, dtype=torch.long), torch.ones(7, dtype=torch.bool), method=method)
         assert result.value.tolist() == [0.0] * 7
         assert (result.groups, result.no_variance) == (1, 1)
 
@@ -123,7 +119,5 @@ def test_an_empty_batch_and_a_wrong_method() -> None:
     nothing = torch.zeros(0)
     result = group_advantages(nothing, nothing.long(), nothing.bool())
     assert (result.value.tolist(), result.groups, result.no_variance) == ([], 0, 0)
-    with pytest.raises(
-        ValueError, match=r"grpo\.advantage = 'gae': accepted is one of std, mean, leave_one_out, running"
-    ):
+    with pytest.raises(ValueError, match=r"grpo\.advantage = 'gae': accepted is one of std, mean, leave_one_out, running"):
         group_advantages(nothing, nothing.long(), nothing.bool(), method="gae")

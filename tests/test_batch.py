@@ -121,18 +121,14 @@ def tree_rows() -> list[Row]:
         for reply in ([1, 2, 3, 4], [1, 2, 5], [6], [1, 2]):
             ids = prompt + reply
             mask = [t >= 19 for t in range(len(ids))]
-            rows.append(
-                Row(token_ids=ids, loss_mask=mask, logprobs=[-1.0] * len(ids), advantage=1.0, dialogue_id=group, role=0)
-            )
+            rows.append(Row(token_ids=ids, loss_mask=mask, logprobs=[-1.0] * len(ids), advantage=1.0, dialogue_id=group, role=0))
     return rows
 
 
 def test_equal_prefixes_are_one_node() -> None:
     batch = pack(tree_rows())
     assert len(batch.first) == 3 * (19 + 4 + 1 + 1)
-    prefixes = [
-        tuple(batch.token_ids[a : t + 1].tolist()) for a, b in pairwise(batch.cu_seqlens.tolist()) for t in range(a, b)
-    ]
+    prefixes = [tuple(batch.token_ids[a : t + 1].tolist()) for a, b in pairwise(batch.cu_seqlens.tolist()) for t in range(a, b)]
     node_of = dict(zip(prefixes, batch.nodes.tolist(), strict=True))
     assert [node_of[prefix] for prefix in prefixes] == batch.nodes.tolist()
     assert len(set(node_of.values())) == len(node_of) == len(batch.first)

@@ -65,9 +65,7 @@ def trl_loss(config: LossConfig, case: SimpleNamespace, logp: Tensor, entropy: T
         off_policy_mask_threshold=None,
         importance_sampling_level="sequence" if config.variant == "gspo" else "token",
         beta=config.kl_coef,
-        args=SimpleNamespace(
-            use_bias_correction_kl=False, delta=config.dual_clip or None, steps_per_generation=1, entropy_target=None
-        ),
+        args=SimpleNamespace(use_bias_correction_kl=False, delta=config.dual_clip or None, steps_per_generation=1, entropy_target=None),
         loss_type="grpo" if config.variant == "gspo" else config.variant,
         epsilon_low=config.clip_low,
         epsilon_high=1 + config.clip_high if cispo else config.clip_high,
@@ -79,9 +77,7 @@ def trl_loss(config: LossConfig, case: SimpleNamespace, logp: Tensor, entropy: T
         _entropy_bonus_enabled=config.entropy_coef != 0,
         use_adaptive_entropy=False,
         entropy_coef=config.entropy_coef,
-        accelerator=SimpleNamespace(
-            num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
-        ),
+        accelerator=SimpleNamespace(num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x),
         _metrics={"train": {name: [] for name in TRL_METRICS}},
     )
     ratio = ((case.old - case.behaviour) * case.mask).exp().clamp(max=config.tis_cap or 1e9)
