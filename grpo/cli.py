@@ -119,6 +119,9 @@ def _train(options: argparse.Namespace) -> int:
     try:
         with _stop_on_signals() as stop:
             train(config, run, progress, stop)
+    except ValueError:
+        run.forget_if_new()
+        raise
     except Interrupted as pause:
         progress.close()
         progress.log(f"{pause}. Go on with the same command and --run-dir {run.path} --resume")

@@ -6,14 +6,13 @@ import importlib.metadata
 import platform
 
 import torch
-from rich.console import Console
-from rich.table import Table
-
 from duologue.kernels import cpu
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
+from rich.console import Console
+from rich.table import Table
 
 
 def version(name: str) -> str:

@@ -71,6 +71,14 @@ class RunDir:
         """Release the lock. A process that ends, however it ends, releases it too."""
         self._lock.close()
 
+    def forget_if_new(self) -> None:
+        """Give the directory up when nothing was recorded yet, so that a corrected command can use it."""
+        if {p.name for p in self.path.iterdir()} <= {"config.toml", ".lock"}:
+            (self.path / "config.toml").unlink()
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
+            self.close()
+
     # ---- lines -------------------------------------------------------------------------------------------------------
 
     def append_metrics(self, row: dict[str, Any]) -> None:

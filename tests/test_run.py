@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from duologue.grpo.config import load_config
 from duologue.grpo.run import RunDir, finished, iter_lines, read_lines
+from safetensors.torch import save_file
 
 TOML = '[train]\nsteps = 10\nseed = 0\n[grpo]\ngroup_size = 8\n[model]\npath = ""\n'
 NAN = float("nan")
@@ -32,36 +37,6 @@ for step in range(1, 100_000):
     run.save_checkpoint(step_name(step), write, keep=2)
     print(step, flush=True)
 """
-
-# A process whose files may not grow beyond some bytes: the disk is full in the midst of a save, or of a line.
-FULL = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from duologue.grpo.run import RunDir, step_name
-from safetensors.torch import save_file
-run = RunDir.create(Path(sys.argv[1]), "")
-run.save_checkpoint(step_name(1), lambda folder: (folder / "model").write_bytes(b"one"), keep=1)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-weights = {"w": torch.zeros(100_000)}
-writers = [
-    lambda folder: (folder / "model").write_bytes(b"x" * 400_000),
-    lambda folder: save_file(weights, str(folder / "model.safetensors")),
-    lambda folder: torch.save(weights, folder / "optimizer.pt"),
-]
-for write in writers:
-    try:
-        run.save_checkpoint(step_name(2), write, keep=1)
-    except OSError as error:
-        print(error)
-try:
-    for step in range(5000):
-        run.append_metrics({"step": step, "stage": "selfplay", "text": "x" * 100})
-except OSError as error:
-    print(error)
-"""
-
 
 def child(code: str, *arguments: Any) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
@@ -201,22 +176,44 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_everything(tmp_path: Path) -
     assert (run.path / "checkpoints" / "step_000001" / "model").read_text() == "one"
 
 
-def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path) -> None:
-    """Whoever writes: Python, safetensors or torch. A line that no longer fits is cut off by the next resume."""
-    process = child(FULL, tmp_path / "run")
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    *saves, line = said.splitlines()
-    assert len([s for s in saves if "step_000002 could not be written" in s and "step_000001, is whole" in s]) == 3
-    assert "metrics.jsonl could not be written" in line
-    run = RunDir.resume(tmp_path / "run", "")
-    assert run.latest_checkpoint() == tmp_path / "run" / "checkpoints" / "step_000001"
+@contextlib.contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file may grow beyond `limit` bytes: writing fails with EFBIG, for real."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("writer", ["python", "safetensors", "torch"])
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, writer: str) -> None:
+    """Each of the three that write a checkpoint says so in its own way."""
+    weights = {"w": torch.zeros(100_000)}
+    writers: dict[str, Callable[[Path], object]] = {
+        "python": lambda folder: (folder / "model").write_bytes(b"x" * 400_000),
+        "safetensors": lambda folder: save_file(weights, str(folder / "model.safetensors")),
+        "torch": lambda folder: torch.save(weights, folder / "optimizer.pt"),
+    }
+    run = make(tmp_path)
+    run.save_checkpoint("step_000001", lambda folder: (folder / "model").write_text("one") and None, keep=1)
+    with full_disk(200_000), pytest.raises(OSError, match=r"step_000002 could not be written .*step_000001, is whole"):
+        run.save_checkpoint("step_000002", lambda folder: writers[writer](folder) and None, keep=1)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_000001"]
     assert (run.path / "checkpoints" / "step_000001" / "model").read_text() == "one"
+
+
+def test_a_line_that_no_longer_fits_is_named_and_cut_off_by_the_next_resume(tmp_path: Path) -> None:
+    run = make(tmp_path)
     metrics = run.path / "metrics.jsonl"
-    assert metrics.stat().st_size == 200_000
+    for step in range(150):
+        run.append_metrics({"step": step, "stage": "selfplay", "text": "x" * 100})
+    with full_disk(metrics.stat().st_size + 20), pytest.raises(OSError, match=r"metrics\.jsonl could not be written"):
+        run.append_metrics({"step": 150, "stage": "selfplay", "text": "x" * 100})
+    assert len(read_lines(metrics)) == 150
     assert not metrics.read_bytes().endswith(b"\n")
-    run.drop_lines_from(1)
+    run.drop_lines_from(0)
     assert metrics.read_bytes() == b""
 
 
