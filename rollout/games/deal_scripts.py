@@ -15,7 +15,7 @@ from duologue.rollout.games.deal import Deal, DealGame, Vector
 from duologue.rollout.games.deal_words import Act, utter
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
-TEMPERAMENTS = {"open": 0.40, "vague": 0.11, "hard": 0.17, "splitter": 0.19, "hasty": 0.13}
+TEMPERAMENTS = {"open": 0.41, "vague": 0.13, "hard": 0.18, "splitter": 0.15, "hasty": 0.13}
 MAX_UTTERANCES = 9
 # What an offer must be worth to be accepted, less one per refusal; open asks for more where it knows more.
 ENOUGH = {"open": 2, "vague": 4, "hard": 8, "splitter": 3, "hasty": 0}
@@ -118,8 +118,11 @@ class Negotiator:
     def _candid(self) -> Act:
         """The open thing to do next: offer the best joint deal, or state the values, or ask."""
         theirs, pending = self.heard.values, self.heard.offer is not None
-        if theirs is not None and (self.revealed or not self._chance(0.5 if self.heard.last.ask else 0.25)):
-            return Act(take=self._joint_best(theirs), reveal=self.values, against=theirs, refuse=pending)
+        if theirs is not None and (self.revealed or not (self.heard.last.ask or self._chance(0.3))):
+            take = self._joint_best(theirs)
+            if self._chance(0.65):
+                return Act(take=take, reveal=self.values, against=theirs, refuse=pending, best=True)
+            return Act(take=take, refuse=pending, best=True)
         if not self.revealed:
             refuse = pending and self._chance(0.6)
             return Act(reveal=self.values, refuse=refuse, ask=theirs is None and not refuse and self._chance(0.5))
@@ -166,7 +169,8 @@ class Negotiator:
         """Offers what comes to mind, or closes before anything is settled. It accepts whatever it is offered."""
         if (self.spoken or self.heard.last != Act()) and self._chance(0.4):
             return Act(close=True)
-        return Act(take=self._whim())
+        mine = self._favourite()
+        return Act(take=tuple(c if k == mine else self.rng.randint(0, c) for k, c in enumerate(self.counts)))
 
     # ---- allocations -------------------------------------------------------------------------------------------------
 
@@ -193,25 +197,21 @@ class Negotiator:
         return tuple(half)
 
     def _keep_valuable(self) -> Vector:
-        """My favourite type, what they can spare, nothing of what they want; of the rest half, or what comes to mind."""
-        mine, heard = self._favourite(), self.heard
-        rest = self._half() if self._chance(0.6) else self._whim()
-        take = []
-        for k, (c, r) in enumerate(zip(self.counts, rest, strict=True)):
-            take.append(c if k == mine or (k == heard.spare and self.values[k]) else 0 if k == heard.want else r)
+        """My favourite type, what they can spare, nothing of what they want, and half of the rest."""
+        mine, heard, take = self._favourite(), self.heard, list(self._half())
+        for k, c in enumerate(self.counts):
+            if k == mine or (k == heard.spare and self.values[k]):
+                take[k] = c
+            elif k == heard.want:
+                take[k] = 0
         return tuple(take)
 
-    def _whim(self) -> Vector:
-        """Some types and not the others."""
-        return tuple(c if self._chance(0.55) else 0 for c in self.counts)
-
     def _demand(self) -> Vector:
-        """Everything but a type that is not my favourite, or half of it; another one after two refusals."""
+        """Everything but an item or two, one more of them with each refusal, and nothing of my favourite type."""
         mine = self._favourite()
-        others = [k for k in range(len(self.counts)) if k != mine]
-        given = self.rng.sample(others, min(len(others), 1 + self.refusals // 2))
-        left = self._half() if self._chance(0.6) else (0,) * len(self.counts)
-        return tuple(left[k] if k in given else c for k, c in enumerate(self.counts))
+        others = [k for k, c in enumerate(self.counts) if k != mine for _ in range(c)]
+        given = self.rng.sample(others, min(len(others), self.refusals + 1))
+        return tuple(c - given.count(k) for k, c in enumerate(self.counts))
 
 
 def scripted_dialogue(game: DealGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:

@@ -1,9 +1,9 @@
 """What a scripted negotiator of `deal` can mean, and how it says it.
 
-An `Act` is an utterance before it is words; it holds all that the other side learns from it. Offers say who gets how
-many of each type, in clauses of one shape ("i take 2 hats"), so that final statements can be copied from them. An offer
-that is best for both sets the two values of an item side by side before it says who gets it: a model of a million
-parameters learns to compare numbers that stand next to each other within minutes, and did not learn it otherwise.
+An `Act` is an utterance before it is words; it holds all that the other side learns from it. Offers name exactly who
+gets what, mostly item by item in the order of the items: what is said next to each other needs no memory and no
+arithmetic across the sentence, which is what a small model learns late. For the same reason an offer that is best for
+both may set the two values of each item side by side before it says who gets it.
 """
 
 from __future__ import annotations
@@ -60,25 +60,35 @@ ASK = (
     "your values ?",
 )
 OFFER = (
-    "{0} .",
-    "then {0} .",
-    "how about {0} ?",
-    "what if {0} ?",
-    "my offer : {0} .",
-    "i suggest {0} .",
-    "could it be {0} ?",
-    "let us say {0} .",
+    "i take {0} , you take {1} .",
+    "i get {0} , you get {1} .",
+    "you get {1} , i get {0} .",
+    "{0} for me , {1} for you .",
+    "how about i take {0} and you take {1} ?",
+    "let me have {0} and you keep {1} .",
+    "my offer : {0} for me , {1} for you .",
+    "would you give me {0} and take {1} ?",
+    "can we do {0} for me , {1} for you ?",
+    "you could have {1} , and i {0} .",
 )
-COMPARE = (  # of clauses like "book 4 to 1 : i take 2 books", which is worth 4 to the speaker and 1 to the other side
-    "{0} .",
-    "then {0} .",
-    "compare . {0} .",
-    "me to you . {0} .",
-    "side by side . {0} .",
-    "best for both . {0} .",
-    "so we waste nothing . {0} .",
+TERSE = 4  # as many of a list's first forms go with an offer of many parts
+BY_ITEM = ("{0} .", "how about {0} ?", "i suggest {0} .", "what if {0} ?", "then {0} .", "so {0} , ok ?")
+JOINT = (
+    "best for both : {0} .",
+    "each gets what it likes more : {0} .",
+    "so we waste nothing : {0} .",
+    "by our values {0} .",
+    "together we win most with {0} .",
+    "the best is {0} .",
 )
-VERBS = ("take", "take", "get", "keep", "have")
+COMPARE = (  # "book 4 to 1 for me": worth 4 to me and 1 to you, so all of the type goes to me
+    "{0} .",
+    "{0} , ok ?",
+    "compare : {0} .",
+    "me to you : {0} .",
+    "side by side : {0} .",
+    "then {0} .",
+)
 REFUSE = (
     "no .",
     "sorry , no .",
@@ -138,7 +148,8 @@ class Act:
     want: int | None = None
     spare: int | None = None
     take: Vector | None = None
-    against: Vector | None = None  # the other's values: `take` is the best for both by these and `reveal`
+    best: bool = False  # `take` is the best for both that the speaker can see
+    against: Vector | None = None  # with `reveal` and `take`: the other's values, item by item against the own ones
     ask: bool = False
     leave: bool = False
     close: bool = False
@@ -154,7 +165,8 @@ def utter(act: Act, counts: Vector, items: Sequence[str], rng: random.Random, *,
     if act.accept or act.confirm:
         said.append(rng.choice(AGREE if act.accept else CONFIRM))
     if act.refuse:
-        said.append(rng.choice(REFUSE) if act.want is None else rng.choice(REASON).format(name(act.want)))
+        forms = REFUSE[:TERSE] if act.take is not None and _splits(act.take, counts) > 1 else REFUSE
+        said.append(rng.choice(forms) if act.want is None else rng.choice(REASON).format(name(act.want)))
     if act.reveal is not None and act.against is None:
         said.append(rng.choice(ALSO if told and rng.random() < 0.6 else REVEAL).format(_values(act.reveal, items, rng)))
     if act.want is not None and not act.refuse:
@@ -173,20 +185,43 @@ def utter(act: Act, counts: Vector, items: Sequence[str], rng: random.Random, *,
 
 
 def _values(values: Vector, items: Sequence[str], rng: random.Random) -> str:
-    article = rng.choice(("", "", "", "a ", "each "))
-    return " , ".join(f"{article}{item} {value}" for item, value in zip(items, values, strict=True))
+    article, verb = rng.choice((("", ""),) * 5 + (("a ", ""), ("a ", "is worth "), ("the ", "is "), ("each ", "")))
+    stated = [f"{article}{item} {value}" for item, value in zip(items, values, strict=True)]
+    return " , ".join([f"{article}{items[0]} {verb}{values[0]}", *stated[1:]])
 
 
 def _offer(act: Act, take: Vector, counts: Vector, items: Sequence[str], rng: random.Random) -> str:
-    verb = rng.choice(VERBS)
-    mine = [f"{n} {item}{'s' * (n > 1)}" if n else "" for n, item in zip(take, items, strict=True)]
-    yours = [f"{c - n} {item}{'s' * (c - n > 1)}" if n < c else "" for n, c, item in zip(take, counts, items, strict=True)]
-    whole = not any(m and y for m, y in zip(mine, yours, strict=True))
-    by_item = [f"i {verb} {m}" if m else f"you {verb} {y}" for m, y in zip(mine, yours, strict=True)]
-    if whole and act.reveal is not None and act.against is not None:
-        compared = zip(items, act.reveal, act.against, by_item, strict=True)
-        return rng.choice(COMPARE).format(" , ".join(f"{item} {m} to {y} : {clause}" for item, m, y, clause in compared))
-    if whole and rng.random() < 0.5:
-        return rng.choice(OFFER).format(" , ".join(by_item))
-    shares = (" and ".join(filter(None, share)) or "nothing" for share in (mine, yours))
-    return rng.choice(OFFER).format(" , ".join(f"{who} {verb} {share}" for who, share in zip(("i", "you"), shares, strict=True)))
+    if act.reveal is not None and act.against is not None:
+        whose = ("me" if t else "you" for t in take)
+        compared = zip(items, act.reveal, act.against, whose, strict=True)
+        return rng.choice(COMPARE).format(" , ".join(f"{item} {m} to {y} for {who}" for item, m, y, who in compared))
+    exact = rng.random() < 0.75
+    rest = tuple(c - t for c, t in zip(counts, take, strict=True))
+    if rng.random() < 0.75:
+        parts = (_part(t, c, item, exact) for t, c, item in zip(take, counts, items, strict=True))
+        forms = JOINT if act.best else BY_ITEM[:1] if _splits(take, counts) > 1 else BY_ITEM
+        return rng.choice(forms).format(" , ".join(parts))
+    mine, yours = (
+        [_amount(n, c, item, exact) for n, c, item in zip(share, counts, items, strict=True) if n] or ["nothing"]
+        for share in (take, rest)
+    )
+    form = rng.choice(OFFER[:TERSE] if len(mine) + len(yours) > 4 else OFFER)
+    return form.format(" and ".join(mine), " and ".join(yours))
+
+
+def _splits(take: Vector, counts: Vector) -> int:
+    """How many types are divided."""
+    return sum(0 < t < c for t, c in zip(take, counts, strict=True))
+
+
+def _part(n: int, count: int, item: str, exact: bool) -> str:
+    """Who gets how many of one type: "2 hats for me and 1 for you"."""
+    if n in (0, count):
+        return f"{_amount(count, count, item, exact)} for {'me' if n else 'you'}"
+    return f"{_amount(n, count, item, exact)} for me and {count - n} for you"
+
+
+def _amount(n: int, count: int, item: str, exact: bool) -> str:
+    """`n` of `count` items: "2 hats", or, when it is all of them and not `exact`, "both hats"."""
+    whole = "" if exact or n < count else {1: "the", 2: "both"}.get(n, f"all {n}")
+    return f"{whole or n} {item}{'s' * (n > 1)}"
