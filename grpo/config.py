@@ -258,6 +258,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ("rollout.page_size", "a multiple of 16", r.page_size % 16 == 0),
         ("rollout.exact", "true on cpu, where the kernels are always exact", r.exact or m.device != "cpu"),
         ("grpo.tis_cap", "0 while rollout.exact = true, where the weight would be 1", not (g.tis_cap and r.exact)),
+        ("grpo.updates_per_rollout", "1 with grpo.tis_cap", not g.tis_cap or g.updates_per_rollout == 1),
         (
             "grpo.betas",
             "a list of two numbers from 0 to below 1",

@@ -140,12 +140,13 @@ class Trainer:
 
     def _update(self, rows: list[Any]) -> tuple[UpdateStats, float, float]:
         """All updates of this step; the statistics are those of the first, the gradient norm and rate those of the last."""
-        c, t = self.config.grpo, self.config.train
+        c, t, d = self.config.grpo, self.config.train, self.config.dialogue
         first: UpdateStats | None = None
         for epoch in range(c.updates_per_rollout):
             stats = accumulate_policy_gradient(
                 self.model, rows, self.loss, temperature=self.config.dialogue.temperature,
-                max_tokens=t.tokens_per_microbatch, reference=self.reference,
+                max_tokens=t.tokens_per_microbatch, reference=self.reference, after_part=self.optimizer.accumulate,
+                budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final,
             )  # fmt: skip
             if c.imitation_coef:
                 demonstrations = demonstration_batch(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,13 +34,16 @@ def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> tuple[
     return logprob, entropy, targets
 
 
-def normaliser(rows: Sequence[Row]) -> Normaliser:
-    """Over all rows of the update, whatever micro-batches they are split into. On several ranks the fields are summed (max taken)."""
+def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:
+    """Over all rows of the update, whatever micro-batches they are split into. On several ranks the fields are summed.
+
+    `budget` is the most tokens that a row can have sampled, dr_grpo's constant; 0 takes the longest row here.
+    """
     lengths = [row.n_trained for row in rows]
     return Normaliser(
         tokens=float(max(sum(lengths), 1)),
         rows=float(max(sum(n > 0 for n in lengths), 1)),
-        max_length=float(max([*lengths, 1])),
+        max_length=float(budget or max([*lengths, 1])),
     )
 
 
@@ -52,12 +55,14 @@ def accumulate_policy_gradient(
     temperature: float,
     max_tokens: int,
     reference: Decoder | None = None,
+    budget: int = 0,
+    after_part: Callable[[], None] | None = None,
 ) -> UpdateStats:
-    """Add the gradient of the loss over `rows` to the parameters' `.grad`.
+    """Add the gradient of the loss over `rows` to the parameters' `.grad`; `after_part` is called after each micro-batch.
 
     Rows whose advantage is exactly 0 count in the normaliser but are not computed, unless a KL or entropy term needs them.
     """
-    total = normaliser(rows)
+    total = normaliser(rows, budget)
     device = model.head_weight.device
     needs_all = bool(config.kl_coef or config.entropy_coef)
     active = [row for row in rows if row.n_trained and (needs_all or row.advantage != 0.0)]
@@ -65,7 +70,10 @@ def accumulate_policy_gradient(
     for part in split_rows(active, max_tokens):
         batch = pack(part, device)
         logp, entropy, targets = trained_logprobs(model, batch, temperature)
-        old_logp = batch.behaviour_logprobs[targets]
+        sampler_logp = batch.behaviour_logprobs[targets]
+        # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler, capped. On the
+        # first update of a rollout the old policy is the present one.
+        old_logp = logp.detach() if config.tis_cap else sampler_logp
         ref_logp = None
         if config.kl_coef:
             assert reference is not None
@@ -73,14 +81,16 @@ def accumulate_policy_gradient(
                 ref_logp = trained_logprobs(reference, batch, temperature)[0]
         loss, parts = policy_loss(
             config, logp, old_logp, batch.advantages[targets], batch.segment_ids[targets], len(part), total,
-            ref_logp=ref_logp, entropy=entropy,
+            ref_logp=ref_logp, entropy=entropy, sampler_logp=sampler_logp if config.tis_cap else None,
         )  # fmt: skip
         torch.autograd.backward(loss)
+        if after_part is not None:
+            after_part()
         stats.loss += float(loss.detach())
         stats.entropy += float(entropy.detach().sum())
         stats.clip_share += float(parts.clipped_low + parts.clipped_high)
         stats.kl_old += float(parts.kl_old)
-        stats.mismatch = max(stats.mismatch, float((logp.detach() - old_logp).abs().max()))
+        stats.mismatch = max(stats.mismatch, float((logp.detach() - sampler_logp).abs().max()))
         stats.tokens += len(batch.token_ids)
         stats.trained_tokens += len(targets)
     n = max(stats.trained_tokens, 1)
