@@ -1,6 +1,4 @@
 # `make demo` and `make test` each do everything on a fresh machine: virtual environment, install, run.
-# On a machine without a GPU the CPU build of torch is the smaller download:
-#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

@@ -1,5 +1,5 @@
-// Python bindings: plain integers in, because converting a tensor costs more than many of these calls. kernels/cpu.py checks the
-// contract (dtype, shape, contiguity) before it comes here.
+// Python bindings: plain integers in, because converting a tensor costs more than many of these calls. kernels/cpu.py checks
+// the contract (dtype, shape, contiguity) before it comes here.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
@@ -13,7 +13,9 @@ namespace {
 
 const Table *table = best_table();
 
-template <class T> T *at(ptr p) { return reinterpret_cast<T *>(p); }
+template <class T> T *at(ptr p) {
+  return reinterpret_cast<T *>(p);
+}
 
 void linear(ptr x, ptr w, ptr b, ptr out, int64_t M, int64_t O, int64_t K, int dtype, int out_dtype) {
   LinearArgs a = {at<void>(x), at<void>(w), at<void>(b), at<void>(out), M, O, K, dtype, out_dtype};
@@ -55,8 +57,8 @@ void silu_mul_backward(ptr gate, ptr up, ptr grad, ptr grad_gate, ptr grad_up, i
 
 int64_t rope(ptr x, ptr out, ptr cos, ptr sin, ptr positions, int64_t T, int64_t H, int64_t D, int64_t max_position, float sign,
              int dtype) {
-  RopeArgs a = {at<void>(x), at<void>(out), at<float>(cos), at<float>(sin), at<int64_t>(positions), T, H, D, max_position,
-                sign,        dtype};
+  RopeArgs a = {at<void>(x), at<void>(out), at<float>(cos), at<float>(sin), at<int64_t>(positions), T, H,
+                D,           max_position,  sign,           dtype};
   return table->rope(&a, parallel_for);
 }
 
@@ -84,8 +86,8 @@ int64_t paged_attention(ptr q, ptr k_pages, ptr v_pages, ptr out, ptr block_tabl
   return table->attention(&a, parallel_for);
 }
 
-void attention_backward(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr grad_out, ptr grad_q, ptr grad_k, ptr grad_v, ptr cu_seqlens,
-                        int64_t S, int64_t Hq, int64_t Hk, int64_t D, float scale, int dtype) {
+void attention_backward(ptr q, ptr k, ptr v, ptr out, ptr stats, ptr grad_out, ptr grad_q, ptr grad_k, ptr grad_v,
+                        ptr cu_seqlens, int64_t S, int64_t Hq, int64_t Hk, int64_t D, float scale, int dtype) {
   AttentionArgs a = {};
   a.q = at<void>(q), a.k = at<void>(k), a.v = at<void>(v), a.out = at<void>(out), a.stats = at<float>(stats);
   a.grad_out = at<void>(grad_out), a.grad_q = at<void>(grad_q), a.grad_k = at<void>(grad_k), a.grad_v = at<void>(grad_v);
@@ -97,7 +99,8 @@ int64_t logprob(ptr logits, ptr targets, ptr temperature, float one_temperature,
                 int64_t V, int dtype) {
   LogprobArgs a = {};
   a.logits = at<void>(logits), a.targets = at<int64_t>(targets), a.temperature = at<float>(temperature);
-  a.one_temperature = one_temperature, a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.stats = at<float>(stats);
+  a.one_temperature = one_temperature, a.logprob = at<float>(logprob), a.entropy = at<float>(entropy),
+  a.stats = at<float>(stats);
   a.N = N, a.V = V, a.dtype = dtype;
   return table->logprob(&a, parallel_for);
 }
@@ -117,7 +120,8 @@ int64_t sample(ptr logits, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr
   LogprobArgs a = {};
   a.logits = at<void>(logits), a.temperature = at<float>(temperature), a.top_k = at<int32_t>(top_k);
   a.top_p = at<float>(top_p), a.min_p = at<float>(min_p), a.seed = at<int64_t>(seed), a.position = at<int64_t>(position);
-  a.token = at<int64_t>(token), a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.N = N, a.V = V, a.dtype = dtype;
+  a.token = at<int64_t>(token), a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.N = N, a.V = V,
+  a.dtype = dtype;
   return table->sample(&a, parallel_for);
 }
 

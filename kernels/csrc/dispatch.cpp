@@ -13,7 +13,9 @@ struct Features {
   bool avx2, avx512, bf16;
 };
 
-bool bit(unsigned word, int i) { return word >> i & 1; }
+bool bit(unsigned word, int i) {
+  return word >> i & 1;
+}
 
 Features detect() {
   Features f = {false, false, false};
@@ -46,6 +48,10 @@ const Table *find_table(const char *name) {
   return nullptr;
 }
 #else
-const Table *best_table() { return &table_generic; }
-const Table *find_table(const char *name) { return strcmp(name, "generic") ? nullptr : &table_generic; }
+const Table *best_table() {
+  return &table_generic;
+}
+const Table *find_table(const char *name) {
+  return strcmp(name, "generic") ? nullptr : &table_generic;
+}
 #endif

@@ -30,8 +30,8 @@ struct RowArgs { // rms_norm and silu_mul, forward and backward; unused fields a
 };
 
 struct RopeArgs {
-  const void *x;         // [T, H, D]
-  void *out;             // [T, H, D]
+  const void *x;          // [T, H, D]
+  void *out;              // [T, H, D]
   const float *cos, *sin; // [max_position, D / 2]
   const int64_t *positions;
   int64_t T, H, D, max_position;
@@ -49,9 +49,9 @@ struct KvArgs {
 struct AttentionArgs {
   const void *q, *k, *v; // k, v: [T, Hk, D], or pages [P, B, Hk, D] when block_table is set
   void *out;
-  float *stats;               // [T, Hq, 2]: row max (base 2) and 1 / sum, for the backward; or null
-  const int32_t *block_table; // [S, max_pages] or null
-  const int32_t *cu_seqlens;  // [S + 1]
+  float *stats;                // [T, Hq, 2]: row max (base 2) and 1 / sum, for the backward; or null
+  const int32_t *block_table;  // [S, max_pages] or null
+  const int32_t *cu_seqlens;   // [S + 1]
   const int32_t *context_lens; // [S] or null
   int64_t T, S, Hq, Hk, D, page_size, max_pages, n_pages;
   float scale;
@@ -80,7 +80,8 @@ struct LogprobArgs {
   int64_t *token;
 };
 
-// Functions return 0, or the 1-based index of the row whose input (target, position, slot, page, sampling parameter) is out of range.
+// Functions return 0, or the 1-based index of the row whose input (target, position, slot, page, sampling parameter) is out of
+// range.
 struct Table {
   const char *name;
   void (*linear)(const LinearArgs *, ParallelFor, int threads);

@@ -16,8 +16,9 @@
 
 namespace {
 
-// `ticket` holds (job number, tasks left): a thread claims a task by lowering it, and nothing can be claimed between jobs, when the
-// fields change. The caller waits for claimed tasks only, never for a worker that has not come: on a busy machine it works alone.
+// `ticket` holds (job number, tasks left): a thread claims a task by lowering it, and nothing can be claimed between jobs, when
+// the fields change. The caller waits for claimed tasks only, never for a worker that has not come: on a busy machine it works
+// alone.
 struct Pool {
   std::mutex call; // one parallel_for at a time
   std::mutex mutex;
@@ -77,7 +78,9 @@ struct Pool {
     const uint64_t job = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(job << 32 | (uint64_t)tasks, std::memory_order_seq_cst);
     if (sleepers.load(std::memory_order_seq_cst)) {
-      { std::lock_guard<std::mutex> lock(mutex); } // a worker on its way to sleep has seen the job, or sleeps already
+      {
+        std::lock_guard<std::mutex> lock(mutex);
+      } // a worker on its way to sleep has seen the job, or sleeps already
       wake.notify_all();
     }
     work();
@@ -98,7 +101,9 @@ thread_local bool inside = false;
 
 } // namespace
 
-int thread_count() { return wanted > 0 ? wanted : (wanted = affinity_count()); }
+int thread_count() {
+  return wanted > 0 ? wanted : (wanted = affinity_count());
+}
 
 void set_thread_count(int n) {
   std::lock_guard<std::mutex> lock(pool->call);
