@@ -6,7 +6,8 @@ longer conversations are the concatenation of those fragments. Contexts are appe
 turn differently once others follow is refused, with the turn and both renderings. So is one that fragments cannot stand
 for: without a system turn, with one side that must speak first, or with today's date in it.
 
-Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding.
+Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding. A content and the text
+around it never join in one token, which for a content that ends in punctuation a tokenizer might do on the whole text.
 """
 
 from __future__ import annotations
@@ -169,26 +170,32 @@ class Chat:
 
     def _pieces(self) -> Pieces:
         system = self._render(["system"])
+        system_around = self._around("system", 0, system)
         user = self._render(["system", "user"])
+        user_around = self._around("user", 1, self._rest(system, user, 1))
         prompt = self._render(["system", "user"], generate=True)
         if prompt == user:
             raise ValueError("the chat template has no generation prompt: nothing marks whose turn it is")
-        reply = self._rest(user, prompt, 1)
-        between, closing = self._around(2, self._rest(prompt, self._render(["system", "user", "assistant"]), 2))
+        reply = self._rest(user, prompt, 2)
+        done = self._render(["system", "user", "assistant"])
+        between, closing = self._around("assistant", 2, self._rest(prompt, done, 3))
         if between:
             self._refuse(2, f"{between!r} stands before a finished reply, but not in the generation prompt {reply!r}")
-        return Pieces(*self._around(0, system), *self._around(1, self._rest(system, user, 1)), reply, closing)
+        return Pieces(*system_around, *user_around, reply, closing)
 
-    def _rest(self, start: str, text: str, turn: int) -> str:
+    def _rest(self, start: str, text: str, turns: int) -> str:
+        """What a conversation adds to its first `turns` turns, which are `start`."""
         if not text.startswith(start):
-            self._differ(turn, turn + 1, start, text)
+            at = _first_difference(start, text)
+            self._differ(min(sum(_mark(i) in start[:at] for i in range(turns)), turns - 1), start, text)
         return text[len(start) :]
 
-    def _around(self, turn: int, text: str) -> tuple[str, str]:
+    def _around(self, role: str, turn: int, text: str) -> tuple[str, str]:
         parts = text.split(_mark(turn))
         if len(parts) != 2:
-            role, n = ("system", "user", "assistant")[turn], len(parts) - 1
-            raise ValueError(f"the chat template writes the content of a {role} turn {n} times, not once. {ACCEPTED}")
+            raise ValueError(
+                f"the chat template writes the content of the {role} turn {len(parts) - 1} times, not once. {ACCEPTED}"
+            )
         return parts[0], parts[1]
 
     def _check(self, pieces: Pieces) -> None:
@@ -200,7 +207,7 @@ class Chat:
                 actual, expected = self._render(roles, generate), "".join(text for _, text in segments)
                 if actual != expected:
                     ends = [*accumulate(len(text) for _, text in segments)]
-                    self._differ(bisect(ends, _first_difference(expected, actual)) // 3, len(roles), expected, actual)
+                    self._differ(bisect(ends, _first_difference(expected, actual)) // 3, expected, actual)
 
     def _cut_ids(self, pieces: Pieces, encode: Callable[[str], tuple[list[int], Offsets]]) -> dict[str, list[int]]:
         """The ids of each piece, cut out of whole conversations, where they must be the same everywhere."""
@@ -224,10 +231,10 @@ class Chat:
                     raise ValueError(f"the tokenizer gives {text!r} of the chat template other ids in other places")
         return known
 
-    def _differ(self, turn: int, turns: int, expected: str, actual: str) -> NoReturn:
+    def _differ(self, turn: int, expected: str, actual: str) -> NoReturn:
         begin = max(0, _first_difference(expected, actual) - 10)
         alone, here = expected[begin : begin + 50], actual[begin : begin + 50]
-        self._refuse(turn, f"its fragments give {alone!r}, a conversation of {turns} turns has {here!r}")
+        self._refuse(turn, f"what stood as {alone!r} stands as {here!r} in a longer conversation")
 
     def _refuse(self, turn: int, reason: str) -> NoReturn:
         raise ValueError(

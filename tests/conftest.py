@@ -82,7 +82,7 @@ def each_checkpoint(request: pytest.FixtureRequest, checkpoint: Callable[[str], 
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TEXT = ["the cat and the hat and the 3 books", "user assistant system\n\nthe deal is 2 hats, naïve café\n"] * 5
+TEXT = ["the cat and the hat and more of my 3 books", "user assistant system\n\nthe deal is 2 hats, naïve café\n"] * 5
 
 
 @pytest.fixture
