@@ -4,6 +4,8 @@
 
 #include "vec.inc"
 
+#include "native.inc"
+
 #include "linear.inc"
 #include "rows.inc"
 
