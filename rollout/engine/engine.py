@@ -48,6 +48,7 @@ class Engine:
                 raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
         self.model = model
         self.weights_version = 0
+        self._parameters = list(model.parameters())  # walking the modules costs as much as a layer
         self._weights_seen = self._weights_counter()
         self._seed = seed
         self._n_requests = 0
@@ -248,7 +249,7 @@ class Engine:
         branch.n_cached = keep
 
     def _weights_counter(self) -> int:
-        return sum(p._version for p in self.model.parameters())
+        return sum(p._version for p in self._parameters)
 
     def _notice_new_weights(self) -> None:
         """A new weights version when any parameter was written since; KV of the old one is dropped and recomputed on use."""
