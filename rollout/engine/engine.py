@@ -36,7 +36,7 @@ class Engine:
         page_size: int = 16,
         cache_tokens: int = 65_536,
         max_batch: int = 256,
-        max_step_tokens: int = 4_096,
+        max_step_tokens: int = 1_024,
         seed: int = 0,
     ) -> None:
         if page_size < 16 or page_size % 16:
