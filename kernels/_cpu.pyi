@@ -93,6 +93,23 @@ def sample(
     V: int,
     dtype: int,
 ) -> int: ...
+def decoder(
+    layers: int,
+    final_norm: int,
+    x: int,
+    out: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    slots: int,
+    block_table: int,
+    cu_seqlens: int,
+    context_lens: int,
+    sizes: int,
+    eps: float,
+    scale: float,
+    dtype: int,
+) -> int: ...
 def uniforms(seed: int, position: int, out: int, N: int, V: int) -> None: ...
 def use(name: str) -> bool: ...
 def name() -> str: ...

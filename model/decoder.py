@@ -15,7 +15,8 @@ import math
 from typing import Protocol
 
 import torch
-from duologue.kernels import ops
+from duologue.kernels import cpu, ops
+from duologue.kernels.layers import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
 from torch import Tensor, nn
 
@@ -140,6 +141,21 @@ class Layer(nn.Module):
         return self.mlp.forward(x_TH), residual_TH
 
 
+    def tensors(self) -> LayerTensors:
+        attn, mlp = self.self_attn, self.mlp
+        return LayerTensors(
+            input_norm=self.input_layernorm.weight,
+            q=attn.q_proj.weight, q_bias=attn.q_proj.bias, k=attn.k_proj.weight, k_bias=attn.k_proj.bias,
+            v=attn.v_proj.weight, v_bias=attn.v_proj.bias,
+            q_norm=None if attn.q_norm is None else attn.q_norm.weight,
+            k_norm=None if attn.k_norm is None else attn.k_norm.weight,
+            o=attn.o_proj.weight, o_bias=attn.o_proj.bias,
+            post_norm=self.post_attention_layernorm.weight,
+            gate=mlp.gate_proj.weight, gate_bias=mlp.gate_proj.bias, up=mlp.up_proj.weight, up_bias=mlp.up_proj.bias,
+            down=mlp.down_proj.weight, down_bias=mlp.down_proj.bias,
+        )  # fmt: skip
+
+
 class Body(nn.Module):
     """Embedding, layers and final norm: what the checkpoints call `model`."""
 
@@ -175,6 +191,14 @@ class Decoder(nn.Module):
             update_TH, residual_TH = layer(update_TH, residual_TH, rotary, attn)
         assert update_TH is not None
         return body.norm.add(update_TH, residual_TH)[0]
+
+    def paged_layers(self) -> PagedDecoder | None:
+        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for this device or dtype)."""
+        body, weight = self.model, self.model.embed_tokens.weight
+        if not cpu.serves(weight):
+            return None
+        layers = [layer.tensors() for layer in body.layers]
+        return PagedDecoder(layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale)
 
     def head(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> fp32 logits [N, V]."""

@@ -131,6 +131,17 @@ void uniforms(ptr seed, ptr position, ptr out, int64_t N, int64_t V) {
   table->uniforms(&a);
 }
 
+// sizes: L, T, S, H, I, Hq, Hk, D, page_size, max_pages, n_pages, max_position
+int64_t decoder(ptr layers, ptr final_norm, ptr x, ptr out, ptr cos, ptr sin, ptr positions, ptr slots, ptr block_table,
+                ptr cu_seqlens, ptr context_lens, ptr sizes, float eps, float scale, int dtype) {
+  const int64_t *n = at<int64_t>(sizes);
+  DecoderArgs a = {at<LayerTensors>(layers), at<void>(final_norm), at<void>(x), at<void>(out), at<float>(cos), at<float>(sin),
+                   at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(block_table), at<int32_t>(cu_seqlens),
+                   at<int32_t>(context_lens), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11],
+                   eps, scale, dtype};
+  return table->decoder(&a, parallel_for, thread_count());
+}
+
 bool use(const std::string &name) {
   const Table *found = name.empty() ? best_table() : find_table(name.c_str());
   if (found) table = found;
@@ -156,6 +167,7 @@ NB_MODULE(_cpu, m) {
   m.def("logprob", &logprob, no_gil);
   m.def("logprob_backward", &logprob_backward, no_gil);
   m.def("sample", &sample, no_gil);
+  m.def("decoder", &decoder, no_gil);
   m.def("uniforms", &uniforms, no_gil);
   m.def("use", &use, "Choose an instruction set by name ('' = the best); False when it cannot run here.");
   m.def("name", [] { return std::string(table->name); });

@@ -12,6 +12,8 @@
 #include "attention.inc"
 #include "softmax.inc"
 
+#include "decoder.inc"
+
 extern const Table table_avx2;
 const Table table_avx2 = {
     "avx2",   linear,   matmul,    rms_norm,           rms_norm_backward, silu_mul,         silu_mul_backward,

@@ -80,6 +80,25 @@ struct LogprobArgs {
   int64_t *token;
 };
 
+struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the order of kernels/layers.py
+  const void *input_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
+  const void *post_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
+  void *k_pages, *v_pages; // [n_pages, page_size, Hk, D]
+};
+
+struct DecoderArgs {
+  const LayerTensors *layers; // [L]
+  const void *final_norm;     // [H]
+  void *x, *out;              // [T, H]; x is overwritten
+  const float *cos, *sin;
+  const int64_t *positions, *slots;          // [T]
+  const int32_t *block_table;                // [S, max_pages]
+  const int32_t *cu_seqlens, *context_lens;  // [S + 1], [S]
+  int64_t L, T, S, H, I, Hq, Hk, D, page_size, max_pages, n_pages, max_position;
+  float eps, scale;
+  int dtype;
+};
+
 // Functions return 0, or the 1-based index of the row whose input (target, position, slot, page, sampling parameter) is out of
 // range.
 struct Table {
@@ -98,4 +117,5 @@ struct Table {
   void (*logprob_backward)(const LogprobArgs *, ParallelFor);
   int64_t (*sample)(const LogprobArgs *, ParallelFor);
   void (*uniforms)(const LogprobArgs *);
+  int64_t (*decoder)(const DecoderArgs *, ParallelFor, int threads);
 };

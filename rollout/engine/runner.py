@@ -47,6 +47,7 @@ class Runner:
         config = model.config
         weight = model.model.embed_tokens.weight
         self.model = model
+        self.layers = model.paged_layers()
         self.page_size = page_size
         self.scale = config.head_dim**-0.5
         self.device = weight.device
@@ -67,12 +68,21 @@ class Runner:
     def execute(self, works: list[Work]) -> tuple[list[int], list[float], list[float]]:
         """Run a step: (token, log-prob, entropy) for each work that samples, in order."""
         token_ids, positions, attention, last = self._inputs(works)
-        hidden_TH = self.model.hidden(token_ids, positions, attention)
+        hidden_TH = self._hidden(token_ids, positions, attention)
         if last is None:
             return [], [], []
         logits_NV = self.model.head(hidden_TH[last] if len(last) < len(hidden_TH) else hidden_TH)
         token, logprob, entropy = ops.sample(logits_NV, *self._sampling(works))
         return token.tolist(), logprob.tolist(), entropy.tolist()
+
+    def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention) -> Tensor:
+        if self.layers is None:
+            return self.model.hidden(token_ids, positions, attention)
+        x_TH = self.model.model.embed_tokens.weight[token_ids]
+        return self.layers(
+            x_TH, *self.model.rotary_tables(positions), positions, self.kv, attention.slots, attention.block_table,
+            attention.cu_seqlens, attention.context_lens,
+        )  # fmt: skip
 
     def _inputs(self, works: list[Work]) -> tuple[Tensor, Tensor, PagedAttention, Tensor | None]:
         branches = [w.request.branch for w in works]

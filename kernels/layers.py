@@ -1,0 +1,120 @@
+"""All layers of a decoder over paged keys in one call: inference on the C++ kernels, without a Python step per op.
+
+It is made of the same functions as the single ops, so its bits are theirs: the definition is the loop over layers with
+`ops.add_rms_norm`, `linear`, `rms_norm`, `rope`, `write_kv`, `paged_attention` and `silu_mul` (duologue.model.decoder). Blocks of
+rows go through a layer on one thread each, where their activations stay in the cache; fewer rows than that share every op.
+
+Shapes: T tokens, S sequences, L layers, H hidden, I intermediate, Hq/Hk query and key heads, D head dim, P pages, B page size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from duologue.kernels.cpu import DTYPES, check, lib
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerTensors:
+    """One layer's weights, each contiguous and of one dtype, in the order of `LayerTensors` in csrc/table.h."""
+
+    input_norm: Tensor  # [H]
+    q: Tensor  # [Hq * D, H]
+    q_bias: Tensor | None
+    k: Tensor  # [Hk * D, H]
+    k_bias: Tensor | None
+    v: Tensor  # [Hk * D, H]
+    v_bias: Tensor | None
+    q_norm: Tensor | None  # [D]
+    k_norm: Tensor | None  # [D]
+    o: Tensor  # [H, Hq * D]
+    o_bias: Tensor | None
+    post_norm: Tensor  # [H]
+    gate: Tensor  # [I, H]
+    gate_bias: Tensor | None
+    up: Tensor  # [I, H]
+    up_bias: Tensor | None
+    down: Tensor  # [H, I]
+    down_bias: Tensor | None
+
+
+class PagedDecoder:
+    """Layers, final norm [H] and rotary tables, checked once. The tensors stay the caller's: each call reads them as they are then."""
+
+    def __init__(self, layers: Sequence[LayerTensors], final_norm: Tensor, head_dim: int, eps: float, scale: float) -> None:
+        op, first, D = "PagedDecoder", layers[0], head_dim
+        H, I, Q, G = len(final_norm), len(first.gate), len(first.q), len(first.k)
+        if first.q.dtype not in DTYPES or Q % D or G % D or Q % G:
+            raise ValueError(f"{op}: {first.q.dtype}, {Q} and {G} query and key rows for a head dim of {D} are no decoder")
+        shapes = {"q": (Q, H), "k": (G, H), "v": (G, H), "o": (H, Q), "gate": (I, H), "up": (I, H), "down": (H, I),
+                  "input_norm": (H,), "post_norm": (H,), "q_norm": (D,), "k_norm": (D,), "q_bias": (Q,), "k_bias": (G,),
+                  "v_bias": (G,), "o_bias": (H,), "gate_bias": (I,), "up_bias": (I,), "down_bias": (H,)}  # fmt: skip
+        self._weights: list[Tensor | None] = []
+        for i, layer in enumerate(layers):
+            for field in fields(layer):
+                tensor: Tensor | None = getattr(layer, field.name)
+                if tensor is not None:
+                    check(op, f"layers[{i}].{field.name}", tensor, shapes[field.name], first.q.dtype)
+                    if not tensor.is_contiguous():
+                        raise ValueError(f"{op}: layers[{i}].{field.name} must be contiguous, it is read where it lies")
+                self._weights.append(tensor)
+        check(op, "final_norm", final_norm, (H,), first.q.dtype)
+        self._final_norm, self._eps, self._scale, self._dtype = final_norm, eps, scale, first.q.dtype
+        self._n_layers, self._sizes = len(layers), (H, I, Q // D, G // D, D)
+
+    def __call__(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        cu_seqlens: Tensor,
+        context_lens: Tensor,
+    ) -> Tensor:
+        """Embeddings x [T, H] -> the final norm's output [T, H]; x is overwritten.
+
+        cos, sin [max_position, D / 2] fp32, positions and slots [T] int64, kv [L, 2, P, B, Hk, D] (written at the slots),
+        block_table [S, max_pages], cu_seqlens [S + 1] and context_lens [S] int32 as for `ops.paged_attention`.
+        """
+        op, (H, I, Hq, Hk, D) = "PagedDecoder", self._sizes
+        T, S, L = len(x), len(context_lens), self._n_layers
+        P, B = kv.shape[2:4]
+        for name, tensor, shape, dtype in (
+            ("positions", positions, (T,), torch.int64), ("slots", slots, (T,), torch.int64),
+            ("cos", cos, (None, D // 2), torch.float32), ("sin", sin, (len(cos), D // 2), torch.float32),
+            ("block_table", block_table, (S, None), torch.int32), ("cu_seqlens", cu_seqlens, (S + 1,), torch.int32),
+            ("context_lens", context_lens, (S,), torch.int32), ("kv", kv, (L, 2, P, B, Hk, D), self._dtype),
+            ("x", x, (T, H), self._dtype),
+        ):  # fmt: skip
+            check(op, name, tensor, shape, dtype)
+            if not tensor.is_contiguous():
+                raise ValueError(f"{op}: {name} must be contiguous")
+        if B % 16:
+            raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
+        bounds = (L, T, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos))
+        sizes, pointers, out = torch.tensor(bounds), self._pointers(kv), torch.empty_like(x)
+        bad = lib().decoder(
+            pointers.data_ptr(), self._final_norm.data_ptr(), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
+            positions.data_ptr(), slots.data_ptr(), block_table.data_ptr(), cu_seqlens.data_ptr(), context_lens.data_ptr(),
+            sizes.data_ptr(), self._eps, self._scale, DTYPES[x.dtype],
+        )  # fmt: skip
+        if bad:
+            raise ValueError(f"{op}: positions reach to {len(cos) - 1}, slots to {P * B - 1} and pages to {P - 1}; one is beyond")
+        return out
+
+    def _pointers(self, kv: Tensor) -> Tensor:
+        """[L, 20] int64, taken anew for each call: a parameter's storage may have been replaced."""
+        per_layer = len(self._weights) // self._n_layers
+        weights = [0 if w is None else w.data_ptr() for w in self._weights]
+        start, step = kv.data_ptr(), kv[0, 0].nbytes
+        rows = []
+        for layer in range(self._n_layers):
+            pages = start + 2 * layer * step
+            rows += [*weights[layer * per_layer : (layer + 1) * per_layer], pages, pages + step]
+        return torch.tensor(rows)
