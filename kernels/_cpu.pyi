@@ -95,9 +95,11 @@ def sample(
 ) -> int: ...
 def decoder(
     layers: int,
+    embedding: int,
     final_norm: int,
-    x: int,
     out: int,
+    token_ids: int,
+    wanted: int,
     cos: int,
     sin: int,
     positions: int,

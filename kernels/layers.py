@@ -42,9 +42,11 @@ class LayerTensors:
 
 
 class PagedDecoder:
-    """Layers, final norm [H] and rotary tables, checked once. The tensors stay the caller's: each call reads them as they are then."""
+    """Embedding [V, H], layers and final norm [H], checked once. They stay the caller's: each call reads them as they are then."""
 
-    def __init__(self, layers: Sequence[LayerTensors], final_norm: Tensor, head_dim: int, eps: float, scale: float) -> None:
+    def __init__(
+        self, embedding: Tensor, layers: Sequence[LayerTensors], final_norm: Tensor, head_dim: int, eps: float, scale: float
+    ) -> None:
         op, first, D = "PagedDecoder", layers[0], head_dim
         H, I, Q, G = len(final_norm), len(first.gate), len(first.q), len(first.k)
         if first.q.dtype not in DTYPES or Q % D or G % D or Q % G:
@@ -62,12 +64,16 @@ class PagedDecoder:
                         raise ValueError(f"{op}: layers[{i}].{field.name} must be contiguous, it is read where it lies")
                 self._weights.append(tensor)
         check(op, "final_norm", final_norm, (H,), first.q.dtype)
-        self._final_norm, self._eps, self._scale, self._dtype = final_norm, eps, scale, first.q.dtype
+        check(op, "embedding", embedding, (None, H), first.q.dtype)
+        if not embedding.is_contiguous():
+            raise ValueError(f"{op}: embedding must be contiguous, it is read where it lies")
+        self._embedding, self._final_norm, self._eps, self._scale, self._dtype = embedding, final_norm, eps, scale, first.q.dtype
         self._n_layers, self._sizes = len(layers), (H, I, Q // D, G // D, D)
 
     def __call__(
         self,
-        x: Tensor,
+        token_ids: Tensor,
+        wanted: Tensor,
         cos: Tensor,
         sin: Tensor,
         positions: Tensor,
@@ -77,35 +83,36 @@ class PagedDecoder:
         cu_seqlens: Tensor,
         context_lens: Tensor,
     ) -> Tensor:
-        """Embeddings x [T, H] -> the final norm's output [T, H]; x is overwritten.
+        """token_ids [T] int64 -> the final norm's output [N, H] of the rows wanted [N] int64, which rise.
 
         cos, sin [max_position, D / 2] fp32, positions and slots [T] int64, kv [L, 2, P, B, Hk, D] (written at the slots),
         block_table [S, max_pages], cu_seqlens [S + 1] and context_lens [S] int32 as for `ops.paged_attention`.
         """
         op, (H, I, Hq, Hk, D) = "PagedDecoder", self._sizes
-        T, S, L = len(x), len(context_lens), self._n_layers
+        T, N, S, L = len(token_ids), len(wanted), len(context_lens), self._n_layers
         P, B = kv.shape[2:4]
         for name, tensor, shape, dtype in (
             ("positions", positions, (T,), torch.int64), ("slots", slots, (T,), torch.int64),
             ("cos", cos, (None, D // 2), torch.float32), ("sin", sin, (len(cos), D // 2), torch.float32),
             ("block_table", block_table, (S, None), torch.int32), ("cu_seqlens", cu_seqlens, (S + 1,), torch.int32),
             ("context_lens", context_lens, (S,), torch.int32), ("kv", kv, (L, 2, P, B, Hk, D), self._dtype),
-            ("x", x, (T, H), self._dtype),
+            ("token_ids", token_ids, (T,), torch.int64), ("wanted", wanted, (N,), torch.int64),
         ):  # fmt: skip
             check(op, name, tensor, shape, dtype)
             if not tensor.is_contiguous():
                 raise ValueError(f"{op}: {name} must be contiguous")
         if B % 16:
             raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
-        bounds = (L, T, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos))
-        sizes, pointers, out = torch.tensor(bounds), self._pointers(kv), torch.empty_like(x)
+        bounds = (len(self._embedding), L, T, N, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos))
+        sizes, pointers, out = torch.tensor(bounds), self._pointers(kv), torch.empty((N, H), dtype=self._dtype)
         bad = lib().decoder(
-            pointers.data_ptr(), self._final_norm.data_ptr(), x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(),
-            positions.data_ptr(), slots.data_ptr(), block_table.data_ptr(), cu_seqlens.data_ptr(), context_lens.data_ptr(),
-            sizes.data_ptr(), self._eps, self._scale, DTYPES[x.dtype],
+            pointers.data_ptr(), self._embedding.data_ptr(), self._final_norm.data_ptr(), out.data_ptr(), token_ids.data_ptr(),
+            wanted.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), slots.data_ptr(), block_table.data_ptr(), cu_seqlens.data_ptr(), context_lens.data_ptr(),
+            sizes.data_ptr(), self._eps, self._scale, DTYPES[self._dtype],
         )  # fmt: skip
         if bad:
-            raise ValueError(f"{op}: positions reach to {len(cos) - 1}, slots to {P * B - 1} and pages to {P - 1}; one is beyond")
+            limits = f"token ids reach to {len(self._embedding) - 1}, positions to {len(cos) - 1}, slots to {P * B - 1}"
+            raise ValueError(f"{op}: {limits}, pages to {P - 1}, wanted rows rise to {T - 1}; one is not in its range")
         return out
 
     def _pointers(self, kv: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class Decoder(nn.Module):
         if not cpu.serves(weight):
             return None
         layers = [layer.tensors() for layer in body.layers]
-        return PagedDecoder(layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale)
+        return PagedDecoder(weight, layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale)
 
     def head(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> fp32 logits [N, V]."""

@@ -68,23 +68,23 @@ class Runner:
     def execute(self, works: list[Work]) -> tuple[list[int], list[float], list[float]]:
         """Run a step: (token, log-prob, entropy) for each work that samples, in order."""
         token_ids, positions, attention, last = self._inputs(works)
-        hidden_TH = self._hidden(token_ids, positions, attention)
-        if last is None:
+        hidden_NH = self._hidden(token_ids, positions, attention, last)
+        if len(last) == 0:
             return [], [], []
-        logits_NV = self.model.head(hidden_TH[last] if len(last) < len(hidden_TH) else hidden_TH)
+        logits_NV = self.model.head(hidden_NH)
         token, logprob, entropy = ops.sample(logits_NV, *self._sampling(works))
         return token.tolist(), logprob.tolist(), entropy.tolist()
 
-    def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention) -> Tensor:
+    def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor) -> Tensor:
+        """[N, H], the rows `last` [N] of the step's T."""
         if self.layers is None:
-            return self.model.hidden(token_ids, positions, attention)
-        x_TH = self.model.model.embed_tokens.weight[token_ids]
+            return self.model.hidden(token_ids, positions, attention)[last]
         return self.layers(
-            x_TH, *self.model.rotary_tables(positions), positions, self.kv, attention.slots, attention.block_table,
+            token_ids, last, *self.model.rotary_tables(positions), positions, self.kv, attention.slots, attention.block_table,
             attention.cu_seqlens, attention.context_lens,
         )  # fmt: skip
 
-    def _inputs(self, works: list[Work]) -> tuple[Tensor, Tensor, PagedAttention, Tensor | None]:
+    def _inputs(self, works: list[Work]) -> tuple[Tensor, Tensor, PagedAttention, Tensor]:
         branches = [w.request.branch for w in works]
         start = np.array([b.n_cached for b in branches])
         n = np.array([w.n_tokens for w in works])
@@ -98,7 +98,7 @@ class Runner:
         ids: list[int] = []
         for branch, work in zip(branches, works, strict=True):
             ids += branch.token_ids[branch.n_cached : branch.n_cached + work.n_tokens]
-        samples = np.array([w.samples for w in works])
+        samples = np.array([w.samples for w in works], dtype=bool)
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),
@@ -107,7 +107,7 @@ class Runner:
             context_lens=self._tensor((start + n).astype(np.int32)),
             scale=self.scale,
         )
-        last = self._tensor(ends[samples] - 1) if samples.any() else None
+        last = self._tensor(ends[samples] - 1)
         return self._tensor(np.array(ids)), self._tensor(position), attention, last
 
     def _sampling(self, works: list[Work]) -> tuple[Tensor, ...]:
