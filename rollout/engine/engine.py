@@ -14,12 +14,16 @@ On CPU the log-probs equal those of `duologue.model.decoder.score` bit for bit, 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from operator import attrgetter
 
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.pages import PagePool
 from duologue.rollout.engine.runner import Runner
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
 from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+
+
+_VERSION = attrgetter("_version")  # torch counts the writes into a tensor
 
 
 class Engine:
@@ -249,7 +253,7 @@ class Engine:
         branch.n_cached = keep
 
     def _weights_counter(self) -> int:
-        return sum(p._version for p in self._parameters)
+        return sum(map(_VERSION, self._parameters))
 
     def _notice_new_weights(self) -> None:
         """A new weights version when any parameter was written since; KV of the old one is dropped and recomputed on use."""

@@ -10,6 +10,7 @@ import torch
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.scheduler import Work
+from duologue.rollout.engine.sequence import Request
 from torch import Tensor
 
 
@@ -48,6 +49,8 @@ class Runner:
         weight = model.model.embed_tokens.weight
         self.model = model
         self.layers = model.paged_layers()
+        self._sampled: list[Request] = []
+        self._settings: tuple[Tensor, ...] = ()
         self.page_size = page_size
         self.scale = config.head_dim**-0.5
         self.device = weight.device
@@ -113,15 +116,17 @@ class Runner:
     def _sampling(self, works: list[Work]) -> tuple[Tensor, ...]:
         """The arguments of `ops.sample` after the logits. The noise counter is the index of the token to be drawn."""
         requests = [w.request for w in works if w.samples]
-        params = [r.params for r in requests]
-        return (
-            self._tensor(np.array([p.temperature for p in params], dtype=np.float32)),
-            self._tensor(np.array([p.top_k for p in params], dtype=np.int32)),
-            self._tensor(np.array([p.top_p for p in params], dtype=np.float32)),
-            self._tensor(np.array([p.min_p for p in params], dtype=np.float32)),
-            self._tensor(np.array([r.seed for r in requests], dtype=np.int64)),
-            self._tensor(np.array([len(r.branch.token_ids) for r in requests], dtype=np.int64)),
-        )
+        if requests != self._sampled:  # while nobody comes or goes only the counters change
+            params = [r.params for r in requests]
+            self._sampled = requests
+            self._settings = (
+                self._tensor(np.array([p.temperature for p in params], dtype=np.float32)),
+                self._tensor(np.array([p.top_k for p in params], dtype=np.int32)),
+                self._tensor(np.array([p.top_p for p in params], dtype=np.float32)),
+                self._tensor(np.array([p.min_p for p in params], dtype=np.float32)),
+                self._tensor(np.array([r.seed for r in requests], dtype=np.int64)),
+            )
+        return *self._settings, self._tensor(np.array([len(r.branch.token_ids) for r in requests], dtype=np.int64))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         tensor = torch.from_numpy(array)
