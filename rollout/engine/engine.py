@@ -14,6 +14,7 @@ On CPU the log-probs equal those of `duologue.model.decoder.score` bit for bit, 
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from itertools import chain
 from operator import attrgetter
 
 from duologue.model.decoder import Decoder
@@ -21,7 +22,6 @@ from duologue.rollout.engine.pages import PagePool
 from duologue.rollout.engine.runner import Runner
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
 from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
-
 
 _VERSION = attrgetter("_version")  # torch counts the writes into a tensor
 
@@ -159,7 +159,8 @@ class Engine:
         works = self._scheduler.plan(self.weights_version)
         if not works:
             return []
-        assert all(self.pool.version[p] == self.weights_version for w in works for p in w.request.branch.pages)
+        pages = chain.from_iterable(w.request.branch.pages for w in works)
+        assert set(map(self.pool.version.__getitem__, pages)) == {self.weights_version}, "KV of other weights"
         sampled = zip(*self._runner.execute(works), strict=True)
         finished = []
         for work in works:

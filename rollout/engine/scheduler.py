@@ -70,7 +70,7 @@ class Scheduler:
                 if victim is request:
                     break
             else:
-                works.append(Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only))
+                works.append(self._work(request, n))
                 budget -= n
         while self.waiting and not queue and len(self.running) < self.max_batch and budget > 0:
             request = self.waiting[0]
@@ -78,10 +78,13 @@ class Scheduler:
             if not self._grow(request.branch, n, version):
                 break
             self.running.append(self.waiting.popleft())
-            works.append(Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only))
+            works.append(self._work(request, n))
             budget -= n
         assert works or not self.busy, "no request fits the pool"
         return works
+
+    def _work(self, request: Request, n: int) -> Work:
+        return Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only)
 
     def release(self, branch: Branch) -> None:
         """Give all pages of a branch back; its ids stay."""
