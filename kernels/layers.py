@@ -105,10 +105,10 @@ class PagedDecoder:
             raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
         bounds = (len(self._embedding), L, T, N, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos))
         sizes, pointers, out = torch.tensor(bounds), self._pointers(kv), torch.empty((N, H), dtype=self._dtype)
+        arrays = (out, token_ids, wanted, cos, sin, positions, slots, block_table, cu_seqlens, context_lens, sizes)
         bad = lib().decoder(
-            pointers.data_ptr(), self._embedding.data_ptr(), self._final_norm.data_ptr(), out.data_ptr(), token_ids.data_ptr(),
-            wanted.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(), slots.data_ptr(), block_table.data_ptr(), cu_seqlens.data_ptr(), context_lens.data_ptr(),
-            sizes.data_ptr(), self._eps, self._scale, DTYPES[self._dtype],
+            pointers.data_ptr(), self._embedding.data_ptr(), self._final_norm.data_ptr(), *(x.data_ptr() for x in arrays),
+            self._eps, self._scale, DTYPES[self._dtype],
         )  # fmt: skip
         if bad:
             limits = f"token ids reach to {len(self._embedding) - 1}, positions to {len(cos) - 1}, slots to {P * B - 1}"

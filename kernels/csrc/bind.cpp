@@ -135,10 +135,36 @@ void uniforms(ptr seed, ptr position, ptr out, int64_t N, int64_t V) {
 int64_t decoder(ptr layers, ptr embedding, ptr final_norm, ptr out, ptr token_ids, ptr wanted, ptr cos, ptr sin, ptr positions,
                 ptr slots, ptr block_table, ptr cu_seqlens, ptr context_lens, ptr sizes, float eps, float scale, int dtype) {
   const int64_t *n = at<int64_t>(sizes);
-  DecoderArgs a = {at<LayerTensors>(layers), at<void>(embedding), at<void>(final_norm), at<void>(out), at<int64_t>(token_ids),
-                   at<int64_t>(wanted), at<float>(cos), at<float>(sin), at<int64_t>(positions), at<int64_t>(slots), at<int32_t>(block_table),
-                   at<int32_t>(cu_seqlens), at<int32_t>(context_lens), n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8],
-                   n[9], n[10], n[11], n[12], n[13], eps, scale, dtype};
+  DecoderArgs a = {at<LayerTensors>(layers),
+                   at<void>(embedding),
+                   at<void>(final_norm),
+                   at<void>(out),
+                   at<int64_t>(token_ids),
+                   at<int64_t>(wanted),
+                   at<float>(cos),
+                   at<float>(sin),
+                   at<int64_t>(positions),
+                   at<int64_t>(slots),
+                   at<int32_t>(block_table),
+                   at<int32_t>(cu_seqlens),
+                   at<int32_t>(context_lens),
+                   n[0],
+                   n[1],
+                   n[2],
+                   n[3],
+                   n[4],
+                   n[5],
+                   n[6],
+                   n[7],
+                   n[8],
+                   n[9],
+                   n[10],
+                   n[11],
+                   n[12],
+                   n[13],
+                   eps,
+                   scale,
+                   dtype};
   return table->decoder(&a, parallel_for, thread_count());
 }
 

@@ -18,5 +18,5 @@ extern const Table table_avx2;
 const Table table_avx2 = {
     "avx2",   linear,   matmul,    rms_norm,           rms_norm_backward, silu_mul,         silu_mul_backward,
     rope,     write_kv, attention, attention_backward, logprob,           logprob_backward, sample,
-    uniforms,
+    uniforms, decoder,
 };

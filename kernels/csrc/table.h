@@ -87,14 +87,14 @@ struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the
 };
 
 struct DecoderArgs {
-  const LayerTensors *layers; // [L]
+  const LayerTensors *layers;         // [L]
   const void *embedding, *final_norm; // [V, H], [H]
   void *out;                          // [N, H]
   const int64_t *token_ids, *wanted;  // [T], and the N rows that the caller wants
   const float *cos, *sin;
-  const int64_t *positions, *slots;          // [T]
-  const int32_t *block_table;                // [S, max_pages]
-  const int32_t *cu_seqlens, *context_lens;  // [S + 1], [S]
+  const int64_t *positions, *slots;         // [T]
+  const int32_t *block_table;               // [S, max_pages]
+  const int32_t *cu_seqlens, *context_lens; // [S + 1], [S]
   int64_t V, L, T, N, S, H, I, Hq, Hk, D, page_size, max_pages, n_pages, max_position;
   float eps, scale;
   int dtype;
