@@ -20,7 +20,7 @@ from operator import attrgetter
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.pages import PagePool
 from duologue.rollout.engine.runner import Runner
-from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
+from duologue.rollout.engine.scheduler import Scheduler, Stats
 from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
 
 _VERSION = attrgetter("_version")  # torch counts the writes into a tensor
@@ -165,7 +165,7 @@ class Engine:
         finished = []
         for work in works:
             request = work.request
-            request.branch.n_cached += work.n_tokens
+            self._scheduler.computed(request.branch, work.n_tokens, self.weights_version)
             if work.samples:
                 self._take(request, *next(sampled))
             elif request.prefill_only and request.n_todo == 0:
@@ -174,7 +174,6 @@ class Engine:
                 finished.append(request)
                 self._scheduler.running.remove(request)
                 self._detach(request)
-        self._count(works)
         return finished
 
     def abort(self) -> None:
@@ -224,7 +223,7 @@ class Engine:
         elif request.n_todo == 0:
             return request
         branch.request = request
-        self._scheduler.waiting.append(request)
+        self._scheduler.add(request)
         return request
 
     def _take(self, request: Request, token: int, logprob: float, entropy: float) -> None:
@@ -252,6 +251,8 @@ class Engine:
         self.pool.give_back(branch.pages[n_pages:])
         del branch.pages[n_pages:]
         branch.n_cached = keep
+        if keep % size:
+            self.pool.unname(branch.pages[-1])
 
     def _weights_counter(self) -> int:
         return sum(map(_VERSION, self._parameters))
@@ -275,9 +276,3 @@ class Engine:
         self.weights_version = version
         for branch in self._branches:
             self._scheduler.release(branch)
-
-    def _count(self, works: list[Work]) -> None:
-        decode = sum(w.n_tokens == 1 and w.samples for w in works)
-        self.stats.steps += 1
-        self.stats.decode_tokens += decode
-        self.stats.prefill_tokens += sum(w.n_tokens for w in works) - decode

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from duologue.rollout.engine.pages import PagePool
+from duologue.rollout.engine.pages import Key, PagePool
 from duologue.rollout.engine.sequence import Branch, Request
 
 
@@ -24,6 +24,9 @@ class Stats:
     preemptions: int = 0  # running requests that gave up their pages
     evictions: int = 0  # idle branches that gave up their pages
     peak_pages: int = 0
+    shared_tokens: int = 0  # whose KV was found in another branch's pages
+    slot_steps: int = 0  # steps times the most requests that ran at once since the engine was last idle
+    idle_slot_steps: int = 0  # of these, places that no request took
 
 
 @dataclass(kw_only=True, slots=True)
@@ -38,8 +41,9 @@ class Work:
 class Scheduler:
     """Continuous batching: admit while there is room, and take pages back when they run out.
 
-    Pages are taken first from idle branches (the longest unused first), then from waiting requests, then from the youngest
-    running request. Whoever loses its pages is recomputed later, with the same result.
+    Who may have the most to do is admitted first, so that the long ones do not run alone at the end; equals keep their order, which
+    keeps a group together. Pages are taken first from idle branches (the longest unused first), then from waiting requests, then
+    from the youngest running request. Whoever loses its pages is recomputed later, with the same result.
     """
 
     def __init__(self, pool: PagePool, max_batch: int, max_step_tokens: int, branches: Iterable[Branch]) -> None:
@@ -50,10 +54,18 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self._branches = branches  # every open branch, in order of last use
+        self._sorted = True
+        self._slots = 0
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
+
+    def add(self, request: Request) -> None:
+        if not self.busy:
+            self._slots = 0
+        self.waiting.append(request)
+        self._sorted = False
 
     def plan(self, version: int) -> list[Work]:
         """The next step's work; never empty while there is a request, since each alone fits the pool (checked at start)."""
@@ -72,16 +84,68 @@ class Scheduler:
             else:
                 works.append(self._work(request, n))
                 budget -= n
-        while self.waiting and not queue and len(self.running) < self.max_batch and budget > 0:
+        if self.waiting and not queue:
+            self._admit(works, budget, version)
+        assert works or not self.busy, "no request fits the pool"
+        self._count(works)
+        return works
+
+    def _admit(self, works: list[Work], budget: int, version: int) -> None:
+        if not self._sorted:
+            self.waiting = deque(sorted(self.waiting, key=lambda r: (not r.preempted, -r.expected)))
+            self._sorted = True
+        coming = {key for w in works if (key := self._next_key(w.request.branch, version)) is not None}
+        later: list[Request] = []  # whose next page is computed for another one in this step
+        while self.waiting and len(self.running) < self.max_batch and budget > 0:
             request = self.waiting[0]
+            self.find_shared(request, version)
+            key = self._next_key(request.branch, version)
+            if key in coming and works:
+                later.append(self.waiting.popleft())
+                continue
             n = min(request.n_todo, budget)
             if not self._grow(request.branch, n, version):
                 break
+            if key is not None and n >= self.pool.page_size:
+                coming.add(key)
             self.running.append(self.waiting.popleft())
             works.append(self._work(request, n))
             budget -= n
-        assert works or not self.busy, "no request fits the pool"
-        return works
+        self.waiting.extendleft(reversed(later))
+
+    def _next_key(self, branch: Branch, version: int) -> Key | None:
+        """Of the page that a branch at a page boundary fills next; None when its ids do not fill one."""
+        size, at = self.pool.page_size, branch.n_cached
+        if at % size or len(branch.token_ids) <= at + size:
+            return None
+        return version, branch.pages[-1] if branch.pages else -1, tuple(branch.token_ids[at : at + size])
+
+    def find_shared(self, request: Request, version: int) -> None:
+        """Take over pages of other branches as far as the ids agree; the last token is left, it must be computed to sample."""
+        branch, size = request.branch, self.pool.page_size
+        while (key := self._next_key(branch, version)) is not None and (page := self.pool.find(key)) is not None:
+            self.pool.share([page])
+            branch.pages.append(page)
+            branch.n_cached += size
+            self.stats.shared_tokens += size
+
+    def computed(self, branch: Branch, n_tokens: int, version: int) -> None:
+        """`n_tokens` more of a branch's tokens have their KV: name the pages that this filled."""
+        size, before = self.pool.page_size, branch.n_cached // self.pool.page_size
+        branch.n_cached += n_tokens
+        for i in range(before, branch.n_cached // size):
+            key = (version, branch.pages[i - 1] if i else -1, tuple(branch.token_ids[i * size : (i + 1) * size]))
+            branch.pages[i] = self.pool.name(branch.pages[i], key)
+
+    def _count(self, works: list[Work]) -> None:
+        stats, n = self.stats, len(works)
+        self._slots = max(self._slots, n)
+        decode = sum(w.n_tokens == 1 and w.samples for w in works)
+        stats.steps += bool(works)
+        stats.decode_tokens += decode
+        stats.prefill_tokens += sum(w.n_tokens for w in works) - decode
+        stats.slot_steps += self._slots
+        stats.idle_slot_steps += self._slots - n
 
     def _work(self, request: Request, n: int) -> Work:
         return Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only)
@@ -95,6 +159,7 @@ class Scheduler:
     def _preempt(self, victim: Request) -> None:
         self.stats.preemptions += 1
         self.running.remove(victim)
+        victim.preempted = True
         self.waiting.appendleft(victim)
         self.release(victim.branch)
 

@@ -125,6 +125,12 @@ class Request:
     stop_token_ids: frozenset[int]
     prefill_only: bool = False  # compute the KV of the context and sample nothing
     done: bool = False
+    preempted: bool = False
+
+    @property
+    def expected(self) -> int:
+        """Tokens that this may still take, at most."""
+        return self.n_todo + (0 if self.prefill_only else self.params.max_new_tokens - len(self.completion.token_ids))
 
     @property
     def n_todo(self) -> int:
