@@ -266,3 +266,100 @@ def test_a_closed_or_busy_branch_is_refused() -> None:
 def test_a_pool_that_does_not_fit_says_what_it_takes() -> None:
     with pytest.raises(MemoryError, match=r"rollout.cache_tokens"):
         Engine(make_model(), cache_tokens=2**44)
+
+
+def test_equal_prompts_are_computed_once() -> None:
+    model, prompt = make_model(), list(range(70))
+    engine = Engine(model)
+    params = SamplingParams(max_new_tokens=20, seed=7)
+    together = engine.generate([prompt, [5, 6], prompt[:50] + [1] * 9], params, n=4)
+    alone = [Engine(model).generate([p], SamplingParams(max_new_tokens=20, seed=7 + i))[0]
+             for p in (prompt, [5, 6], prompt[:50] + [1] * 9) for i in range(4)]  # fmt: skip
+    assert [(c.token_ids, c.logprobs) for c in together] == [(c.token_ids, c.logprobs) for c in alone]
+    # of the long prompt four pages, and of its variant the three that agree
+    assert engine.stats.shared_tokens == 3 * 64 + 4 * 48
+    assert engine.stats.prefill_tokens == 4 * (70 + 2 + 59) - engine.stats.shared_tokens
+    assert engine.pool.n_free == engine.pool.n_pages
+
+
+def test_a_rewritten_page_is_not_found() -> None:
+    model = make_model()
+    engine = Engine(model)
+    first = engine.open([3] * 33)
+    engine.prefill([first])
+    first.rewind(20)
+    first.append([4] * 30)
+    reply = first.generate(SamplingParams(max_new_tokens=4, seed=1))
+    second = engine.open([3] * 33)
+    got = second.generate(SamplingParams(max_new_tokens=4, seed=1))
+    fresh = Engine(model)
+    for ids, completion in (([3] * 13 + [4] * 30, reply), ([3] * 33, got)):
+        expected = fresh.generate([ids], SamplingParams(max_new_tokens=4, seed=1))[0]
+        assert (completion.token_ids, completion.logprobs) == (expected.token_ids, expected.logprobs)
+
+
+def test_long_requests_are_admitted_first_and_idle_places_counted() -> None:
+    engine = Engine(make_model(), max_batch=2)
+    requests = [engine.start(engine.open([1]), SamplingParams(max_new_tokens=n)) for n in (2, 3, 9)]
+    order = []
+    while engine.busy:
+        order += [requests.index(r) for r in engine.step()]
+    assert order == [1, 0, 2]  # the longest started at once, beside the second longest
+    assert engine.stats.slot_steps == 18
+    assert engine.stats.idle_slot_steps == 18 - (2 + 3 + 9)
+
+
+def test_cancel_frees_the_place() -> None:
+    engine = Engine(make_model(), max_batch=2)
+    requests = [engine.start(engine.open([1, 2]), SamplingParams(max_new_tokens=30)) for _ in range(3)]
+    for _ in range(5):
+        engine.step()
+    engine.cancel(requests[0])
+    engine.cancel(requests[2])
+    engine.run()
+    assert [r.completion.finish_reason for r in requests] == ["cancelled", "length", "cancelled"]
+    assert [len(r.completion.token_ids) for r in requests] == [5, 30, 0]
+
+
+def test_stop_strings_end_a_completion_by_its_text() -> None:
+    def decode(ids: list[int]) -> str:
+        return "".join(chr(97 + i % 26) for i in ids)
+
+    model = make_model(spread=0.1)
+    params = [SamplingParams(max_new_tokens=300, seed=i, stop_strings=("ab", "q")) for i in range(6)]
+    for completion in Engine(model, decode=decode).generate([[1]] * 6, params):
+        text = decode(completion.token_ids)
+        assert completion.finish_reason == "stop"
+        assert text.endswith(("ab", "q"))
+        assert "ab" not in text[:-1]
+        assert "q" not in text[:-1]
+    with pytest.raises(ValueError, match="stop_strings need an engine with a decode function"):
+        Engine(model).generate([[1]], params[:1])
+
+
+def test_allowed_tokens_and_a_callback_that_fails() -> None:
+    model = make_model(spread=0.1)
+
+    def even(ids: list[int]) -> list[int]:
+        return list(range(0, VOCAB, 2)) if len(ids) % 2 else [7, 9]
+
+    def broken(ids: list[int]) -> list[int]:
+        if len(ids) == 3:
+            raise KeyError("no such state")
+        return [5]
+
+    prompts, plain = [[1], [2], [3], [4]], SamplingParams(max_new_tokens=12, seed=1)
+    params = [SamplingParams(max_new_tokens=12, seed=1, allow=f) for f in (even, broken, lambda _: [])]
+    restricted, failed, empty, other = Engine(model).generate(prompts, [*params, plain])
+    for i, token in enumerate(restricted.token_ids):
+        assert token in even([0] * i)
+    with torch.no_grad():
+        logits = model(torch.tensor([prompts[0] + restricted.token_ids]))[0]
+    for i, (token, logprob) in enumerate(zip(restricted.token_ids, restricted.logprobs, strict=True)):
+        allowed = even([0] * i)
+        expected = logits[i][allowed].double().log_softmax(0)[allowed.index(token)]
+        assert logprob == pytest.approx(float(expected), abs=1e-5)
+    assert (failed.finish_reason, failed.token_ids) == ("error", [5, 5, 5])
+    assert "KeyError: 'no such state'" in failed.error
+    assert (empty.finish_reason, empty.token_ids) == ("error", [])
+    assert other.token_ids == Engine(model).generate([[4]], plain)[0].token_ids

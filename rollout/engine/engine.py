@@ -13,14 +13,16 @@ On CPU the log-probs equal those of `duologue.model.decoder.score` bit for bit, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
+from dataclasses import replace
 from itertools import chain
 from operator import attrgetter
 
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.pages import PagePool
 from duologue.rollout.engine.runner import Runner
-from duologue.rollout.engine.scheduler import Scheduler, Stats
+from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
 from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
 
 _VERSION = attrgetter("_version")  # torch counts the writes into a tensor
@@ -31,6 +33,7 @@ class Engine:
 
     page_size: tokens of a KV page (a multiple of 16 for the CPU kernels). cache_tokens: size of the pool.
     max_batch: requests that run at once. max_step_tokens: tokens of one step, prefill and decode together.
+    decode: ids to text, for stop strings (a tokenizer's).
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class Engine:
         max_batch: int = 256,
         max_step_tokens: int = 1_024,
         seed: int = 0,
+        decode: Callable[[list[int]], str] | None = None,
     ) -> None:
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)")
@@ -55,6 +59,7 @@ class Engine:
         self._parameters = list(model.parameters())  # walking the modules costs as much as a layer
         self._weights_seen = self._weights_counter()
         self._seed = seed
+        self._decode = decode
         self._n_requests = 0
         self._branches: dict[Branch, None] = {}  # open branches, the longest unused first
         self._runner = Runner(model, cache_tokens // page_size, page_size)
@@ -67,11 +72,16 @@ class Engine:
 
     # ---- whole completions -------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams]) -> list[Completion]:
-        """One completion per prompt, in order. `params` is shared, or one per prompt."""
+    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], n: int = 1) -> list[Completion]:
+        """`n` completions per prompt, in order. `params` is shared, or one per prompt (a seed in it is then the first one's)."""
         each = params if isinstance(params, list) else [params] * len(prompts)
         if len(each) != len(prompts):
             raise ValueError(f"generate: {len(prompts)} prompts but {len(each)} SamplingParams")
+        if n < 1:
+            raise ValueError(f"generate: n = {n}, accepted is an integer >= 1")
+        if n > 1:
+            prompts = [prompt for prompt in prompts for _ in range(n)]
+            each = [p if p.seed is None else replace(p, seed=(p.seed + i) % 2**63) for p in each for i in range(n)]
         branches: list[Branch] = []
         try:
             branches = [self.open(prompt) for prompt in prompts]
@@ -161,7 +171,7 @@ class Engine:
             return []
         pages = chain.from_iterable(w.request.branch.pages for w in works)
         assert set(map(self.pool.version.__getitem__, pages)) == {self.weights_version}, "KV of other weights"
-        sampled = zip(*self._runner.execute(works), strict=True)
+        sampled = zip(*self._runner.execute(works, self._allowed(works)), strict=True)
         finished = []
         for work in works:
             request = work.request
@@ -175,6 +185,13 @@ class Engine:
                 self._scheduler.running.remove(request)
                 self._detach(request)
         return finished
+
+    def cancel(self, request: Request) -> None:
+        """End a request that is not needed any more, for example when its group is decided; what it sampled stays."""
+        if not request.done:
+            self._scheduler.drop(request)
+            self._detach(request)
+            request.completion.finish_reason, request.done = "cancelled", True
 
     def abort(self) -> None:
         """Drop every request in flight; what they sampled so far stays in their branches."""
@@ -206,6 +223,8 @@ class Engine:
         for limit, what in limits:
             if n + new > limit:
                 raise ValueError(f"a context of {n} tokens and max_new_tokens {new} exceed {what}, which holds {limit}")
+        if params.stop_strings and self._decode is None:
+            raise ValueError("SamplingParams.stop_strings need an engine with a decode function: Engine(model, decode=...)")
         for token in params.stop_token_ids:
             self.check_ids((token,))
 
@@ -226,16 +245,43 @@ class Engine:
         self._scheduler.add(request)
         return request
 
+    def _allowed(self, works: list[Work]) -> dict[int, Ids[int]]:
+        """The allowed ids of the sampling rows that are restricted. A callback that fails ends its request, not the step."""
+        allowed: dict[int, Ids[int]] = {}
+        for row, request in enumerate(w.request for w in works if w.samples):
+            if request.params.allow is None:
+                continue
+            try:
+                ids = request.params.allow(list(request.completion.token_ids))
+                if ids is not None:
+                    self.check_ids(ids)
+                    if not len(ids):
+                        raise ValueError("no token is allowed")
+                    allowed[row] = ids
+            except Exception as error:
+                request.completion.error = f"SamplingParams.allow: {type(error).__name__}: {error}"
+        return allowed
+
     def _take(self, request: Request, token: int, logprob: float, entropy: float) -> None:
-        completion = request.completion
+        completion, params = request.completion, request.params
+        if completion.error:
+            completion.finish_reason, request.done = "error", True
+            return
         request.branch.token_ids.append(token)
         completion.token_ids.append(token)
         completion.logprobs.append(logprob)
         completion.entropies.append(entropy)
-        if token in request.stop_token_ids:
+        if token in request.stop_token_ids or (params.stop_strings and self._says_stop(completion.token_ids, params.stop_strings)):
             completion.finish_reason, request.done = "stop", True
-        elif len(completion.token_ids) == request.params.max_new_tokens:
+        elif len(completion.token_ids) == params.max_new_tokens:
             completion.finish_reason, request.done = "length", True
+
+    def _says_stop(self, token_ids: list[int], strings: tuple[str, ...]) -> bool:
+        """Whether the text ends in one of the strings, give or take the rest of the last token."""
+        assert self._decode is not None
+        longest = max(map(len, strings))
+        text = self._decode(token_ids[-(4 * longest + 4) :])  # a character takes four tokens at most, one per byte
+        return any(s in text for s in strings)
 
     def _detach(self, request: Request) -> None:
         request.branch.request = None

@@ -5,6 +5,8 @@ Shapes: T tokens of the step, S requests, N of them sampling, L layers, P pages,
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Ids
+
 import numpy as np
 import torch
 from duologue.kernels import ops
@@ -12,6 +14,8 @@ from duologue.model.decoder import Decoder
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
+
+EXCLUDED = -1e30  # a logit of probability 0 whose products stay finite
 
 
 class PagedAttention:
@@ -68,13 +72,17 @@ class Runner:
         self.kv[:, :, target].copy_(self.kv[:, :, source])
 
     @torch.no_grad()
-    def execute(self, works: list[Work]) -> tuple[list[int], list[float], list[float]]:
-        """Run a step: (token, log-prob, entropy) for each work that samples, in order."""
+    def execute(self, works: list[Work], allowed: dict[int, Ids[int]]) -> tuple[list[int], list[float], list[float]]:
+        """Run a step: (token, log-prob, entropy) for each work that samples, in order; `allowed` restricts rows of these."""
         token_ids, positions, attention, last = self._inputs(works)
         hidden_NH = self._hidden(token_ids, positions, attention, last)
         if len(last) == 0:
             return [], [], []
         logits_NV = self.model.head(hidden_NH)
+        for row, ids in allowed.items():
+            kept = logits_NV[row, ids]
+            logits_NV[row] = EXCLUDED
+            logits_NV[row, ids] = kept
         token, logprob, entropy = ops.sample(logits_NV, *self._sampling(works))
         return token.tolist(), logprob.tolist(), entropy.tolist()
 

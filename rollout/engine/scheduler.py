@@ -67,6 +67,9 @@ class Scheduler:
         self.waiting.append(request)
         self._sorted = False
 
+    def drop(self, request: Request) -> None:
+        (self.running if request in self.running else self.waiting).remove(request)
+
     def plan(self, version: int) -> list[Work]:
         """The next step's work; never empty while there is a request, since each alone fits the pool (checked at start)."""
         works: list[Work] = []

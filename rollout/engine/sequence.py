@@ -6,6 +6,7 @@ Ids in, ids out: nothing here knows text.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -19,6 +20,9 @@ class SamplingParams:
     """How one completion is drawn. The defaults sample the model's full distribution.
 
     temperature 0 is greedy. `seed` fixes the draw whatever else is in the batch; without one the engine numbers requests.
+    `stop_strings` end a completion whose text (the engine's `decode`) contains one; the token that completed it is kept.
+    `allow` gets the ids sampled so far and returns those allowed next (None: all), for structured output; log-prob and entropy
+    are then of the softmax over the allowed ids. When it raises, this request ends with finish_reason "error".
     """
 
     max_new_tokens: int = 64
@@ -28,6 +32,8 @@ class SamplingParams:
     min_p: float = 0.0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    allow: Callable[[list[int]], Ids[int] | None] | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -36,8 +42,10 @@ class SamplingParams:
             ("top_k", self.top_k, "an integer >= 0 (0 = off)", self.top_k >= 0),
             ("top_p", self.top_p, "a number in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", self.min_p, "a number in [0, 1)", 0 <= self.min_p < 1),
+            ("stop_strings", self.stop_strings, "a tuple of non-empty strings",
+             isinstance(self.stop_strings, tuple) and all(isinstance(x, str) and x for x in self.stop_strings)),
             ("seed", self.seed, "None or an integer in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
-        )
+        )  # fmt: skip
         for name, value, accepted, ok in checks:
             if not ok:
                 raise ValueError(f"SamplingParams.{name} = {value!r}: accepted is {accepted}")
@@ -53,8 +61,9 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)  # [n]
     logprobs: list[float] = field(default_factory=list)  # [n] of the full softmax(logits / temperature), taken at sampling time
     entropies: list[float] = field(default_factory=list)  # [n] nats, same distribution
-    finish_reason: str = ""  # "stop" | "length"
+    finish_reason: str = ""  # "stop" | "length" | "cancelled" | "error"
     weights_version: int = 0
+    error: str = ""  # what the callback raised
 
     @property
     def stopped(self) -> bool:
