@@ -253,3 +253,41 @@ def test_paged_refuses(change: dict[str, Tensor], message: str) -> None:
     ops.paged_attention(**args, scale=1.0)
     with pytest.raises(ValueError, match=message):
         ops.paged_attention(**{**args, **change}, scale=1.0)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 20), (3, 3, 128)])
+def test_a_shared_prefix_changes_no_bit(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, isa: str) -> None:
+    """Decoding rows whose tables begin with the same pages, against the same keys in pages of their own."""
+    if not cpu.lib().use(isa):
+        pytest.skip(f"this machine cannot run {isa}")
+    try:
+        generator = torch.Generator().manual_seed(0)
+        B, shared, S = 16, (13, 13, 8, 20, 0, 9), 6
+        lengths = [13 * B + 5, 13 * B + 77, 8 * B + 1, 20 * B + 40, 33, 9 * B + 1]
+        groups = [(0, 1, 2), (3,), (4,), (5,)]  # 3 shares nothing with 2 but follows it
+        n_pages = sum(-(-n // B) for n in lengths)
+        k, v = (torch.randn(2 * n_pages, B, kv_heads, dim, generator=generator).to(dtype) for _ in range(2))
+        apart = torch.zeros(S, max(-(-n // B) for n in lengths), dtype=torch.int32)
+        at = 0
+        for s, n in enumerate(lengths):
+            pages = -(-n // B)
+            apart[s, :pages] = torch.arange(at, at + pages)
+            at += pages
+        together = apart.clone()
+        for first, *others in groups:
+            for s in others:
+                together[s, : shared[s]] = apart[first, : shared[s]]
+                k[apart[s, : shared[s]].long()] = k[apart[first, : shared[s]].long()]
+                v[apart[s, : shared[s]].long()] = v[apart[first, : shared[s]].long()]
+        q = torch.randn(S, heads, dim, generator=generator).to(dtype)
+        cu, lens = torch.arange(S + 1, dtype=torch.int32), torch.tensor(lengths, dtype=torch.int32)
+        assert not torch.equal(apart, together)
+        out = [ops.paged_attention(q, k, v, table, cu, lens, dim**-0.5) for table in (apart, together)]
+        assert torch.equal(*out)
+        expected = reference.paged_attention(q.double(), k.double(), v.double(), together, cu, lens, dim**-0.5)
+        torch.testing.assert_close(out[1].double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+    finally:
+        cpu.use("")

@@ -91,6 +91,7 @@ class Scheduler:
             self._admit(works, budget, version)
         assert works or not self.busy, "no request fits the pool"
         self._count(works)
+        works.sort(key=lambda w: w.request.branch.pages[0])  # rows that share a prefix lie together: attention reads it once
         return works
 
     def _admit(self, works: list[Work], budget: int, version: int) -> None:
