@@ -95,9 +95,9 @@ def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_
     (M, O), K = grad.shape, x.shape[1]
     grad_x, grad_weight = x.new_empty((M, K) if need_x else 0), x.new_empty((O, K) if need_weight else 0)
     if need_x:
-        lib().matmul(grad.data_ptr(), weight.data_ptr(), grad_x.data_ptr(), M, O, K, O, 1)
+        lib().matmul(grad.data_ptr(), weight.data_ptr(), grad_x.data_ptr(), M, O, K, O, 1, False)
     if need_weight:
-        lib().matmul(grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), O, M, K, 1, O)
+        lib().matmul(grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), O, M, K, 1, O, False)
     return grad_x.to(dtype), grad_weight.to(dtype)
 
 

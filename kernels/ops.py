@@ -15,7 +15,7 @@ Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V 
 from __future__ import annotations
 
 import torch
-from duologue.kernels import attention, autograd, cpu, reference, softmax
+from duologue.kernels import attention, autograd, cpu, head, reference, softmax
 from torch import Tensor
 
 
@@ -119,6 +119,49 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
         return reference.logprob(logits, targets, temperature)
     run = softmax.logprob_now if _plain(logits) else softmax.logprob_op
     return run(logits, targets, temperature)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    chunk_bytes: int = head.CHUNK_BYTES,
+) -> tuple[Tensor, Tensor]:
+    """`logprob` of the logits hidden [N, H] @ weight [V, H]^T + bias [V], which are never stored whole: (log-prob, entropy), [N] fp32.
+
+    Differentiable in hidden, weight and bias. `softcap` s bends logits to s tanh(logits / s) (Gemma 2). Rows where mask [N] is 0 are
+    left out of all products and return 0. `chunk_bytes` bounds the fp32 logits that exist at a time.
+    """
+    return head.linear_logprob(hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+
+
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_fn: head.LossFn,
+    *,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    level: str = "token",
+    chunk_bytes: int = head.CHUNK_BYTES,
+) -> Tensor:
+    """The sum over chunks of loss_fn(log-probs [n], entropies [n], rows), a scalar; with gradients in hidden, weight and bias.
+
+    The arguments are `linear_logprob`'s. `loss_fn` gets a chunk of rows and their slice of 0 .. N, and returns a scalar; the losses of
+    chunks must add up to the whole loss (a normaliser is fixed beforehand). A loss that couples rows, like gspo's sequence ratios,
+    needs level="sequence": one call with all rows, after a pass that computes their log-probs (a fourth product).
+    Gradients are computed in the forward, so the logits are needed once; rows whose derivative is exactly 0 (masked, clipped, no
+    advantage) are left out of the other two products. loss_fn must not rely on gradients of anything but its two arguments.
+    """
+    return head.linear_policy_loss(
+        hidden, weight, targets, loss_fn, temperature=temperature, bias=bias, softcap=softcap, level=level, chunk_bytes=chunk_bytes
+    )
 
 
 def sample(

@@ -20,7 +20,7 @@ def _check_logits(op: str, logits: Tensor) -> tuple[int, int]:
     return N, V
 
 
-def _split(temperature: float | Tensor) -> tuple[Tensor | None, float]:
+def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """(one per row, one for all): the kernel takes either; making a tensor costs as much as a short call."""
     if isinstance(temperature, Tensor):
         return temperature.float().contiguous(), 1.0
@@ -74,6 +74,28 @@ def sample(
     return token, out, entropy
 
 
+def _grad_logits(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
+    grad_logprob: Tensor, grad_entropy: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    logits, targets, stats = logits.contiguous(), targets.contiguous(), stats.contiguous()
+    entropy, grad_logprob, grad_entropy = entropy.contiguous(), grad_logprob.contiguous(), grad_entropy.contiguous()
+    lib().logprob_backward(
+        logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
+        entropy.data_ptr(), stats.data_ptr(), grad_logprob.data_ptr(), grad_entropy.data_ptr(), out.data_ptr(),
+        *logits.shape, DTYPES[logits.dtype],
+    )  # fmt: skip
+
+
+def grad_logits_(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
+    grad_logprob: Tensor, grad_entropy: Tensor,
+) -> None:  # fmt: skip
+    """The gradient of the log-probs and entropies in the logits, in their place."""
+    assert logits.is_contiguous()
+    _grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, logits)
+
+
 # ---- torch.library ops -----------------------------------------------------------------------------------------------
 
 
@@ -104,13 +126,8 @@ def _logprob_backward_op(
     grad_logprob: Tensor,
     grad_entropy: Tensor,
 ) -> Tensor:
-    logits, targets = logits.contiguous(), targets.contiguous()
-    grad_logprob, grad_entropy, grad = grad_logprob.contiguous(), grad_entropy.contiguous(), torch.empty_like(logits)
-    lib().logprob_backward(
-        logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
-        entropy.data_ptr(), stats.data_ptr(), grad_logprob.data_ptr(), grad_entropy.data_ptr(), grad.data_ptr(),
-        *logits.shape, DTYPES[logits.dtype],
-    )  # fmt: skip
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
     return grad
 
 
@@ -137,12 +154,12 @@ _logprob_op.register_autograd(_backward, setup_context=_setup)
 
 
 def logprob_op(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor] = _logprob_op(logits, targets, *_split(temperature))
+    out: tuple[Tensor, Tensor, Tensor] = _logprob_op(logits, targets, *split_temperature(temperature))
     return out[:2]
 
 
 def logprob_now(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    return logprob(logits, targets, *_split(temperature))[:2]
+    return logprob(logits, targets, *split_temperature(temperature))[:2]
 
 
 @torch.library.custom_op("duologue::sample", mutates_args=())

@@ -22,8 +22,8 @@ void linear(ptr x, ptr w, ptr b, ptr out, int64_t M, int64_t O, int64_t K, int d
   table->linear(&a, parallel_for, thread_count());
 }
 
-void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r) {
-  MatmulArgs m = {at<float>(a), at<float>(b), at<float>(c), I, R, C, stride_i, stride_r};
+void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r, bool add) {
+  MatmulArgs m = {at<float>(a), at<float>(b), at<float>(c), I, R, C, stride_i, stride_r, add};
   table->matmul(&m, parallel_for);
 }
 

@@ -7,6 +7,7 @@
 #include "native.inc"
 
 #include "linear.inc"
+#include "matmul.inc"
 #include "rows.inc"
 
 #include "attention.inc"

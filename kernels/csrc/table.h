@@ -13,11 +13,12 @@ struct LinearArgs {
   int dtype, out_dtype;
 };
 
-// C[i, c] = sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r]; the sum runs over r in order.
+// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r]; the sum runs over r in order.
 struct MatmulArgs {
   const float *a, *b; // b [R, C]
   float *c;           // [I, C]
   int64_t I, R, C, stride_i, stride_r;
+  bool add; // to what C holds
 };
 
 struct RowArgs { // rms_norm and silu_mul, forward and backward; unused fields are null
