@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bench.common import append_rows, quantiles
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.kernels import cpu, ops
+
+from bench.common import append_rows, quantiles
 
 N = 4096
 SHAPES = [(256, 4096), (768, 4096), (256, 32768), (768, 32768)]  # H, V

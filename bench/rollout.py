@@ -33,14 +33,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 PROMPT, NEW = 64, 64
 
 
-def make_checkpoint(shape: dict[str, Any], folder: Path) -> Any:
+def make_checkpoint(shape: dict[str, Any], folder: Path, max_positions: int = 512) -> Any:
     """A random Qwen3 checkpoint in `folder`, and transformers' model of it."""
     import transformers
 
     sizes = {k: v for k, v in shape.items() if k != "dtype"}
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        **sizes, head_dim=64, max_position_embeddings=512, tie_word_embeddings=True, initializer_range=0.02
+        **sizes, head_dim=64, max_position_embeddings=max_positions, tie_word_embeddings=True, initializer_range=0.02
     )
     model = transformers.Qwen3ForCausalLM(config).to(parse_dtype(shape["dtype"])).eval()
     model.generation_config.eos_token_id = None

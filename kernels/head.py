@@ -311,7 +311,7 @@ def linear_policy_loss(
     check("linear_policy_loss", hidden, weight, targets, temperature, bias, softcap)
     if level not in ("token", "sequence"):
         raise ValueError(f"linear_policy_loss: level = {level!r}, accepted is 'token' or 'sequence'")
-    out: Tensor = _PolicyLoss.apply(
+    out: Tensor = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
         hidden, weight, bias, targets, temperature, softcap, chunk_bytes, loss_fn, level == "sequence"
     )
     return out

@@ -197,7 +197,7 @@ class Decoder(nn.Module):
         body, weight = self.model, self.model.embed_tokens.weight
         if not cpu.serves(weight):
             return None
-        layers = [layer.tensors() for layer in body.layers]
+        layers = [layer.tensors() for layer in body.layers if isinstance(layer, Layer)]
         return PagedDecoder(weight, layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale)
 
     def head(self, hidden_NH: Tensor) -> Tensor:

@@ -1,0 +1,114 @@
+"""Counts log-probs of the rollout that are not, bit for bit, those of the training forward.
+
+    python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json]
+
+Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six turns with rewinds between
+them, chunked prefill among decoding rows, and in every other round a pool so small that requests are preempted. Each sampled
+token's recorded log-prob is compared with `score`, the packed training forward. Exit code 1 when one differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+from duologue.kernels import cpu
+from duologue.model.config import ModelConfig
+from duologue.model.decoder import Decoder, score
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import Branch, SamplingParams
+
+VOCAB = 503
+
+
+@dataclass(kw_only=True, slots=True)
+class Tally:
+    tokens: int = 0
+    differing: int = 0
+    rounds: int = 0
+    preemptions: int = 0
+    shared_tokens: int = 0
+    largest_batch: int = 0
+
+
+def make_model(dtype: torch.dtype, seed: int) -> Decoder:
+    model = Decoder(
+        ModelConfig(
+            model_type="qwen3", vocab_size=VOCAB, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4, num_kv_heads=2,
+            head_dim=32, max_position_embeddings=1024,
+        )
+    )  # fmt: skip
+    model.init_weights(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)  # far from uniform, so that log-probs differ in size
+    return model.to(dtype)
+
+
+def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
+    batch = rng.choice([1, 2, 3, 7, 16, 33, 64, 128, 256])
+    turns, group = rng.randint(1, 6), rng.choice([1, 4, 8])
+    tight = tally.rounds % 2 == 1
+    engine = Engine(
+        model, cache_tokens=max(batch * 60, 1024) if tight else 400_000, max_batch=rng.choice([4, 32, 256]),
+        max_step_tokens=rng.choice([48, 256, 1024]), seed=rng.randrange(2**31),
+    )  # fmt: skip
+    branches: list[Branch] = []
+    while len(branches) < batch:
+        base = engine.open([rng.randrange(VOCAB) for _ in range(rng.randint(1, 90))])
+        engine.prefill([base])
+        branches += [base, *base.fork(min(group, batch - len(branches)) - 1)]
+    spans: list[list[tuple[int, list[float]]]] = [[] for _ in branches]
+    for _ in range(turns):
+        speaking = [i for i in range(batch) if rng.random() < 0.9]
+        for i in speaking:
+            branches[i].append([rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))])
+        params = [SamplingParams(max_new_tokens=rng.randint(1, 24)) for _ in speaking]
+        started = [(i, len(branches[i]), engine.start(branches[i], p)) for i, p in zip(speaking, params, strict=True)]
+        engine.run()
+        for i, at, request in started:
+            spans[i].append((at, request.completion.logprobs))
+            n = len(request.completion.token_ids)
+            if rng.random() < 0.1:  # take back a part of it
+                branches[i].rewind(back := rng.randint(0, n))
+                spans[i][-1] = (at, request.completion.logprobs[: n - back])
+    with torch.no_grad():
+        for start in range(0, batch, 32):
+            part = range(start, min(start + 32, batch))
+            for i, exact in zip(part, score(model, [branches[i].token_ids for i in part]), strict=True):
+                for at, logprobs in spans[i]:
+                    tally.differing += int((torch.tensor(logprobs) != exact[at - 1 : at - 1 + len(logprobs)]).sum())
+                    tally.tokens += len(logprobs)
+    tally.rounds += 1
+    tally.preemptions += engine.stats.preemptions
+    tally.shared_tokens += engine.stats.shared_tokens
+    tally.largest_batch = max(tally.largest_batch, batch)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=1_000_000)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    args = parser.parse_args()
+    rng, tally, began = random.Random(args.seed), Tally(), time.perf_counter()
+    model = make_model(getattr(torch, args.dtype), args.seed)
+    while tally.tokens < args.tokens:
+        play_round(model, rng, tally)
+        if not args.json:
+            print(f"{tally.tokens:,} tokens, {tally.differing} differ, {tally.preemptions} preemptions", flush=True)
+    found = {name: getattr(tally, name) for name in Tally.__slots__}
+    seconds = round(time.perf_counter() - began, 1)
+    print(json.dumps({"bench": "exact", "backend": cpu.describe(), "dtype": args.dtype, **found, "seconds": seconds}))
+    return int(tally.differing > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,26 @@
+"""A short run of bench/exact.py: rollout and training log-probs agree to the last bit over forks, turns and preemption."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from duologue.kernels import cpu
+
+SCRIPT = Path(__file__).parent.parent / "bench" / "exact.py"
+
+
+@pytest.mark.skipif(not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_no_logprob_differs(dtype: str) -> None:
+    command = [sys.executable, str(SCRIPT), "--tokens", "25000", "--dtype", dtype, "--seed", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["tokens"] >= 25_000
+    assert found["differing"] == 0
+    assert found["preemptions"] > 0
+    assert found["shared_tokens"] > 0
