@@ -56,7 +56,7 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
     turns, group = rng.randint(1, 6), rng.choice([1, 4, 8])
     tight = tally.rounds % 2 == 1
     engine = Engine(
-        model, cache_tokens=max(batch * 60, 1024) if tight else 400_000, max_batch=rng.choice([4, 32, 256]),
+        model, cache_tokens=max(batch * 30, 1024) if tight else 400_000, max_batch=rng.choice([4, 32, 256]),
         max_step_tokens=rng.choice([48, 256, 1024]), seed=rng.randrange(2**31),
     )  # fmt: skip
     branches: list[Branch] = []
