@@ -13,7 +13,7 @@ struct LinearArgs {
   int dtype, out_dtype;
 };
 
-// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r]; the sum runs over r in order.
+// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r]; r runs in order, in blocks.
 struct MatmulArgs {
   const float *a, *b; // b [R, C]
   float *c;           // [I, C]
