@@ -9,7 +9,8 @@ from torch import Tensor
 METHODS = ("std", "mean", "leave_one_out", "running")
 
 
-def run(
+@torch.library.custom_op("duologue::group_advantages", mutates_args=())
+def advantages_op(
     rewards: Tensor, group_ids: Tensor, scored: Tensor, roles: Tensor | None, baseline: Tensor | None,
     method: str, n_groups: int, n_roles: int, decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -26,17 +27,7 @@ def run(
         raise ValueError(f"{op}: baseline is {'None' if baseline is None else 'given'}, accepted is one with method 'running' only")
     if baseline is not None:
         cpu.check(op, "baseline", baseline, (n_roles,), torch.float64, device)
-    out: tuple[Tensor, Tensor, Tensor, Tensor]
-    out = advantages_op(rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay)
-    return out
-
-
-@torch.library.custom_op("duologue::group_advantages", mutates_args=())
-def advantages_op(
-    rewards: Tensor, group_ids: Tensor, scored: Tensor, roles: Tensor | None, baseline: Tensor | None,
-    method: str, n_groups: int, n_roles: int, decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    if rewards.device.type == "cpu" and not cpu.available():
+    if not (rewards.is_cuda or cpu.available()):
         return reference.group_advantages(rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay)
     inputs = [None if x is None else x.contiguous() for x in (rewards, group_ids, roles, scored, baseline)]
     out = _outputs(rewards, baseline, n_groups, n_roles)
@@ -44,13 +35,10 @@ def advantages_op(
         from duologue.kernels import triton_advantage
 
         triton_advantage.launch(*inputs, *out, METHODS.index(method), decay)
-        return out
-    wide = rewards.dtype == torch.float64
-    bad = cpu.lib().group_advantages(
-        *cpu.pointers(*inputs, *out), len(rewards), n_groups, n_roles, METHODS.index(method), decay, wide
-    )
-    if bad:
-        raise ValueError(f"group_advantages: {bad}")
+    else:
+        sizes = len(rewards), n_groups, n_roles, METHODS.index(method), decay, rewards.dtype == torch.float64
+        if bad := cpu.lib().group_advantages(*cpu.pointers(*inputs, *out), *sizes):
+            raise ValueError(f"{op}: {bad}")
     return out
 
 

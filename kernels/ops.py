@@ -4,9 +4,9 @@
     logprob, entropy = ops.logprob(ops.linear(hidden, head_weight, out_dtype=torch.float32), targets)
 
 Each picks its back end by device and dtype: CPU fp32/bf16 tensors go to the C++ kernels when these are built, all else to
-`kernels/reference.py`. All accumulate in fp32, all but `write_kv`, `paged_attention`, `group_advantages` and those that sample are
-differentiable, and on the
-C++ path each row's bits depend on that row alone: not on the batch, the packing, the pages or the threads.
+`kernels/reference.py`; `sparse_linear_logprob` and `group_advantages` have Triton kernels on CUDA. All accumulate in fp32, all
+but `write_kv`, `paged_attention`, `group_advantages` and those that sample are differentiable, and on the C++ path each row's bits
+depend on that row alone: not on the batch, the packing, the pages or the threads.
 
 Errors: ValueError names the op, the argument, its value and what is accepted.
 
@@ -145,21 +145,22 @@ def sample(
     return softmax.sample(logits, settings)
 
 
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """fp32 logits hidden [N, H] @ weight [V, H]^T + bias [V], with softcap tanh(those / softcap)."""
+    logits = linear(hidden, weight, bias, torch.float32)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 def linear_sample(
     hidden: Tensor, weight: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
     bias: Tensor | None = None, softcap: float | None = None,
 ) -> softmax.Drawn:  # fmt: skip
-    """`sample` of the fp32 logits hidden [N, H] @ weight [V, H]^T + bias [V], capped as in `sparse_linear_logprob`.
-
-    On CPU the bits are those of `linear` and `sample`, and of the logits only tiles exist: 64 rows of 512 tokens per thread, or
-    where some row is truncated 64 rows of all tokens.
-    """
+    """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`, and of the logits only
+    tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens."""
     settings = (temperature, top_k, top_p, min_p, seed, position)
-    if not cpu.serves(hidden):
-        return reference.sample(reference.head(hidden, weight, bias, softcap), *settings)
-    run = sparse.sample_op if torch.compiler.is_compiling() else sparse.linear_sample
-    out: softmax.Drawn = run(hidden, weight, bias, *settings, softcap or 0.0)
-    return out
+    if not cpu.serves(hidden) or torch.compiler.is_compiling():
+        return sample(head(hidden, weight, bias, softcap), *settings)
+    return sparse.linear_sample(hidden, weight, bias, settings, softcap or 0.0)
 
 
 def sparse_linear_logprob(
@@ -168,8 +169,7 @@ def sparse_linear_logprob(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-prob of targets [N] int64 and entropy under softmax(logits / temperature) renormalised over each row's support.
 
-    logits = softcap tanh((hidden [N, H] @ weight [V, H]^T + bias [V]) / softcap) in fp32; without softcap the bracket alone.
-    The support of row n is kept_ids[kept_offsets[n] : kept_offsets[n + 1]] (int32, ascending; offsets [N + 1] int64), as `sample`
+    The logits are those of `head`. The support of row n is kept_ids[kept_offsets[n] : kept_offsets[n + 1]] (int32, ascending; offsets [N + 1] int64), as `sample`
     returns it; a row without one has all tokens. Only the rows of `weight` that are kept are read.
 
     Differentiable in hidden, weight and bias. The weight's gradient is dense: a tied head adds it to the embedding's, and DDP and
@@ -181,6 +181,9 @@ def sparse_linear_logprob(
     if not isinstance(temperature, Tensor):
         temperature = torch.full((len(hidden),), float(temperature), device=hidden.device)
     out: tuple[Tensor, ...] = sparse.logprob_op(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature, softcap or 0.0)
+    if hidden.is_cuda and len(whole := (kept_offsets.diff() == 0).nonzero()[:, 0]):  # rows that the kernels leave alone
+        full = logprob(head(hidden[whole], weight, bias, softcap), targets[whole], temperature[whole])
+        out = tuple(x.index_put((whole,), y) for x, y in zip(out, full, strict=False))
     return out[0], out[1]
 
 
@@ -197,4 +200,6 @@ def group_advantages(
     r - baseline[role], baseline [n_roles] float64 with NaN for a role not yet seen, which takes the mean of this batch; the new
     one is decay baseline + (1 - decay) mean. (Otherwise it is empty.) Sums are in double on CPU, in fp32 on CUDA.
     """
-    return advantage.run(rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay)
+    out: tuple[Tensor, Tensor, Tensor, Tensor]
+    out = advantage.advantages_op(rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay)
+    return out

@@ -181,17 +181,12 @@ def sample(
     return token, *_renormalised(scaled, keep, token), listed.nonzero()[:, 1].int(), offsets
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
-    """Logits [N, V], at least fp32."""
-    logits = linear(hidden, weight, bias, _wide(hidden).dtype)
-    return softcap * torch.tanh(logits / softcap) if softcap else logits
-
-
 def sparse_linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
     temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    scaled, counts = _scaled(head(hidden, weight, bias, softcap), temperature), kept_offsets.diff()
+    logits, counts = linear(hidden, weight, bias, _wide(hidden).dtype), kept_offsets.diff()
+    scaled = _scaled(softcap * torch.tanh(logits / softcap) if softcap else logits, temperature)
     keep = (counts == 0).unsqueeze(1).repeat(1, scaled.shape[1])
     keep[torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts), kept_ids.long()] = True
     return _renormalised(scaled, keep, targets)

@@ -1,22 +1,25 @@
 """Log-probs over kept supports on CUDA: the kernels of `duologue::sparse_linear_logprob`, and their launchers.
 
 A program has a row (or, for the weight's gradient, a token) to itself and walks its entries in order: no atomics, so a row's bits
-depend on that row alone and gradients are the same in every run.
+depend on that row alone and gradients are the same in every run. All tensors are contiguous.
 
 Shapes: N rows, H hidden, V vocabulary, E kept entries of all rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from duologue.kernels import reference
 from torch import Tensor
 
-ENTRIES, HIDDEN = 32, 128  # of a block
+LAUNCH = {"ENTRIES": 32, "HIDDEN": 128, "num_warps": 4}
+# hidden [N, H], weight [V, H], bias [V], targets [N] int64, kept ids [E] int32, their offsets [N + 1] int64, temperature [N] fp32
+Inputs = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]
 
 
 @triton.jit
@@ -128,69 +131,48 @@ def sparse_weight(
                 tl.store(grad_bias + v, total.to(grad_bias.dtype.element_ty))
 
 
-def forward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ids: Tensor, offsets: Tensor, temperature: Tensor, softcap: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logprob [N], entropy [N], logits [E], stats [N, 2]). All contiguous; temperature [N]. Rows of all tokens go through torch."""
+def forward(inputs: Inputs, softcap: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logprob [N], entropy [N], logits [E], stats [N, 2]), unwritten for rows without a support."""
+    hidden, weight, bias, targets, ids, offsets, temperature = inputs
     N, H = hidden.shape
-    logprob, entropy, logits, stats = (hidden.new_empty(n, dtype=torch.float32) for n in (N, N, len(ids), (N, 2)))
+    out = [hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), ids.shape, (N, 2))]
     if N:
         sparse_forward[(N,)](
-            hidden, weight, hidden if bias is None else bias, targets, ids, offsets, temperature, softcap or 1.0, logprob, entropy,
-            logits, stats, H, HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, ENTRIES=ENTRIES, HIDDEN=HIDDEN, num_warps=4,
+            hidden, weight, hidden if bias is None else bias, targets, ids, offsets, temperature, softcap or 1.0, *out, H,
+            HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, **LAUNCH,
         )  # fmt: skip
-    if len(whole := (offsets.diff() == 0).nonzero()[:, 0]):
-        full = reference.head(hidden[whole], weight, bias, softcap)
-        logprob[whole], entropy[whole] = reference.logprob(full, targets[whole], temperature[whole])
-    return logprob, entropy, logits, stats
+    return out[0], out[1], out[2], out[3]
 
 
-def backward(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ids: Tensor, offsets: Tensor, temperature: Tensor,
-    softcap: float, entropy: Tensor, logits: Tensor, stats: Tensor, grad_logprob: Tensor, grad_entropy: Tensor,
-    grad_hidden: Tensor, grad_weight: Tensor | None, grad_bias: Tensor | None,
-) -> None:  # fmt: skip
-    """Writes grad_hidden [N, H], and into zeros grad_weight [V, H] and grad_bias [V]."""
-    (N, H), V = hidden.shape, len(weight)
+def backward(inputs: Inputs, softcap: float, saved: Sequence[Tensor], grads: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+    """Writes the gradients of hidden, and of weight and bias where tokens are kept (elsewhere they are zeros before).
+
+    `saved` are entropy, logits and stats of the forward, and the gradients of log-prob and entropy.
+    """
+    hidden, weight, _, targets, ids, offsets, temperature = inputs
+    (N, H), blocks, grad = hidden.shape, triton.cdiv(hidden.shape[1], LAUNCH["HIDDEN"]), torch.empty_like(saved[1])
     if N == 0:
         return
-    grad, blocks, flags = torch.empty_like(logits), triton.cdiv(H, HIDDEN), {"ENTRIES": ENTRIES, "HIDDEN": HIDDEN, "num_warps": 4}
     sparse_backward[(N, blocks)](
-        weight, targets, ids, offsets, temperature, softcap or 1.0, entropy, logits, stats, grad_logprob, grad_entropy,
-        grad, grad_hidden, H, HAS_CAP=softcap > 0, **flags,
-    )  # fmt: skip
-    if grad_weight is not None:
+        weight, targets, ids, offsets, temperature, softcap or 1.0, *saved, grad, grads[0], H, HAS_CAP=softcap > 0, **LAUNCH
+    )
+    if grads[1] is not None:
         ranked, order = ids.long().sort(stable=True)
-        starts = torch.searchsorted(ranked, torch.arange(V + 1, device=ranked.device))
-        rows = torch.repeat_interleave(torch.arange(N, device=ranked.device), offsets.diff(), output_size=len(ids))
-        sparse_weight[(V, blocks)](
-            hidden, order, rows, starts, grad, grad_weight, grad if grad_bias is None else grad_bias, H,
-            HAS_BIAS=grad_bias is not None, **flags,
+        starts = torch.searchsorted(ranked, torch.arange(len(weight) + 1, device=ids.device))
+        rows = torch.repeat_interleave(torch.arange(N, device=ids.device), offsets.diff(), output_size=len(ids))
+        sparse_weight[(len(weight), blocks)](
+            hidden, order, rows, starts, grad, grads[1], grad if grads[2] is None else grads[2], H,
+            HAS_BIAS=grads[2] is not None, **LAUNCH,
         )  # fmt: skip
-    if len(whole := (offsets.diff() == 0).nonzero()[:, 0]):
-        x, g, h = hidden[whole], grad_logprob[whole, None], grad_entropy[whole, None]
-        full = reference.head(x, weight, bias, softcap)
-        logp = (full / temperature[whole, None]).log_softmax(-1)
-        part = (-logp.exp() * (g + h * (logp + entropy[whole, None]))).scatter_add(1, targets[whole, None], g) / temperature[whole, None]
-        part = part * (1 - (full / softcap).square()) if softcap else part
-        grad_hidden[whole] = (part @ weight.float()).to(x.dtype)
-        if grad_weight is not None:
-            grad_weight += (part.T @ x.float()).to(x.dtype)
-        if grad_bias is not None:
-            grad_bias += part.sum(0).to(x.dtype)
 
 
 def compile_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """(kernel, types of its arguments, constants, warps): what the launchers above ask for, to be compiled without a GPU."""
-    kinds = {"ids": "*i32", "targets": "*i64", "offsets": "*i64", "order": "*i64", "rows": "*i64", "starts": "*i64", "H": "i32",
-             "softcap": "fp32"}  # fmt: skip
-    cases = []
-    for element in ("*fp32", "*bf16"):
-        wide = dict.fromkeys(("hidden", "weight", "bias", "grad_hidden", "grad_weight", "grad_bias"), element)
-        for kernel in (sparse_forward, sparse_backward, sparse_weight):
-            for on in (False, True):
-                flags = {k: on for k in ("HAS_BIAS", "HAS_CAP") if k in kernel.arg_names}
-                constants = {**flags, "ENTRIES": ENTRIES, "HIDDEN": HIDDEN}
-                names = [name for name in kernel.arg_names if name not in constants]
-                cases.append((kernel, {name: {**kinds, **wide}.get(name, "*fp32") for name in names}, constants, 4))
+    """(kernel, types of its arguments, constants, warps): what the launchers ask for, to be compiled without a GPU."""
+    cases, flags = [], ("HAS_BIAS", "HAS_CAP", "ENTRIES", "HIDDEN")
+    for element, kernel, on in product(("*fp32", "*bf16"), (sparse_forward, sparse_backward, sparse_weight), (False, True)):
+        types = {"ids": "*i32", "H": "i32", "softcap": "fp32"} | dict.fromkeys(("targets", "offsets", "order", "rows", "starts"), "*i64")
+        types |= dict.fromkeys(("hidden", "weight", "bias", "grad_hidden", "grad_weight", "grad_bias"), element)
+        signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in flags}
+        constants = {name: LAUNCH.get(name, on) for name in kernel.arg_names if name in flags}
+        cases.append((kernel, signature, constants, LAUNCH["num_warps"]))
     return cases

@@ -13,6 +13,7 @@ On CPU the log-probs equal those of `duologue.model.decoder.score` bit for bit, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Ids
 
 from duologue.model.decoder import Decoder
@@ -222,12 +223,13 @@ class Engine:
         self._scheduler.waiting.append(request)
         return request
 
-    def _take(self, request: Request, token: int, logprob: float, entropy: float) -> None:
+    def _take(self, request: Request, token: int, logprob: float, entropy: float, kept: array[int]) -> None:
         completion = request.completion
         request.branch.token_ids.append(token)
         completion.token_ids.append(token)
         completion.logprobs.append(logprob)
         completion.entropies.append(entropy)
+        completion.kept.add(kept)
         if token in request.stop_token_ids:
             completion.finish_reason, request.done = "stop", True
         elif len(completion.token_ids) == request.params.max_new_tokens:

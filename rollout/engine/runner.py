@@ -5,6 +5,9 @@ Shapes: T tokens of the step, S requests, N of them sampling, L layers, P pages,
 
 from __future__ import annotations
 
+from array import array
+from itertools import pairwise
+
 import numpy as np
 import torch
 from duologue.kernels import ops
@@ -65,15 +68,15 @@ class Runner:
         self.kv[:, :, target].copy_(self.kv[:, :, source])
 
     @torch.no_grad()
-    def execute(self, works: list[Work]) -> tuple[list[int], list[float], list[float]]:
-        """Run a step: (token, log-prob, entropy) for each work that samples, in order."""
+    def execute(self, works: list[Work]) -> tuple[list[int], list[float], list[float], list[array[int]]]:
+        """Run a step: (token, log-prob, entropy, kept ids) for each work that samples, in order."""
         token_ids, positions, attention, last = self._inputs(works)
         hidden_NH = self._hidden(token_ids, positions, attention, last)
         if len(last) == 0:
-            return [], [], []
-        logits_NV = self.model.head(hidden_NH)
-        token, logprob, entropy = ops.sample(logits_NV, *self._sampling(works))
-        return token.tolist(), logprob.tolist(), entropy.tolist()
+            return [], [], [], []
+        token, logprob, entropy, kept, ends = ops.linear_sample(hidden_NH, self.model.head_weight, *self._sampling(works))
+        ids, bounds = array("i", kept.cpu().numpy().tobytes()), pairwise(ends.tolist())
+        return token.tolist(), logprob.tolist(), entropy.tolist(), [ids[a:b] for a, b in bounds]
 
     def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor) -> Tensor:
         """[N, H], the rows `last` [N] of the step's T."""
