@@ -158,6 +158,7 @@ def linear_sample(
     """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`, and of the logits only
     tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens."""
     settings = (temperature, top_k, top_p, min_p, seed, position)
+    sparse.check_head("linear_sample", hidden, weight, bias, softcap)
     if not cpu.serves(hidden) or torch.compiler.is_compiling():
         return sample(head(hidden, weight, bias, softcap), *settings)
     return sparse.linear_sample(hidden, weight, bias, settings, softcap or 0.0)
@@ -176,10 +177,12 @@ def sparse_linear_logprob(
     FSDP reduce it like any other. Each of its rows is summed in the order of the batch, so it is the same in every run. On CUDA
     values are not checked: the log-prob of a target outside its support is NaN.
     """
+    sparse.check_head("sparse_linear_logprob", hidden, weight, bias, softcap)
     if not (cpu.serves(hidden) or hidden.is_cuda):
         return reference.sparse_linear_logprob(hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap)
     if not isinstance(temperature, Tensor):
         temperature = torch.full((len(hidden),), float(temperature), device=hidden.device)
+    sparse.check_support("sparse_linear_logprob", hidden, targets, kept_ids, kept_offsets, temperature)
     out: tuple[Tensor, ...] = sparse.logprob_op(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature, softcap or 0.0)
     if hidden.is_cuda and len(whole := (kept_offsets.diff() == 0).nonzero()[:, 0]):  # rows that the kernels leave alone
         full = logprob(head(hidden[whole], weight, bias, softcap), targets[whole], temperature[whole])

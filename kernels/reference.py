@@ -201,8 +201,8 @@ def group_advantages(
 
     def moments(key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(number, mean, squares about it, whether all are equal) of the scored members of each key."""
-        least = torch.full_like(new(size), float("inf")).index_reduce(0, key, r, "amin")
-        most = torch.full_like(new(size), float("-inf")).index_reduce(0, key, r, "amax")
+        least = torch.full_like(new(size), float("inf")).scatter_reduce(0, key, r, "amin")
+        most = torch.full_like(new(size), float("-inf")).scatter_reduce(0, key, r, "amax")
         count = new(size).index_add(0, key, torch.ones_like(r))
         mean = torch.where(count > 0, least, 0.0) + new(size).index_add(0, key, r - least[key]) / count.clamp(min=1)
         return count, mean, new(size).index_add(0, key, (r - mean[key]).square()), least == most

@@ -13,8 +13,8 @@ from duologue.kernels.cpu import DTYPES, check, lib, pointers
 from torch import Tensor
 
 
-def _head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> tuple[Tensor, Tensor, Tensor | None]:
-    """[N, H], [V, H] and [V] or None, contiguous; ValueError unless they are that, of one dtype on one device."""
+def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> None:
+    """Raise ValueError unless these are [N, H], [V, H] and [V] of one dtype on one device, and softcap is positive or None."""
     device = hidden.device.type
     check(op, "hidden", hidden, (None, None), None, device)
     check(op, "weight", weight, (None, hidden.shape[1]), hidden.dtype, device)
@@ -22,9 +22,20 @@ def _head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap:
         raise ValueError(f"{op}: weight has an empty vocabulary")
     if bias is not None:
         check(op, "bias", bias, (len(weight),), hidden.dtype, device)
-    if not 0 <= softcap < float("inf"):
+    if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
-    return hidden.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
+
+
+def check_support(op: str, hidden: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor, temperature: Tensor) -> None:
+    N, device = len(hidden), hidden.device.type
+    check(op, "targets", targets, (N,), torch.int64, device)
+    check(op, "kept_ids", kept_ids, (None,), torch.int32, device)
+    check(op, "kept_offsets", kept_offsets, (N + 1,), torch.int64, device)
+    check(op, "temperature", temperature, (N,), torch.float32, device)
+
+
+def _contiguous(*tensors: Tensor | None) -> Any:
+    return tuple(None if x is None else x.contiguous() for x in tensors)
 
 
 @torch.library.custom_op("duologue::sparse_linear_logprob", mutates_args=())
@@ -33,20 +44,14 @@ def logprob_op(
     temperature: Tensor, softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(log-prob [N], entropy [N], logits [E] and stats [N, 2] for the backward); temperature [N]."""
-    op, N, device = "sparse_linear_logprob", len(hidden), hidden.device.type
-    head = _head(op, hidden, weight, bias, softcap)
-    check(op, "targets", targets, (N,), torch.int64, device)
-    check(op, "kept_ids", kept_ids, (None,), torch.int32, device)
-    check(op, "kept_offsets", kept_offsets, (N + 1,), torch.int64, device)
-    check(op, "temperature", temperature, (N,), torch.float32, device)
-    inputs = *head, targets.contiguous(), kept_ids.contiguous(), kept_offsets.contiguous(), temperature.contiguous()
+    N, inputs = len(hidden), _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
     if hidden.is_cuda:
         from duologue.kernels import triton_sparse
 
         return triton_sparse.forward(inputs, softcap)
     out = torch.empty(N), torch.empty(N), torch.empty(len(kept_ids)), torch.empty(N, 2)
     if bad := lib().sparse_logprob(*pointers(*inputs, *out), *_sizes(hidden, weight, kept_ids), softcap):
-        raise ValueError(f"{op}: {bad}")
+        raise ValueError(f"sparse_linear_logprob: {bad}")
     return out
 
 
@@ -66,9 +71,8 @@ def backward_op(
     temperature: Tensor, softcap: float, saved: list[Tensor], need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden, weight and bias, the last two empty unless needed. `saved` as in triton_sparse.backward."""
-    fixed = [x.contiguous() for x in (hidden, weight, targets, kept_ids, kept_offsets, temperature)]
-    inputs = fixed[0], fixed[1], None if bias is None else bias.contiguous(), fixed[2], fixed[3], fixed[4], fixed[5]
-    saved, grad_hidden = [x.contiguous() for x in saved], torch.empty_like(inputs[0])
+    inputs, saved = _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature), list(_contiguous(*saved))
+    grad_hidden = torch.empty_like(inputs[0])
     grad_weight, grad_bias = (torch.zeros_like(x) if need_weight and x is not None else None for x in inputs[1:3])
     if hidden.is_cuda:
         from duologue.kernels import triton_sparse
@@ -102,7 +106,6 @@ logprob_op.register_autograd(_backward, setup_context=_setup)
 
 def linear_sample(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float) -> softmax.Drawn:
     """`settings` are those of `sample`."""
-    op = "linear_sample"
-    head, settings = _head(op, hidden, weight, bias, softcap), softmax.check_settings(op, settings, len(hidden))
+    head, settings = _contiguous(hidden, weight, bias), softmax.check_settings("linear_sample", settings, len(hidden))
     sizes = (*hidden.shape, len(weight), DTYPES[hidden.dtype], softcap)
-    return softmax.draw(op, lib().linear_sample, pointers(*head), settings, *sizes)
+    return softmax.draw("linear_sample", lib().linear_sample, pointers(*head), settings, *sizes)
