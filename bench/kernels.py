@@ -22,7 +22,6 @@ from bench import cases_attention, cases_sparse
 from bench.cases import CASES, LARGE, Case, ours, plain
 from bench.common import append_rows, copy_bandwidth, quantiles, take_turns
 
-
 OURS, PLAIN = cases_attention.OURS | cases_sparse.OURS, cases_attention.PLAIN | cases_sparse.PLAIN
 
 

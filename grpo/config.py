@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from duologue.grpo.advantage import METHODS
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.optimizer import SCHEDULES
+from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 
 RECIPES = Path(__file__).parent / "recipes"

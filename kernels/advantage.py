@@ -34,7 +34,7 @@ def advantages_op(
     if rewards.is_cuda:
         from duologue.kernels import triton_advantage
 
-        triton_advantage.launch(*inputs, *out, METHODS.index(method), decay)
+        triton_advantage.launch(inputs, out, METHODS.index(method), decay)
     else:
         sizes = len(rewards), n_groups, n_roles, METHODS.index(method), decay, rewards.dtype == torch.float64
         if bad := cpu.lib().group_advantages(*cpu.pointers(*inputs, *out), *sizes):

@@ -170,8 +170,9 @@ def sparse_linear_logprob(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Log-prob of targets [N] int64 and entropy under softmax(logits / temperature) renormalised over each row's support.
 
-    The logits are those of `head`. The support of row n is kept_ids[kept_offsets[n] : kept_offsets[n + 1]] (int32, ascending; offsets [N + 1] int64), as `sample`
-    returns it; a row without one has all tokens. Only the rows of `weight` that are kept are read.
+    The logits are those of `head`. The support of row n is kept_ids[kept_offsets[n] : kept_offsets[n + 1]] (int32, ascending;
+    offsets [N + 1] int64), as `sample` returns it; a row without one has all tokens. Only the rows of `weight` that are kept are
+    read. `temperature` is a number, or [N] fp32.
 
     Differentiable in hidden, weight and bias. The weight's gradient is dense: a tied head adds it to the embedding's, and DDP and
     FSDP reduce it like any other. Each of its rows is summed in the order of the batch, so it is the same in every run. On CUDA

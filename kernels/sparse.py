@@ -81,12 +81,14 @@ def backward_op(
     else:
         outputs = pointers(grad_hidden, grad_weight, grad_bias)
         lib().sparse_backward(*pointers(*inputs, *saved), *outputs, *_sizes(hidden, weight, kept_ids), softcap)
-    return grad_hidden, *(weight.new_empty(0) if x is None else x for x in (grad_weight, grad_bias))
+    gone = [weight.new_empty(0) if x is None else x for x in (grad_weight, grad_bias)]
+    return grad_hidden, gone[0], gone[1]
 
 
 @backward_op.register_fake
 def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
-    return hidden.new_empty(hidden.shape), *(x.new_empty(x.shape) if rest[-1] and x is not None else hidden.new_empty(0) for x in (weight, bias))
+    wanted = (hidden, weight if rest[-1] else None, bias if rest[-1] else None)
+    return tuple(hidden.new_empty(0 if x is None else x.shape) for x in wanted)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

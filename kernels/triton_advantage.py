@@ -1,7 +1,9 @@
 """Group-relative advantages on CUDA. A step has a few thousand members in any order: each program looks through all for its own."""
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -62,18 +64,16 @@ def group_advantages(
             tl.store(value + at, (r - mean) * scale, member)
 
 
-def launch(
-    rewards: Tensor, group_ids: Tensor, roles: Tensor | None, scored: Tensor, baseline: Tensor | None,
-    value: Tensor, counts: Tensor, flat: Tensor, new_baseline: Tensor, method: int, decay: float,
-) -> None:  # fmt: skip
-    """Writes value, counts, flat and new_baseline; the arguments are those of the op, contiguous."""
+def launch(inputs: Sequence[Tensor | None], out: Sequence[Tensor], method: int, decay: float) -> None:
+    """inputs: rewards, group_ids, roles, scored and baseline, contiguous; written: value, counts, flat and new_baseline."""
+    rewards, group_ids, roles, scored, baseline = inputs
+    value, counts, _, new_baseline = out
     value.zero_()
     programs = counts.numel() + (counts.shape[1] if method == 3 else 0)
     if programs:
         group_advantages[(programs,)](
             rewards, group_ids, group_ids if roles is None else roles, scored, new_baseline if baseline is None else baseline,
-            value, counts, flat, new_baseline, len(rewards), counts.shape[1], decay,
-            METHOD=method, HAS_ROLES=roles is not None, BLOCK=BLOCK, num_warps=4,
+            *out, len(value), counts.shape[1], decay, METHOD=method, HAS_ROLES=roles is not None, BLOCK=BLOCK, num_warps=4,
         )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ depend on that row alone and gradients are the same in every run. All tensors ar
 Shapes: N rows, H hidden, V vocabulary, E kept entries of all rows.
 """
 
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, attr-defined"
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -126,7 +127,7 @@ def sparse_weight(
         total += tl.sum(g, 0)
     if end > begin:
         tl.store(grad_weight + v * H + h, out.to(grad_weight.dtype.element_ty), h < H)
-        if HAS_BIAS:
+        if HAS_BIAS:  # noqa: SIM102
             if tl.program_id(1) == 0:
                 tl.store(grad_bias + v, total.to(grad_bias.dtype.element_ty))
 
@@ -170,7 +171,8 @@ def compile_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, types of its arguments, constants, warps): what the launchers ask for, to be compiled without a GPU."""
     cases, flags = [], ("HAS_BIAS", "HAS_CAP", "ENTRIES", "HIDDEN")
     for element, kernel, on in product(("*fp32", "*bf16"), (sparse_forward, sparse_backward, sparse_weight), (False, True)):
-        types = {"ids": "*i32", "H": "i32", "softcap": "fp32"} | dict.fromkeys(("targets", "offsets", "order", "rows", "starts"), "*i64")
+        types = {"ids": "*i32", "H": "i32", "softcap": "fp32"}
+        types |= dict.fromkeys(("targets", "offsets", "order", "rows", "starts"), "*i64")
         types |= dict.fromkeys(("hidden", "weight", "bias", "grad_hidden", "grad_weight", "grad_bias"), element)
         signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in flags}
         constants = {name: LAUNCH.get(name, on) for name in kernel.arg_names if name in flags}

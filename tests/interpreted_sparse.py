@@ -57,5 +57,5 @@ def test_triton_advantages(method: str, n: int) -> None:
     theirs = reference.group_advantages(given["rewards"], *rest)
     ours = tuple(torch.full(x.shape, 1, dtype=theirs[i].dtype) for i, x in enumerate(theirs))
     args = (given["rewards"], given["group_ids"], given["roles"], given["scored"], baseline)
-    triton_advantage.launch(*args, *ours, METHODS.index(method), 0.9)
+    triton_advantage.launch(args, ours, METHODS.index(method), 0.9)
     shared.assert_same_advantages(ours, theirs, exact, given["scored"])

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -322,7 +323,7 @@ def test_any_support_is_taken_or_refused_by_name(offsets: list[int], ids: list[i
     """Brute force decides which; what is taken has the right value."""
     V = 5
     fine = offsets[0] == 0 and offsets[2] == len(ids) and offsets == sorted(offsets)
-    rows = [ids[a:b] for a, b in zip(offsets[:2], offsets[1:], strict=True)] if fine else []
+    rows = [ids[a:b] for a, b in pairwise(offsets)] if fine else []
     fine = fine and all(r == sorted(set(r)) and all(0 <= i < V for i in r) for r in rows)
     fine = fine and all(0 <= t < V and (not r or t in r) for t, r in zip(targets, rows, strict=True))
     given = {**small(), "kept_ids": torch.tensor(ids).int(), "kept_offsets": torch.tensor(offsets), "targets": torch.tensor(targets)}
@@ -379,10 +380,8 @@ def test_library_ops_are_sound() -> None:
 def test_compiled_is_eager() -> None:
     arguments = ODD[1].make(torch.float32)
     compiled = torch.compile(ops.sparse_linear_logprob, fullgraph=True, backend="aot_eager")
-    for a, b in zip(
-        with_gradients(ops.sparse_linear_logprob, arguments, torch.float32), with_gradients(compiled, arguments, torch.float32), strict=True
-    ):
-        assert torch.equal(a, b)
+    ours, again = (with_gradients(f, arguments, torch.float32) for f in (ops.sparse_linear_logprob, compiled))
+    assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
     given = members(9, 0, torch.float32)
     call = lambda: ops.group_advantages(**given, method="mean")[0]  # noqa: E731
     assert torch.equal(torch.compile(call, fullgraph=True, backend="aot_eager")(), call())

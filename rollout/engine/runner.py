@@ -11,6 +11,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from duologue.kernels import ops
+from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.scheduler import Work
 from torch import Tensor
@@ -113,7 +114,7 @@ class Runner:
         last = self._tensor(ends[samples] - 1)
         return self._tensor(np.array(ids)), self._tensor(position), attention, last
 
-    def _sampling(self, works: list[Work]) -> tuple[Tensor, ...]:
+    def _sampling(self, works: list[Work]) -> Settings:
         """The arguments of `ops.sample` after the logits. The noise counter is the index of the token to be drawn."""
         requests = [w.request for w in works if w.samples]
         params = [r.params for r in requests]
