@@ -18,16 +18,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.kernels import cpu
 
-from bench import cases_attention
+from bench import cases_attention, cases_sparse
 from bench.cases import CASES, LARGE, Case, ours, plain
 from bench.common import append_rows, copy_bandwidth, quantiles, take_turns
+
+OURS, PLAIN = cases_attention.OURS | cases_sparse.OURS, cases_attention.PLAIN | cases_sparse.PLAIN
 
 
 def measure(case: Case, dtype: torch.dtype, only_ours: bool, bandwidth: float) -> list[dict[str, Any]]:
     inputs = case.make(dtype)
-    our_op, torch_op = (
-        of[case.op] if case.op in of else find(case) for of, find in ((cases_attention.OURS, ours), (cases_attention.PLAIN, plain))
-    )
+    our_op, torch_op = OURS.get(case.op) or ours(case), PLAIN.get(case.op) or plain(case)
     runs = {"ours": lambda: our_op(*inputs)}
     if not only_ours:
         runs["torch"] = lambda: torch_op(*inputs)
@@ -54,7 +54,7 @@ def main() -> None:
     args = parser.parse_args()
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = []
-    for cases in (*CASES.values(), *cases_attention.CASES.values()):
+    for cases in (*CASES.values(), *cases_attention.CASES.values(), *cases_sparse.CASES.values()):
         for case in (c for c in cases if c.kind == LARGE):
             for dtype in (torch.float32, torch.bfloat16):
                 rows += (found := measure(case, dtype, args.only == "ours", bandwidth))

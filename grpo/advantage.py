@@ -6,14 +6,14 @@ An unscored dialogue (its judge failed) is no zero: it takes no part in its grou
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from duologue.kernels import ops
+from duologue.kernels.advantage import METHODS
 from torch import Tensor
-
-METHODS = ("std", "mean", "leave_one_out", "running")
-EPS = 1e-4  # as in TRL: keeps the division finite; a group without variance has advantage 0 whatever this is
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,47 +53,20 @@ def group_advantages(
 
     std: (r - mean) / (std + 1e-4) with the unbiased std; mean: r - mean; leave_one_out: r - mean of the others
     (RLOO, Ahmadian et al. 2024, arXiv 2402.14740); running: r - the role's running mean before this batch, which is
-    then updated. `roles` [N] given, a group is split by role.
+    then updated. `roles` [N] (0, 1, ..) given, a group is split by role.
     """
     if method not in METHODS:
         raise ValueError(f"grpo.advantage = {method!r}: accepted is one of {', '.join(METHODS)}")
-    if roles is not None:
-        _, group_ids = torch.unique(torch.stack((group_ids, roles)), dim=1, return_inverse=True)
-    n_groups = int(group_ids.max()) + 1 if len(group_ids) else 0
-    weight = scored.double()
-    r = torch.where(scored, rewards.double(), 0.0)
-
-    def over_group(x: Tensor) -> Tensor:
-        return x.new_zeros(n_groups).index_add(0, group_ids, x)
-
-    count = over_group(weight)
-    mean = over_group(r * weight) / count.clamp(min=1)
-    centred = torch.where(scored, r - mean[group_ids], 0.0)
-    square = over_group(centred.square())
-    flat = square <= 1e-12 * count.clamp(min=1)
+    n_groups, n_roles = (int(x.max()) + 1 if x is not None and len(x) else 1 for x in (group_ids, roles))
+    means = None
     if method == "running":
         assert baseline is not None
         assert roles is not None, "a running baseline is kept per role"
-        value = _running(r, roles, scored, baseline)
-    elif method == "mean":
-        value = centred
-    elif method == "leave_one_out":
-        value = centred * (count / (count - 1).clamp(min=1))[group_ids]
-    else:
-        std = (square / (count - 1).clamp(min=1)).sqrt()
-        value = centred / (std + EPS)[group_ids]
-    value = torch.where(scored & (~flat[group_ids] | (method == "running")), value, 0.0)
-    return Advantages(value=value.float(), no_variance=int((flat & (count > 0)).sum()), groups=int((count > 0).sum()))
-
-
-def _running(r: Tensor, roles: Tensor, scored: Tensor, baseline: RunningBaseline) -> Tensor:
-    value = torch.zeros_like(r)
-    for role in sorted(set(roles.tolist())):
-        members = (roles == role) & scored
-        if not bool(members.any()):
-            continue
-        batch_mean = float(r[members].mean())
-        before = baseline.means.get(role, batch_mean)
-        value[members] = r[members] - before
-        baseline.means[role] = baseline.decay * before + (1 - baseline.decay) * batch_mean
-    return value
+        means = torch.tensor([baseline.means.get(role, math.nan) for role in range(n_roles)], dtype=torch.float64)
+    value, counts, flat, after = ops.group_advantages(
+        rewards, group_ids, scored, method=method, n_groups=n_groups, roles=roles, n_roles=n_roles, baseline=means,
+        decay=baseline.decay if baseline is not None else 0.0,
+    )  # fmt: skip
+    if baseline is not None:
+        baseline.means.update({role: mean for role, mean in enumerate(after.tolist()) if not math.isnan(mean)})
+    return Advantages(value=value, no_variance=int(flat.sum()), groups=int((counts > 0).sum()))

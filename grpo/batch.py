@@ -9,12 +9,14 @@ and goes through the model once (`nodes`, `first`); only attention sees the rows
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder
+from duologue.rollout.engine.sequence import Kept
 from torch import Tensor
 
 
@@ -28,6 +30,7 @@ class Row:
     advantage: float
     dialogue_id: int
     role: int
+    kept: Kept | None = None  # [t] supports of truncated draws; None: all were from the full softmax
 
     @property
     def n_trained(self) -> int:
@@ -48,6 +51,8 @@ class Batch:
     role: Tensor  # [S] int64
     nodes: Tensor  # [T] int64: positions with the same prefix in different rows have the same node, 0 .. U - 1
     first: Tensor  # [U] int64: where in T each node occurs first
+    kept_ids: Tensor  # int32: the supports of the trained tokens whose draw was truncated, one after the other
+    kept_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
 
     @property
     def targets(self) -> Tensor:
@@ -69,6 +74,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         assert len(row.token_ids) == len(row.loss_mask) == len(row.logprobs)
     lengths = [len(row.token_ids) for row in rows]
     nodes, first = _prefix_tree(rows)
+    kept_ids, sizes = _supports(rows)
     return Batch(
         token_ids=torch.tensor([t for row in rows for t in row.token_ids], dtype=torch.int64, device=device),
         positions=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int64, device=device),
@@ -80,7 +86,22 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         role=torch.tensor([row.role for row in rows], dtype=torch.int64, device=device),
         nodes=torch.tensor(nodes, dtype=torch.int64, device=device),
         first=torch.tensor(first, dtype=torch.int64, device=device),
+        kept_ids=torch.tensor(kept_ids, dtype=torch.int32, device=device),
+        kept_offsets=torch.tensor([0, *sizes]).cumsum(0).to(device),
     )
+
+
+def _supports(rows: Sequence[Row]) -> tuple[array[int], list[int]]:
+    ids: array[int] = array("i")
+    sizes: list[int] = []
+    for row in rows:
+        start = 0
+        for size, trained in zip(row.kept.sizes if row.kept else [0] * len(row.token_ids), row.loss_mask, strict=True):
+            sizes.append(size if trained else 0)
+            if row.kept and sizes[-1]:
+                ids += row.kept.ids[start : start + size]
+            start += size
+    return ids, sizes
 
 
 def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:

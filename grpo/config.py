@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from duologue.grpo.advantage import METHODS
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.optimizer import SCHEDULES
+from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -105,7 +105,7 @@ class DialogueSection:
     max_tokens_final: int = 12
     context: str = "full"
     temperature: float = 1.0
-    top_p: float = 1.0
+    top_p: float = 1.0  # a truncated draw is trained by the distribution that it was drawn from
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,7 +234,6 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
     scratch = not m.path  # otherwise the sizes are the checkpoint's
     dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
     size = f"an even number, or 0 where hidden_size / num_heads ({m.hidden_size} / {m.num_heads}) is one"
-    full = "1.0: a truncated sample trained with the full softmax biases the ratio"
     walk_away = f"0, or with game.objective = 'selfish' up to the total {game.total_value}"
     return [
         ("model.device", "cpu, cuda or cuda:N", bool(re.fullmatch(r"cpu|cuda(:\d+)?", m.device))),
@@ -249,7 +248,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
             walk_away,
             not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
         ),
-        ("dialogue.top_p", full, c.dialogue.top_p == 1),
+        ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
         (
             "dialogue.temperature",
             "above 0: greedy dialogues are all alike and teach nothing",

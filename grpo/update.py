@@ -30,8 +30,16 @@ def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> tuple[
     """(log-probs, entropies, target indices), each [N], of the batch's trained tokens. The head runs on these positions only."""
     targets = batch.targets
     hidden_NH = hidden_nodes(model, batch).index_select(0, batch.nodes[targets - 1])
-    logprob, entropy = ops.logprob(model.head(hidden_NH), batch.token_ids[targets], temperature)
-    return logprob, entropy, targets
+    return *head_logprobs(model, batch, hidden_NH, temperature), targets
+
+
+def head_logprobs(model: Decoder, batch: Batch, hidden_NH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies [N] of the trained tokens; a truncated draw is scored by the distribution that it was drawn from."""
+    targets = batch.targets
+    if len(batch.kept_ids) == 0:
+        return ops.logprob(model.head(hidden_NH), batch.token_ids[targets], temperature)
+    offsets = torch.cat((batch.kept_offsets[targets], batch.kept_offsets[-1:]))  # between targets there are none
+    return ops.sparse_linear_logprob(hidden_NH, model.head_weight, batch.token_ids[targets], batch.kept_ids, offsets, temperature)
 
 
 def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:

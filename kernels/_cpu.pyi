@@ -89,29 +89,17 @@ def sample(
     token: int,
     logprob: int,
     entropy: int,
+    counts: int,
+    stash: int,
     N: int,
     V: int,
     dtype: int,
 ) -> int: ...
-def decoder(
-    layers: int,
-    embedding: int,
-    final_norm: int,
-    out: int,
-    token_ids: int,
-    wanted: int,
-    cos: int,
-    sin: int,
-    positions: int,
-    slots: int,
-    block_table: int,
-    cu_seqlens: int,
-    context_lens: int,
-    sizes: int,
-    eps: float,
-    scale: float,
-    dtype: int,
-) -> int: ...
+def take_kept(counts: int, stash: int, ids: int, N: int) -> None: ...
+def sparse_logprob(*pointers_sizes_dtype_softcap: float) -> str: ...
+def sparse_backward(*pointers_sizes_dtype_softcap: float) -> None: ...
+def linear_sample(*pointers_sizes_dtype_softcap: float) -> int: ...
+def group_advantages(*pointers_sizes_method_decay_wide: float) -> str: ...
 def uniforms(seed: int, position: int, out: int, N: int, V: int) -> None: ...
 def use(name: str) -> bool: ...
 def name() -> str: ...

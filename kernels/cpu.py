@@ -56,15 +56,22 @@ def serves(x: Tensor) -> bool:
     return _lib is not None and x.device.type == "cpu" and x.dtype in DTYPES
 
 
-def check(op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None) -> None:
-    """Raise ValueError unless `x` has this shape (None = any size), dtype and the CPU device."""
+def pointers(*tensors: Tensor | None) -> list[int]:
+    """Their addresses, 0 for None. The tensors must stay alive while these are used."""
+    return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def check(
+    op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: str = "cpu"
+) -> None:
+    """Raise ValueError unless `x` has this shape (None = any size), dtype (None = any) and type of device."""
     if len(x.shape) != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
         wanted = ", ".join("*" if s is None else str(s) for s in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, accepted is ({wanted})")
     if dtype is not None and x.dtype != dtype:
         raise ValueError(f"{op}: {name} is {x.dtype}, accepted is {dtype}")
-    if x.device.type != "cpu":
-        raise ValueError(f"{op}: {name} is on {x.device}, but the other arguments are on cpu")
+    if x.device.type != device:
+        raise ValueError(f"{op}: {name} is on {x.device}, but the other arguments are on {device}")
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:

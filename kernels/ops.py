@@ -4,8 +4,9 @@
     logprob, entropy = ops.logprob(ops.linear(hidden, head_weight, out_dtype=torch.float32), targets)
 
 Each picks its back end by device and dtype: CPU fp32/bf16 tensors go to the C++ kernels when these are built, all else to
-`kernels/reference.py`. All accumulate in fp32, all but `write_kv`, `paged_attention` and `sample` are differentiable, and on the
-C++ path each row's bits depend on that row alone: not on the batch, the packing, the pages or the threads.
+`kernels/reference.py`; `sparse_linear_logprob` and `group_advantages` have Triton kernels on CUDA. All accumulate in fp32, all
+but `write_kv`, `paged_attention`, `group_advantages` and those that sample are differentiable, and on the C++ path each row's bits
+depend on that row alone: not on the batch, the packing, the pages or the threads.
 
 Errors: ValueError names the op, the argument, its value and what is accepted.
 
@@ -15,7 +16,8 @@ Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V 
 from __future__ import annotations
 
 import torch
-from duologue.kernels import attention, autograd, cpu, head, reference, softmax
+from duologue.kernels import advantage, attention, autograd, cpu, reference, softmax, sparse
+from duologue.kernels import head as fused
 from torch import Tensor
 
 
@@ -129,27 +131,27 @@ def linear_logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
-    chunk_bytes: int = head.CHUNK_BYTES,
+    chunk_bytes: int = fused.CHUNK_BYTES,
 ) -> tuple[Tensor, Tensor]:
     """`logprob` of the logits hidden [N, H] @ weight [V, H]^T + bias [V], which are never stored whole: (log-prob, entropy), [N] fp32.
 
     Differentiable in hidden, weight and bias. `softcap` s bends logits to s tanh(logits / s) (Gemma 2). Rows where mask [N] is 0 are
     left out of all products and return 0. `chunk_bytes` bounds the fp32 logits that exist at a time.
     """
-    return head.linear_logprob(hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+    return fused.linear_logprob(hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
 
 
 def linear_policy_loss(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
-    loss_fn: head.LossFn,
+    loss_fn: fused.LossFn,
     *,
     temperature: float | Tensor = 1.0,
     bias: Tensor | None = None,
     softcap: float | None = None,
     level: str = "token",
-    chunk_bytes: int = head.CHUNK_BYTES,
+    chunk_bytes: int = fused.CHUNK_BYTES,
 ) -> Tensor:
     """The sum over chunks of loss_fn(log-probs [n], entropies [n], rows), a scalar; with gradients in hidden, weight and bias.
 
@@ -159,23 +161,93 @@ def linear_policy_loss(
     Gradients are computed in the forward, so the logits are needed once; rows whose derivative is exactly 0 (masked, clipped, no
     advantage) are left out of the other two products. loss_fn must not rely on gradients of anything but its two arguments.
     """
-    return head.linear_policy_loss(
+    return fused.linear_policy_loss(
         hidden, weight, targets, loss_fn, temperature=temperature, bias=bias, softcap=softcap, level=level, chunk_bytes=chunk_bytes
     )
 
 
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw a token per row of logits [N, V]: (token [N] int64, logprob [N] fp32, entropy [N] fp32).
+) -> softmax.Drawn:
+    """Draw a token per row of logits [N, V]: (token [N] int64, logprob [N] fp32, entropy [N] fp32, kept_ids int32, kept_offsets
+    [N + 1] int64).
 
     All parameters are [N]: temperature fp32 (0 = greedy, lowest id at ties), top_k int32 (0 = off), top_p fp32 (1 = off), min_p
     fp32 (0 = off), applied in this order; seed and position int64. The draw is argmax(logits / temperature + Gumbel noise), the
-    noise a Philox4x32-10 stream of (seed, position, token id): a row's token depends on nothing else. Log-prob and entropy are
-    those of `logprob` at the same temperature (1 when greedy), bit for bit, over the full vocabulary.
+    noise a Philox4x32-10 stream of (seed, position, token id): a row's token depends on nothing else.
+
+    kept_ids[kept_offsets[n] : kept_offsets[n + 1]] are the tokens, ascending, that truncation left to row n; none are listed when
+    it left all, or the row is greedy. Log-prob and entropy are those of softmax(logits / temperature) (1 when greedy)
+    renormalised over that support: what `logprob` gives without truncation, `sparse_linear_logprob` with it, bit for bit.
     """
+    settings = (temperature, top_k, top_p, min_p, seed, position)
     if not cpu.serves(logits):
-        return reference.sample(logits, temperature, top_k, top_p, min_p, seed, position)
-    run = softmax.sample_op if torch.compiler.is_compiling() else softmax.sample
-    out: tuple[Tensor, Tensor, Tensor] = run(logits, temperature, top_k, top_p, min_p, seed, position)
+        return reference.sample(logits, *settings)
+    if torch.compiler.is_compiling():
+        out: softmax.Drawn = softmax.sample_op(logits, *settings)
+        return out
+    return softmax.sample(logits, settings)
+
+
+def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
+    """fp32 logits hidden [N, H] @ weight [V, H]^T + bias [V], with softcap tanh(those / softcap)."""
+    logits = linear(hidden, weight, bias, torch.float32)
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def linear_sample(
+    hidden: Tensor, weight: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
+    bias: Tensor | None = None, softcap: float | None = None,
+) -> softmax.Drawn:  # fmt: skip
+    """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`, and of the logits only
+    tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens."""
+    settings = (temperature, top_k, top_p, min_p, seed, position)
+    sparse.check_head("linear_sample", hidden, weight, bias, softcap)
+    if not cpu.serves(hidden) or torch.compiler.is_compiling():
+        return sample(head(hidden, weight, bias, softcap), *settings)
+    return sparse.linear_sample(hidden, weight, bias, settings, softcap or 0.0)
+
+
+def sparse_linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
+    temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Log-prob of targets [N] int64 and entropy under softmax(logits / temperature) renormalised over each row's support.
+
+    The logits are those of `head`. The support of row n is kept_ids[kept_offsets[n] : kept_offsets[n + 1]] (int32, ascending;
+    offsets [N + 1] int64), as `sample` returns it; a row without one has all tokens. Only the rows of `weight` that are kept are
+    read. `temperature` is a number, or [N] fp32.
+
+    Differentiable in hidden, weight and bias. The weight's gradient is dense: a tied head adds it to the embedding's, and DDP and
+    FSDP reduce it like any other. Each of its rows is summed in the order of the batch, so it is the same in every run. On CUDA
+    values are not checked: the log-prob of a target outside its support is NaN.
+    """
+    sparse.check_head("sparse_linear_logprob", hidden, weight, bias, softcap)
+    if not (cpu.serves(hidden) or hidden.is_cuda):
+        return reference.sparse_linear_logprob(hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap)
+    if not isinstance(temperature, Tensor):
+        temperature = torch.full((len(hidden),), float(temperature), device=hidden.device)
+    sparse.check_support("sparse_linear_logprob", hidden, targets, kept_ids, kept_offsets, temperature)
+    out: tuple[Tensor, ...] = sparse.logprob_op(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature, softcap or 0.0)
+    if hidden.is_cuda and len(whole := (kept_offsets.diff() == 0).nonzero()[:, 0]):  # rows that the kernels leave alone
+        full = logprob(head(hidden[whole], weight, bias, softcap), targets[whole], temperature[whole])
+        out = tuple(x.index_put((whole,), y) for x, y in zip(out, full, strict=False))
+    return out[0], out[1]
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, scored: Tensor, *, method: str, n_groups: int, roles: Tensor | None = None, n_roles: int = 1,
+    baseline: Tensor | None = None, decay: float = 0.95,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Advantages of rewards [N] (fp32, or float64) in groups group_ids [N] int64, split by roles [N] int64 when given.
+
+    (advantage [N] fp32, scored members [n_groups, n_roles] int64, whether their rewards are all equal [n_groups, n_roles] bool,
+    new baseline). Members that are not scored [N] (bool) count for nothing and have 0, and so has a group whose rewards are equal.
+
+    std: (r - mean) / (std + 1e-4) with the unbiased std; mean: r - mean; leave_one_out: r - mean of the others; running:
+    r - baseline[role], baseline [n_roles] float64 with NaN for a role not yet seen, which takes the mean of this batch; the new
+    one is decay baseline + (1 - decay) mean. (Otherwise it is empty.) Sums are in double on CPU, in fp32 on CUDA.
+    """
+    out: tuple[Tensor, Tensor, Tensor, Tensor]
+    out = advantage.advantages_op(rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay)
     return out

@@ -157,15 +157,67 @@ def keep_mask(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     return (logits >= least) & (logits >= ranked[:, :1] + min_p.unsqueeze(-1).log())
 
 
+def _renormalised(scaled: Tensor, keep: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of softmax over the kept tokens [N, V] of scaled logits."""
+    logp_NV = scaled.masked_fill(~keep, float("-inf")).log_softmax(-1)
+    entropy = -(logp_NV.exp() * logp_NV.masked_fill(~keep, 0.0)).sum(-1)
+    return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
+
+
 def sample(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     greedy = temperature == 0
-    scale = torch.where(greedy, torch.ones_like(temperature), temperature)
-    scaled = _scaled(logits, scale)
+    scaled = _scaled(logits, torch.where(greedy, torch.ones_like(temperature), temperature))
     noise = -torch.log(-torch.log1p(-uniforms(seed, position, logits.shape[-1])))
     score = torch.where(greedy.unsqueeze(-1), scaled, scaled + noise)
+    keep = torch.ones_like(scaled, dtype=torch.bool)
     if bool((top_k > 0).any() | (top_p < 1).any() | (min_p > 0).any()):
-        score = score.masked_fill(~keep_mask(scaled, top_k, top_p, min_p), float("-inf"))
-    token = score.argmax(-1)
-    return token, *logprob(logits, token, scale)
+        keep = keep_mask(scaled, top_k, top_p, min_p) | greedy.unsqueeze(-1)
+    token = score.masked_fill(~keep, float("-inf")).argmax(-1)
+    keep |= (keep | scaled.isneginf()).all(-1, keepdim=True)
+    listed = keep & ~keep.all(-1, keepdim=True)
+    offsets = torch.nn.functional.pad(listed.sum(-1).cumsum(0), (1, 0))
+    return token, *_renormalised(scaled, keep, token), listed.nonzero()[:, 1].int(), offsets
+
+
+def sparse_linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
+    temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits, counts = linear(hidden, weight, bias, _wide(hidden).dtype), kept_offsets.diff()
+    scaled = _scaled(softcap * torch.tanh(logits / softcap) if softcap else logits, temperature)
+    keep = (counts == 0).unsqueeze(1).repeat(1, scaled.shape[1])
+    keep[torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts), kept_ids.long()] = True
+    return _renormalised(scaled, keep, targets)
+
+
+def group_advantages(
+    rewards: Tensor, group_ids: Tensor, scored: Tensor, roles: Tensor | None, baseline: Tensor | None,
+    method: str, n_groups: int, n_roles: int, decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    role = torch.zeros_like(group_ids) if roles is None else roles
+    ids, r, new = group_ids * n_roles + role, rewards[scored], rewards.new_zeros
+
+    def moments(key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(number, mean, squares about it, whether all are equal) of the scored members of each key."""
+        least = torch.full_like(new(size), float("inf")).scatter_reduce(0, key, r, "amin")
+        most = torch.full_like(new(size), float("-inf")).scatter_reduce(0, key, r, "amax")
+        count = new(size).index_add(0, key, torch.ones_like(r))
+        mean = torch.where(count > 0, least, 0.0) + new(size).index_add(0, key, r - least[key]) / count.clamp(min=1)
+        return count, mean, new(size).index_add(0, key, (r - mean[key]).square()), least == most
+
+    count, mean, square, flat = moments(ids[scored], n_groups * n_roles)
+    shape, after, key = (n_groups, n_roles), new(0, dtype=torch.float64), ids[scored]
+    if method == "running":
+        assert baseline is not None
+        seen, present, _, _ = moments(role[scored], n_roles)
+        before = torch.where(baseline.isnan(), present.double(), baseline)
+        after = torch.where(seen > 0, decay * before + (1 - decay) * present, baseline)
+        value = r - before[role[scored]]
+    else:
+        others = (count - 1).clamp(min=1)
+        scale = {"std": 1 / ((square / others).sqrt() + 1e-4), "mean": torch.ones_like(count), "leave_one_out": count / others}[method]
+        value = torch.where(flat[key], 0.0, (r - mean[key]) * scale[key])
+    out = torch.zeros(len(rewards), device=rewards.device).masked_scatter(scored, value.float())
+    return out, count.long().view(shape), flat.view(shape), after

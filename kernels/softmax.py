@@ -5,10 +5,11 @@ Shapes: N rows, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.cpu import DTYPES, check, lib
+from duologue.kernels.cpu import DTYPES, check, lib, pointers
 from torch import Tensor
 
 
@@ -50,28 +51,42 @@ def logprob(
     return out, entropy, stats
 
 
-def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    logits = logits.contiguous()
-    N, V = _check_logits("sample", logits)
+Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seed, position
+Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # token, log-prob, entropy, kept ids and their offsets
+
+
+def check_settings(op: str, settings: Settings, N: int) -> Settings:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
-    settings = [x.contiguous() for x in (temperature, top_k, top_p, min_p, seed, position)]
     for name, x, dtype in zip(names, settings, dtypes, strict=True):
-        check("sample", name, x, (N,), dtype)
-    token = torch.empty(N, dtype=torch.int64)
+        check(op, name, x, (N,), dtype)
+    a, b, c, d, e, f = (x.contiguous() for x in settings)
+    return a, b, c, d, e, f
+
+
+def draw(op: str, call: Callable[..., int], inputs: list[int], settings: Settings, N: int, *sizes: float) -> Drawn:
+    """Call a sampler of the library: addresses of its inputs and settings, of the outputs, then sizes."""
+    token, counts, stash = (torch.empty(N, dtype=torch.int64) for _ in range(3))
     out, entropy = torch.empty(N, dtype=torch.float32), torch.empty(N, dtype=torch.float32)
-    bad = lib().sample(
-        logits.data_ptr(), *(x.data_ptr() for x in settings), token.data_ptr(), out.data_ptr(), entropy.data_ptr(),
-        N, V, DTYPES[logits.dtype],
-    )  # fmt: skip
+    bad = call(*inputs, *pointers(*settings, token, out, entropy, counts, stash), N, *sizes)
     if bad:
-        given = ", ".join(f"{name} = {x[bad - 1].item()}" for name, x in zip(names[:4], settings, strict=False))
+        names = ("temperature", "top_k", "top_p", "min_p")
+        given = ", ".join(f"{name} = {x[bad - 1].item()}" for name, x in zip(names, settings, strict=False))
         raise ValueError(
-            f"sample: row {bad - 1} has {given}; accepted are temperature and top_k from 0, top_p and min_p from 0 to 1"
+            f"{op}: row {bad - 1} has {given}; accepted are temperature and top_k from 0, top_p and min_p from 0 to 1"
         )
-    return token, out, entropy
+    offsets = torch.zeros(N + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    kept_ids = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    lib().take_kept(*pointers(counts, stash, kept_ids), N)
+    return token, out, entropy, kept_ids, offsets
+
+
+def sample(logits: Tensor, settings: Settings) -> Drawn:
+    logits = logits.contiguous()
+    N, V = _check_logits("sample", logits)
+    settings = check_settings("sample", settings, N)
+    return draw("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
 
 
 def _grad_logits(
@@ -165,13 +180,14 @@ def logprob_now(logits: Tensor, targets: Tensor, temperature: float | Tensor) ->
 @torch.library.custom_op("duologue::sample", mutates_args=())
 def sample_op(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return sample(logits, temperature, top_k, top_p, min_p, seed, position)
+) -> Drawn:
+    return sample(logits, (temperature, top_k, top_p, min_p, seed, position))
 
 
 @sample_op.register_fake
-def _(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    new, n = logits.new_empty, logits.shape[0]
-    return new(n, dtype=torch.int64), new(n, dtype=torch.float32), new(n, dtype=torch.float32)
+def fake_drawn(rows: Tensor, *_: Any) -> Drawn:
+    """How many tokens are kept is known only to the kernel."""
+    new, n = rows.new_empty, rows.shape[0]
+    kept_ids = new(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+    token, offsets = new(n, dtype=torch.int64), new(n + 1, dtype=torch.int64)
+    return token, new(n, dtype=torch.float32), new(n, dtype=torch.float32), kept_ids, offsets

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from array import array
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.kernels import ops
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
+from duologue.rollout.engine.sequence import Kept
 from torch import nn
 
 
@@ -51,6 +53,16 @@ def test_packing_keeps_every_row() -> None:
         assert batch.behaviour_logprobs[here].tolist() == pytest.approx(row.logprobs)
         assert batch.advantages[here].tolist() == pytest.approx([row.advantage] * len(row.token_ids))
         assert batch.segment_ids[here].tolist() == [i] * len(row.token_ids)
+
+
+def test_supports_are_packed_for_trained_tokens_only() -> None:
+    kept = Kept([0, 0, 2, 0, 3, 1], array("i", [4, 7, 1, 2, 3, 9]))
+    mask = [False, False, True, True, False, True]
+    a = Row(token_ids=[5, 6, 7, 8, 2, 9], loss_mask=mask, logprobs=[0.0] * 6, advantage=2, dialogue_id=0, role=1, kept=kept)
+    batch = pack([dataclasses.replace(a, kept=None), a])
+    assert batch.kept_ids.tolist() == [4, 7, 9]
+    assert batch.kept_offsets.tolist() == [0] * 9 + [2, 2, 2, 3]
+    assert batch.kept_offsets[batch.targets].tolist() == [0, 0, 0, 0, 2, 2]
 
 
 def test_targets_by_hand() -> None:

@@ -103,7 +103,7 @@ def test_the_last_override_wins() -> None:
         ("model.head_dim=31", r"model\.head_dim = 31: accepted is an even number"),
         ("grpo.advantage=running", r"grpo\.per_role = false: accepted is true with grpo\.advantage = 'running'"),
         ("game.walk_away=2", r"game\.walk_away = 2\.0: accepted is 0, or with game\.objective = 'selfish'"),
-        ("dialogue.top_p=0.9", r"dialogue\.top_p = 0\.9: accepted is 1\.0: a truncated sample trained with the full"),
+        ("dialogue.top_p=0.0", r"dialogue\.top_p = 0\.0: accepted is above 0 and up to 1"),
         ("dialogue.temperature=0", r"dialogue\.temperature = 0\.0: accepted is above 0"),
         ("rollout.page_size=24", r"rollout\.page_size = 24: accepted is a multiple of 16"),
         ("rollout.exact=false", r"rollout\.exact = false: accepted is true on cpu"),

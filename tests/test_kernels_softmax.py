@@ -118,7 +118,7 @@ def test_impossible_tokens_count_as_nothing(isa: str) -> None:
     for a, b in zip((*ours[:2], ours[2][:, allowed]), exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6)
     assert ours[2].count_nonzero() == ours[2][:, allowed].count_nonzero()
-    token, _, _ = ops.sample(masked, *settings(9))
+    token = ops.sample(masked, *settings(9))[0]
     assert bool((token % 3 == 0).all())
 
 
@@ -172,22 +172,26 @@ def test_sample_is_the_reference(isa: str, dtype: torch.dtype) -> None:
     seed = torch.randint(-(2**62), 2**62, (300,), generator=generator)
     position = torch.randint(2**40, (300,), generator=generator)
     args = (temperature, top_k, top_p, min_p, seed, position)
-    token, logprob, entropy = ops.sample(logits, *args)
+    token, logprob, entropy, kept_ids, kept_offsets = ops.sample(logits, *args)
     expected = reference.sample(logits, *args)
     assert torch.equal(token, expected[0])
-    torch.testing.assert_close((logprob, entropy), expected[1:], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close((logprob, entropy), expected[1:3], rtol=1e-5, atol=1e-5)
+    assert torch.equal(kept_ids, expected[3])
+    assert torch.equal(kept_offsets, expected[4])
     of_logprob = ops.logprob(logits, token, torch.where(temperature == 0, 1.0, temperature))
-    assert torch.equal(logprob, of_logprob[0])
-    assert torch.equal(entropy, of_logprob[1])
+    whole = kept_offsets.diff() == 0
+    assert 0 < int(whole.sum()) < 300
+    assert torch.equal(logprob[whole], of_logprob[0][whole])
+    assert torch.equal(entropy[whole], of_logprob[1][whole])
 
 
 def test_a_draw_depends_on_its_row_alone(isa: str) -> None:
     logits, _, _ = case(40, 129, torch.float32)
     args = settings(40, top_p=0.9)
-    together = ops.sample(logits, *args)
+    together = ops.sample(logits, *args)[:3]
     order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
     for index in (order, order[:1], order[7:20]):
-        part = ops.sample(logits[index], *(x[index] for x in args))
+        part = ops.sample(logits[index], *(x[index] for x in args))[:3]
         assert all(torch.equal(a, b[index]) for a, b in zip(part, together, strict=True))
 
 
@@ -269,7 +273,7 @@ def test_greedy_takes_the_first_of_the_largest(isa: str) -> None:
     logits = torch.zeros(3, 200)
     logits[0, [150, 70]] = 2.0
     logits[1, 199] = 1.0
-    token, logprob, entropy = ops.sample(logits, *settings(3, temperature=0.0, top_p=0.5))
+    token, logprob, entropy, *_ = ops.sample(logits, *settings(3, temperature=0.0, top_p=0.5))
     assert token.tolist() == [70, 199, 0]
     assert torch.equal(torch.stack((logprob, entropy)), torch.stack(ops.logprob(logits, token, 1.0)))
 
@@ -290,7 +294,7 @@ def test_compiled_is_eager() -> None:
     args = settings(9)
 
     def both(z: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-        _, logprob, entropy = ops.sample(z.detach(), *args)
+        _, logprob, entropy, _, _ = ops.sample(z.detach(), *args)
         return tuple(a + b for a, b in zip(ops.logprob(z, targets, temperature), (logprob, entropy), strict=True))
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")

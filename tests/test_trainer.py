@@ -214,3 +214,80 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, setting:
     c = config("grpo.imitation_coef=0.0", setting)
     with pytest.raises(ValueError, match=message):
         train(c, RunDir.create(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
+
+
+# ---- truncated draws -------------------------------------------------------------------------------------------------
+
+
+def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, tmp_path: Path) -> None:
+    """top_p = 0.8: at the same weights the log-ratio is exactly 0 in every step, and a resumed run is the same run."""
+    from duologue.kernels import cpu
+
+    c = config("dialogue.top_p=0.8")
+    run_whole(tmp_path / "whole", "dialogue.top_p=0.8")
+    found = [row["mismatch"] for row in read_lines(tmp_path / "whole" / "metrics.jsonl") if row["stage"] == "selfplay"]
+    assert len(found) == 4
+    assert all(value <= (0.0 if cpu.available() else 1e-4) for value in found)
+    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") != read_lines(whole / "dialogues.jsonl")
+    stop = threading.Event()
+
+    class StopInSelfPlay(Progress):
+        def update(self, step: int, metrics: Any) -> None:
+            if metrics["stage"] == "selfplay":
+                stop.set()
+
+    run = RunDir.create(tmp_path / "run", c.to_toml())
+    with pytest.raises(Interrupted):
+        train(c, run, StopInSelfPlay(quiet=True), stop)
+    run.close()
+    train(c, RunDir.resume(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+@pytest.mark.parametrize("max_tokens", [100_000, 150])
+def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tokens: int) -> None:
+    """Against float64 autograd of the whole softmax cut to each token's support by hand, on dialogues that were really played."""
+    import copy
+    import random
+
+    from duologue.grpo.batch import Row
+    from duologue.grpo.rows import view_row
+    from duologue.grpo.setup import build_arena
+
+    c = config("dialogue.top_p=0.8")
+    game = build_game(c)
+    model, tokenizer = build_policy(c, build_corpus(c, game))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)  # far from uniform, so that supports are small
+    arena = build_arena(c, model, tokenizer, game)
+    group = arena.play([game.sample(random.Random(0), "train")], group_size=3, seed=1)[0]
+    rows: list[Row] = [
+        view_row(d.views[role], ("utterance",), 0.5 - i - role / 3, i, role) for i, d in enumerate(group.dialogues) for role in (0, 1)
+    ]
+    assert all(row.kept is not None and len(row.kept.sizes) == len(row.token_ids) for row in rows)
+    accumulate_policy_gradient(model, rows, LossConfig(), temperature=1.0, max_tokens=max_tokens)
+    found = gradients(model)
+
+    exact = copy.deepcopy(model).double()
+    total = sum(row.n_trained for row in rows)
+    supports = []
+    for row in rows:
+        assert row.kept is not None
+        logits = exact(torch.tensor([row.token_ids]))[0].double()
+        start, loss = 0, torch.zeros((), dtype=torch.float64)
+        for t, (size, trained) in enumerate(zip(row.kept.sizes, row.loss_mask, strict=True)):
+            support = row.kept.ids[start : start + size].tolist()
+            start += size
+            if trained:
+                assert not support or row.token_ids[t] in support
+                supports.append(len(support))
+                z = logits[t - 1]
+                logp = z[row.token_ids[t]] - z[support or slice(None)].logsumexp(0)
+                assert float(logp.detach()) == pytest.approx(row.logprobs[t], abs=1e-4)
+                loss = loss - row.advantage * torch.exp(logp - logp.detach()) / total
+        torch.autograd.backward(loss)
+    assert max(supports) > 1
+    for a, b in zip(found, gradients(exact), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=2e-6)

@@ -3,6 +3,11 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/string.h>
 
+#include <algorithm>
+#include <stdlib.h>
+#include <string.h>
+
+#include "advantage.h"
 #include "dispatch.h"
 #include "threads.h"
 
@@ -115,14 +120,127 @@ void logprob_backward(ptr logits, ptr targets, ptr temperature, float one_temper
   table->logprob_backward(&a, parallel_for);
 }
 
-int64_t sample(ptr logits, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr seed, ptr position, ptr token, ptr logprob,
-               ptr entropy, int64_t N, int64_t V, int dtype) {
+LogprobArgs sample_args(ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr seed, ptr position, ptr token, ptr logprob,
+                        ptr entropy, ptr counts, ptr stash, int64_t N, int64_t V, int dtype) {
   LogprobArgs a = {};
-  a.logits = at<void>(logits), a.temperature = at<float>(temperature), a.top_k = at<int32_t>(top_k);
-  a.top_p = at<float>(top_p), a.min_p = at<float>(min_p), a.seed = at<int64_t>(seed), a.position = at<int64_t>(position);
-  a.token = at<int64_t>(token), a.logprob = at<float>(logprob), a.entropy = at<float>(entropy), a.N = N, a.V = V,
+  a.temperature = at<float>(temperature), a.top_k = at<int32_t>(top_k), a.top_p = at<float>(top_p), a.min_p = at<float>(min_p);
+  a.seed = at<int64_t>(seed), a.position = at<int64_t>(position), a.token = at<int64_t>(token), a.logprob = at<float>(logprob);
+  a.entropy = at<float>(entropy), a.counts = at<int64_t>(counts), a.stash = at<int32_t *>(stash), a.N = N, a.V = V,
   a.dtype = dtype;
+  return a;
+}
+
+int64_t sample(ptr logits, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr seed, ptr position, ptr token, ptr logprob,
+               ptr entropy, ptr counts, ptr stash, int64_t N, int64_t V, int dtype) {
+  LogprobArgs a =
+      sample_args(temperature, top_k, top_p, min_p, seed, position, token, logprob, entropy, counts, stash, N, V, dtype);
+  a.logits = at<void>(logits);
   return table->sample(&a, parallel_for);
+}
+
+// Moves the kept ids of N rows, one after the other, to `ids`.
+void take_kept(ptr counts, ptr stash, ptr ids, int64_t N) {
+  int32_t *out = at<int32_t>(ids);
+  for (int64_t n = 0; n < N; ++n) {
+    const int64_t count = at<int64_t>(counts)[n];
+    if (count == 0) continue;
+    int32_t *from = at<int32_t *>(stash)[n];
+    memcpy(out, from, (size_t)count * sizeof(int32_t));
+    free(from);
+    out += count;
+  }
+}
+
+HeadArgs head_args(ptr hidden, ptr weight, ptr bias, int64_t N, int64_t H, int64_t V, int dtype, float softcap) {
+  HeadArgs a = {};
+  a.hidden = at<void>(hidden), a.weight = at<void>(weight), a.bias = at<void>(bias), a.N = N, a.H = H, a.V = V, a.dtype = dtype;
+  a.softcap = softcap;
+  return a;
+}
+
+// What is wrong with the values, or nothing.
+std::string refusal(const HeadArgs &a) {
+  auto number = [](auto x) { return std::to_string(x); };
+  const std::string size = number(a.n_kept), last = number(a.V - 1);
+  if (a.kept_offsets[0] != 0) return "kept_offsets[0] = " + number(a.kept_offsets[0]) + ", accepted is 0";
+  for (int64_t n = 0; n < a.N; ++n) {
+    const int64_t begin = a.kept_offsets[n], end = a.kept_offsets[n + 1], target = a.targets[n];
+    const std::string row = "[" + number(n) + "] = ";
+    if (end < begin || end > a.n_kept || (n == a.N - 1 && end != a.n_kept))
+      return "kept_offsets[" + number(n + 1) + "] = " + number(end) + ", accepted is rising from 0 to len(kept_ids) = " + size;
+    for (int64_t j = begin; j < end; ++j)
+      if (a.kept_ids[j] < 0 || a.kept_ids[j] >= a.V || (j > begin && a.kept_ids[j] <= a.kept_ids[j - 1]))
+        return "kept_ids[" + number(j) + "] = " + number(a.kept_ids[j]) + ", accepted is 0 to " + last +
+               ", rising within a row";
+    if (target < 0 || target >= a.V) return "targets" + row + number(target) + ", accepted is 0 to " + last;
+    if (begin < end && !std::binary_search(a.kept_ids + begin, a.kept_ids + end, (int32_t)target))
+      return "targets" + row + number(target) + ", accepted is one of the kept ids of its row";
+    if (!(a.temperature[n] > 0)) return "temperature" + row + number(a.temperature[n]) + ", accepted is above 0";
+  }
+  if (a.N == 0 && a.n_kept) return "kept_ids has " + size + " entries, accepted is none for no rows";
+  return "";
+}
+
+std::string sparse_logprob(ptr hidden, ptr weight, ptr bias, ptr targets, ptr kept_ids, ptr kept_offsets, ptr temperature,
+                           ptr logprob, ptr entropy, ptr logits, ptr stats, int64_t N, int64_t H, int64_t V, int64_t n_kept,
+                           int dtype, float softcap) {
+  HeadArgs a = head_args(hidden, weight, bias, N, H, V, dtype, softcap);
+  a.targets = at<int64_t>(targets), a.kept_ids = at<int32_t>(kept_ids), a.kept_offsets = at<int64_t>(kept_offsets);
+  a.temperature = at<float>(temperature), a.logprob = at<float>(logprob), a.entropy = at<float>(entropy);
+  a.logits = at<float>(logits), a.stats = at<float>(stats), a.n_kept = n_kept;
+  const std::string bad = refusal(a);
+  if (bad.empty()) table->sparse_logprob(&a, parallel_for, thread_count());
+  return bad;
+}
+
+void sparse_backward(ptr hidden, ptr weight, ptr bias, ptr targets, ptr kept_ids, ptr kept_offsets, ptr temperature,
+                     ptr entropy, ptr logits, ptr stats, ptr grad_logprob, ptr grad_entropy, ptr grad_hidden, ptr grad_weight,
+                     ptr grad_bias, int64_t N, int64_t H, int64_t V, int64_t n_kept, int dtype, float softcap) {
+  HeadArgs a = head_args(hidden, weight, bias, N, H, V, dtype, softcap);
+  a.targets = at<int64_t>(targets), a.kept_ids = at<int32_t>(kept_ids), a.kept_offsets = at<int64_t>(kept_offsets);
+  a.temperature = at<float>(temperature), a.entropy = at<float>(entropy), a.logits = at<float>(logits);
+  a.stats = at<float>(stats), a.n_kept = n_kept, a.grad_logprob = at<float>(grad_logprob);
+  a.grad_entropy = at<float>(grad_entropy), a.grad_hidden = at<void>(grad_hidden), a.grad_weight = at<void>(grad_weight);
+  a.grad_bias = at<void>(grad_bias);
+  table->sparse_backward(&a, parallel_for, thread_count());
+}
+
+int64_t linear_sample(ptr hidden, ptr weight, ptr bias, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr seed,
+                      ptr position, ptr token, ptr logprob, ptr entropy, ptr counts, ptr stash, int64_t N, int64_t H, int64_t V,
+                      int dtype, float softcap) {
+  const HeadArgs a = head_args(hidden, weight, bias, N, H, V, dtype, softcap);
+  const LogprobArgs s =
+      sample_args(temperature, top_k, top_p, min_p, seed, position, token, logprob, entropy, counts, stash, N, V, F32);
+  return table->linear_sample(&a, &s, parallel_for, thread_count());
+}
+
+// What is wrong with the values, or nothing.
+std::string advantages(ptr rewards, ptr group_ids, ptr roles, ptr scored, ptr baseline, ptr value, ptr counts, ptr flat,
+                       ptr new_baseline, int64_t N, int64_t S, int64_t R, int method, double decay, bool wide) {
+  const AdvantageArgs a = {at<void>(rewards),
+                           at<int64_t>(group_ids),
+                           at<int64_t>(roles),
+                           at<bool>(scored),
+                           at<float>(value),
+                           at<int64_t>(counts),
+                           at<bool>(flat),
+                           at<double>(baseline),
+                           at<double>(new_baseline),
+                           N,
+                           S,
+                           R,
+                           method,
+                           decay,
+                           wide};
+  for (int64_t n = 0; n < N; ++n) {
+    const std::string row = "[" + std::to_string(n) + "] = ";
+    if (a.group_ids[n] < 0 || a.group_ids[n] >= S)
+      return "group_ids" + row + std::to_string(a.group_ids[n]) + ", accepted is 0 to " + std::to_string(S - 1);
+    if (a.roles && (a.roles[n] < 0 || a.roles[n] >= R))
+      return "roles" + row + std::to_string(a.roles[n]) + ", accepted is 0 to " + std::to_string(R - 1);
+  }
+  group_advantages(&a);
+  return "";
 }
 
 void uniforms(ptr seed, ptr position, ptr out, int64_t N, int64_t V) {
@@ -195,6 +313,11 @@ NB_MODULE(_cpu, m) {
   m.def("sample", &sample, no_gil);
   m.def("decoder", &decoder, no_gil);
   m.def("uniforms", &uniforms, no_gil);
+  m.def("take_kept", &take_kept, no_gil);
+  m.def("sparse_logprob", &sparse_logprob, no_gil);
+  m.def("sparse_backward", &sparse_backward, no_gil);
+  m.def("linear_sample", &linear_sample, no_gil);
+  m.def("group_advantages", &advantages, no_gil);
   m.def("use", &use, "Choose an instruction set by name ('' = the best); False when it cannot run here.");
   m.def("name", [] { return std::string(table->name); });
   m.def("threads", &thread_count);

@@ -79,6 +79,26 @@ struct LogprobArgs {
   const float *top_p, *min_p;
   const int64_t *seed, *position;
   int64_t *token;
+  int64_t *counts; // [N] how many tokens truncation has kept, 0: all
+  int32_t **stash; // [N] where counts is not 0: their ids, to be freed by who takes them
+};
+
+struct HeadArgs { // log-probs and draws from hidden states: logits = softcap * tanh((hidden weight^T + bias) / softcap)
+  const void *hidden, *weight, *bias; // [N, H], [V, H], [V] or null
+  int64_t N, H, V;
+  int dtype;
+  float softcap;            // 0: none
+  const float *temperature; // [N], or null: one_temperature
+  float one_temperature;
+  float *logprob, *entropy; // [N]
+  // The support of row n is kept_ids[kept_offsets[n]] and on, ascending; a row without one has all tokens.
+  const int64_t *targets;
+  const int32_t *kept_ids;
+  const int64_t *kept_offsets;
+  int64_t n_kept;
+  float *logits, *stats; // of the supports; [N, 2] as in LogprobArgs
+  const float *grad_logprob, *grad_entropy;
+  void *grad_hidden, *grad_weight, *grad_bias; // the last two: zeros, or null when not wanted
 };
 
 struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the order of kernels/layers.py
@@ -119,5 +139,8 @@ struct Table {
   void (*logprob_backward)(const LogprobArgs *, ParallelFor);
   int64_t (*sample)(const LogprobArgs *, ParallelFor);
   void (*uniforms)(const LogprobArgs *);
+  void (*sparse_logprob)(const HeadArgs *, ParallelFor, int threads);
+  void (*sparse_backward)(const HeadArgs *, ParallelFor, int threads);
+  int64_t (*linear_sample)(const HeadArgs *, const LogprobArgs *, ParallelFor, int threads);
   int64_t (*decoder)(const DecoderArgs *, ParallelFor, int threads);
 };

@@ -13,6 +13,7 @@ On CPU the log-probs equal those of `duologue.model.decoder.score` bit for bit, 
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
@@ -262,7 +263,7 @@ class Engine:
                 request.completion.error = f"SamplingParams.allow: {type(error).__name__}: {error}"
         return allowed
 
-    def _take(self, request: Request, token: int, logprob: float, entropy: float) -> None:
+    def _take(self, request: Request, token: int, logprob: float, entropy: float, kept: array[int]) -> None:
         completion, params = request.completion, request.params
         if completion.error:
             completion.finish_reason, request.done = "error", True
@@ -271,6 +272,7 @@ class Engine:
         completion.token_ids.append(token)
         completion.logprobs.append(logprob)
         completion.entropies.append(entropy)
+        completion.kept.add(kept)
         if token in request.stop_token_ids or (params.stop_strings and self._says_stop(completion.token_ids, params.stop_strings)):
             completion.finish_reason, request.done = "stop", True
         elif len(completion.token_ids) == params.max_new_tokens:

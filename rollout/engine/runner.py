@@ -5,11 +5,14 @@ Shapes: T tokens of the step, S requests, N of them sampling, L layers, P pages,
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence as Ids
+from itertools import pairwise
 
 import numpy as np
 import torch
 from duologue.kernels import ops
+from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
@@ -54,7 +57,7 @@ class Runner:
         self.model = model
         self.layers = model.paged_layers()
         self._sampled: list[Request] = []
-        self._settings: tuple[Tensor, ...] = ()
+        self._settings: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
         self.page_size = page_size
         self.scale = config.head_dim**-0.5
         self.device = weight.device
@@ -72,19 +75,28 @@ class Runner:
         self.kv[:, :, target].copy_(self.kv[:, :, source])
 
     @torch.no_grad()
-    def execute(self, works: list[Work], allowed: dict[int, Ids[int]]) -> tuple[list[int], list[float], list[float]]:
-        """Run a step: (token, log-prob, entropy) for each work that samples, in order; `allowed` restricts rows of these."""
+    def execute(
+        self, works: list[Work], allowed: dict[int, Ids[int]]
+    ) -> tuple[list[int], list[float], list[float], list[array[int]]]:
+        """Run a step: (token, log-prob, entropy, kept ids) for each work that samples, in order; `allowed` restricts rows of these."""
         token_ids, positions, attention, last = self._inputs(works)
         hidden_NH = self._hidden(token_ids, positions, attention, last)
         if len(last) == 0:
-            return [], [], []
-        logits_NV = self.model.head(hidden_NH)
-        for row, ids in allowed.items():
-            kept = logits_NV[row, ids]
-            logits_NV[row] = EXCLUDED
-            logits_NV[row, ids] = kept
-        token, logprob, entropy = ops.sample(logits_NV, *self._sampling(works))
-        return token.tolist(), logprob.tolist(), entropy.tolist()
+            return [], [], [], []
+        if allowed:
+            logits_NV = self.model.head(hidden_NH)
+            for row, ids in allowed.items():
+                among = logits_NV[row, ids]
+                logits_NV[row] = EXCLUDED
+                logits_NV[row, ids] = among
+            token, logprob, entropy, kept, ends = ops.sample(logits_NV, *self._sampling(works))
+        else:
+            token, logprob, entropy, kept, ends = ops.linear_sample(hidden_NH, self.model.head_weight, *self._sampling(works))
+        flat, bounds = array("i", kept.cpu().numpy().tobytes()), pairwise(ends.tolist())
+        supports = [flat[a:b] for a, b in bounds]
+        for row, ids in allowed.items():  # what was drawn from: the allowed ids, or those of them that truncation kept
+            supports[row] = array("i", sorted(set(ids) & set(supports[row]) if supports[row] else set(ids)))
+        return token.tolist(), logprob.tolist(), entropy.tolist(), supports
 
     def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor) -> Tensor:
         """[N, H], the rows `last` [N] of the step's T."""
@@ -121,10 +133,10 @@ class Runner:
         last = self._tensor(ends[samples] - 1)
         return self._tensor(np.array(ids)), self._tensor(position), attention, last
 
-    def _sampling(self, works: list[Work]) -> tuple[Tensor, ...]:
+    def _sampling(self, works: list[Work]) -> Settings:
         """The arguments of `ops.sample` after the logits. The noise counter is the index of the token to be drawn."""
         requests = [w.request for w in works if w.samples]
-        if requests != self._sampled:  # while nobody comes or goes only the counters change
+        if self._settings is None or requests != self._sampled:  # while nobody comes or goes only the counters change
             params = [r.params for r in requests]
             self._sampled = requests
             self._settings = (

@@ -6,6 +6,7 @@ Ids in, ids out: nothing here knows text.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
@@ -54,13 +55,30 @@ class SamplingParams:
             raise ValueError("SamplingParams: temperature 0 is greedy and contradicts top_k, top_p or min_p; drop one of them")
 
 
+@dataclass(slots=True)
+class Kept:
+    """The supports of truncated draws: `ids` holds `sizes[0]` token ids, ascending, then `sizes[1]`; 0 stands for all tokens."""
+
+    sizes: list[int] = field(default_factory=list)  # [n], one per token
+    ids: array[int] = field(default_factory=lambda: array("i"))
+
+    def add(self, ids: array[int]) -> None:
+        self.sizes.append(len(ids))
+        self.ids += ids
+
+    def extend(self, other: Kept) -> None:
+        self.sizes += other.sizes
+        self.ids += other.ids
+
+
 @dataclass(kw_only=True, slots=True)
 class Completion:
     """The tokens that the policy sampled, the stop token included: it was sampled, so it is trained too."""
 
     token_ids: list[int] = field(default_factory=list)  # [n]
-    logprobs: list[float] = field(default_factory=list)  # [n] of the full softmax(logits / temperature), taken at sampling time
+    logprobs: list[float] = field(default_factory=list)  # [n] of softmax(logits / temperature) over `kept`, taken at sampling time
     entropies: list[float] = field(default_factory=list)  # [n] nats, same distribution
+    kept: Kept = field(default_factory=Kept)  # [n]
     finish_reason: str = ""  # "stop" | "length" | "cancelled" | "error"
     weights_version: int = 0
     error: str = ""  # what the callback raised

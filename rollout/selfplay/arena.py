@@ -70,7 +70,7 @@ class _Table:
         assert self.version in (-1, completion.weights_version), "the weights changed within a dialogue"
         self.version = completion.weights_version
         text = self.arena.tokenizer.decode(completion.token_ids).strip()
-        self.transcript.say(role, completion.token_ids, completion.logprobs, kind, text)
+        self.transcript.say(role, completion.token_ids, completion.logprobs, kind, text, completion.kept)
         if kind == FINAL:
             self.finals[role] = text
             if len(self.finals) == 2:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from duologue.model.chat import Chat
+from duologue.rollout.engine.sequence import Kept
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
 KINDS = ("prompt", "utterance", "final")  # a token's kind is an index into this; 0 is never trained
@@ -34,19 +35,23 @@ class View:
     token_ids: list[int] = field(default_factory=list)  # [T]
     kinds: list[int] = field(default_factory=list)  # [T]
     logprobs: list[float] = field(default_factory=list)  # [T]
+    kept: Kept = field(default_factory=Kept)  # [T] the supports that sampled tokens were drawn from
 
     def prompt(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
         self.kinds += [PROMPT] * len(token_ids)
         self.logprobs += [0.0] * len(token_ids)
+        self.kept.sizes += [0] * len(token_ids)
 
-    def said(self, token_ids: list[int], logprobs: list[float] | None, kind: int) -> None:
+    def said(self, token_ids: list[int], logprobs: list[float] | None, kind: int, kept: Kept | None = None) -> None:
         """This side's own words. Without log-probs they are a demonstration: marked, to be imitated."""
         assert kind != PROMPT
         assert logprobs is None or len(logprobs) == len(token_ids)
         self.token_ids += token_ids
         self.kinds += [kind] * len(token_ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(token_ids)
+        self.kept.extend(kept or Kept([0] * len(token_ids)))
+        assert len(self.kept.sizes) == len(self.token_ids)
 
 
 class Transcript:
@@ -66,10 +71,12 @@ class Transcript:
             view.prompt(self.chat.heard(question_ids))
         view.prompt(self.chat.reply())
 
-    def say(self, role: int, token_ids: list[int], logprobs: list[float] | None, kind: int, text: str) -> None:
+    def say(
+        self, role: int, token_ids: list[int], logprobs: list[float] | None, kind: int, text: str, kept: Kept | None = None
+    ) -> None:
         """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not."""
         stopped = bool(token_ids) and token_ids[-1] in self.chat.stop_token_ids
-        self.views[role].said(token_ids, logprobs, kind)
+        self.views[role].said(token_ids, logprobs, kind, kept)
         self.views[role].prompt(self.chat.close_reply(stopped))
         if kind == UTTERANCE:
             self.views[1 - role].prompt(self.chat.heard(token_ids[:-1] if stopped else token_ids))

@@ -1,0 +1,20 @@
+// Group-relative advantages: a few thousand numbers per step, in double, in order. Compiled without instruction-set flags.
+#pragma once
+#include <stdint.h>
+
+struct AdvantageArgs {
+  const void *rewards;              // [N] float, or double when `wide`
+  const int64_t *group_ids, *roles; // [N]; roles may be null
+  const bool *scored;               // [N]
+  float *value;                     // [N]
+  int64_t *counts;                  // [S, R] scored members
+  bool *flat;                       // [S, R] some, with equal rewards
+  const double *baseline;           // [R], NaN: none yet; or null
+  double *new_baseline;             // [R] or null
+  int64_t N, S, R;
+  int method; // 0 std, 1 mean, 2 leave one out, 3 running
+  double decay;
+  bool wide;
+};
+
+void group_advantages(const AdvantageArgs *a); // whose group and role ids are in range
