@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint asan bench clean
 
 demo: $(VENV)/.core
 	$(BIN)/duologue train deal --run-dir $(RUN) $$(test -f $(RUN)/config.toml && echo --resume)
@@ -17,6 +17,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*.h kernels/csrc/*.cpp kernels/csrc/*.inc
 	$(BIN)/python bench/count_lines.py
+
+# The C++ kernels under AddressSanitizer and UBSan; see .ci/asan.
+asan: $(VENV)/.dev
+	.ci/asan $(BIN)/python
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/kernels.py
