@@ -10,6 +10,8 @@ import torch
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder
 from duologue.model.files import write_folder
+from duologue.model.lora import CONFIG as ADAPTER_CONFIG
+from duologue.model.lora import LoraDecoder, read_adapter, read_settings
 from duologue.model.tokenizer import Tokenizer, read_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -28,13 +30,20 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, base: str | Path = ""
 ) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else float32).
 
+    A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and that one's tokenizer.
     ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a damaged file, a model type.
     """
     folder = Path(path)
+    if (folder / ADAPTER_CONFIG).is_file():
+        below = Path(base or read_settings(folder).base)
+        if not (below / "config.json").is_file():
+            raise ValueError(f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as model.path")
+        model, tokenizer = load_model(below, device, dtype)
+        return LoraDecoder(model, read_adapter(folder, model)), tokenizer
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)
     if tokenizer.vocab_size > config.vocab_size:

@@ -12,13 +12,16 @@ Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head 
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from duologue.kernels import cpu, ops
 from duologue.kernels.layers import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from duologue.model.lora import AdapterRows
 
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
 ROPE_ROWS = 262_144  # positions tabled from the start; beyond, the tables grow with the positions that come
@@ -42,17 +45,20 @@ class PackedAttention:
 
 
 class Linear(nn.Module):
-    """weight [out, in] and an optional bias [out], as in the checkpoint."""
+    """weight [out, in] and an optional bias [out], as in the checkpoint. `name` is where it stands in the body."""
+
+    name = ""
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, lora: AdapterRows | None = None) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        return ops.linear(x, weight, self.bias)
+        out = ops.linear(x, weight, self.bias)
+        return out if lora is None else lora.add(self.name, x, out)
 
 
 class RMSNorm(nn.Module):
@@ -94,15 +100,15 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
         _at_hand(self)
 
-    def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext) -> Tensor:
+    def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None) -> Tensor:
         T, D = len(x_TH), self.head_dim
-        q_TAD = self.q_proj.forward(x_TH).view(T, -1, D)
-        k_TGD = self.k_proj.forward(x_TH).view(T, -1, D)
-        v_TGD = self.v_proj.forward(x_TH).view(T, -1, D)
+        q_TAD = self.q_proj.forward(x_TH, lora).view(T, -1, D)
+        k_TGD = self.k_proj.forward(x_TH, lora).view(T, -1, D)
+        v_TGD = self.v_proj.forward(x_TH, lora).view(T, -1, D)
         if self.q_norm is not None and self.k_norm is not None:
             q_TAD, k_TGD = self.q_norm.forward(q_TAD), self.k_norm.forward(k_TGD)
         q_TAD, k_TGD = ops.rope(q_TAD, k_TGD, *rotary)
-        return self.o_proj.forward(attn(self.layer, q_TAD, k_TGD, v_TGD).view(T, -1))
+        return self.o_proj.forward(attn(self.layer, q_TAD, k_TGD, v_TGD).view(T, -1), lora)
 
 
 class MLP(nn.Module):
@@ -114,8 +120,9 @@ class MLP(nn.Module):
         self.down_proj = Linear(I, H, config.mlp_bias)
         _at_hand(self)
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        return self.down_proj.forward(ops.silu_mul(self.gate_proj.forward(x_TH), self.up_proj.forward(x_TH)))
+    def forward(self, x_TH: Tensor, lora: AdapterRows | None) -> Tensor:
+        gate, up = self.gate_proj.forward(x_TH, lora), self.up_proj.forward(x_TH, lora)
+        return self.down_proj.forward(ops.silu_mul(gate, up), lora)
 
 
 class Layer(nn.Module):
@@ -130,16 +137,15 @@ class Layer(nn.Module):
         _at_hand(self)
 
     def forward(
-        self, update_TH: Tensor | None, residual_TH: Tensor, rotary: Rotary, attn: AttentionContext
+        self, update_TH: Tensor | None, residual_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None = None
     ) -> tuple[Tensor, Tensor]:
         if update_TH is None:
             x_TH = self.input_layernorm.forward(residual_TH)
         else:
             x_TH, residual_TH = self.input_layernorm.add(update_TH, residual_TH)
-        attended_TH = self.self_attn.forward(x_TH, rotary, attn)
+        attended_TH = self.self_attn.forward(x_TH, rotary, attn, lora)
         x_TH, residual_TH = self.post_attention_layernorm.add(attended_TH, residual_TH)
-        return self.mlp.forward(x_TH), residual_TH
-
+        return self.mlp.forward(x_TH, lora), residual_TH
 
     def tensors(self) -> LayerTensors:
         attn, mlp = self.self_attn, self.mlp
@@ -164,6 +170,9 @@ class Body(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        for name, module in self.named_modules():
+            if isinstance(module, Linear):
+                module.name = name
 
 
 class Decoder(nn.Module):
@@ -182,13 +191,18 @@ class Decoder(nn.Module):
         """[V, H]; the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, attn: AttentionContext) -> Tensor:
-        """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]."""
+    def rows(self, dropout_seed: int | None = None) -> AdapterRows | None:
+        """Where tokens go when nothing else is said: all through the model's adapter, which this one does not have."""
+        return None
+
+    def hidden(self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: AdapterRows | None = None) -> Tensor:
+        """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
         body = self.model
+        lora = self.rows() if lora is None else lora
         rotary = (*self.rotary_tables(positions), positions)
         update_TH, residual_TH = None, body.embed_tokens(token_ids)
         for layer in body.layers:
-            update_TH, residual_TH = layer(update_TH, residual_TH, rotary, attn)
+            update_TH, residual_TH = layer(update_TH, residual_TH, rotary, attn, lora)
         assert update_TH is not None
         return body.norm.add(update_TH, residual_TH)[0]
 

@@ -21,6 +21,7 @@ from itertools import chain
 from operator import attrgetter
 
 from duologue.model.decoder import Decoder
+from duologue.model.lora import Adapter, LoraDecoder
 from duologue.rollout.engine.pages import PagePool
 from duologue.rollout.engine.runner import Runner
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
@@ -58,6 +59,7 @@ class Engine:
         self.model = model
         self.weights_version = 0
         self._parameters = list(model.parameters())  # walking the modules costs as much as a layer
+        self.adapters: list[Adapter | None] = [model.adapter if isinstance(model, LoraDecoder) else None]
         self._weights_seen = self._weights_counter()
         self._seed = seed
         self._decode = decode
@@ -98,10 +100,25 @@ class Engine:
 
     # ---- branches ----------------------------------------------------------------------------------------------------
 
-    def open(self, token_ids: Ids[int] = ()) -> Branch:
-        """A live sequence that begins with `token_ids`."""
+    def use_adapters(self, others: Ids[Adapter | None]) -> None:
+        """Let branches be opened with these adapters of the same base too: `adapter` 1, 2 and so on, 0 stays the model's own.
+
+        None is the base itself. They share the pool and run in the same steps. All KV is dropped.
+        """
+        assert not self.busy
+        assert isinstance(self.model, LoraDecoder) or not others, "adapters need a model with one"
+        self.adapters[1:] = others
+        own = set(map(id, parameters := list(self.model.parameters())))
+        more = (p for adapter in others if adapter is not None for p in adapter.parameters())
+        self._parameters = [*parameters, *(p for p in more if id(p) not in own)]
+        self.name_weights(self.weights_version)
+
+    def open(self, token_ids: Ids[int] = (), adapter: int = 0) -> Branch:
+        """A live sequence that begins with `token_ids` and goes through `adapters[adapter]`."""
         self.check_ids(token_ids)
-        branch = Branch(self, token_ids)
+        if not 0 <= adapter < len(self.adapters):
+            raise ValueError(f"open: adapter = {adapter}, accepted is 0 to {len(self.adapters) - 1}")
+        branch = Branch(self, token_ids, adapter)
         self._branches[branch] = None
         return branch
 
@@ -130,7 +147,7 @@ class Engine:
         n_full, rest = divmod(branch.n_cached, size)
         children = []
         for _ in range(n):
-            child = self.open(branch.token_ids)
+            child = self.open(branch.token_ids, branch.adapter)
             child.pages = branch.pages[:n_full]
             child.n_cached = n_full * size
             self.pool.share(child.pages)
@@ -172,7 +189,7 @@ class Engine:
             return []
         pages = chain.from_iterable(w.request.branch.pages for w in works)
         assert set(map(self.pool.version.__getitem__, pages)) == {self.weights_version}, "KV of other weights"
-        sampled = zip(*self._runner.execute(works, self._allowed(works)), strict=True)
+        sampled = zip(*self._runner.execute(works, self._allowed(works), self.adapters), strict=True)
         finished = []
         for work in works:
             request = work.request

@@ -1,13 +1,13 @@
 """The KV pool: fixed-size pages, reference counts, and the weights version under which each page was written.
 
-A full page has a key: the page before it, its own ids and the weights version. Branches whose ids agree find each other's pages by
-it. A page before another lives as long as that one, because whoever holds a page holds those before it too; so keys of live pages
+A full page has a key: the page before it, its own ids and the weights version. Branches whose ids and adapter agree find each
+other's pages by it. A page before another lives as long as that one, because whoever holds a page holds those before it too; so keys of live pages
 never point to reused ones. The pool holds numbers only; the tensors that the numbers index belong to the runner.
 """
 
 from __future__ import annotations
 
-Key = tuple[int, int, tuple[int, ...]]  # version, page before (-1 at the start), token ids
+Key = tuple[int, int, tuple[int, ...]]  # version, page before (-1 - adapter at the start), token ids
 
 
 class PagePool:

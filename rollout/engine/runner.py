@@ -14,6 +14,7 @@ import torch
 from duologue.kernels import ops
 from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
+from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
@@ -76,11 +77,11 @@ class Runner:
 
     @torch.no_grad()
     def execute(
-        self, works: list[Work], allowed: dict[int, Ids[int]]
+        self, works: list[Work], allowed: dict[int, Ids[int]], adapters: Ids[Adapter | None]
     ) -> tuple[list[int], list[float], list[float], list[array[int]]]:
         """Run a step: (token, log-prob, entropy, kept ids) for each work that samples, in order; `allowed` restricts rows of these."""
         token_ids, positions, attention, last = self._inputs(works)
-        hidden_NH = self._hidden(token_ids, positions, attention, last)
+        hidden_NH = self._hidden(token_ids, positions, attention, last, self._adapter_rows(works, adapters))
         if len(last) == 0:
             return [], [], [], []
         if allowed:
@@ -98,10 +99,20 @@ class Runner:
             supports[row] = array("i", sorted(set(ids) & set(supports[row]) if supports[row] else set(ids)))
         return token.tolist(), logprob.tolist(), entropy.tolist(), supports
 
-    def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor) -> Tensor:
+    def _adapter_rows(self, works: list[Work], adapters: Ids[Adapter | None]) -> AdapterRows:
+        """The step's tokens by the adapter of their branch."""
+        chosen = [w.request.branch.adapter for w in works]
+        if len(used := set(chosen)) == 1:
+            only = adapters[used.pop()]
+            return AdapterRows([] if only is None else [(only, None)])
+        row = np.repeat(chosen, [w.n_tokens for w in works])
+        found = ((adapters[i], row == i) for i in sorted(used))
+        return AdapterRows([(adapter, self._tensor(np.flatnonzero(rows))) for adapter, rows in found if adapter is not None])
+
+    def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor, lora: AdapterRows) -> Tensor:
         """[N, H], the rows `last` [N] of the step's T."""
-        if self.layers is None:
-            return self.model.hidden(token_ids, positions, attention)[last]
+        if self.layers is None or lora.parts:
+            return self.model.hidden(token_ids, positions, attention, lora)[last]
         return self.layers(
             token_ids, last, *self.model.rotary_tables(positions), positions, self.kv, attention.slots, attention.block_table,
             attention.cu_seqlens, attention.context_lens,

@@ -122,7 +122,7 @@ class Scheduler:
         size, at = self.pool.page_size, branch.n_cached
         if at % size or len(branch.token_ids) <= at + size:
             return None
-        return version, branch.pages[-1] if branch.pages else -1, tuple(branch.token_ids[at : at + size])
+        return version, branch.pages[-1] if branch.pages else -1 - branch.adapter, tuple(branch.token_ids[at : at + size])
 
     def find_shared(self, request: Request, version: int) -> None:
         """Take over pages of other branches as far as the ids agree; the last token is left, it must be computed to sample."""
@@ -138,7 +138,7 @@ class Scheduler:
         size, before = self.pool.page_size, branch.n_cached // self.pool.page_size
         branch.n_cached += n_tokens
         for i in range(before, branch.n_cached // size):
-            key = (version, branch.pages[i - 1] if i else -1, tuple(branch.token_ids[i * size : (i + 1) * size]))
+            key = (version, branch.pages[i - 1] if i else -1 - branch.adapter, tuple(branch.token_ids[i * size : (i + 1) * size]))
             branch.pages[i] = self.pool.name(branch.pages[i], key)
 
     def _count(self, works: list[Work]) -> None:

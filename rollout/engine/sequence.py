@@ -92,13 +92,15 @@ class Branch:
     """A live sequence in the engine whose KV stays between turns.
 
     `token_ids` is the whole context. The KV of the first `n_cached` of them lies in `pages`; the rest is computed when the
-    branch next generates, so `append` and `rewind` cost nothing, and losing the pages costs only time.
+    branch next generates, so `append` and `rewind` cost nothing, and losing the pages costs only time. `adapter` indexes the
+    engine's adapters; pages are shared between branches of one adapter only.
     """
 
-    __slots__ = ("engine", "n_cached", "pages", "request", "token_ids")
+    __slots__ = ("adapter", "engine", "n_cached", "pages", "request", "token_ids")
 
-    def __init__(self, engine: Engine, token_ids: Ids[int]) -> None:
+    def __init__(self, engine: Engine, token_ids: Ids[int], adapter: int = 0) -> None:
         self.engine: Engine | None = engine
+        self.adapter = adapter
         self.token_ids = list(token_ids)
         self.pages: list[int] = []
         self.n_cached = 0

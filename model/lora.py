@@ -1,0 +1,213 @@
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a low-rank addition to frozen linears, in the files of `peft`.
+
+    y = W x + b + (alpha / r) B A x        A [r, in], B [out, r]
+
+for the tokens that go through an adapter. A forward may send each token through another adapter or through none: a token in none
+has the bits of the base model, and a token's bits do not depend on where its neighbours go.
+
+Shapes: T tokens, K in, O out, r rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from duologue.kernels import ops
+from duologue.model.decoder import Decoder, Linear
+from duologue.model.tokenizer import read_json
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PREFIX = "base_model.model.model."  # peft's, before the decoder's own name of a layer's linear
+# Settings of peft that would change what is computed; each is refused unless it is empty or as here.
+REFUSED: dict[str, Any] = {
+    "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False,
+    "lora_bias": False, "use_qalora": False, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
+    "alora_invocation_tokens": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSettings:
+    """`base` is the folder of the weights that the adapter belongs to. rslora scales by alpha / sqrt(r) (arXiv 2312.03732)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0
+    base: str = ""
+    rslora: bool = False
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+
+class Adapter(nn.Module):
+    """`pairs[name]` is (A, B) of the linear `name`, as in "layers.0.self_attn.q_proj"."""
+
+    def __init__(self, settings: LoraSettings, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+        super().__init__()
+        self.settings = settings
+        self.pairs = {name: (nn.Parameter(a), nn.Parameter(b)) for name, (a, b) in pairs.items()}
+        for name, (a, b) in self.pairs.items():  # a parameter's name has no dots
+            self.register_parameter(f"{name.replace('.', '_')}_A", a)
+            self.register_parameter(f"{name.replace('.', '_')}_B", b)
+
+    @property
+    def changes_nothing(self) -> bool:
+        return not any(bool(b.detach().any()) for _, b in self.pairs.values())
+
+
+class AdapterRows:
+    """Which tokens of a forward go through which adapter: rows [n] int64 of each, None for all. No token is in two.
+
+    `dropout_seed` given, the adapters' dropout falls on what enters A; the masks follow from the seed and the order of the linears.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Adapter, Tensor | None]], dropout_seed: int | None = None) -> None:
+        self.parts = parts
+        self._seed = dropout_seed
+        self._generator: torch.Generator | None = None
+
+    def add(self, name: str, x_TK: Tensor, out_TO: Tensor) -> Tensor:
+        """What the linear `name` makes of x is `out`; the adapters' part is added to it in place."""
+        for adapter, rows in self.parts:
+            if name not in adapter.pairs:
+                continue
+            a, b = adapter.pairs[name]
+            x = self._drop(x_TK if rows is None else x_TK.index_select(0, rows), adapter.settings.dropout)
+            delta = ops.linear(ops.linear(x, a), b) * adapter.settings.scale
+            out_TO = out_TO.add_(delta) if rows is None else out_TO.index_add_(0, rows, delta)
+        return out_TO
+
+    def _drop(self, x: Tensor, share: float) -> Tensor:
+        if self._seed is None or not share:
+            return x
+        if self._generator is None:
+            self._generator = torch.Generator(x.device).manual_seed(self._seed)
+        kept = torch.rand(x.shape, generator=self._generator, device=x.device) >= share
+        return x * kept / (1 - share)
+
+
+class LoraDecoder(Decoder):
+    """A frozen decoder and an adapter on it, which alone is trained. The modules are the decoder's own: nothing is copied."""
+
+    def __init__(self, base: Decoder, adapter: Adapter) -> None:
+        nn.Module.__init__(self)
+        self.config, self.scale, self._tables = base.config, base.scale, base._tables
+        self.model, self.lm_head = base.model, base.lm_head
+        self.adapter = adapter
+        self.__dict__["base"] = base.requires_grad_(False)  # past nn.Module, which would list its parameters twice
+
+    @property
+    def adapter_off(self) -> Decoder:
+        """The base model: same tensors, no adapter."""
+        base: Decoder = self.__dict__["base"]
+        return base
+
+    def rows(self, dropout_seed: int | None = None) -> AdapterRows:
+        return AdapterRows([(self.adapter, None)], dropout_seed)
+
+
+def new_adapter(model: Decoder, settings: LoraSettings, seed: int) -> Adapter:
+    """A is uniform in +-1 / sqrt(in) and B is 0, as in peft: at first the adapter changes nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    pairs = {}
+    for name, weight in _linears(model).items():
+        if name.rpartition(".")[2] in settings.targets:
+            a = (2 * torch.rand(settings.rank, weight.shape[1], generator=generator) - 1) / math.sqrt(weight.shape[1])
+            pairs[name] = (a.to(weight), weight.new_zeros(weight.shape[0], settings.rank))
+    return Adapter(settings, pairs)
+
+
+def _linears(model: Decoder) -> dict[str, Tensor]:
+    return {name: module.weight.detach() for name, module in model.model.named_modules() if isinstance(module, Linear)}
+
+
+@torch.no_grad()
+def merged(model: LoraDecoder) -> Decoder:
+    """A decoder with the adapter in its weights, W + scale B A in fp32; weights without an adapter are shared."""
+    with torch.device("meta"):
+        out = Decoder(model.config)
+    for name, weight in model.adapter_off.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        pair = model.adapter.pairs.get(owner.removeprefix("model.")) if leaf == "weight" else None
+        value = weight.detach()
+        if pair is not None:
+            value = (weight.float() + model.adapter.settings.scale * (pair[1].float() @ pair[0].float())).to(weight.dtype)
+        setattr(out.get_submodule(owner), leaf, nn.Parameter(value))
+    return out
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_adapter(adapter: Adapter, folder: Path) -> None:
+    """adapter_config.json and adapter_model.safetensors, into an existing folder; `peft` loads it."""
+    s = adapter.settings
+    raw = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": s.base, "r": s.rank, "lora_alpha": s.alpha,
+        "lora_dropout": s.dropout, "target_modules": list(s.targets), "bias": "none", "use_rslora": s.rslora, "inference_mode": True,
+    }  # fmt: skip
+    (folder / CONFIG).write_text(json.dumps(raw, indent=2), "utf-8")
+    tensors = {
+        f"{PREFIX}{name}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
+        for name, pair in adapter.pairs.items()
+        for letter, tensor in zip("AB", pair, strict=True)
+    }
+    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
+
+
+def read_settings(folder: Path) -> LoraSettings:
+    """adapter_config.json; ValueError names what is no LoRA or not computed here."""
+    raw, file = read_json(folder / CONFIG), folder / CONFIG
+    if raw.get("peft_type") != "LORA":
+        raise ValueError(f"{file}: peft_type = {raw.get('peft_type')!r}, accepted is 'LORA'")
+    for key, accepted in REFUSED.items():
+        if raw.get(key) and raw[key] != accepted:
+            raise ValueError(f"{file}: {key} = {raw[key]!r}, accepted is {accepted!r}")
+    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
+    if type(rank) is not int or rank < 1:
+        raise ValueError(f"{file}: r = {rank!r}, accepted is an integer >= 1")
+    if not isinstance(alpha, int | float):
+        raise ValueError(f"{file}: lora_alpha = {alpha!r}, accepted is a number")
+    return LoraSettings(
+        rank=rank, alpha=float(alpha), dropout=float(raw.get("lora_dropout", 0.0)),
+        targets=tuple(sorted(targets)) if isinstance(targets, list) else TARGETS,  # else a pattern; the tensors tell
+        base=raw.get("base_model_name_or_path") or "", rslora=bool(raw.get("use_rslora", False)),
+    )  # fmt: skip
+
+
+def read_adapter(folder: Path, model: Decoder) -> Adapter:
+    """The adapter in a folder, in `model`'s dtype and on its device. ValueError names a tensor that does not belong to `model`."""
+    settings, file, linears = read_settings(folder), folder / WEIGHTS, _linears(model)
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {WEIGHTS}")
+    try:
+        tensors = load_file(str(file))
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read, it is truncated or damaged: {error}") from error
+    pairs = {}
+    for name, weight in linears.items():
+        a, b = (tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None) for letter in "AB")
+        if a is None and b is None:
+            continue
+        found = [None if t is None else [*t.shape] for t in (a, b)]
+        wanted = [[settings.rank, weight.shape[1]], [weight.shape[0], settings.rank]]
+        if a is None or b is None or found != wanted:
+            raise ValueError(f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and {wanted[1]}")
+        pairs[name] = (a.to(weight), b.to(weight))
+    if tensors or not pairs:
+        names = ", ".join(TARGETS)
+        raise ValueError(f"{file}: {next(iter(tensors), 'nothing')} belongs to no linear of this model; accepted are {names} of its layers")
+    return Adapter(settings, pairs)
