@@ -134,9 +134,10 @@ class TreeAttention:
         return ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale).index_select(0, batch.first)
 
 
-def hidden_nodes(model: Decoder, batch: Batch) -> Tensor:
+def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
     """The hidden state of every node, [U, H]; position t's is row `batch.nodes[t]`."""
-    return model.hidden(batch.token_ids[batch.first], batch.positions[batch.first], TreeAttention(batch, model.scale))
+    attention, lora = TreeAttention(batch, model.scale), model.rows(dropout_seed)
+    return model.hidden(batch.token_ids[batch.first], batch.positions[batch.first], attention, lora)
 
 
 def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:

@@ -19,6 +19,7 @@ from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
+from duologue.model.lora import TARGETS
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -38,6 +39,16 @@ class ModelSection:
     head_dim: int = 0  # 0 = hidden_size / num_heads
     vocab_size: int = 512
     max_position: int = 512
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSection:
+    """Rank 0 trains all weights; above, only an adapter on the frozen weights of `model.path`."""
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: tuple[str, ...] = TARGETS
+    dropout: float = 0.0  # in updates only, so the ratio to the rollout's log-probs carries its noise
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +141,7 @@ class Config:
     imitation: ImitationSection = field(default_factory=ImitationSection)
     train: TrainSection = field(default_factory=TrainSection)
     grpo: GrpoSection = field(default_factory=GrpoSection)
+    lora: LoraSection = field(default_factory=LoraSection)
     dialogue: DialogueSection = field(default_factory=DialogueSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     eval: EvalSection = field(default_factory=EvalSection)
@@ -167,6 +179,7 @@ class Config:
 _ANY = 10**12
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
+    "lora.targets": TARGETS,
     "game.name": ("deal",),
     "game.objective": ("cooperative", "nash", "selfish"),
     "grpo.train_roles": ("both", "first"),
@@ -187,6 +200,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.vocab_size": (261, _ANY),
     "model.max_position": (32, _ANY),
     "model.head_dim": (0, 256),
+    "lora.rank": (0, 4096),
+    "lora.alpha": (1e-6, _ANY),
+    "lora.dropout": (0, 0.99),
     "game.item_types": (3, 5),
     "game.total_value": (5, 40),
     "imitation.steps": (0, _ANY),
@@ -243,6 +259,8 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
             not scratch or m.num_heads % m.num_kv_heads == 0,
         ),
         ("model.head_dim", size, not scratch or (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0),
+        ("lora.rank", "0 without model.path, the frozen weights that an adapter needs", not (c.lora.rank and scratch)),
+        ("lora.targets", "at least one linear", bool(c.lora.targets)),
         (
             "game.walk_away",
             walk_away,

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from duologue.grpo.config import Config
 from duologue.kernels import cpu
-from duologue.model.checkpoint import load_model, parse_dtype
+from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder, LoraSettings, merged, new_adapter, read_adapter
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.deal import DealGame
@@ -39,10 +40,11 @@ def build_corpus(config: Config, game: DealGame) -> list[ScriptedDialogue]:
 
 
 def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint of `model.path`, or a Qwen3 decoder from nothing with a tokenizer trained on the demonstrations."""
+    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from nothing with a tokenizer trained on the demonstrations."""
     dtype = parse_dtype(config.model.dtype)
     if config.model.path:
-        return load_policy(Path(config.model.path), config)
+        loaded, known_tokenizer = load_policy(Path(config.model.path), config)
+        return with_adapter(loaded, config), known_tokenizer
     if not demonstrations:
         raise ValueError("model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to learn from")
     texts = [line for d in demonstrations[:5000] for line in (*d.scenario.private_text, *(text for _, text, _ in d.turns))]
@@ -68,7 +70,23 @@ def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tupl
 
 
 def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
-    return load_model(path, config.model.device, parse_dtype(config.model.dtype))
+    """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's."""
+    base = config.model.path if Path(config.model.path, "config.json").is_file() else ""
+    return load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
+
+
+def with_adapter(model: Decoder, config: Config) -> Decoder:
+    """What is trained: a new adapter on `model`, or the one that came with it, or with `lora.rank` 0 all weights, that one merged."""
+    c = config.lora
+    if isinstance(model, LoraDecoder):
+        if c.rank not in (0, model.adapter.settings.rank):
+            raise ValueError(f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank {model.adapter.settings.rank}")
+        return model if c.rank else merged(model)
+    if not c.rank:
+        return model
+    base = str(Path(config.model.path).resolve())
+    settings = LoraSettings(rank=c.rank, alpha=c.alpha, targets=tuple(c.targets), dropout=c.dropout, base=base)
+    return LoraDecoder(model, new_adapter(model, settings, derive_seed(config.train.seed, "adapter")))
 
 
 def check_sizes(config: Config, model: Decoder, path: Path) -> None:
@@ -117,8 +135,16 @@ def check_context(config: Config, model: Decoder, arena: Arena) -> None:
             )
 
 
-def frozen_copy(model: Decoder) -> Decoder:
-    """The same weights, apart and without gradient: the reference of a KL term."""
-    copy = Decoder(model.config).to(device=model.head_weight.device, dtype=model.head_weight.dtype)
-    copy.load_state_dict(model.state_dict())
-    return copy.requires_grad_(False)
+def load_beside(model: Decoder, folder: Path) -> Decoder:
+    """The weights in `folder`, without gradient, for use beside `model`: a KL term's reference, or an opponent.
+
+    Beside a `LoraDecoder` they are its own base with the folder's adapter, or with none when that changes nothing.
+    """
+    if isinstance(model, LoraDecoder):
+        adapter = read_adapter(folder, model.adapter_off).requires_grad_(False)
+        return model.adapter_off if adapter.changes_nothing else LoraDecoder(model.adapter_off, adapter)
+    weight = model.head_weight
+    with torch.device("meta"):
+        other = Decoder(model.config)
+    load_weights(other, folder, weight.device, weight.dtype)
+    return other.requires_grad_(False)

@@ -29,14 +29,15 @@ from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch, grpo_rows
 from duologue.grpo.run import Interrupted, RunDir
-from duologue.grpo.setup import build_arena, build_corpus, build_game, build_policy, check_sizes, frozen_copy, load_policy, use_threads
+from duologue.grpo.setup import build_arena, build_corpus, build_game, build_policy, check_sizes, load_beside, load_policy, use_threads
 from duologue.grpo.update import (
     UpdateStats,
     accumulate_imitation_gradient,
     accumulate_policy_gradient,
     kl_to_reference,
 )
-from duologue.model.checkpoint import load_weights, parse_dtype, write_checkpoint
+from duologue.model.checkpoint import write_checkpoint
+from duologue.model.decoder import Decoder
 from duologue.rollout.games.deal import summarise
 from duologue.rollout.selfplay.arena import derive_seed
 from duologue.rollout.selfplay.dialogue import Group
@@ -98,7 +99,9 @@ class Trainer:
     def _imitation_step(self) -> dict[str, Any]:
         c = self.config.imitation
         rows = demonstration_batch(self.corpus, self.tokenizer, c.dialogues_per_step, self._seed("imitation"))
-        stats = accumulate_imitation_gradient(self.model, rows, max_tokens=self.config.train.tokens_per_microbatch)
+        stats = accumulate_imitation_gradient(
+            self.model, rows, max_tokens=self.config.train.tokens_per_microbatch, dropout_seed=self._seed("dropout")
+        )
         lr = learning_rate(self.step, peak=c.learning_rate, warmup_steps=c.warmup_steps, total_steps=c.steps, schedule="cosine")
         norm = self.optimizer.step(lr)
         return {"stage": "imitation", "loss": stats.loss, "entropy": stats.entropy, "grad_norm": norm, "lr": lr, "tokens": stats.tokens}
@@ -146,15 +149,16 @@ class Trainer:
             stats = accumulate_policy_gradient(
                 self.model, rows, self.loss, temperature=self.config.dialogue.temperature,
                 max_tokens=t.tokens_per_microbatch, reference=self.reference, after_part=self.optimizer.accumulate,
-                budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final,
+                budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final, dropout_seed=self._seed("dropout", epoch),
             )  # fmt: skip
             if c.imitation_coef:
                 demonstrations = demonstration_batch(
                     self.corpus, self.tokenizer, self.config.imitation.dialogues_per_step, self._seed("mixed", epoch)
                 )
                 accumulate_imitation_gradient(
-                    self.model, demonstrations, max_tokens=t.tokens_per_microbatch, coefficient=c.imitation_coef
-                )
+                    self.model, demonstrations, max_tokens=t.tokens_per_microbatch, coefficient=c.imitation_coef,
+                    dropout_seed=self._seed("mixed dropout", epoch),
+                )  # fmt: skip
             lr = learning_rate(
                 self._selfplay_index, peak=c.learning_rate, warmup_steps=c.warmup_steps, total_steps=t.steps, schedule=c.schedule
             )
@@ -229,13 +233,10 @@ class Trainer:
         g = self.config.grpo
         return Optimizer(self.model, betas=(g.betas[0], g.betas[1]), weight_decay=g.weight_decay, max_grad_norm=g.max_grad_norm)
 
-    def _load_reference(self) -> Any:
+    def _load_reference(self) -> Decoder | None:
         if not (self.config.grpo.kl_coef or self.config.train.kl_every):
             return None
-        reference = frozen_copy(self.model)
-        start = self.run_dir.path / "checkpoints" / "warm_start"
-        load_weights(reference, start, self.config.model.device, parse_dtype(self.config.model.dtype))
-        return reference.requires_grad_(False)
+        return load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
 
     def _save_if_due(self, last: int) -> None:
         if self.stop.is_set():

@@ -26,10 +26,12 @@ class UpdateStats:
     trained_tokens: int = 0
 
 
-def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def trained_logprobs(
+    model: Decoder, batch: Batch, temperature: float, dropout_seed: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(log-probs, entropies, target indices), each [N], of the batch's trained tokens. The head runs on these positions only."""
     targets = batch.targets
-    hidden_NH = hidden_nodes(model, batch).index_select(0, batch.nodes[targets - 1])
+    hidden_NH = hidden_nodes(model, batch, dropout_seed).index_select(0, batch.nodes[targets - 1])
     return *head_logprobs(model, batch, hidden_NH, temperature), targets
 
 
@@ -65,6 +67,7 @@ def accumulate_policy_gradient(
     reference: Decoder | None = None,
     budget: int = 0,
     after_part: Callable[[], None] | None = None,
+    dropout_seed: int = 0,
 ) -> UpdateStats:
     """Add the gradient of the loss over `rows` to the parameters' `.grad`; `after_part` is called after each micro-batch.
 
@@ -75,9 +78,9 @@ def accumulate_policy_gradient(
     needs_all = bool(config.kl_coef or config.entropy_coef)
     active = [row for row in rows if row.n_trained and (needs_all or row.advantage != 0.0)]
     stats = UpdateStats()
-    for part in split_rows(active, max_tokens):
+    for i, part in enumerate(split_rows(active, max_tokens)):
         batch = pack(part, device)
-        logp, entropy, targets = trained_logprobs(model, batch, temperature)
+        logp, entropy, targets = trained_logprobs(model, batch, temperature, dropout_seed + i)
         sampler_logp = batch.behaviour_logprobs[targets]
         # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler, capped. On the
         # first update of a rollout the old policy is the present one.
@@ -106,13 +109,15 @@ def accumulate_policy_gradient(
     return stats
 
 
-def accumulate_imitation_gradient(model: Decoder, rows: Sequence[Row], *, max_tokens: int, coefficient: float = 1.0) -> UpdateStats:
+def accumulate_imitation_gradient(
+    model: Decoder, rows: Sequence[Row], *, max_tokens: int, coefficient: float = 1.0, dropout_seed: int = 0
+) -> UpdateStats:
     """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times `coefficient`."""
     total = normaliser(rows)
     stats = UpdateStats()
-    for part in split_rows(rows, max_tokens):
+    for i, part in enumerate(split_rows(rows, max_tokens)):
         batch = pack(part, model.head_weight.device)
-        logp, entropy, _ = trained_logprobs(model, batch, 1.0)
+        logp, entropy, _ = trained_logprobs(model, batch, 1.0, dropout_seed + i)
         loss = imitation_loss(logp, total.tokens)
         torch.autograd.backward(loss * coefficient)
         stats.loss += float(loss.detach())

@@ -11,7 +11,7 @@ from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder
 from duologue.model.files import write_folder
 from duologue.model.lora import CONFIG as ADAPTER_CONFIG
-from duologue.model.lora import LoraDecoder, read_adapter, read_settings
+from duologue.model.lora import LoraDecoder, read_adapter, read_settings, write_adapter
 from duologue.model.tokenizer import Tokenizer, read_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -43,7 +43,7 @@ def load_model(
         if not (below / "config.json").is_file():
             raise ValueError(f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as model.path")
         model, tokenizer = load_model(below, device, dtype)
-        return LoraDecoder(model, read_adapter(folder, model)), tokenizer
+        return LoraDecoder(model, read_adapter(folder, model, str(below.resolve()))), tokenizer
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)
     if tokenizer.vocab_size > config.vocab_size:
@@ -121,7 +121,10 @@ def save_model(model: Decoder, tokenizer: Tokenizer, path: str | Path, max_shard
 def write_checkpoint(
     model: Decoder, tokenizer: Tokenizer, folder: Path, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """The files of a checkpoint, into an existing folder."""
+    """The files of a checkpoint, into an existing folder; of a `LoraDecoder` its adapter, which names the folder of its base."""
+    if isinstance(model, LoraDecoder):
+        tokenizer.save(folder)
+        return write_adapter(model.adapter, folder)
     raw = model.config.to_hf()
     raw["dtype"] = raw["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
     if tokenizer.eos_token_ids:

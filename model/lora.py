@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,8 +188,8 @@ def read_settings(folder: Path) -> LoraSettings:
     )  # fmt: skip
 
 
-def read_adapter(folder: Path, model: Decoder) -> Adapter:
-    """The adapter in a folder, in `model`'s dtype and on its device. ValueError names a tensor that does not belong to `model`."""
+def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
+    """The adapter in a folder, in `model`'s dtype and on its device; `base` is where the base is now. ValueError names a tensor that does not belong to `model`."""
     settings, file, linears = read_settings(folder), folder / WEIGHTS, _linears(model)
     if not file.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}")
@@ -210,4 +210,4 @@ def read_adapter(folder: Path, model: Decoder) -> Adapter:
     if tensors or not pairs:
         names = ", ".join(TARGETS)
         raise ValueError(f"{file}: {next(iter(tensors), 'nothing')} belongs to no linear of this model; accepted are {names} of its layers")
-    return Adapter(settings, pairs)
+    return Adapter(replace(settings, base=base or settings.base), pairs)
