@@ -2,7 +2,7 @@
 
     python bench/head.py [--only ours] [--json] [--save]      from the root, after `pip install -e '.[bench]'`
 
-N = 4,096 rows, forward and backward of a clipped policy loss with an entropy bonus, gradients in hidden states and weight. The sides
+N = 4,096 rows, forward and backward of a clipped policy loss, gradients in hidden states and weight. The sides
 take turns in one process on the same inputs. Memory is the largest growth of the resident set during a call in a process of its own.
 """
 
@@ -30,7 +30,6 @@ from bench.common import append_rows, quantiles
 
 N = 4096
 SHAPES = [(256, 4096), (768, 4096), (256, 32768), (768, 32768)]  # H, V
-CONFIG = LossConfig(entropy_coef=0.01)
 
 
 def make(H: int, V: int, active: float) -> dict[str, Tensor]:
@@ -54,7 +53,7 @@ def loss(x: dict[str, Tensor], logp: Tensor, entropy: Tensor, rows: slice, confi
 
 def ours(x: dict[str, Tensor], config: LossConfig) -> None:
     args = x["hidden"], x["weight"], x["targets"]
-    ops.linear_policy_loss(*args, lambda logp, entropy, rows: loss(x, logp, entropy, rows, config)).backward()
+    ops.linear_policy_loss(*args, lambda logp, entropy, rows: loss(x, logp, entropy, rows, config)).loss.backward()
 
 
 def plain(x: dict[str, Tensor], config: LossConfig) -> None:
@@ -67,18 +66,19 @@ def trl(x: dict[str, Tensor], config: LossConfig) -> None:
     from trl.kernels import ChunkedLogProbFunction
 
     outputs = ("entropy",) if config.entropy_coef else ()
-    got = ChunkedLogProbFunction.apply(x["hidden"], x["weight"], None, x["targets"], 1.0, 8192, None, 1.0, outputs)
+    chunk = 32768  # as its trainer calls it
+    got = ChunkedLogProbFunction.apply(x["hidden"], x["weight"], None, x["targets"], 1.0, chunk, None, 1.0, outputs)
     loss(x, got[0], got[1] if config.entropy_coef else got[0], slice(0, N), config).backward()
 
 
 SIDES: dict[str, Callable[[dict[str, Tensor], LossConfig], None]] = {"ours": ours, "pytorch": plain, "trl_chunked": trl}
 
 
-def _grow(side: str, H: int, V: int, threads: int, out: Any) -> None:
+def _grow(side: str, H: int, V: int, config: LossConfig, threads: int, out: Any) -> None:
     """Largest growth of the resident set in a call, of a fresh process that has made one small call."""
     torch.set_num_threads(threads)
     x = make(H, V, 1.0)
-    SIDES[side](make(8, 64, 1.0), CONFIG)
+    SIDES[side](make(8, 64, 1.0), config)
     process, peak, done = psutil.Process(), 0, threading.Event()
     before = process.memory_info().rss
 
@@ -90,17 +90,17 @@ def _grow(side: str, H: int, V: int, threads: int, out: Any) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    SIDES[side](x, CONFIG)
+    SIDES[side](x, config)
     done.set()
     watcher.join()
     out.put(peak - before)
 
 
-def memory(side: str, H: int, V: int) -> float:
+def memory(side: str, H: int, V: int, config: LossConfig) -> float:
     """MB."""
     context = multiprocessing.get_context("spawn")
     out = context.Queue()
-    child = context.Process(target=_grow, args=(side, H, V, torch.get_num_threads(), out))
+    child = context.Process(target=_grow, args=(side, H, V, config, torch.get_num_threads(), out))
     child.start()
     grown = out.get(timeout=300)
     child.join()
@@ -135,14 +135,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="add the rows to bench/results/head.csv")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--active", type=float, default=1.0, help="share of rows with an advantage; without the entropy bonus below 1")
+    parser.add_argument("--active", type=float, default=1.0, help="share of rows with an advantage")
+    parser.add_argument("--entropy", type=float, default=0.0, help="coefficient of the entropy bonus")
+    parser.add_argument("--shape", type=int, nargs=2, metavar=("H", "V"), help="this one only")
     args = parser.parse_args()
     sides = ["ours"] if args.only else list(SIDES)
-    config = CONFIG if args.active == 1 else LossConfig()
+    config = LossConfig(entropy_coef=args.entropy)
     rows = []
-    for H, V in SHAPES:
+    for H, V in [tuple(args.shape)] if args.shape else SHAPES:
         row = bench(H, V, sides, args.repeats, config, args.active)
-        row |= {f"{side}_mb": round(memory(side, H, V)) for side in sides}
+        row |= {f"{side}_mb": round(memory(side, H, V, config)) for side in sides}
         rows.append(row)
         if not args.json:
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)

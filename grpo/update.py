@@ -9,6 +9,7 @@ import torch
 from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
 from duologue.kernels import ops
+from duologue.kernels.head import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder
 from torch import Tensor
 
@@ -26,22 +27,26 @@ class UpdateStats:
     trained_tokens: int = 0
 
 
-def trained_logprobs(
-    model: Decoder, batch: Batch, temperature: float, dropout_seed: int | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs, entropies, target indices), each [N], of the batch's trained tokens. The head runs on these positions only."""
-    targets = batch.targets
-    hidden_NH = hidden_nodes(model, batch, dropout_seed).index_select(0, batch.nodes[targets - 1])
-    return *head_logprobs(model, batch, hidden_NH, temperature), targets
+def trained_hidden(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
+    """Hidden states [N, H] before the batch's trained tokens: the head runs on these positions only."""
+    return hidden_nodes(model, batch, dropout_seed).index_select(0, batch.nodes[batch.targets - 1])
 
 
-def head_logprobs(model: Decoder, batch: Batch, hidden_NH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies [N] of the trained tokens; a truncated draw is scored by the distribution that it was drawn from."""
-    targets = batch.targets
+def truncated_logprobs(model: Decoder, batch: Batch, hidden_NH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """(log-probs [N], entropies [N]) of truncated draws, by the distributions that they were drawn from."""
+    offsets = torch.cat((batch.kept_offsets[batch.targets], batch.kept_offsets[-1:]))  # between targets there are none
+    targets = batch.token_ids[batch.targets]
+    return ops.sparse_linear_logprob(hidden_NH, model.head_weight, targets, batch.kept_ids, offsets, temperature)
+
+
+def head_loss(model: Decoder, batch: Batch, hidden_NH: Tensor, loss_fn: LossFn, temperature: float, level: str = "token") -> PolicyLoss:
+    """The loss of the batch's trained tokens, from the hidden states before them."""
     if len(batch.kept_ids) == 0:
-        return ops.logprob(model.head(hidden_NH), batch.token_ids[targets], temperature)
-    offsets = torch.cat((batch.kept_offsets[targets], batch.kept_offsets[-1:]))  # between targets there are none
-    return ops.sparse_linear_logprob(hidden_NH, model.head_weight, batch.token_ids[targets], batch.kept_ids, offsets, temperature)
+        targets = batch.token_ids[batch.targets]
+        return ops.linear_policy_loss(hidden_NH, model.head_weight, targets, loss_fn, level=level, temperature=temperature)
+    logp, entropy = truncated_logprobs(model, batch, hidden_NH, temperature)
+    loss, sums = loss_fn(logp, entropy, slice(None))
+    return PolicyLoss(loss, logp.detach(), entropy.detach(), sums)
 
 
 def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:
@@ -55,6 +60,33 @@ def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:
         rows=float(max(sum(n > 0 for n in lengths), 1)),
         max_length=float(budget or max([*lengths, 1])),
     )
+
+
+def packed_loss(config: LossConfig, batch: Batch, n_rows: int, total: Normaliser, ref_logp: Tensor | None) -> LossFn:
+    """The policy loss of some of a batch's trained tokens, as the head asks for it."""
+    targets = batch.targets
+    sampler_logp, advantage, segment_ids = batch.behaviour_logprobs[targets], batch.advantages[targets], batch.segment_ids[targets]
+
+    def loss_fn(logp: Tensor, entropy: Tensor, rows: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler, capped. On the
+        # first update of a rollout the old policy is the present one.
+        loss, parts = policy_loss(
+            config, logp, logp.detach() if config.tis_cap else sampler_logp[rows], advantage[rows], segment_ids[rows], n_rows, total,
+            ref_logp=None if ref_logp is None else ref_logp[rows], entropy=entropy,
+            sampler_logp=sampler_logp[rows] if config.tis_cap else None,
+        )  # fmt: skip
+        return loss, {"clipped": parts.clipped_low + parts.clipped_high, "kl_old": parts.kl_old}
+
+    return loss_fn
+
+
+@torch.no_grad()
+def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> Tensor:
+    """Log-probs [N] of the batch's trained tokens."""
+    hidden_NH = trained_hidden(model, batch)
+    if len(batch.kept_ids):
+        return truncated_logprobs(model, batch, hidden_NH, temperature)[0]
+    return ops.linear_logprob(hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature)[0]
 
 
 def accumulate_policy_gradient(
@@ -80,30 +112,23 @@ def accumulate_policy_gradient(
     stats = UpdateStats()
     for i, part in enumerate(split_rows(active, max_tokens)):
         batch = pack(part, device)
-        logp, entropy, targets = trained_logprobs(model, batch, temperature, dropout_seed + i)
-        sampler_logp = batch.behaviour_logprobs[targets]
-        # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler, capped. On the
-        # first update of a rollout the old policy is the present one.
-        old_logp = logp.detach() if config.tis_cap else sampler_logp
         ref_logp = None
         if config.kl_coef:
             assert reference is not None
-            with torch.no_grad():
-                ref_logp = trained_logprobs(reference, batch, temperature)[0]
-        loss, parts = policy_loss(
-            config, logp, old_logp, batch.advantages[targets], batch.segment_ids[targets], len(part), total,
-            ref_logp=ref_logp, entropy=entropy, sampler_logp=sampler_logp if config.tis_cap else None,
-        )  # fmt: skip
-        torch.autograd.backward(loss)
+            ref_logp = trained_logprobs(reference, batch, temperature)
+        loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
+        level = "sequence" if config.variant in ("grpo", "gspo") else "token"  # these need a row's tokens together
+        found = head_loss(model, batch, trained_hidden(model, batch, dropout_seed + i), loss_fn, temperature, level)
+        torch.autograd.backward(found.loss)
         if after_part is not None:
             after_part()
-        stats.loss += float(loss.detach())
-        stats.entropy += float(entropy.detach().sum())
-        stats.clip_share += float(parts.clipped_low + parts.clipped_high)
-        stats.kl_old += float(parts.kl_old)
-        stats.mismatch = max(stats.mismatch, float((logp.detach() - sampler_logp).abs().max()))
+        stats.loss += float(found.loss.detach())
+        stats.entropy += float(found.entropy.sum())
+        stats.clip_share += float(found.sums["clipped"])
+        stats.kl_old += float(found.sums["kl_old"])
+        stats.mismatch = max(stats.mismatch, float((found.logprob - batch.behaviour_logprobs[batch.targets]).abs().max()))
         stats.tokens += len(batch.token_ids)
-        stats.trained_tokens += len(targets)
+        stats.trained_tokens += len(found.logprob)
     n = max(stats.trained_tokens, 1)
     stats.entropy, stats.clip_share, stats.kl_old = stats.entropy / n, stats.clip_share / n, stats.kl_old / n
     return stats
@@ -117,13 +142,14 @@ def accumulate_imitation_gradient(
     stats = UpdateStats()
     for i, part in enumerate(split_rows(rows, max_tokens)):
         batch = pack(part, model.head_weight.device)
-        logp, entropy, _ = trained_logprobs(model, batch, 1.0, dropout_seed + i)
-        loss = imitation_loss(logp, total.tokens)
-        torch.autograd.backward(loss * coefficient)
-        stats.loss += float(loss.detach())
-        stats.entropy += float(entropy.detach().sum())
+        found = head_loss(
+            model, batch, trained_hidden(model, batch, dropout_seed + i), lambda logp, *_: (imitation_loss(logp, total.tokens), {}), 1.0
+        )
+        torch.autograd.backward(found.loss * coefficient)
+        stats.loss += float(found.loss.detach())
+        stats.entropy += float(found.entropy.sum())
         stats.tokens += len(batch.token_ids)
-        stats.trained_tokens += len(logp)
+        stats.trained_tokens += len(found.logprob)
     stats.entropy /= max(stats.trained_tokens, 1)
     return stats
 
@@ -133,5 +159,5 @@ def kl_to_reference(reference: Decoder, rows: Sequence[Row], *, temperature: flo
     """Mean k3 estimate of KL(policy || reference) per sampled token, on the first micro-batch of rows."""
     part = split_rows([row for row in rows if row.n_trained], max_tokens)[0]
     batch = pack(part, reference.head_weight.device)
-    ref_logp, _, targets = trained_logprobs(reference, batch, temperature)
-    return float(kl_estimate(batch.behaviour_logprobs[targets], ref_logp, "k3").mean())
+    ref_logp = trained_logprobs(reference, batch, temperature)
+    return float(kl_estimate(batch.behaviour_logprobs[batch.targets], ref_logp, "k3").mean())

@@ -74,6 +74,7 @@ def logprob_backward(
     grad_logprob: int,
     grad_entropy: int,
     grad_logits: int,
+    source: int,
     N: int,
     V: int,
     dtype: int,

@@ -92,6 +92,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtyp
     return out
 
 
+def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
+    """out [I, C] (+)= A [I, R] @ b [R, C] in fp32; sizes are I, R, C and a's strides along I and R, one of which is 1."""
+    lib().matmul(*pointers(a, b, out), *sizes, add)
+
+
 def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
     """(grad [M, O] @ weight [O, K], grad^T @ x [M, K]); what is not needed is empty.
 
@@ -102,9 +107,9 @@ def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_
     (M, O), K = grad.shape, x.shape[1]
     grad_x, grad_weight = x.new_empty((M, K) if need_x else 0), x.new_empty((O, K) if need_weight else 0)
     if need_x:
-        lib().matmul(grad.data_ptr(), weight.data_ptr(), grad_x.data_ptr(), M, O, K, O, 1, False)
+        matmul(grad, weight, grad_x, (M, O, K, O, 1), False)
     if need_weight:
-        lib().matmul(grad.data_ptr(), x.data_ptr(), grad_weight.data_ptr(), O, M, K, 1, O, False)
+        matmul(grad, x, grad_weight, (O, M, K, 1, O), False)
     return grad_x.to(dtype), grad_weight.to(dtype)
 
 

@@ -1,317 +1,365 @@
-"""The fused head: log-probs, entropies and the policy gradient from hidden states, with no [N, V] tensor.
+"""The head of a policy without its logits: log-prob and entropy from hidden states, and the gradient of any loss of them.
 
-`linear_logprob` is an ordinary differentiable op; its backward computes the logits of a chunk again (four matrix products in
-all). `linear_policy_loss` knows the loss, so it turns each chunk's logits into their gradient while it has them: three products.
-It asks the caller's `loss_fn` for the loss of a chunk's [n] log-probs and entropies, differentiates that, and takes the results as
-the coefficients c, e of the rows: with p = softmax(z), entropy S and log-prob l,
+Logits exist for a chunk of rows at a time, in fp32. `linear_logprob` is an ordinary differentiable op whose backward computes
+them again: four matrix products. `policy_loss` calls the loss on each chunk while its logits are there and turns them into
+their gradient in place: three. A row whose gradient is zero (masked, clipped, no advantage) stays out of the last two.
 
-    dz_j = (c (1[j = target] - p_j) - e p_j (log p_j + S)) / temperature
-
-The loss itself is defined by the caller and nowhere here. A chunk is as many rows as `chunk_bytes` of fp32 logits hold.
-
-On CPU fp32 and bf16 run on the C++ kernels and a row's bits are those of `ops.linear` (fp32 out) and `ops.logprob`; elsewhere, and
-for float64, PyTorch computes the same. Logits, log-probs, entropies and the sums of the weight gradient are fp32 (float64 for
-float64 inputs).
-
-Shapes: N rows, n rows of a chunk, H hidden, V vocabulary.
+Shapes: N rows, n rows of a chunk, k of them with a gradient, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from duologue.kernels import cpu, reference, softmax
 from torch import Tensor
 
-CHUNK_BYTES = 16 << 20
-LIMIT = 2**31
+CPU_BYTES, GPU_BYTES, LEAST_ROWS = 16 * 2**20, 2 * 2**30, 256  # of logits at a time, unless the caller says
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+Rows = slice | Tensor
+Need = tuple[bool, bool, bool]  # gradients of hidden, weight, bias
+LossFn = Callable[[Tensor, Tensor, Rows], Any]
 
-LossFn = Callable[[Tensor, Tensor, slice], Tensor]
+
+class PolicyLoss(NamedTuple):
+    loss: Tensor  # differentiable in hidden, weight and bias
+    logprob: Tensor  # [N], without gradient; 0 where the mask is
+    entropy: Tensor  # [N], likewise
+    sums: dict[str, Tensor]  # what loss_fn gave beside the loss, summed over its calls
 
 
-def check(
-    op: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, bias: Tensor | None, softcap: float | None
-) -> None:
-    """Raise ValueError with the argument's name, its value and what is accepted."""
+class Inputs(NamedTuple):
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    targets: Tensor  # [N] int64
+    temperature: Tensor  # [N]
+    bias: Tensor | None  # [V]
+    softcap: float  # 0: off
+    mask: Tensor | None  # [N] bool
+    chunk_bytes: int  # bytes of logits; 0: the default
 
-    def refuse(name: str, value: object, accepted: str) -> None:
-        raise ValueError(f"{op}: {name} = {value}, accepted is {accepted}")
 
-    if hidden.dim() != 2 or not hidden.is_floating_point():
-        refuse("hidden", f"{hidden.dtype} of shape {tuple(hidden.shape)}", "floating point of shape (N, H)")
+def wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def prepare(
+    op: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, bias: Tensor | None,
+    softcap: float | None, mask: Tensor | None, chunk_bytes: int | None,
+) -> Inputs:  # fmt: skip
+    """The arguments of `op` as its kernels take them; ValueError for a shape, dtype, device or setting that they do not."""
+    device, dtype = hidden.device.type, hidden.dtype
+    cpu.check(op, "hidden", hidden, (None, None), None, device)
+    if dtype not in DTYPES:
+        raise ValueError(f"{op}: hidden is {dtype}, accepted is one of {', '.join(map(str, DTYPES))}")
     N, H = hidden.shape
-    if weight.dim() != 2 or weight.shape[1] != H or weight.shape[0] == 0:
-        refuse("weight", f"a tensor of shape {tuple(weight.shape)}", f"(V, {H}) with V > 0")
-    V = weight.shape[0]
-    if N >= LIMIT or V >= LIMIT:
-        refuse("N, V", (N, V), f"fewer than {LIMIT} each")
-    if targets.shape != (N,) or targets.dtype != torch.int64:
-        refuse("targets", f"{targets.dtype} of shape {tuple(targets.shape)}", f"int64 of shape ({N},)")
-    if bias is not None and bias.shape != (V,):
-        refuse("bias", f"a tensor of shape {tuple(bias.shape)}", f"({V},)")
-    for name, x in (("weight", weight), ("bias", bias)):
-        if x is not None and x.dtype != hidden.dtype:
-            refuse(name, x.dtype, f"hidden's {hidden.dtype}")
-    rows = temperature if isinstance(temperature, Tensor) else None
-    if rows is not None and rows.shape != (N,):
-        refuse("temperature", f"a tensor of shape {tuple(rows.shape)}", f"a number, or ({N},)")
-    for name, x in (("weight", weight), ("targets", targets), ("bias", bias), ("temperature", rows)):
-        if x is not None and x.device != hidden.device:
-            refuse(f"{name}.device", x.device, f"hidden's {hidden.device}")
-    if softcap is not None and not softcap > 0:
-        refuse("softcap", softcap, "None or a number above 0")
-    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU the value would cost a wait
-        if N and not (int(targets.min()) >= 0 and int(targets.max()) < V):
-            refuse("targets", f"{int(targets.min())} to {int(targets.max())}", f"0 to {V - 1}")
-        least = temperature if rows is None else float(rows.min()) if N else 1.0
-        if not least > 0:
-            refuse("temperature", least, "above 0")
+    cpu.check(op, "weight", weight, (None, H), dtype, device)
+    V = len(weight)
+    if not 0 < V < 2**28:  # the Triton grid's second dimension
+        raise ValueError(f"{op}: weight has {V} rows, accepted is 1 to 2^28 - 1")
+    if not isinstance(temperature, Tensor):
+        if not 0 < temperature < float("inf"):
+            raise ValueError(f"{op}: temperature = {temperature}, accepted is a finite number above 0")
+        temperature = torch.full((N,), temperature, dtype=wide(hidden), device=hidden.device)
+    temperature = temperature.to(wide(hidden))
+    for name, given, shape, wanted in (
+        ("targets", targets, (N,), torch.int64), ("temperature", temperature, (N,), None), ("bias", bias, (V,), dtype),
+        ("mask", mask, (N,), torch.bool),
+    ):  # fmt: skip
+        if given is not None:
+            cpu.check(op, name, given, shape, wanted, device)
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
+    if chunk_bytes is not None and chunk_bytes <= 0:
+        raise ValueError(f"{op}: chunk_bytes = {chunk_bytes}, accepted is None or a number above 0")
+    return Inputs(hidden, weight, targets, temperature, bias, softcap or 0.0, mask, chunk_bytes or 0)
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None) -> Tensor:
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    run = cpu.linear if cpu.serves(hidden) else reference.linear
-    logits: Tensor = run(hidden, weight, bias, wide)
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+def check_values(op: str, x: Inputs) -> None:
+    """ValueError for a target or a temperature out of range: on a GPU this waits for them."""
+    V = len(x.weight)
+    wrong = (x.targets < 0) | (x.targets >= V) | ~((x.temperature > 0) & x.temperature.isfinite())
+    wrong = wrong if x.mask is None else wrong & x.mask
+    if bool(wrong.any()):
+        n = int(wrong.nonzero()[0])
+        row = f"row {n} has target {int(x.targets[n])} and temperature {float(x.temperature[n]):.6g}"
+        raise ValueError(f"{op}: {row}, accepted is 0 to {V - 1} and a finite number above 0")
 
 
-def _logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob, entropy, what `_grad_logits` needs of the C++ kernel)."""
-    if cpu.serves(logits):
-        return softmax.logprob(logits, targets, *softmax.split_temperature(temperature), keep_stats=True)
-    return *reference.logprob(logits, targets, temperature), logits.new_empty(0)
+def compact(active: Tensor) -> Tensor | None:
+    """[k] int64: which active row goes to each of the first k places, or None when all are active.
+
+    A row that is there already stays, the others fill the gaps: no place that is written is another row's source, so a kernel
+    may move rows within one buffer in any order. Reads a number from the device.
+    """
+    k = int(active.sum())
+    if k == len(active):
+        return None
+    source = torch.arange(k, device=active.device)
+    source[~active[:k]] = active[k:].nonzero().squeeze(1) + k
+    return source
 
 
-def _grad_logits(
-    logits: Tensor, targets: Tensor, temperature: float | Tensor, entropy: Tensor, stats: Tensor, c: Tensor, e: Tensor,
-    softcap: float | None,
-) -> Tensor:  # fmt: skip
-    """dz in the place of z. With a soft cap z = s tanh(x / s), and dx = dz (1 - (z / s)^2)."""
-    slope = None if softcap is None else 1 - (logits / softcap).square()
-    if cpu.serves(logits):
-        softmax.grad_logits_(logits, targets, *softmax.split_temperature(temperature), entropy, stats, c, e)
-    else:
-        inverse = 1 / temperature.unsqueeze(1) if isinstance(temperature, Tensor) else 1 / temperature
-        logp = (logits * inverse).log_softmax(-1)
-        logits.copy_(logp).add_(entropy.unsqueeze(1)).mul_(e.unsqueeze(1)).add_(c.unsqueeze(1)).mul_(logp.exp_()).neg_()
-        logits.scatter_add_(1, targets.unsqueeze(1), c.unsqueeze(1)).mul_(inverse)
-    return logits if slope is None else logits.mul_(slope)
+class Head:
+    """The head of one call, a chunk of rows at a time, and the gradients as they accumulate, in fp32 (float64 for float64)."""
 
+    def __init__(self, inputs: Inputs, need: Need = (False, False, False), triton: bool | None = None) -> None:
+        self.inputs, self.wide = inputs, wide(inputs.hidden)
+        self.hidden, self.weight = inputs.hidden.contiguous(), inputs.weight.contiguous()
+        self.bias = None if inputs.bias is None else inputs.bias.contiguous()
+        self.N, self.V, self.H = len(self.hidden), *self.weight.shape
+        self.triton = self.hidden.is_cuda and self.wide == torch.float32 if triton is None else triton
+        self.cpp = cpu.serves(self.hidden) and not self.triton
+        row = self.V * ((6 if self.triton else 4 if self.cpp else 16) + (4 if inputs.softcap else 0))  # bytes, with its gradient
+        budget = inputs.chunk_bytes or max(CPU_BYTES if self.hidden.device.type == "cpu" else GPU_BYTES, LEAST_ROWS * row)
+        self.step = max(1, min(self.N, budget // row))
+        self.buffer = self.new(self.step, self.V) if self.cpp else None
+        self.grad_hidden = torch.zeros_like(self.hidden) if need[0] else None
+        self.grad_weight = self.new(self.V, self.H).zero_() if need[1] else None
+        self.grad_bias = self.new(self.V).zero_() if need[2] else None
+        self.wide_weight = self.weight.float() if self.cpp and need[0] else self.weight
 
-class _Gradients:
-    """The sums of dW and db over chunks, and dhidden row by row."""
+    def new(self, *shape: int) -> Tensor:
+        return self.hidden.new_empty(shape, dtype=self.wide)
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, needs: tuple[bool, bool, bool]) -> None:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.hidden = torch.zeros_like(hidden, memory_format=torch.contiguous_format) if needs[0] else None
-        self.weight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if needs[1] else None
-        self.bias = torch.zeros(bias.shape, dtype=wide, device=bias.device) if needs[2] and bias is not None else None
-        self._w = weight.float().contiguous() if cpu.serves(weight) else weight
+    def chunks(self, index: Tensor | None) -> Iterator[Rows]:
+        """All rows, as slices, or those given."""
+        n = self.N if index is None else len(index)
+        for rows in (slice(a, min(a + self.step, n)) for a in range(0, n, self.step)):
+            yield rows if index is None else index[rows]
 
-    def add(self, grad: Tensor, x: Tensor, rows: Tensor | slice) -> None:
-        """Of logits' gradients [n, V], whose hidden states are x [n, H] and lie at `rows`."""
-        if self.bias is not None:
-            self.bias += grad.sum(0)
-        if cpu.serves(x):
-            (n, V), H, x = grad.shape, x.shape[1], x.float().contiguous()
-            if self.weight is not None:
-                cpu.lib().matmul(grad.data_ptr(), x.data_ptr(), self.weight.data_ptr(), V, n, H, 1, V, True)
-            if self.hidden is not None:
-                out = torch.empty((n, H), dtype=torch.float32)
-                cpu.lib().matmul(grad.data_ptr(), self._w.data_ptr(), out.data_ptr(), n, V, H, V, 1, False)
-                self.hidden[rows] = out.to(self.hidden.dtype)
+    def project(self, rows: Rows) -> Tensor:
+        """The chunk's logits [n, V]."""
+        x, softcap = self.hidden[rows], self.inputs.softcap
+        if self.buffer is not None:
+            logits = self.buffer[: len(x)]
+            given = cpu.pointers(x, self.weight, self.bias, logits)
+            cpu.lib().linear(*given, len(x), self.V, self.H, cpu.DTYPES[x.dtype], cpu.DTYPES[self.wide])
+        else:
+            logits = self.product(x, self.weight.t())
+            logits = logits if self.bias is None else logits.add_(self.bias)
+        return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b in fp32; on a GPU bf16 and fp16 are multiplied as they are, with fp32 sums."""
+        if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+            return torch.mm(a, b, out_dtype=torch.float32)
+        return torch.mm(a.to(self.wide), b.to(self.wide))
+
+    def stats(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+        """(log-prob [n], entropy [n], [n, 2] for the kernels' gradient: the largest logit, the log of the sum relative to it)."""
+        targets, temperature = self.inputs.targets[rows], self.inputs.temperature[rows]
+        if self.cpp:
+            return softmax.logprob(logits, targets, temperature, 1.0, keep_stats=True)
+        if self.triton:
+            from duologue.kernels import head_triton
+
+            return head_triton.row_stats(logits, targets, temperature)
+        return *reference.logprob(logits, targets, temperature), self.new(len(logits), 2)
+
+    def gradient(self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor) -> None:
+        """Turn logits into their gradient, given those of log-prob and entropy [n], and add what it gives to those needed."""
+        source = compact((g != 0) | (h != 0))
+        k = len(logits) if source is None else len(source)
+        if k == 0:
             return
-        low = grad.to(x.dtype)
-        if self.weight is not None:
-            self.weight += low.t() @ x
-        if self.hidden is not None:
-            self.hidden[rows] = low @ self._w
+        softcap, targets, temperature = self.inputs.softcap, self.inputs.targets[rows], self.inputs.temperature[rows]
+        slope = 1 - (logits / softcap).square_() if softcap else None
+        dz = logits[:k]
+        if self.cpp:
+            softmax.grad_logits(logits, targets, temperature, 1.0, entropy, stats, g, h, dz, source)
+        elif self.triton:
+            from duologue.kernels import head_triton
 
-    def cast(self, hidden: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        weight = None if self.weight is None else self.weight.to(hidden.dtype)
-        return self.hidden, weight, None if self.bias is None or bias is None else self.bias.to(bias.dtype)
+            dz = head_triton.row_gradient(logits, source, targets, temperature, stats, entropy, g, h, self.hidden.dtype)
+        else:
+            with torch.enable_grad():
+                z = logits.requires_grad_()
+                dz = torch.autograd.grad(reference.logprob(z, targets, temperature), z, (g, h))[0]
+            dz = dz if source is None else dz[source]
+        if slope is not None:
+            dz.mul_(slope if source is None else slope[source])
+        at = rows if source is None else source + rows.start if isinstance(rows, slice) else rows[source]
+        self.add_products(dz, at)
 
+    def add_products(self, dz: Tensor, rows: Rows) -> None:
+        x, k = self.hidden[rows], len(dz)
+        if self.cpp:
+            if self.grad_hidden is not None:
+                out = self.new(k, self.H)
+                cpu.matmul(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), False)
+                self.grad_hidden[rows] = out.to(x.dtype)
+            if self.grad_weight is not None:
+                cpu.matmul(dz, x.float(), self.grad_weight, (self.V, k, self.H, 1, self.V), True)
+            if self.grad_bias is not None:
+                cpu.matmul(torch.ones(k), dz, self.grad_bias, (1, k, self.V, k, 1), True)
+            return
+        if self.grad_hidden is not None:
+            self.grad_hidden[rows] = self.product(dz, self.weight).to(x.dtype)
+        if self.grad_weight is not None:
+            if dz.is_cuda and dz.dtype != self.wide:
+                torch.addmm(self.grad_weight, dz.t(), x, out_dtype=torch.float32, out=self.grad_weight)
+            else:
+                self.grad_weight.addmm_(dz.t().to(self.wide), x.to(self.wide))
+        if self.grad_bias is not None:
+            self.grad_bias += dz.sum(0, dtype=self.wide)
 
-def _chunks(n_rows: int, weight: Tensor, chunk_bytes: int) -> Iterator[slice]:
-    size = max(1, chunk_bytes // (weight.shape[0] * (8 if weight.dtype == torch.float64 else 4)))
-    return (slice(a, min(a + size, n_rows)) for a in range(0, n_rows, size))
-
-
-def _of(temperature: float | Tensor, rows: slice | Tensor) -> float | Tensor:
-    return temperature[rows] if isinstance(temperature, Tensor) else temperature
-
-
-def _score(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, bias: Tensor | None, softcap: float | None,
-    chunk_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    logprob, entropy = (torch.empty(len(hidden), dtype=wide, device=hidden.device) for _ in range(2))
-    for rows in _chunks(len(hidden), weight, chunk_bytes):
-        logits = _logits(hidden[rows], weight, bias, softcap)
-        logprob[rows], entropy[rows], _ = _logprob(logits, targets[rows], _of(temperature, rows))
-    return logprob, entropy
-
-
-def _add_chunk(
-    sums: _Gradients, logits: Tensor, rows: slice, hidden: Tensor, targets: Tensor, temperature: float | Tensor,
-    entropy: Tensor, stats: Tensor, c: Tensor, e: Tensor, softcap: float | None,
-) -> None:  # fmt: skip
-    """Add a chunk's gradients. Rows whose coefficients are zero leave before the products, except on a GPU, where that would wait."""
-    if hidden.device.type == "cpu":
-        kept = ((c != 0) | (e != 0)).nonzero().squeeze(1)
-        if len(kept) == 0:
-            return None
-        if len(kept) < 0.9 * len(c):
-            where = kept + rows.start
-            temperature = temperature[rows] if isinstance(temperature, Tensor) else temperature
-            logits, entropy, c, e = logits[kept], entropy[kept], c[kept], e[kept]
-            stats = stats[kept] if len(stats) else stats
-            grad = _grad_logits(logits, targets[where], _of(temperature, kept), entropy, stats, c, e, softcap)
-            return sums.add(grad, hidden[where], where)
-    grad = _grad_logits(logits, targets[rows], _of(temperature, rows), entropy, stats, c, e, softcap)
-    return sums.add(grad, hidden[rows], rows)
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        found = (self.grad_hidden, self.grad_weight, self.grad_bias)
+        return tuple(None if x is None else x.to(self.hidden.dtype) for x in found)
 
 
-# ---- linear_logprob as torch.library ops -------------------------------------------------------------------------------
+def score(head: Head, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-prob [N], entropy [N], stats [N, 2]) of the rows `index`, 0 elsewhere."""
+    logprob, entropy, stats = head.new(head.N).zero_(), head.new(head.N).zero_(), head.new(head.N, 2).zero_()
+    for rows in head.chunks(index):
+        logprob[rows], entropy[rows], stats[rows] = head.stats(head.project(rows), rows)
+    return logprob, entropy, stats
 
 
-@torch.library.custom_op("duologue::linear_logprob", mutates_args=())
-def _linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, bias: Tensor | None,
-    softcap: float | None, chunk_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _score(hidden, weight, targets, temperature if temperatures is None else temperatures, bias, softcap, chunk_bytes)
+def accumulate(head: Head, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor) -> None:
+    """Compute the logits again where a gradient [N] is not zero, and add what they give."""
+    for rows in head.chunks(compact((g != 0) | (h != 0))):
+        head.gradient(head.project(rows), rows, stats[rows], entropy[rows], g[rows], h[rows])
 
 
-@_linear_logprob.register_fake
-def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return hidden.new_empty(hidden.shape[0], dtype=wide), hidden.new_empty(hidden.shape[0], dtype=wide)
+def kept(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.nonzero().squeeze(1)
 
 
-@torch.library.custom_op("duologue::linear_logprob_backward", mutates_args=())
-def _linear_logprob_backward(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, bias: Tensor | None,
-    softcap: float | None, chunk_bytes: int, grad_logprob: Tensor, grad_entropy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    each = temperature if temperatures is None else temperatures
-    sums = _Gradients(hidden, weight, bias, (True, True, bias is not None))
-    for rows in _chunks(len(hidden), weight, chunk_bytes):
-        logits = _logits(hidden[rows], weight, bias, softcap)
-        _, entropy, stats = _logprob(logits, targets[rows], _of(each, rows))
-        c, e = grad_logprob[rows].contiguous(), grad_entropy[rows].contiguous()
-        _add_chunk(sums, logits, rows, hidden, targets, each, entropy, stats, c, e, softcap)
-    grad_hidden, grad_weight, grad_bias = sums.cast(hidden, bias)
-    assert grad_hidden is not None
-    assert grad_weight is not None
-    return grad_hidden, grad_weight, hidden.new_empty(0) if grad_bias is None else grad_bias
+# ---- linear_logprob --------------------------------------------------------------------------------------------------
+
+_OUT = "(Tensor, Tensor, Tensor)"
+_ARGS = "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, float softcap, Tensor? mask, int chunk_bytes"
+_GRADS = "Tensor entropy, Tensor stats, Tensor g, Tensor h, bool[] need"
 
 
-@_linear_logprob_backward.register_fake
-def _(hidden: Tensor, weight: Tensor, targets: Any, temperatures: Any, t: Any, bias: Tensor | None, *_: Any) -> tuple[Tensor, ...]:
-    like = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, weight)]
-    return like[0], like[1], hidden.new_empty(0) if bias is None else torch.empty_like(bias)
+@torch.library.custom_op("duologue::linear_logprob", mutates_args=(), schema=f"({_ARGS}) -> {_OUT}")
+def linear_logprob(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(*args)
+    check_values("linear_logprob", inputs)
+    return score(Head(inputs), kept(inputs.mask))
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, weight, targets, temperatures, *ctx.rest = inputs
-    ctx.save_for_backward(hidden, weight, targets, temperatures, ctx.rest[1])
-    ctx.rest = [ctx.rest[0], *ctx.rest[2:]]
+@linear_logprob.register_fake
+def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor = args[0]
+    N, dtype = hidden.shape[0], wide(hidden)
+    return hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype), hidden.new_empty((N, 2), dtype=dtype)
 
 
-def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
-    *tensors, bias = ctx.saved_tensors
-    temperature, *rest = ctx.rest
-    hidden, weight, grad_bias = _linear_logprob_backward(*tensors, temperature, bias, *rest, grad_logprob, grad_entropy)
-    return hidden, weight, None, None, None, None if bias is None else grad_bias, None, None
+@torch.library.custom_op("duologue::linear_logprob_backward", mutates_args=(), schema=f"({_ARGS}, {_GRADS}) -> {_OUT}")
+def linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:
+    inputs, (entropy, stats, g, h, need) = Inputs(*args[:8]), args[8:]
+    head = Head(inputs, tuple(need))
+    if inputs.mask is not None:
+        g, h = g * inputs.mask, h * inputs.mask
+    accumulate(head, stats, entropy, g, h)
+    return tuple(inputs.hidden.new_empty(0) if x is None else x for x in head.gradients())
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup)
+@linear_logprob_backward.register_fake
+def _(*args: Any) -> tuple[Tensor, ...]:
+    hidden, weight, need = args[0], args[1], args[-1]
+    shapes = (hidden.shape, weight.shape, weight.shape[:1])
+    return tuple(hidden.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True))
 
 
-def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None,
-    softcap: float | None = None, mask: Tensor | None = None, chunk_bytes: int = CHUNK_BYTES,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    check("linear_logprob", hidden, weight, targets, temperature, bias, softcap)
-    if mask is not None:
-        check_mask("linear_logprob", hidden, mask)
-        kept = mask.nonzero().squeeze(1)
-        logprob, entropy = linear_logprob(
-            hidden[kept], weight, targets[kept], _of(temperature, kept), bias, softcap, None, chunk_bytes
-        )
-        empty = logprob.new_zeros(len(hidden))
-        return empty.index_copy(0, kept, logprob), empty.index_copy(0, kept, entropy)
-    rows, one = softmax.split_temperature(temperature)
-    out: tuple[Tensor, Tensor] = _linear_logprob(hidden, weight, targets, rows, one, bias, softcap, chunk_bytes)
-    return out
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.softcap, mask, ctx.chunk_bytes = inputs
+    ctx.save_for_backward(*tensors, mask, *output[1:])
+    ctx.mark_non_differentiable(output[2])
 
 
-def check_mask(op: str, hidden: Tensor, mask: Tensor) -> None:
-    if mask.shape != hidden.shape[:1] or mask.device != hidden.device:
-        raise ValueError(
-            f"{op}: mask = a tensor of shape {tuple(mask.shape)} on {mask.device}, accepted is ({len(hidden)},) on {hidden.device}"
-        )
+def _backward(ctx: Any, g: Tensor, h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    hidden, weight, targets, temperature, bias, mask, entropy, stats = ctx.saved_tensors
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
+    inputs = Inputs(hidden, weight, targets, temperature, bias, ctx.softcap, mask, ctx.chunk_bytes)
+    grads = linear_logprob_backward(*inputs, entropy, stats, g, h, need)
+    a, b, c = (grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
+    return a, b, None, None, c, None, None, None
 
 
-# ---- linear_policy_loss ------------------------------------------------------------------------------------------------
+linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+# ---- policy_loss -----------------------------------------------------------------------------------------------------
+
+
+def _loss_and_sums(loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows, sums: dict[str, Tensor]) -> Tensor:
+    """The loss; what loss_fn gives beside it is added to `sums`."""
+    loss: Tensor
+    found = loss_fn(logprob, entropy, rows)
+    loss, more = found if isinstance(found, tuple) else (found, {})
+    if loss.dim():
+        raise ValueError(f"linear_policy_loss: loss_fn returned shape {tuple(loss.shape)}, accepted is a scalar")
+    for name, value in more.items():
+        sums[name] = sums.get(name, 0.0) + value.detach()
+    return loss
+
+
+def _coefficients(loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows, sums: dict[str, Tensor], need: bool) -> list[Tensor]:
+    """[loss, its derivative by each log-prob, by each entropy]."""
+    with torch.set_grad_enabled(need):
+        inputs = [x.detach().requires_grad_(need) for x in (logprob, entropy)]
+        loss = _loss_and_sums(loss_fn, inputs[0], inputs[1], rows, sums)
+        if not loss.requires_grad:
+            return [loss.detach(), *(torch.zeros_like(x) for x in inputs)]
+        return [loss.detach(), *torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)]
 
 
 class _PolicyLoss(torch.autograd.Function):
-    """Computes the gradients with the loss and hands them to autograd, which scales them and tells DDP and FSDP."""
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        inputs, loss_fn, by_sequence, sums = rest
+        need = ctx.needs_input_grad[:3]
+        head, index = Head(inputs, need), kept(inputs.mask)
+        n = head.N if index is None else len(index)
+        logprob, entropy, loss = head.new(head.N).zero_(), head.new(head.N).zero_(), head.new().zero_()
+        if by_sequence and n > head.step:
+            logprob, entropy, stats = score(head, index)
+            rows: Rows = slice(0, n) if index is None else index
+            loss, *grads = _coefficients(loss_fn, logprob[rows], entropy[rows], rows, sums, any(need))
+            g, h = torch.zeros_like(logprob), torch.zeros_like(logprob)
+            g[rows], h[rows] = grads
+            accumulate(head, stats, entropy, g, h)
+        else:
+            for rows in head.chunks(index):
+                logits = head.project(rows)
+                logprob[rows], entropy[rows], stats = head.stats(logits, rows)
+                part, *grads = _coefficients(loss_fn, logprob[rows], entropy[rows], rows, sums, any(need))
+                loss = loss + part
+                head.gradient(logits, rows, stats, entropy[rows], *grads)
+        ctx.grads = head.gradients()
+        ctx.mark_non_differentiable(logprob, entropy)
+        return loss, logprob, entropy
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float | Tensor,
-        softcap: float | None, chunk_bytes: int, loss_fn: LossFn, whole: bool,
-    ) -> Tensor:  # fmt: skip
-        sums = _Gradients(hidden, weight, bias, ctx.needs_input_grad[:3])
-        total = torch.zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32, device=hidden.device)
-        coefficients = None
-        if whole:  # the loss couples rows of different chunks: log-probs of all first
-            scored = _score(hidden, weight, targets, temperature, bias, softcap, chunk_bytes)
-            total, *coefficients = _differentiate(loss_fn, *scored, slice(0, len(hidden)))
-        for rows in _chunks(len(hidden), weight, chunk_bytes):
-            logits = _logits(hidden[rows], weight, bias, softcap)
-            logprob, entropy, stats = _logprob(logits, targets[rows], _of(temperature, rows))
-            if coefficients is None:
-                loss, c, e = _differentiate(loss_fn, logprob, entropy, rows)
-                total = total + loss
-            else:
-                c, e = (x[rows] for x in coefficients)
-            _add_chunk(sums, logits, rows, hidden, targets, temperature, entropy, stats, c, e, softcap)
-        ctx.save_for_backward(*sums.cast(hidden, bias))
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if x is None else x * grads[0].to(x.dtype) for x in ctx.saved_tensors]
-        return *scaled, *[None] * 6
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("linear_policy_loss: the first backward handed the gradients over, a second has none")
+        grads, ctx.grads = ctx.grads, None
+        if grad_loss.device.type != "cpu" or float(grad_loss) != 1.0:
+            grads = [None if x is None else x.mul_(grad_loss) for x in grads]
+        return *grads, None, None, None, None
 
 
-def _differentiate(loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, dloss/dlogprob, dloss/dentropy) of these rows."""
-    with torch.enable_grad():
-        logprob, entropy = logprob.detach().requires_grad_(), entropy.detach().requires_grad_()
-        loss = loss_fn(logprob, entropy, rows)
-        if loss.dim() != 0:
-            raise ValueError(f"linear_policy_loss: loss_fn returned shape {tuple(loss.shape)}, accepted is a scalar")
-        grads = torch.autograd.grad(loss, (logprob, entropy), allow_unused=True) if loss.requires_grad else (None, None)
-    c, e = (torch.zeros_like(logprob) if g is None else g.contiguous() for g in grads)
-    return loss.detach(), c, e
-
-
-def linear_policy_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: LossFn, *, temperature: float | Tensor = 1.0,
-    bias: Tensor | None = None, softcap: float | None = None, level: str = "token", chunk_bytes: int = CHUNK_BYTES,
-) -> Tensor:  # fmt: skip
-    check("linear_policy_loss", hidden, weight, targets, temperature, bias, softcap)
+def policy_loss(inputs: Inputs, loss_fn: LossFn, level: str) -> PolicyLoss:
     if level not in ("token", "sequence"):
         raise ValueError(f"linear_policy_loss: level = {level!r}, accepted is 'token' or 'sequence'")
-    out: Tensor = _PolicyLoss.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, targets, temperature, softcap, chunk_bytes, loss_fn, level == "sequence"
-    )
+    sums: dict[str, Tensor] = {}
+    if torch.compiler.is_compiling() and inputs.mask is None:  # loss_fn is traced too: one call of it, and a fourth product
+        logprob, entropy, _ = linear_logprob(*inputs)
+        loss = _loss_and_sums(loss_fn, logprob, entropy, slice(0, len(logprob)), sums)
+        return PolicyLoss(loss, logprob.detach(), entropy.detach(), sums)
+    out: PolicyLoss = _chunked_policy_loss(inputs, loss_fn, level == "sequence", sums)
     return out
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _chunked_policy_loss(inputs: Inputs, loss_fn: LossFn, by_sequence: bool, sums: dict[str, Tensor]) -> PolicyLoss:
+    check_values("linear_policy_loss", inputs)
+    found = _PolicyLoss.apply(inputs.hidden, inputs.weight, inputs.bias, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
+    return PolicyLoss(found[0], found[1], found[2], sums)

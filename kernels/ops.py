@@ -124,46 +124,39 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    temperature: float | Tensor = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    mask: Tensor | None = None,
-    chunk_bytes: int = fused.CHUNK_BYTES,
-) -> tuple[Tensor, Tensor]:
-    """`logprob` of the logits hidden [N, H] @ weight [V, H]^T + bias [V], which are never stored whole: (log-prob, entropy), [N] fp32.
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None,
+    softcap: float | None = None, mask: Tensor | None = None, chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`logprob` of softcap * tanh(linear(hidden [N, H], weight [V, H], bias [V]) / softcap), whose [N, V] is never stored.
 
-    Differentiable in hidden, weight and bias. `softcap` s bends logits to s tanh(logits / s) (Gemma 2). Rows where mask [N] is 0 are
-    left out of all products and return 0. `chunk_bytes` bounds the fp32 logits that exist at a time.
+    The same (log-prob [N], entropy [N]), fp32, on CPU bit for bit those of `linear` and `logprob`. Differentiable in hidden,
+    weight and bias; weight gradients are summed in fp32. Rows where `mask` [N] bool is False are not computed and give 0.
+    `chunk_bytes`: bytes for the logits that exist at a time (None: 16 MiB on CPU, 2 GiB on GPU, or what 256 rows need).
     """
-    return fused.linear_logprob(hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+    inputs = fused.prepare("linear_logprob", hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+    out: tuple[Tensor, Tensor, Tensor] = fused.linear_logprob(*inputs)
+    return out[:2]
 
 
 def linear_policy_loss(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    loss_fn: fused.LossFn,
-    *,
-    temperature: float | Tensor = 1.0,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    level: str = "token",
-    chunk_bytes: int = fused.CHUNK_BYTES,
-) -> Tensor:
-    """The sum over chunks of loss_fn(log-probs [n], entropies [n], rows), a scalar; with gradients in hidden, weight and bias.
+    hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: fused.LossFn, *, level: str = "token",
+    temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None, mask: Tensor | None = None,
+    chunk_bytes: int | None = None,
+) -> fused.PolicyLoss:  # fmt: skip
+    """The loss of the policy whose head this is, in three matrix products; other arguments as in `linear_logprob`.
 
-    The arguments are `linear_logprob`'s. `loss_fn` gets a chunk of rows and their slice of 0 .. N, and returns a scalar; the losses of
-    chunks must add up to the whole loss (a normaliser is fixed beforehand). A loss that couples rows, like gspo's sequence ratios,
-    needs level="sequence": one call with all rows, after a pass that computes their log-probs (a fourth product).
-    Gradients are computed in the forward, so the logits are needed once; rows whose derivative is exactly 0 (masked, clipped, no
-    advantage) are left out of the other two products. loss_fn must not rely on gradients of anything but its two arguments.
+    `loss_fn(logprob [n], entropy [n], rows) -> loss` or `(loss, {name: tensor})` is called on each chunk; `rows` (a slice or
+    int64 indices) picks the chunk's part of any [N] vector. Chunks' losses and named tensors are added up, so a mean must be
+    over a constant of the whole. Gradients are taken then and there and returned by the first `backward`, through autograd:
+    hooks, DDP and FSDP see an ordinary parameter gradient. Only log-probs and entropies may carry a gradient into loss_fn.
+
+    `level="sequence"` is for a loss that couples tokens of one sequence (gspo): all log-probs first, one call of loss_fn, then
+    the logits a second time for rows with a gradient. Skipped when one chunk holds all rows.
+    Under torch.compile, without a mask, loss_fn is traced with all rows and differentiated as usual: four products, no break.
     """
-    return fused.linear_policy_loss(
-        hidden, weight, targets, loss_fn, temperature=temperature, bias=bias, softcap=softcap, level=level, chunk_bytes=chunk_bytes
-    )
+    inputs = fused.prepare("linear_policy_loss", hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+    out: fused.PolicyLoss = fused.policy_loss(inputs, loss_fn, level)
+    return out
 
 
 def sample(

@@ -106,6 +106,14 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
     return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits = linear(hidden, weight, bias, _wide(hidden).dtype)
+    return logprob(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, temperature)
+
+
 _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
 
 

@@ -89,26 +89,22 @@ def sample(logits: Tensor, settings: Settings) -> Drawn:
     return draw("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
 
 
-def _grad_logits(
+def grad_logits(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
-    grad_logprob: Tensor, grad_entropy: Tensor, out: Tensor,
+    grad_logprob: Tensor, grad_entropy: Tensor, out: Tensor, source: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Row i of `out` becomes the gradient of row source[i] (None: i) of the logits, given those of its log-prob and entropy.
+
+    `out` may be the first rows of the logits, if a row that is written is the source of no other.
+    """
     logits, targets, stats = logits.contiguous(), targets.contiguous(), stats.contiguous()
     entropy, grad_logprob, grad_entropy = entropy.contiguous(), grad_logprob.contiguous(), grad_entropy.contiguous()
+    assert out.is_contiguous()
     lib().logprob_backward(
         logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
         entropy.data_ptr(), stats.data_ptr(), grad_logprob.data_ptr(), grad_entropy.data_ptr(), out.data_ptr(),
-        *logits.shape, DTYPES[logits.dtype],
+        0 if source is None else source.data_ptr(), *out.shape, DTYPES[logits.dtype],
     )  # fmt: skip
-
-
-def grad_logits_(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
-    grad_logprob: Tensor, grad_entropy: Tensor,
-) -> None:  # fmt: skip
-    """The gradient of the log-probs and entropies in the logits, in their place."""
-    assert logits.is_contiguous()
-    _grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, logits)
 
 
 # ---- torch.library ops -----------------------------------------------------------------------------------------------
@@ -142,7 +138,7 @@ def _logprob_backward_op(
     grad_entropy: Tensor,
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
+    grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
     return grad
 
 

@@ -29,7 +29,7 @@ void linear(ptr x, ptr w, ptr b, ptr out, int64_t M, int64_t O, int64_t K, int d
 
 void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r, bool add) {
   MatmulArgs m = {at<float>(a), at<float>(b), at<float>(c), I, R, C, stride_i, stride_r, add};
-  table->matmul(&m, parallel_for);
+  table->matmul(&m, parallel_for, thread_count());
 }
 
 void rms_norm(ptr x, ptr residual, ptr weight, ptr out, ptr total, int64_t rows, int64_t K, float eps, int dtype) {
@@ -111,12 +111,12 @@ int64_t logprob(ptr logits, ptr targets, ptr temperature, float one_temperature,
 }
 
 void logprob_backward(ptr logits, ptr targets, ptr temperature, float one_temperature, ptr entropy, ptr stats, ptr grad_logprob,
-                      ptr grad_entropy, ptr grad_logits, int64_t N, int64_t V, int dtype) {
+                      ptr grad_entropy, ptr grad_logits, ptr source, int64_t N, int64_t V, int dtype) {
   LogprobArgs a = {};
   a.logits = at<void>(logits), a.targets = at<int64_t>(targets), a.temperature = at<float>(temperature);
   a.one_temperature = one_temperature, a.entropy = at<float>(entropy), a.stats = at<float>(stats);
   a.grad_logprob = at<float>(grad_logprob), a.grad_entropy = at<float>(grad_entropy), a.grad_logits = at<void>(grad_logits);
-  a.N = N, a.V = V, a.dtype = dtype;
+  a.source = at<int64_t>(source), a.N = N, a.V = V, a.dtype = dtype;
   table->logprob_backward(&a, parallel_for);
 }
 

@@ -13,7 +13,7 @@ struct LinearArgs {
   int dtype, out_dtype;
 };
 
-// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r]; r runs in order, in blocks.
+// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r], one stride 1; r runs in order, in blocks.
 struct MatmulArgs {
   const float *a, *b; // b [R, C]
   float *c;           // [I, C]
@@ -74,6 +74,7 @@ struct LogprobArgs {
   // backward only
   const float *grad_logprob, *grad_entropy; // the latter may be null
   void *grad_logits;
+  const int64_t *source; // [N]: the row of everything above that a row of grad_logits belongs to; or null: its own
   // sampling only
   const int32_t *top_k;
   const float *top_p, *min_p;
@@ -126,7 +127,7 @@ struct DecoderArgs {
 struct Table {
   const char *name;
   void (*linear)(const LinearArgs *, ParallelFor, int threads);
-  void (*matmul)(const MatmulArgs *, ParallelFor);
+  void (*matmul)(const MatmulArgs *, ParallelFor, int threads);
   void (*rms_norm)(const RowArgs *, ParallelFor);
   void (*rms_norm_backward)(const RowArgs *, ParallelFor);
   void (*silu_mul)(const RowArgs *, ParallelFor);
