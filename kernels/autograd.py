@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 @torch.library.custom_op("duologue::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    return cpu.linear(x, weight, bias, out_dtype)
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, exact: bool = True) -> Tensor:
+    return cpu.linear(x, weight, bias, out_dtype, exact)
 
 
 @linear.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, exact: bool = True) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype)
 
 
@@ -33,7 +33,7 @@ def _(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) 
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, bias, _ = inputs
+    x, weight, bias = inputs[:3]
     ctx.has_bias = bias is not None
     ctx.save_for_backward(x, weight)
 
@@ -43,7 +43,7 @@ def _linear_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
     grad_x, grad_weight = linear_backward(x, weight, grad, need_x, need_weight)
     grad_bias = grad.flatten(0, -2).sum(0).to(x.dtype) if ctx.has_bias and need_bias else None
-    return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, None
+    return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, None, None
 
 
 linear.register_autograd(_linear_grad, setup_context=_linear_setup)

@@ -1,13 +1,17 @@
-"""The contract of the C++ kernels, checked, and their calls. Tensors in, tensors out; CPU, fp32 or bf16, contiguous.
+"""The contracts of the kernels, checked, and their calls: C++ for CPU tensors of fp32 or bf16, Triton for CUDA's, fp16 too.
 
 `DUOLOGUE_CPU=generic|avx2|avx512` forces an instruction set (read here, once); without it the best that runs is used. When the
-library was not built (no C++ compiler at installation) `available()` is False and the ops use plain PyTorch.
+library was not built (no C++ compiler at installation) `available()` is False and the ops use plain PyTorch. With
+TRITON_INTERPRET=1 Triton's interpreter serves CPU tensors too, in place of C++: slow, for tests.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +25,8 @@ except ImportError:
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 ISAS = ("generic", "avx2", "avx512")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_INTERPRETS = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def use(isa: str) -> None:
@@ -53,12 +59,27 @@ def describe() -> str:
 
 def serves(x: Tensor) -> bool:
     """Whether the C++ kernels take a tensor of this device and dtype."""
-    return _lib is not None and x.device.type == "cpu" and x.dtype in DTYPES
+    return _lib is not None and x.device.type == "cpu" and x.dtype in DTYPES and not _INTERPRETS
 
 
 def pointers(*tensors: Tensor | None) -> list[int]:
     """Their addresses, 0 for None. The tensors must stay alive while these are used."""
     return [0 if x is None else x.data_ptr() for x in tensors]
+
+
+def on_triton(x: Tensor) -> bool:
+    """Whether the Triton kernels take a tensor of this device and dtype."""
+    there = (x.is_cuda and _HAS_TRITON) or _INTERPRETS
+    return there and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def takes(x: Tensor) -> bool:
+    return serves(x) or on_triton(x)
+
+
+def triton(family: str) -> Any:
+    """The module of this family of Triton kernels, imported when first needed."""
+    return importlib.import_module(f"duologue.kernels.triton_{family}")
 
 
 def check(
@@ -74,17 +95,22 @@ def check(
         raise ValueError(f"{op}: {name} is on {x.device}, but the other arguments are on {device}")
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, exact: bool = True, out: Tensor | None = None
+) -> Tensor:
+    """`out`, contiguous, is written where it is given."""
     x = x.contiguous()
     K, dtype = x.shape[-1], x.dtype
     O = weight.shape[0]
-    out = torch.empty((*x.shape[:-1], O), dtype=out_dtype or dtype)
-    check("linear", "weight", weight, (None, K), dtype)
+    out = x.new_empty((*x.shape[:-1], O), dtype=out_dtype or dtype) if out is None else out
+    check("linear", "weight", weight, (None, K), dtype, x.device.type)
     if bias is not None:
-        check("linear", "bias", bias, (O,), dtype)
+        check("linear", "bias", bias, (O,), dtype, x.device.type)
     if out.dtype != dtype and out.dtype != torch.float32:
         raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {dtype} or torch.float32")
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
+    if on_triton(x):
+        return triton("linear").forward(x, weight, bias, out, exact)
     lib().linear(
         x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
         x.numel() // K if K else 0, O, K, DTYPES[dtype], DTYPES[out.dtype],
@@ -103,6 +129,9 @@ def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_
     Not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the workers of these kernels.
     """
     dtype = x.dtype
+    if on_triton(x):
+        grad = grad.to(dtype)
+        return grad @ weight if need_x else x.new_empty(0), grad.t() @ x if need_weight else x.new_empty(0)
     x, weight, grad = x.float().contiguous(), weight.float().contiguous(), grad.float().contiguous()
     (M, O), K = grad.shape, x.shape[1]
     grad_x, grad_weight = x.new_empty((M, K) if need_x else 0), x.new_empty((O, K) if need_weight else 0)
@@ -117,12 +146,14 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     """(normed, total); total is x itself without a residual."""
     x = x.contiguous()
     K = x.shape[-1]
-    check("rms_norm", "weight", weight, (K,), x.dtype)
+    check("rms_norm", "weight", weight, (K,), x.dtype, x.device.type)
     weight = weight.contiguous()
     out, total = torch.empty_like(x), x
     if residual is not None:
-        check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype)
+        check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype, x.device.type)
         residual, total = residual.contiguous(), torch.empty_like(x)
+    if on_triton(x):
+        return triton("rows").rms_norm(x, residual, weight, eps, out, total)
     lib().rms_norm(
         x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
         x.numel() // K if K else 0, K, eps, DTYPES[x.dtype],
@@ -139,6 +170,8 @@ def rms_norm_backward(
     total, weight, grad = total.contiguous(), weight.contiguous(), grad.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x = torch.empty_like(total)
+    if on_triton(total):
+        return triton("rows").rms_norm_backward(total, weight, eps, grad, grad_total, grad_x)
     partial = torch.empty((-(-rows // 32), K), dtype=torch.float32)
     lib().rms_norm_backward(
         total.data_ptr(), weight.data_ptr(), grad.data_ptr(), 0 if grad_total is None else grad_total.data_ptr(),
@@ -149,8 +182,10 @@ def rms_norm_backward(
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    check("silu_mul", "up", up, tuple(gate.shape), gate.dtype)
+    check("silu_mul", "up", up, tuple(gate.shape), gate.dtype, gate.device.type)
     out = torch.empty_like(gate)
+    if on_triton(gate):
+        return triton("rows").silu_mul(gate, up, None, out, out)[0]
     K = gate.shape[-1]
     lib().silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, DTYPES[gate.dtype])
     return out
@@ -159,6 +194,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    if on_triton(gate):
+        return triton("rows").silu_mul(gate, up, grad, grad_gate, grad_up)
     K = gate.shape[-1]
     lib().silu_mul_backward(
         gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(),
@@ -167,17 +204,24 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, T
     return grad_gate, grad_up
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) -> Tensor:
-    x = x.contiguous()
-    check("rope", "x", x, (None, None, None), None)
+def check_rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[int, int, int]:
+    check("rope", "x", x, (None, None, None), None, x.device.type)
     T, H, D = x.shape
     if D % 2:
         raise ValueError(f"rope: the head dim is {D}, accepted is an even number")
-    check("rope", "cos", cos, (None, D // 2), torch.float32)
-    check("rope", "sin", sin, tuple(cos.shape), torch.float32)
-    check("rope", "positions", positions, (T,), torch.int64)
+    check("rope", "cos", cos, (None, D // 2), torch.float32, x.device.type)
+    check("rope", "sin", sin, tuple(cos.shape), torch.float32, x.device.type)
+    check("rope", "positions", positions, (T,), torch.int64, x.device.type)
+    return T, H, D
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) -> Tensor:
+    x = x.contiguous()
+    T, H, D = check_rope(x, cos, sin, positions)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     out = torch.empty_like(x)
+    if on_triton(x):
+        return triton("rows").rotary(x, out, (), cos, sin, positions, sign, positions)
     bad = lib().rope(
         x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
         T, H, D, cos.shape[0], sign, DTYPES[x.dtype],
@@ -187,17 +231,25 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) ->
     return out
 
 
-def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    k, v = k.contiguous(), v.contiguous()
-    check("write_kv", "k", k, (None, None, None), k_pages.dtype)
+def check_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> tuple[int, int, int]:
+    check("write_kv", "k", k, (None, None, None), k_pages.dtype, k.device.type)
     T, Hk, D = k.shape
-    check("write_kv", "v", v, (T, Hk, D), k.dtype)
-    check("write_kv", "k_pages", k_pages, (None, None, Hk, D), k.dtype)
-    check("write_kv", "v_pages", v_pages, tuple(k_pages.shape), k.dtype)
-    check("write_kv", "slots", slots, (T,), torch.int64)
+    check("write_kv", "v", v, (T, Hk, D), k.dtype, k.device.type)
+    check("write_kv", "k_pages", k_pages, (None, None, Hk, D), k.dtype, k.device.type)
+    check("write_kv", "v_pages", v_pages, tuple(k_pages.shape), k.dtype, k.device.type)
+    check("write_kv", "slots", slots, (T,), torch.int64, k.device.type)
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("write_kv: k_pages and v_pages must be contiguous, they are written in place")
+    return T, Hk, D
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    k, v = k.contiguous(), v.contiguous()
+    T, Hk, D = check_kv(k, v, k_pages, v_pages, slots)
     slots = slots.contiguous()
+    if on_triton(k):
+        triton("rows").rotary(k[:, :0], k, (k, v, k_pages, v_pages), k, k, slots, 1.0, slots)
+        return
     n_slots = k_pages.shape[0] * k_pages.shape[1]
     bad = lib().write_kv(
         k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
@@ -205,3 +257,16 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     )  # fmt: skip
     if bad:
         raise ValueError(f"write_kv: slots[{bad - 1}] = {int(slots[bad - 1])}, accepted is 0 to {n_slots - 1}")
+
+
+def rope_write_kv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+) -> Tensor:
+    """One launch on Triton; the contracts are those of rope and write_kv."""
+    if on_triton(q):
+        check_kv(k, v, k_pages, v_pages, slots)
+        check_rope(q, cos, sin, positions)
+        q, k, v, cos, sin, positions, slots = (x.contiguous() for x in (q, k, v, cos, sin, positions, slots))
+        return triton("rows").rotary(q, torch.empty_like(q), (k, v, k_pages, v_pages), cos, sin, positions, 1.0, slots)
+    write_kv(rope(k, cos, sin, positions, 1.0), v, k_pages, v_pages, slots)
+    return rope(q, cos, sin, positions, 1.0)

@@ -38,6 +38,7 @@ class Inputs(NamedTuple):
     bias: Tensor | None  # [V]
     softcap: float  # 0: off
     mask: Tensor | None  # [N] bool
+    exact: bool
     chunk_bytes: int  # bytes of logits; 0: the default
 
 
@@ -47,7 +48,7 @@ def wide(x: Tensor) -> torch.dtype:
 
 def prepare(
     op: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, bias: Tensor | None,
-    softcap: float | None, mask: Tensor | None, chunk_bytes: int | None,
+    softcap: float | None, mask: Tensor | None, exact: bool, chunk_bytes: int | None,
 ) -> Inputs:  # fmt: skip
     """The arguments of `op` as its kernels take them; ValueError for a shape, dtype, device or setting that they do not."""
     device, dtype = hidden.device.type, hidden.dtype
@@ -74,7 +75,7 @@ def prepare(
         raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"{op}: chunk_bytes = {chunk_bytes}, accepted is None or a number above 0")
-    return Inputs(hidden, weight, targets, temperature, bias, softcap or 0.0, mask, chunk_bytes or 0)
+    return Inputs(hidden, weight, targets, temperature, bias, softcap or 0.0, mask, exact, chunk_bytes or 0)
 
 
 def check_values(op: str, x: Inputs) -> None:
@@ -105,17 +106,17 @@ def compact(active: Tensor) -> Tensor | None:
 class Head:
     """The head of one call, a chunk of rows at a time, and the gradients as they accumulate, in fp32 (float64 for float64)."""
 
-    def __init__(self, inputs: Inputs, need: Need = (False, False, False), triton: bool | None = None) -> None:
+    def __init__(self, inputs: Inputs, need: Need = (False, False, False)) -> None:
         self.inputs, self.wide = inputs, wide(inputs.hidden)
         self.hidden, self.weight = inputs.hidden.contiguous(), inputs.weight.contiguous()
         self.bias = None if inputs.bias is None else inputs.bias.contiguous()
         self.N, self.V, self.H = len(self.hidden), *self.weight.shape
-        self.triton = self.hidden.is_cuda and self.wide == torch.float32 if triton is None else triton
-        self.cpp = cpu.serves(self.hidden) and not self.triton
-        row = self.V * ((6 if self.triton else 4 if self.cpp else 16) + (4 if inputs.softcap else 0))  # bytes, with its gradient
+        self.kernels, self.cpp = cpu.takes(self.hidden), cpu.serves(self.hidden)
+        self.in_place = self.cpp or self.hidden.dtype == self.wide  # the gradient of logits, in hidden's dtype
+        row = self.V * ((4 if self.in_place else 6 if self.kernels else 16) + (4 if inputs.softcap else 0))  # bytes
         budget = inputs.chunk_bytes or max(CPU_BYTES if self.hidden.device.type == "cpu" else GPU_BYTES, LEAST_ROWS * row)
         self.step = max(1, min(self.N, budget // row))
-        self.buffer = self.new(self.step, self.V) if self.cpp else None
+        self.buffer = self.new(self.step, self.V) if self.kernels else None
         self.grad_hidden = torch.zeros_like(self.hidden) if need[0] else None
         self.grad_weight = self.new(self.V, self.H).zero_() if need[1] else None
         self.grad_bias = self.new(self.V).zero_() if need[2] else None
@@ -134,12 +135,9 @@ class Head:
         """The chunk's logits [n, V]."""
         x, softcap = self.hidden[rows], self.inputs.softcap
         if self.buffer is not None:
-            logits = self.buffer[: len(x)]
-            given = cpu.pointers(x, self.weight, self.bias, logits)
-            cpu.lib().linear(*given, len(x), self.V, self.H, cpu.DTYPES[x.dtype], cpu.DTYPES[self.wide])
+            logits = cpu.linear(x, self.weight, self.bias, self.wide, self.inputs.exact, self.buffer[: len(x)])
         else:
-            logits = self.product(x, self.weight.t())
-            logits = logits if self.bias is None else logits.add_(self.bias)
+            logits = torch.nn.functional.linear(x.to(self.wide), self.weight.to(self.wide), self.bias)
         return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -151,12 +149,8 @@ class Head:
     def stats(self, logits: Tensor, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """(log-prob [n], entropy [n], [n, 2] for the kernels' gradient: the largest logit, the log of the sum relative to it)."""
         targets, temperature = self.inputs.targets[rows], self.inputs.temperature[rows]
-        if self.cpp:
+        if self.kernels:
             return softmax.logprob(logits, targets, temperature, 1.0, keep_stats=True)
-        if self.triton:
-            from duologue.kernels import head_triton
-
-            return head_triton.row_stats(logits, targets, temperature)
         return *reference.logprob(logits, targets, temperature), self.new(len(logits), 2)
 
     def gradient(self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor) -> None:
@@ -167,13 +161,9 @@ class Head:
             return
         softcap, targets, temperature = self.inputs.softcap, self.inputs.targets[rows], self.inputs.temperature[rows]
         slope = 1 - (logits / softcap).square_() if softcap else None
-        dz = logits[:k]
-        if self.cpp:
+        if self.kernels:
+            dz = logits[:k] if self.in_place else self.hidden.new_empty(k, self.V)
             softmax.grad_logits(logits, targets, temperature, 1.0, entropy, stats, g, h, dz, source)
-        elif self.triton:
-            from duologue.kernels import head_triton
-
-            dz = head_triton.row_gradient(logits, source, targets, temperature, stats, entropy, g, h, self.hidden.dtype)
         else:
             with torch.enable_grad():
                 z = logits.requires_grad_()
@@ -232,7 +222,10 @@ def kept(mask: Tensor | None) -> Tensor | None:
 # ---- linear_logprob --------------------------------------------------------------------------------------------------
 
 _OUT = "(Tensor, Tensor, Tensor)"
-_ARGS = "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, float softcap, Tensor? mask, int chunk_bytes"
+_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor targets, Tensor temperature, Tensor? bias, float softcap, Tensor? mask, bool exact, "
+    "int chunk_bytes"
+)
 _GRADS = "Tensor entropy, Tensor stats, Tensor g, Tensor h, bool[] need"
 
 
@@ -252,7 +245,7 @@ def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.custom_op("duologue::linear_logprob_backward", mutates_args=(), schema=f"({_ARGS}, {_GRADS}) -> {_OUT}")
 def linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:
-    inputs, (entropy, stats, g, h, need) = Inputs(*args[:8]), args[8:]
+    inputs, (entropy, stats, g, h, need) = Inputs(*args[:9]), args[9:]
     head = Head(inputs, tuple(need))
     if inputs.mask is not None:
         g, h = g * inputs.mask, h * inputs.mask
@@ -268,7 +261,7 @@ def _(*args: Any) -> tuple[Tensor, ...]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.softcap, mask, ctx.chunk_bytes = inputs
+    *tensors, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes = inputs
     ctx.save_for_backward(*tensors, mask, *output[1:])
     ctx.mark_non_differentiable(output[2])
 
@@ -276,10 +269,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 def _backward(ctx: Any, g: Tensor, h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     hidden, weight, targets, temperature, bias, mask, entropy, stats = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    inputs = Inputs(hidden, weight, targets, temperature, bias, ctx.softcap, mask, ctx.chunk_bytes)
+    inputs = Inputs(hidden, weight, targets, temperature, bias, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes)
     grads = linear_logprob_backward(*inputs, entropy, stats, g, h, need)
     a, b, c = (grad if wanted else None for grad, wanted in zip(grads, need, strict=True))
-    return a, b, None, None, c, None, None, None
+    return a, b, None, None, c, None, None, None, None
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup)

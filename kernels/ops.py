@@ -3,12 +3,14 @@
     from duologue.kernels import ops
     logprob, entropy = ops.logprob(ops.linear(hidden, head_weight, out_dtype=torch.float32), targets)
 
-Each picks its back end by device and dtype: CPU fp32/bf16 tensors go to the C++ kernels when these are built, all else to
-`kernels/reference.py`; `sparse_linear_logprob` and `group_advantages` have Triton kernels on CUDA. All accumulate in fp32, all
-but `write_kv`, `paged_attention`, `group_advantages` and those that sample are differentiable, and on the C++ path each row's bits
-depend on that row alone: not on the batch, the packing, the pages or the threads.
+Each picks its back end by device and dtype: CPU fp32/bf16 tensors go to the C++ kernels when these are built, CUDA's of fp32/bf16/fp16
+to Triton's, all else to `kernels/reference.py`. All accumulate in fp32, all but `write_kv`, `paged_attention`, `group_advantages`
+and those that sample are differentiable, and on the first two each row's bits depend on that row alone: not on the batch, the
+packing, the pages or the threads. Where an op has `exact`, False lets CUDA use a library that promises less and is faster; on CPU
+the kernels are both.
 
-Errors: ValueError names the op, the argument, its value and what is accepted.
+Errors: ValueError names the op, the argument, its value and what is accepted. Values that lie on a GPU are not checked: reading
+them would wait for it.
 
 Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V vocabulary, S sequences, P pages, B page size.
 """
@@ -28,19 +30,21 @@ def _plain(*tensors: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, exact: bool = True
+) -> Tensor:
     """x [..., K] @ weight [O, K]^T + bias [O] -> [..., O], in x's dtype or `out_dtype` (fp32, for logits)."""
-    if not cpu.serves(x):
+    if not cpu.takes(x):
         return reference.linear(x, weight, bias, out_dtype)
     if _plain(x, weight, bias):
-        return cpu.linear(x, weight, bias, out_dtype)
-    out: Tensor = autograd.linear(x, weight, bias, out_dtype or x.dtype)
+        return cpu.linear(x, weight, bias, out_dtype, exact)
+    out: Tensor = autograd.linear(x, weight, bias, out_dtype or x.dtype, exact)
     return out
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019); x [..., K], weight [K]."""
-    if not cpu.serves(x):
+    if not cpu.takes(x):
         return reference.rms_norm(x, weight, eps)
     if _plain(x, weight):
         return cpu.rms_norm(x, None, weight, eps)[0]
@@ -50,7 +54,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); x and residual [..., K], weight [K]."""
-    if not cpu.serves(x):
+    if not cpu.takes(x):
         return reference.add_rms_norm(x, residual, weight, eps)
     if _plain(x, residual, weight):
         return cpu.rms_norm(x, residual, weight, eps)
@@ -61,7 +65,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding (Su et al. 2021) in the half-rotation layout: q [T, Hq, D], k [T, Hk, D], cos and sin
     [max_position, D/2] fp32, positions [T] int64 -> rotated (q, k)."""
-    if not cpu.serves(q):
+    if not cpu.takes(q):
         return reference.rope(q, k, cos, sin, positions)
     if _plain(q, k):
         return cpu.rope(q, cos, sin, positions, 1.0), cpu.rope(k, cos, sin, positions, 1.0)
@@ -70,7 +74,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (SwiGLU, Shazeer 2020); both [..., I]."""
-    if not cpu.serves(gate):
+    if not cpu.takes(gate):
         return reference.silu_mul(gate, up)
     if _plain(gate, up):
         return cpu.silu_mul(gate, up)
@@ -78,13 +82,18 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return out
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, exact: bool = True, max_seqlen: int | None = None
+) -> Tensor:
     """Causal attention within each packed sequence: q [T, Hq, D], k and v [T, Hk, D], cu_seqlens [S + 1] int32 -> [T, Hq, D].
 
-    Hq is a multiple of Hk; consecutive query heads share a key head.
+    Hq is a multiple of Hk; consecutive query heads share a key head. Unless `exact`, flash-attn or torch's varlen attention serve
+    16-bit CUDA tensors where there is one; `max_seqlen`, the longest sequence, spares them work (T when None).
     """
-    if not cpu.serves(q):
+    if not cpu.takes(q):
         return reference.packed_attention(q, k, v, cu_seqlens, scale)
+    if not exact and q.is_cuda and (fast := attention.library(q)):
+        return fast(q, k, v, cu_seqlens, scale, max_seqlen or len(q))
     if _plain(q, k, v):
         return attention.packed(q, k, v, cu_seqlens, scale)[0]
     out: Tensor = attention.packed_op(q, k, v, cu_seqlens, scale)[0]
@@ -93,7 +102,18 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale:
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """Store k and v [T, Hk, D] at slots [T] int64 (page * B + offset) of k_pages and v_pages [P, B, Hk, D], in place."""
-    (cpu if cpu.serves(k) else reference).write_kv(k, v, k_pages, v_pages, slots)
+    (cpu if cpu.takes(k) else reference).write_kv(k, v, k_pages, v_pages, slots)
+
+
+def rope_write_kv(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+) -> Tensor:
+    """`rope` of q (returned) and k, and `write_kv` of that k and v: one launch on CUDA. Not differentiable."""
+    if cpu.takes(q):
+        return cpu.rope_write_kv(q, k, v, cos, sin, positions, k_pages, v_pages, slots)
+    q, k = reference.rope(q, k, cos, sin, positions)
+    reference.write_kv(k, v, k_pages, v_pages, slots)
+    return q
 
 
 def paged_attention(
@@ -103,9 +123,9 @@ def paged_attention(
 
     Sequence s has the queries cu_seqlens[s] to cu_seqlens[s + 1] ([S + 1] int32); they are the last of its context_lens[s]
     tokens ([S] int32), whose K and V are already in the pages block_table[s] ([S, max_pages] int32). One query is decode, many
-    are prefill, and both mix. On CPU the bits equal those of `packed_attention` on the same keys.
+    are prefill, and both mix. On the C++ and Triton kernels the bits equal those of `packed_attention` on the same keys.
     """
-    if not cpu.serves(q):
+    if not cpu.takes(q):
         return reference.paged_attention(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
     run = attention.paged_op if torch.compiler.is_compiling() else attention.paged
     out: Tensor = run(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
@@ -117,7 +137,7 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
 
     `temperature` is a number, or [N] fp32. Differentiable in the logits.
     """
-    if not cpu.serves(logits):
+    if not cpu.takes(logits):
         return reference.logprob(logits, targets, temperature)
     run = softmax.logprob_now if _plain(logits) else softmax.logprob_op
     return run(logits, targets, temperature)
@@ -125,7 +145,7 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None,
-    softcap: float | None = None, mask: Tensor | None = None, chunk_bytes: int | None = None,
+    softcap: float | None = None, mask: Tensor | None = None, exact: bool = True, chunk_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`logprob` of softcap * tanh(linear(hidden [N, H], weight [V, H], bias [V]) / softcap), whose [N, V] is never stored.
 
@@ -133,7 +153,7 @@ def linear_logprob(
     weight and bias; weight gradients are summed in fp32. Rows where `mask` [N] bool is False are not computed and give 0.
     `chunk_bytes`: bytes for the logits that exist at a time (None: 16 MiB on CPU, 2 GiB on GPU, or what 256 rows need).
     """
-    inputs = fused.prepare("linear_logprob", hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+    inputs = fused.prepare("linear_logprob", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes)
     out: tuple[Tensor, Tensor, Tensor] = fused.linear_logprob(*inputs)
     return out[:2]
 
@@ -141,7 +161,7 @@ def linear_logprob(
 def linear_policy_loss(
     hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: fused.LossFn, *, level: str = "token",
     temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None, mask: Tensor | None = None,
-    chunk_bytes: int | None = None,
+    exact: bool = True, chunk_bytes: int | None = None,
 ) -> fused.PolicyLoss:  # fmt: skip
     """The loss of the policy whose head this is, in three matrix products; other arguments as in `linear_logprob`.
 
@@ -154,7 +174,7 @@ def linear_policy_loss(
     the logits a second time for rows with a gradient. Skipped when one chunk holds all rows.
     Under torch.compile, without a mask, loss_fn is traced with all rows and differentiated as usual: four products, no break.
     """
-    inputs = fused.prepare("linear_policy_loss", hidden, weight, targets, temperature, bias, softcap, mask, chunk_bytes)
+    inputs = fused.prepare("linear_policy_loss", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes)
     out: fused.PolicyLoss = fused.policy_loss(inputs, loss_fn, level)
     return out
 
@@ -174,7 +194,7 @@ def sample(
     renormalised over that support: what `logprob` gives without truncation, `sparse_linear_logprob` with it, bit for bit.
     """
     settings = (temperature, top_k, top_p, min_p, seed, position)
-    if not cpu.serves(logits):
+    if not cpu.takes(logits):
         return reference.sample(logits, *settings)
     if torch.compiler.is_compiling():
         out: softmax.Drawn = softmax.sample_op(logits, *settings)

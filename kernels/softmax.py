@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.cpu import DTYPES, check, lib, pointers
+from duologue.kernels.cpu import DTYPES, check, lib, on_triton, pointers, triton
 from torch import Tensor
 
 
 def _check_logits(op: str, logits: Tensor) -> tuple[int, int]:
-    check(op, "logits", logits, (None, None), None)
+    check(op, "logits", logits, (None, None), None, logits.device.type)
     N, V = logits.shape
     if V == 0:
         raise ValueError(f"{op}: logits has an empty vocabulary")
@@ -34,11 +34,14 @@ def logprob(
     """(log-prob [N], entropy [N], what the backward needs [N, 2] or nothing)."""
     logits, targets = logits.contiguous(), targets.contiguous()
     N, V = _check_logits("logprob", logits)
-    check("logprob", "targets", targets, (N,), torch.int64)
+    check("logprob", "targets", targets, (N,), torch.int64, logits.device.type)
     if temperatures is not None:
-        check("logprob", "temperature", temperatures, (N,), torch.float32)
-    out, entropy = torch.empty(N, dtype=torch.float32), torch.empty(N, dtype=torch.float32)
-    stats = torch.empty((N, 2) if keep_stats else 0, dtype=torch.float32)
+        check("logprob", "temperature", temperatures, (N,), torch.float32, logits.device.type)
+    out, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
+    stats = logits.new_empty((N, 2) if keep_stats or on_triton(logits) else 0, dtype=torch.float32)
+    if on_triton(logits):
+        triton("softmax").logprob(logits, targets, temperatures, temperature, out, entropy, stats)
+        return out, entropy, stats
     bad = lib().logprob(
         logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
         out.data_ptr(), entropy.data_ptr(), stats.data_ptr() if keep_stats else 0, N, V, DTYPES[logits.dtype],
@@ -55,11 +58,11 @@ Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature,
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # token, log-prob, entropy, kept ids and their offsets
 
 
-def check_settings(op: str, settings: Settings, N: int) -> Settings:
+def check_settings(op: str, settings: Settings, N: int, device: str) -> Settings:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
     for name, x, dtype in zip(names, settings, dtypes, strict=True):
-        check(op, name, x, (N,), dtype)
+        check(op, name, x, (N,), dtype, device)
     a, b, c, d, e, f = (x.contiguous() for x in settings)
     return a, b, c, d, e, f
 
@@ -85,7 +88,14 @@ def draw(op: str, call: Callable[..., int], inputs: list[int], settings: Setting
 def sample(logits: Tensor, settings: Settings) -> Drawn:
     logits = logits.contiguous()
     N, V = _check_logits("sample", logits)
-    settings = check_settings("sample", settings, N)
+    settings = check_settings("sample", settings, N, logits.device.type)
+    if on_triton(logits):
+        token = logits.new_empty(N, dtype=torch.int64)
+        out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
+        cuts = triton("softmax").sample(logits, settings, token, out, entropy).unsqueeze(1)
+        kept = (logits > cuts) & (cuts > float("-inf"))
+        kept &= ~kept.all(1, keepdim=True)
+        return token, out, entropy, kept.nonzero()[:, 1].int(), torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
     return draw("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
 
 
@@ -100,6 +110,10 @@ def grad_logits(
     logits, targets, stats = logits.contiguous(), targets.contiguous(), stats.contiguous()
     entropy, grad_logprob, grad_entropy = entropy.contiguous(), grad_logprob.contiguous(), grad_entropy.contiguous()
     assert out.is_contiguous()
+    if on_triton(logits):
+        rows = (entropy, stats, grad_logprob, grad_entropy)
+        triton("softmax").logprob_backward(logits, targets, temperatures, temperature, *rows, source, out)
+        return
     lib().logprob_backward(
         logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
         entropy.data_ptr(), stats.data_ptr(), grad_logprob.data_ptr(), grad_entropy.data_ptr(), out.data_ptr(),

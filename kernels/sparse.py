@@ -108,6 +108,6 @@ logprob_op.register_autograd(_backward, setup_context=_setup)
 
 def linear_sample(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float) -> softmax.Drawn:
     """`settings` are those of `sample`."""
-    head, settings = _contiguous(hidden, weight, bias), softmax.check_settings("linear_sample", settings, len(hidden))
+    head, settings = _contiguous(hidden, weight, bias), softmax.check_settings("linear_sample", settings, len(hidden), "cpu")
     sizes = (*hidden.shape, len(weight), DTYPES[hidden.dtype], softcap)
     return softmax.draw("linear_sample", lib().linear_sample, pointers(*head), settings, *sizes)

@@ -163,8 +163,9 @@ def test_rows_without_a_coefficient_change_nothing() -> None:
 def test_library_checks_and_compile() -> None:
     x = inputs(9, 16, 50, torch.float32, bias=True)
     op = torch.ops.duologue.linear_logprob.default
-    torch.library.opcheck(op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.9), x["bias"], 2.0, None, 4000))
-    torch.library.opcheck(op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.5), None, 0.0, torch.arange(9) % 2 > 0, 600))
+    torch.library.opcheck(op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.9), x["bias"], 2.0, None, True, 4000))
+    mask = torch.arange(9) % 2 > 0
+    torch.library.opcheck(op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.5), None, 0.0, mask, True, 600))
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         logp, entropy = ops.linear_logprob(hidden, weight, targets, 0.9, bias)

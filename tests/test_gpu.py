@@ -1,0 +1,199 @@
+"""The kernels on a GPU: against float64, plain PyTorch's error in the same dtype, and the promise that bits do not depend on the batch.
+
+    python -m pytest -q -m gpu
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from typing import Any
+
+import pytest
+import torch
+from duologue.kernels import cpu, ops, reference
+from torch import Tensor
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to("cuda", dtype)
+
+
+def offsets(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+
+
+LENGTHS = [1, 7, 127, 129, 600, 1025]
+TABLES = torch.randn(2, 2048, 64, generator=torch.Generator().manual_seed(0))
+CASES: dict[str, tuple[str, tuple[Any, ...]]] = {  # name: (op, shapes of its float arguments and the others)
+    "linear 1": ("linear", ((1, 1024), (3072, 1024), (3072,))),
+    "linear 129": ("linear", ((129, 1000), (4100, 1000))),
+    "linear 4096": ("linear", ((4096, 1024), (1024, 1024))),
+    "rms_norm": ("rms_norm", ((513, 4096), (4096,), 1e-6)),
+    "rms_norm heads": ("rms_norm", ((77, 16, 128), (128,), 1e-6)),
+    "add_rms_norm": ("add_rms_norm", ((129, 1000), (129, 1000), (1000,), 1e-6)),
+    "silu_mul": ("silu_mul", ((127, 3073), (127, 3073))),
+    "rope": ("rope", ((129, 9, 128), (129, 3, 128), TABLES[0], TABLES[1], torch.arange(129) * 15)),
+    "packed_attention 128": ("packed_attention", (*[(sum(LENGTHS), heads, 128) for heads in (8, 2, 2)], LENGTHS, 0.09)),
+    "packed_attention 80": ("packed_attention", ((sum(LENGTHS), 4, 80), (sum(LENGTHS), 4, 80), (sum(LENGTHS), 4, 80), LENGTHS, 0.11)),
+    "logprob": ("logprob", ((65, 50_257), torch.arange(65) * 700, 0.7)),
+}
+
+
+def arguments(name: str, dtype: torch.dtype) -> list[Any]:
+    found: list[Any] = []
+    for i, x in enumerate(CASES[name][1]):
+        if isinstance(x, tuple):
+            found.append(randn(*x, dtype=dtype, seed=i))
+        else:
+            found.append(offsets(x) if isinstance(x, list) else x.cuda() if isinstance(x, Tensor) else x)
+    return found
+
+
+def run(fn: Any, inputs: list[Any], shapes: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
+    cast = [x.to(dtype).detach().requires_grad_() if isinstance(s, tuple) else x for x, s in zip(inputs, shapes, strict=True)]
+    out = fn(*cast)
+    outputs = list(out) if isinstance(out, tuple) else [out]
+    grads = [randn(*o.shape, seed=7).to(o.dtype) for o in outputs]
+    wanted = [x for x, s in zip(cast, shapes, strict=True) if isinstance(s, tuple)]
+    return [*(o.detach() for o in outputs), *torch.autograd.grad(outputs, wanted, grads)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_error_is_at_most_that_of_plain_torch(name: str, dtype: torch.dtype) -> None:
+    op, shapes = CASES[name]
+    inputs = arguments(name, dtype)
+    exact = run(getattr(reference, op), inputs, shapes, torch.float64)
+    theirs = run(getattr(reference, op), inputs, shapes, dtype)
+    ours = run(getattr(ops, op), inputs, shapes, dtype)
+    n_outputs = 2 if op in ("add_rms_norm", "rope", "logprob") else 1
+    for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
+        assert a.dtype == b.dtype
+        limit = (2 if i < n_outputs else 3) * float((b.double() - e).norm()) + float(e.norm()) * torch.finfo(dtype).eps
+        assert float((a.double() - e).norm()) <= limit, i
+
+
+@pytest.mark.parametrize("op", ["linear", "packed_attention"])
+def test_fast_forms_are_close(op: str) -> None:
+    name = next(n for n in CASES if n.startswith(op))
+    inputs, shapes = arguments(name, torch.bfloat16), CASES[name][1]
+    exact = run(getattr(reference, op), inputs, shapes, torch.float64)
+    for a, e in zip(run(lambda *x: getattr(ops, op)(*x, exact=False), inputs, shapes, torch.bfloat16), exact, strict=True):
+        assert float((a.double() - e).norm()) <= 0.02 * float(e.norm())
+
+
+# ---- bits ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("K", "O"), [(1024, 1024), (1024, 6144), (4096, 4096), (1000, 4100)])
+def test_linear_has_the_same_bits_at_every_m(K: int, O: int, dtype: torch.dtype) -> None:
+    x, weight = randn(1500, K, dtype=dtype), randn(O, K, dtype=dtype)
+    for out_dtype in {dtype, torch.float32}:
+        whole = ops.linear(x, weight, None, out_dtype)
+        for a, b in ((0, 1), (3, 10), (0, 64), (100, 165), (1000, 1128), (1, 1500)):
+            assert torch.equal(ops.linear(x[a:b], weight, None, out_dtype), whole[a:b])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_keep_their_bits_in_any_company(dtype: torch.dtype) -> None:
+    x, norm, z = randn(300, 1024, dtype=dtype), randn(1024, dtype=dtype), 3 * randn(300, 50_257, dtype=dtype)
+    targets = torch.arange(300, device="cuda")
+    whole = (*ops.add_rms_norm(x, x * 2, norm, 1e-6), *ops.logprob(z, targets, 0.9))
+    for a, b in ((0, 1), (16, 33), (100, 300)):
+        part = (*ops.add_rms_norm(x[a:b], x[a:b] * 2, norm, 1e-6), *ops.logprob(z[a:b], targets[a:b], 0.9))
+        assert all(torch.equal(p, w[a:b]) for p, w in zip(part, whole, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("D", "ratio", "B"), [(128, 4, 16), (64, 2, 32), (80, 1, 16)])
+def test_decode_prefill_and_training_have_one_set_of_bits(dtype: torch.dtype, D: int, ratio: int, B: int) -> None:
+    from duologue.kernels import triton_attention
+
+    rng, T = random.Random(D), sum(LENGTHS)
+    q, k, v = (randn(T, heads, D, dtype=dtype, seed=heads) for heads in (2 * ratio, 2, 2))
+    packed = ops.packed_attention(q, k, v, offsets(LENGTHS), 0.1)
+    counts = [-(-n // B) for n in LENGTHS]
+    order, pages = torch.randperm(sum(counts)).int().cuda(), torch.zeros(2, sum(counts), B, 2, D, dtype=dtype, device="cuda")
+    table = torch.zeros(len(LENGTHS), max(counts), dtype=torch.int32, device="cuda")
+    bounds = [0, *itertools.accumulate(LENGTHS)]
+    for s, count in enumerate(counts):
+        table[s, :count] = order[sum(counts[:s]) : sum(counts[:s]) + count]
+        at = torch.arange(LENGTHS[s], device="cuda")
+        own = slice(bounds[s], bounds[s + 1])
+        ops.write_kv(k[own], v[own], pages[0], pages[1], table[s].long()[at // B] * B + at % B)
+    for most, split in ((1, True), (1, False), (1, None), (300, True), (300, False), (2000, None)):
+        ends = [rng.randint(max(1, n // 2), n) for n in LENGTHS]
+        new = [rng.randint(1, min(most, end)) for end in ends]
+        token = torch.cat([torch.arange(bounds[s] + ends[s] - new[s], bounds[s] + ends[s]) for s in range(len(LENGTHS))]).cuda()
+        out, context = torch.empty_like(q[token]), torch.tensor(ends, dtype=torch.int32, device="cuda")
+        triton_attention.forward(q[token], pages[0], pages[1], out, None, offsets(new), 0.1, table, context, split=split)
+        assert torch.equal(out, packed[token]), (most, split)
+    table[5, :32] = table[4, :32]
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
+    arguments = (pages[0], pages[1], out[:6], None, offsets([1] * 6), 0.1, table, lengths)
+    alone = triton_attention.forward(q[:6].contiguous(), *arguments).clone()
+    groups = (torch.tensor([0, 4, 6], dtype=torch.int32, device="cuda"), torch.tensor([0, 512], dtype=torch.int32, device="cuda"))
+    assert torch.equal(triton_attention.forward(q[:6].contiguous(), *arguments, groups), alone)
+
+
+def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, N = 3 * torch.randn(512, 32_003, generator=generator), 512
+    temperature = torch.rand(N, generator=generator) + 0.3
+    temperature[::9] = 0
+    args = (
+        temperature, torch.where(torch.arange(N) % 2 == 0, 0, 40).int(), torch.where(torch.arange(N) % 3 == 0, 1.0, 0.9),
+        torch.where(torch.arange(N) % 4 == 0, 0.05, 0.0), torch.arange(N), torch.arange(N) * 3,
+    )  # fmt: skip
+    token, logprob, entropy = ops.sample(z.cuda(), *(x.cuda() for x in args))
+    again = ops.logprob(z.cuda(), token, torch.where(temperature == 0, 1.0, temperature).cuda())
+    assert torch.equal(logprob, again[0])
+    assert torch.equal(entropy, again[1])
+    assert int((token.cpu() != ops.sample(z, *args)[0]).sum()) <= 1  # scores within a rounding of each other
+    assert cpu.available() or not cpu.serves(z)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("max_batch", [1, 5, 64])
+def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int) -> None:
+    from duologue.model.config import ModelConfig
+    from duologue.model.decoder import Decoder, score
+    from duologue.rollout.engine.engine import Engine
+    from duologue.rollout.engine.sequence import SamplingParams
+
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=1003, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=8, num_kv_heads=2,
+        head_dim=64, max_position_embeddings=2048,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.init_weights(0)
+    model = model.to("cuda", dtype)
+    rng = random.Random(1)
+    prompts = [[rng.randrange(1003) for _ in range(rng.randint(1, 700))] for _ in range(12)]
+    engine = Engine(model, max_batch=max_batch, max_step_tokens=160, cache_tokens=16_384)
+    completions = engine.generate(prompts, SamplingParams(max_new_tokens=24, temperature=0.9))
+    with torch.no_grad():
+        scored = score(model, [p + c.token_ids for p, c in zip(prompts, completions, strict=True)], 0.9)
+    for prompt, completion, whole in zip(prompts, completions, scored, strict=True):
+        assert torch.equal(torch.tensor(completion.logprobs), whole[len(prompt) - 1 :].cpu())
+
+
+def test_compiled_is_eager() -> None:
+    x, weight, norm = randn(64, 256, dtype=torch.bfloat16), randn(256, 256, dtype=torch.bfloat16), randn(256, dtype=torch.bfloat16)
+    cu = offsets([64])
+
+    def block(x: Tensor, weight: Tensor) -> Tensor:
+        y, total = ops.add_rms_norm(x, x, norm, 1e-6)
+        y = ops.linear(ops.silu_mul(y, total), weight).view(64, 4, 64)
+        return ops.packed_attention(y, y, y, cu, 0.1).flatten(1)
+
+    shapes = ((64, 256), (256, 256))
+    both = [run(fn, [x, weight], shapes, torch.bfloat16) for fn in (block, torch.compile(block, fullgraph=True))]
+    assert torch.equal(both[0][0], both[1][0])
+    for a, b in zip(*both, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
