@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint asan bench clean
+.PHONY: demo test lint asan compile-check bench clean
 
 demo: $(VENV)/.core
 	$(BIN)/duologue train deal --run-dir $(RUN) $$(test -f $(RUN)/config.toml && echo --resume)
@@ -21,6 +21,10 @@ lint: $(VENV)/.dev
 # The C++ kernels under AddressSanitizer and UBSan; see .ci/asan.
 asan: $(VENV)/.dev
 	.ci/asan $(BIN)/python
+
+# Every Triton kernel, ahead of time, for three generations of GPUs: none is needed.
+compile-check: $(VENV)/.dev
+	$(BIN)/python -m bench.compile_check
 
 bench: $(VENV)/.dev
 	$(BIN)/python bench/kernels.py
