@@ -150,11 +150,14 @@ def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:
         temperature, torch.where(torch.arange(N) % 2 == 0, 0, 40).int(), torch.where(torch.arange(N) % 3 == 0, 1.0, 0.9),
         torch.where(torch.arange(N) % 4 == 0, 0.05, 0.0), torch.arange(N), torch.arange(N) * 3,
     )  # fmt: skip
-    token, logprob, entropy = ops.sample(z.cuda(), *(x.cuda() for x in args))
+    token, logprob, entropy, kept, offsets = ops.sample(z.cuda(), *(x.cuda() for x in args))
     again = ops.logprob(z.cuda(), token, torch.where(temperature == 0, 1.0, temperature).cuda())
-    assert torch.equal(logprob, again[0])
-    assert torch.equal(entropy, again[1])
-    assert int((token.cpu() != ops.sample(z, *args)[0]).sum()) <= 1  # scores within a rounding of each other
+    whole = offsets.diff() == 0
+    assert torch.equal(logprob[whole], again[0][whole])
+    assert torch.equal(entropy[whole], again[1][whole])
+    on_cpu = ops.sample(z, *args)
+    assert int((token.cpu() != on_cpu[0]).sum()) <= 1  # scores within a rounding of each other
+    assert float((kept.shape[0] - on_cpu[3].shape[0]) / on_cpu[3].shape[0]) < 1e-3  # so may be those at a cut
     assert cpu.available() or not cpu.serves(z)
 
 
@@ -181,6 +184,72 @@ def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int) -> Non
         scored = score(model, [p + c.token_ids for p, c in zip(prompts, completions, strict=True)], 0.9)
     for prompt, completion, whole in zip(prompts, completions, scored, strict=True):
         assert torch.equal(torch.tensor(completion.logprobs), whole[len(prompt) - 1 :].cpu())
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_fused_head_with_rows_that_move(dtype: torch.dtype, exact: bool) -> None:
+    """Chunks of 64 rows of which two thirds have no coefficient, against float64 of the stored logits."""
+    N, H, V = 300, 256, 5003
+    hidden, weight, bias = randn(N, H, dtype=dtype), randn(V, H, dtype=dtype) / 16, randn(V, dtype=dtype)
+    targets, g = torch.arange(N, device="cuda") * 13 % V, torch.linspace(-1, 1, N, device="cuda")
+    g, h = g * (torch.arange(N, device="cuda") % 3 == 0), 0.1 * (torch.arange(N, device="cuda") % 5 == 0)
+
+    def fused(x: list[Tensor]) -> list[Tensor]:
+        def loss_fn(logp: Tensor, entropy: Tensor, rows: Any) -> Tensor:
+            return (logp * g[rows] - entropy * h[rows]).sum()
+
+        found = ops.linear_policy_loss(
+            x[0], x[1], targets, loss_fn, temperature=0.8, bias=x[2], softcap=20.0, exact=exact, chunk_bytes=64 * V * 8
+        )
+        return [found.logprob, found.entropy, *torch.autograd.grad(found.loss, x)]
+
+    def plain(x: list[Tensor]) -> list[Tensor]:
+        logits = torch.nn.functional.linear(*x)
+        logits = 20 * torch.tanh((logits if logits.dtype == torch.float64 else logits.float()) / 20)
+        logp, entropy = reference.logprob(logits, targets, 0.8)
+        return [logp.detach(), entropy.detach(), *torch.autograd.grad((logp * g - entropy * h).sum(), x)]
+
+    inputs = [hidden, weight, bias]
+    exactly = plain([x.double().requires_grad_() for x in inputs])
+    theirs = plain([x.clone().requires_grad_() for x in inputs])
+    found = fused([x.clone().requires_grad_() for x in inputs])
+    for i, (a, b, e) in enumerate(zip(found, theirs, exactly, strict=True)):
+        floor = float(e.norm()) * (2e-6 if i < 2 else torch.finfo(dtype).eps)
+        assert float((a.double() - e).norm()) <= (2 if i < 2 else 3) * float((b.double() - e).norm()) + floor, i
+
+
+def test_fused_head_has_the_bits_of_linear_and_logprob() -> None:
+    hidden, weight = randn(200, 512, dtype=torch.bfloat16), randn(3001, 512, dtype=torch.bfloat16)
+    targets, heat = torch.arange(200, device="cuda") * 15, torch.full((200,), 0.9, device="cuda")
+    expected = ops.logprob(ops.linear(hidden, weight, None, torch.float32), targets, heat)
+    for a, b in ((0, 200), (7, 9), (30, 131)):
+        found = ops.linear_logprob(hidden[a:b], weight, targets[a:b], heat[a:b], chunk_bytes=50 * 3001 * 6)
+        assert all(torch.equal(x, y[a:b]) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sparse_head_and_advantages(dtype: torch.dtype) -> None:
+    N, H, V, kept = 257, 192, 4099, 9
+    hidden, weight = randn(N, H, dtype=dtype), randn(V, H, dtype=dtype) / 8
+    ids = (torch.arange(N, device="cuda")[:, None] * 11 % (V - 100) + torch.arange(kept, device="cuda") * 7).int()
+    offsets, targets = torch.arange(N + 1, device="cuda") * kept, ids[:, 4].long()
+
+    def run(fn: Any, kind: torch.dtype) -> list[Tensor]:
+        x, w = hidden.to(kind).requires_grad_(), weight.to(kind).requires_grad_()
+        logp, entropy = fn(x, w, targets, ids.flatten(), offsets, 0.7)
+        return [logp.detach(), entropy.detach(), *torch.autograd.grad((logp - entropy).sum(), (x, w))]
+
+    exact, theirs = (run(lambda *a: reference.sparse_linear_logprob(*a, None, None), kind) for kind in (torch.float64, dtype))
+    for i, (a, b, e) in enumerate(zip(run(ops.sparse_linear_logprob, dtype), theirs, exact, strict=True)):
+        limit = (2 if i < 2 else 3) * float((b.double() - e).norm()) + float(e.norm()) * torch.finfo(dtype).eps
+        assert float((a.double() - e).norm()) <= limit, i
+    rewards, groups = randn(N), torch.arange(N, device="cuda") // 8
+    scored = torch.arange(N, device="cuda") % 7 > 0
+    found = ops.group_advantages(rewards, groups, scored, method="std", n_groups=33)
+    on_cpu = ops.group_advantages(rewards.cpu(), groups.cpu(), scored.cpu(), method="std", n_groups=33)
+    torch.testing.assert_close(found[0].cpu(), on_cpu[0], rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[1].cpu(), on_cpu[1])
 
 
 def test_compiled_is_eager() -> None:

@@ -1,0 +1,35 @@
+"""bench/gpu_suite.py from its command line, on the CPU with tiny sizes; and without a GPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SUITE = [sys.executable, str(Path(__file__).parent.parent / "bench/gpu_suite.py")]
+
+
+def test_dry_run_measures_every_kernel_beside_torch() -> None:
+    done = subprocess.run([*SUITE, "--dry", "--no-tests"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads(done.stdout.splitlines()[-1])
+    sides: dict[str, set[str]] = {}
+    for row in summary["rows"]:
+        assert not row["failed"], row
+        assert row["p20_us"] <= row["p50_us"] <= row["p80_us"]
+        sides.setdefault(row["op"], set()).add(row["provider"])
+    assert len(sides) >= 11
+    assert all("ours" in found and len(found) > 1 for found in sides.values())
+    errors = [row["error"] for row in summary["rows"] if row["op"].startswith("head") and row["provider"].startswith("ours")]
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_what_to_do() -> None:
+    done = subprocess.run(SUITE, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "there is no CUDA device; --dry" in done.stderr
