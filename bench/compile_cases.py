@@ -72,6 +72,7 @@ def softmax_cases() -> Iterator[Case]:
         yield case(s.logprob_backward_kernel, "*fp32", {"BY_ROW": True, "MOVES": True, **s.LAUNCH}, temperature="fp32", grad=element)
     for element in ("*fp32", "*bf16"):
         yield case(s.sample_kernel, element, s.LAUNCH)
+        yield case(s.keep_kernel, element, s.LAUNCH, kept="*i32", sizes="*i32", most="i32")
 
 
 def compile_cases() -> list[Case]:

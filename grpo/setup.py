@@ -102,7 +102,8 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
 def build_arena(config: Config, model: Decoder, tokenizer: Tokenizer, game: DealGame, temperature: float | None = None) -> Arena:
     """An arena on a new engine; `temperature` replaces the one of training."""
     d, r = config.dialogue, config.rollout
-    engine = Engine(model, page_size=r.page_size, cache_tokens=r.cache_tokens, max_batch=r.max_batch)
+    model.use_exact(r.exact)
+    engine = Engine(model, page_size=r.page_size, cache_tokens=r.cache_tokens or None, max_batch=r.max_batch)
     rules = Rules(
         max_rounds=d.max_rounds,
         max_tokens_per_turn=d.max_tokens_per_turn,
@@ -125,7 +126,7 @@ def check_context(config: Config, model: Decoder, arena: Arena) -> None:
     longest += len(chat.heard(arena.final_prompt_ids)) + frame + d.max_tokens_final
     limits = (
         ("model.max_position", model.config.max_position_embeddings),
-        ("rollout.cache_tokens", config.rollout.cache_tokens),
+        ("rollout.cache_tokens", arena.engine.pool.n_pages * arena.engine.pool.page_size),
     )
     for key, limit in limits:
         if longest > limit:

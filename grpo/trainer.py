@@ -117,6 +117,8 @@ class Trainer:
             metrics["kl_start"] = kl_to_reference(
                 self.reference, rows, temperature=self.config.dialogue.temperature, max_tokens=self.config.train.tokens_per_microbatch
             )
+        if self.config.rollout.release_memory:
+            self.arena.engine.release_memory()
         update_began = time.monotonic()
         stats, norm, lr = self._update(rows)
         update_seconds = time.monotonic() - update_began

@@ -43,7 +43,9 @@ def head_loss(model: Decoder, batch: Batch, hidden_NH: Tensor, loss_fn: LossFn, 
     """The loss of the batch's trained tokens, from the hidden states before them."""
     if len(batch.kept_ids) == 0:
         targets = batch.token_ids[batch.targets]
-        return ops.linear_policy_loss(hidden_NH, model.head_weight, targets, loss_fn, level=level, temperature=temperature)
+        return ops.linear_policy_loss(
+            hidden_NH, model.head_weight, targets, loss_fn, level=level, temperature=temperature, exact=model.exact
+        )
     logp, entropy = truncated_logprobs(model, batch, hidden_NH, temperature)
     loss, sums = loss_fn(logp, entropy, slice(None))
     return PolicyLoss(loss, logp.detach(), entropy.detach(), sums)
@@ -86,7 +88,7 @@ def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> Tensor
     hidden_NH = trained_hidden(model, batch)
     if len(batch.kept_ids):
         return truncated_logprobs(model, batch, hidden_NH, temperature)[0]
-    return ops.linear_logprob(hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature)[0]
+    return ops.linear_logprob(hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature, exact=model.exact)[0]
 
 
 def accumulate_policy_gradient(

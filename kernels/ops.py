@@ -18,7 +18,7 @@ Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V 
 from __future__ import annotations
 
 import torch
-from duologue.kernels import advantage, attention, autograd, cpu, reference, softmax, sparse
+from duologue.kernels import advantage, attention, autograd, cpu, liger, reference, softmax, sparse
 from duologue.kernels import head as fused
 from torch import Tensor
 
@@ -42,8 +42,10 @@ def linear(
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float, exact: bool = True) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019); x [..., K], weight [K]."""
+    if not exact and liger.serves(x):
+        return liger.rms_norm(x, weight, eps)
     if not cpu.takes(x):
         return reference.rms_norm(x, weight, eps)
     if _plain(x, weight):
@@ -52,8 +54,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, exact: bool = True) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); x and residual [..., K], weight [K]."""
+    if not exact and liger.serves(x):
+        return liger.add_rms_norm(x, residual, weight, eps)
     if not cpu.takes(x):
         return reference.add_rms_norm(x, residual, weight, eps)
     if _plain(x, residual, weight):
@@ -72,8 +76,10 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
     return autograd.rope(q, cos, sin, positions, 1.0), autograd.rope(k, cos, sin, positions, 1.0)
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+def silu_mul(gate: Tensor, up: Tensor, exact: bool = True) -> Tensor:
     """silu(gate) * up (SwiGLU, Shazeer 2020); both [..., I]."""
+    if not exact and liger.serves(gate):
+        return liger.silu_mul(gate, up)
     if not cpu.takes(gate):
         return reference.silu_mul(gate, up)
     if _plain(gate, up):
@@ -180,8 +186,8 @@ def linear_policy_loss(
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
-) -> softmax.Drawn:
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
+) -> softmax.Drawn:  # fmt: skip
     """Draw a token per row of logits [N, V]: (token [N] int64, logprob [N] fp32, entropy [N] fp32, kept_ids int32, kept_offsets
     [N + 1] int64).
 
@@ -200,6 +206,24 @@ def sample(
         out: softmax.Drawn = softmax.sample_op(logits, *settings)
         return out
     return softmax.sample(logits, settings)
+
+
+def sample_bounded(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor, most: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """`sample` in outputs of fixed size, so that a CUDA graph can hold it: (token, logprob, entropy, kept [N, most] int32, n_kept
+    [N] int32). Row n kept the ids kept[n, : n_kept[n]]; n_kept is 0 where all tokens were, and above `most` where there was no
+    room for them all."""
+    settings = (temperature, top_k, top_p, min_p, seed, position)
+    if cpu.on_triton(logits):
+        return softmax.sample_bounded(logits, settings, most)
+    token, logprob, entropy, ids, offsets = sample(logits, *settings)
+    kept, sizes = ids.new_zeros((len(logits), most)), offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(logits), device=logits.device), sizes)
+    place = torch.arange(len(ids), device=logits.device) - offsets[row]
+    fits = place < most
+    kept[row[fits], place[fits]] = ids[fits]
+    return token, logprob, entropy, kept, sizes.int()
 
 
 def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:

@@ -99,6 +99,18 @@ def sample(logits: Tensor, settings: Settings) -> Drawn:
     return draw("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
 
 
+def sample_bounded(logits: Tensor, settings: Settings, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """On Triton only; see `ops.sample_bounded`. Launches and allocations alone, nothing that waits."""
+    logits = logits.contiguous()
+    N, _ = _check_logits("sample_bounded", logits)
+    settings = check_settings("sample_bounded", settings, N, logits.device.type)
+    token, kept = logits.new_empty(N, dtype=torch.int64), logits.new_empty((N, most), dtype=torch.int32)
+    out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
+    sizes = logits.new_empty(N, dtype=torch.int32)
+    triton("softmax").keep(logits, triton("softmax").sample(logits, list(settings), token, out, entropy), kept, sizes)
+    return token, out, entropy, kept, sizes
+
+
 def grad_logits(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
     grad_logprob: Tensor, grad_entropy: Tensor, out: Tensor, source: Tensor | None = None,

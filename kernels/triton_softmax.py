@@ -155,6 +155,21 @@ def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, position, toke
     tl.store(cuts + n, cut)
 
 
+@triton.jit
+def keep_kernel(logits, cuts, kept, sizes, V, most, BLOCK: tl.constexpr):
+    """The ids of a row above its cut, ascending, as far as there is room; their number, 0 when nothing was cut off."""
+    n = tl.program_id(0).to(tl.int64)
+    cut, count = tl.load(cuts + n), 0
+    if cut > NONE:
+        for start in range(0, V, BLOCK):
+            v = start + tl.arange(0, BLOCK)
+            above = (_logits(logits + n * V, v, V, cut) > NONE).to(tl.int32)
+            place = count + tl.cumsum(above, 0) - above
+            tl.store(kept + n * most + place, v, (above > 0) & (place < most))
+            count += tl.sum(above, 0)
+    tl.store(sizes + n, tl.where(count == V, 0, count))
+
+
 def logprob(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, *outputs: Tensor) -> None:
     """Writes the outputs log-prob [N], entropy [N] and stats [N, 2]; all contiguous, checked by the caller, as below."""
     rows, by_row = outputs[0] if temperatures is None else temperatures, temperatures is not None
@@ -181,3 +196,9 @@ def sample(logits: Tensor, settings: list[Tensor], *outputs: Tensor) -> Tensor:
     if len(logits):
         sample_kernel[(len(logits),)](logits, *settings, *outputs, cuts, logits.shape[1], **LAUNCH)
     return cuts
+
+
+def keep(logits: Tensor, cuts: Tensor, kept: Tensor, sizes: Tensor) -> None:
+    """Writes kept [N, most] int32 and sizes [N] int32 from the cuts of `sample`."""
+    if len(logits):
+        keep_kernel[(len(logits),)](logits, cuts, kept, sizes, logits.shape[1], kept.shape[1], **LAUNCH)

@@ -36,18 +36,20 @@ class AttentionContext(Protocol):
 class PackedAttention:
     """Causal attention within each of the sequences that lie one after the other; differentiable."""
 
-    def __init__(self, cu_seqlens: Tensor, scale: float) -> None:
+    def __init__(self, cu_seqlens: Tensor, scale: float, exact: bool = True) -> None:
+        self.exact = exact
         self.cu_seqlens = cu_seqlens  # [S + 1] int32
         self.scale = scale
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        return ops.packed_attention(q_TAD, k_TGD, v_TGD, self.cu_seqlens, self.scale)
+        return ops.packed_attention(q_TAD, k_TGD, v_TGD, self.cu_seqlens, self.scale, self.exact)
 
 
 class Linear(nn.Module):
     """weight [out, in] and an optional bias [out], as in the checkpoint. `name` is where it stands in the body."""
 
     name = ""
+    exact = True
 
     def __init__(self, n_in: int, n_out: int, bias: bool = False) -> None:
         super().__init__()
@@ -57,12 +59,14 @@ class Linear(nn.Module):
     def forward(self, x: Tensor, lora: AdapterRows | None = None) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        out = ops.linear(x, weight, self.bias)
+        out = ops.linear(x, weight, self.bias, exact=self.exact)
         return out if lora is None else lora.add(self.name, x, out)
 
 
 class RMSNorm(nn.Module):
     """weight [K]; `add` first adds to the residual stream."""
+
+    exact = True
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -72,13 +76,13 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
-        return ops.rms_norm(x, weight, self.eps)
+        return ops.rms_norm(x, weight, self.eps, self.exact)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum)"""
         weight = self._parameters["weight"]
         assert weight is not None
-        return ops.add_rms_norm(x, residual, weight, self.eps)
+        return ops.add_rms_norm(x, residual, weight, self.eps, self.exact)
 
 
 def _at_hand(module: nn.Module) -> None:
@@ -112,6 +116,8 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
+    exact = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         H, I = config.hidden_size, config.intermediate_size
@@ -122,7 +128,7 @@ class MLP(nn.Module):
 
     def forward(self, x_TH: Tensor, lora: AdapterRows | None) -> Tensor:
         gate, up = self.gate_proj.forward(x_TH, lora), self.up_proj.forward(x_TH, lora)
-        return self.down_proj.forward(ops.silu_mul(gate, up), lora)
+        return self.down_proj.forward(ops.silu_mul(gate, up, self.exact), lora)
 
 
 class Layer(nn.Module):
@@ -178,6 +184,8 @@ class Body(nn.Module):
 class Decoder(nn.Module):
     """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed tokens."""
 
+    exact = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -185,6 +193,13 @@ class Decoder(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
         self.scale = config.head_dim**-0.5
         self._tables: tuple[Tensor, Tensor] | None = None
+
+    def use_exact(self, exact: bool) -> None:
+        """Whether rollout and training have one set of bits. Without it CUDA may use libraries that are faster; on CPU the kernels
+        are both."""
+        for module in self.modules():
+            if isinstance(module, (Decoder, Linear, RMSNorm, MLP)):
+                module.exact = exact
 
     @property
     def head_weight(self) -> Tensor:
@@ -216,7 +231,7 @@ class Decoder(nn.Module):
 
     def head(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> fp32 logits [N, V]."""
-        return ops.linear(hidden_NH, self.head_weight, None, torch.float32)
+        return ops.linear(hidden_NH, self.head_weight, None, torch.float32, self.exact)
 
     def forward(self, token_ids: Tensor) -> Tensor:
         """[B, T] -> fp32 logits [B, T, V]. ValueError when T is more than the model holds."""
@@ -226,7 +241,7 @@ class Decoder(nn.Module):
             raise ValueError(f"the rows have {T} tokens, accepted is {limit} at most")
         positions = torch.arange(T, device=token_ids.device).repeat(B)
         cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=token_ids.device) * T
-        hidden_NH = self.hidden(token_ids.flatten(), positions, PackedAttention(cu_seqlens, self.scale))
+        hidden_NH = self.hidden(token_ids.flatten(), positions, PackedAttention(cu_seqlens, self.scale, self.exact))
         return self.head(hidden_NH).view(B, T, self.config.vocab_size)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +317,7 @@ def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) 
     token_ids = torch.tensor([t for ids in sequences for t in ids], device=device)
     positions = torch.tensor([p for n in lengths for p in range(n)], device=device)
     cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    hidden_TH = model.hidden(token_ids, positions, PackedAttention(cu_seqlens, model.scale))
+    hidden_TH = model.hidden(token_ids, positions, PackedAttention(cu_seqlens, model.scale, model.exact))
     targets = torch.nonzero(positions > 0).squeeze(1)  # every token but each sequence's first
     logprobs, _ = ops.logprob(model.head(hidden_TH[targets - 1]), token_ids[targets], temperature)
     return list(torch.split(logprobs, [max(n - 1, 0) for n in lengths]))

@@ -115,6 +115,10 @@ class LoraDecoder(Decoder):
         base: Decoder = self.__dict__["base"]
         return base
 
+    def use_exact(self, exact: bool) -> None:
+        super().use_exact(exact)
+        self.adapter_off.exact = exact
+
     def rows(self, dropout_seed: int | None = None) -> AdapterRows:
         return AdapterRows([(self.adapter, None)], dropout_seed)
 

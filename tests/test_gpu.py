@@ -162,8 +162,9 @@ def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("max_batch", [1, 5, 64])
-def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int) -> None:
+@pytest.mark.parametrize(("max_batch", "decode_steps"), [(1, 1), (5, 8), (64, 1), (64, 8)])
+def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int, decode_steps: int) -> None:
+    """Step by step, and as CUDA graphs of which eight run between two looks of the host; the memory is given back once."""
     from duologue.model.config import ModelConfig
     from duologue.model.decoder import Decoder, score
     from duologue.rollout.engine.engine import Engine
@@ -178,8 +179,12 @@ def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int) -> Non
     model = model.to("cuda", dtype)
     rng = random.Random(1)
     prompts = [[rng.randrange(1003) for _ in range(rng.randint(1, 700))] for _ in range(12)]
-    engine = Engine(model, max_batch=max_batch, max_step_tokens=160, cache_tokens=16_384)
-    completions = engine.generate(prompts, SamplingParams(max_new_tokens=24, temperature=0.9))
+    engine = Engine(model, max_batch=max_batch, max_step_tokens=160, cache_tokens=16_384, decode_steps=decode_steps)
+    params = [SamplingParams(max_new_tokens=24 - i, temperature=0.9, seed=i) for i in range(12)]
+    first = engine.generate(prompts, params)
+    engine.release_memory()
+    completions = engine.generate(prompts, params)
+    assert [c.token_ids for c in completions] == [c.token_ids for c in first]
     with torch.no_grad():
         scored = score(model, [p + c.token_ids for p, c in zip(prompts, completions, strict=True)], 0.9)
     for prompt, completion, whole in zip(prompts, completions, scored, strict=True):

@@ -23,7 +23,7 @@ from operator import attrgetter
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.rollout.engine.pages import PagePool
-from duologue.rollout.engine.runner import Runner
+from duologue.rollout.engine.runner import Runner, measured_tokens
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
 from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
 
@@ -33,9 +33,11 @@ _VERSION = attrgetter("_version")  # torch counts the writes into a tensor
 class Engine:
     """Generates on `model`'s own parameters: nothing is copied, and an optimizer step in place is seen by the next request.
 
-    page_size: tokens of a KV page (a multiple of 16 for the CPU kernels). cache_tokens: size of the pool.
+    page_size: tokens of a KV page (a multiple of 16 for the CPU kernels). cache_tokens: size of the pool; None takes 85 % of the
+    memory that is free now on CUDA, and 65,536 on CPU.
     max_batch: requests that run at once. max_step_tokens: tokens of one step, prefill and decode together.
-    decode: ids to text, for stop strings (a tokenizer's).
+    decode: ids to text, for stop strings (a tokenizer's). decode_steps: tokens per row between two looks of the host while nothing but
+    decoding is to be done (None: 8 on CUDA, where such a step is a graph; 1 on CPU); the draws do not depend on it.
     """
 
     def __init__(
@@ -43,17 +45,21 @@ class Engine:
         model: Decoder,
         *,
         page_size: int = 16,
-        cache_tokens: int = 65_536,
+        cache_tokens: int | None = 65_536,
         max_batch: int = 256,
         max_step_tokens: int = 1_024,
         seed: int = 0,
         decode: Callable[[list[int]], str] | None = None,
+        decode_steps: int | None = None,
     ) -> None:
+        on_cuda = model.model.embed_tokens.weight.device.type == "cuda"
+        decode_steps = (8 if on_cuda else 1) if decode_steps is None else decode_steps
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)")
+        cache_tokens = measured_tokens(model, page_size) if cache_tokens is None else cache_tokens
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens = {cache_tokens}: accepted is at least one page ({page_size})")
-        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens)):
+        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("decode_steps", decode_steps)):
             if value < 1:
                 raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
         self.model = model
@@ -65,7 +71,7 @@ class Engine:
         self._decode = decode
         self._n_requests = 0
         self._branches: dict[Branch, None] = {}  # open branches, the longest unused first
-        self._runner = Runner(model, cache_tokens // page_size, page_size)
+        self._runner = Runner(model, cache_tokens // page_size, page_size, decode_steps)
         self.pool = PagePool(cache_tokens // page_size, page_size)
         self._scheduler = Scheduler(self.pool, max_batch, max_step_tokens, self._branches)
 
@@ -108,6 +114,7 @@ class Engine:
         assert not self.busy
         assert isinstance(self.model, LoraDecoder) or not others, "adapters need a model with one"
         self.adapters[1:] = others
+        self._runner.forget_graphs()
         own = set(map(id, parameters := list(self.model.parameters())))
         more = (p for adapter in others if adapter is not None for p in adapter.parameters())
         self._parameters = [*parameters, *(p for p in more if id(p) not in own)]
@@ -189,11 +196,14 @@ class Engine:
             return []
         pages = chain.from_iterable(w.request.branch.pages for w in works)
         assert set(map(self.pool.version.__getitem__, pages)) == {self.weights_version}, "KV of other weights"
+        if steps := self._steps_ahead(works):
+            return self._decode_ahead(works, steps)
         sampled = zip(*self._runner.execute(works, self._allowed(works), self.adapters), strict=True)
         finished = []
         for work in works:
             request = work.request
             self._scheduler.computed(request.branch, work.n_tokens, self.weights_version)
+            request.plain = False
             if work.samples:
                 self._take(request, *next(sampled))
             elif request.prefill_only and request.n_todo == 0:
@@ -202,6 +212,41 @@ class Engine:
                 finished.append(request)
                 self._scheduler.running.remove(request)
                 self._detach(request)
+        return finished
+
+    def _steps_ahead(self, works: list[Work]) -> int:
+        """Steps that can be taken without a look in between, with pages reserved for all of them; 0 when a plain step must do."""
+        loop, requests = self._runner.loop, [w.request for w in works]
+        if loop is None or len({r.branch.adapter for r in requests}) > 1 or not loop.takes(requests):
+            return 0
+        if not all(w.samples and w.n_tokens == 1 for w in works):
+            return 0
+        left = [r.params.max_new_tokens - len(r.completion.token_ids) for r in requests]
+        steps = min(loop.steps, max(left))
+        room = all(self._scheduler.grow(r.branch, min(steps, n), self.weights_version) for r, n in zip(requests, left, strict=True))
+        return steps if steps > 1 and room else 0
+
+    def _decode_ahead(self, works: list[Work], steps: int) -> list[Request]:
+        drawn, taken = self._runner.decode(works, steps, self.adapters), 0
+        finished = []
+        for row, request in enumerate(w.request for w in works):
+            for step in range(steps):
+                if drawn.overflows(step, row):  # a plain step draws this token again, the same one, with room for its support
+                    request.plain = True
+                    break
+                self._scheduler.computed(request.branch, 1, self.weights_version)
+                taken += 1
+                n = int(drawn.n_kept[step, row])
+                kept = array("i", b"" if drawn.kept is None else drawn.kept[step, row, :n].tobytes())
+                token, logprob, entropy = (x[step, row].item() for x in (drawn.tokens, drawn.logprobs, drawn.entropies))
+                self._take(request, token, logprob, entropy, kept)
+                if request.done:
+                    finished.append(request)
+                    self._scheduler.running.remove(request)
+                    self._detach(request)
+                    break
+            self._trim(request.branch, request.branch.n_cached)
+        self._scheduler.count_ahead(len(works), steps, taken)
         return finished
 
     def cancel(self, request: Request) -> None:
@@ -318,6 +363,13 @@ class Engine:
         branch.n_cached = keep
         if keep % size:
             self.pool.unname(branch.pages[-1])
+
+    def release_memory(self) -> None:
+        """Give the pool's memory back, for an update; the next request takes it again. All KV is dropped, no branch is."""
+        assert not self.busy
+        for branch in self._branches:
+            self._scheduler.release(branch)
+        self._runner.release_memory()
 
     def _weights_counter(self) -> int:
         return sum(map(_VERSION, self._parameters))

@@ -1,8 +1,8 @@
 """The KV pool: fixed-size pages, reference counts, and the weights version under which each page was written.
 
 A full page has a key: the page before it, its own ids and the weights version. Branches whose ids and adapter agree find each
-other's pages by it. A page before another lives as long as that one, because whoever holds a page holds those before it too; so keys of live pages
-never point to reused ones. The pool holds numbers only; the tensors that the numbers index belong to the runner.
+other's pages by it. A page before another lives as long as that one, because whoever holds a page holds those before it too; so keys
+of live pages never point to reused ones. The pool holds numbers only; the tensors that the numbers index belong to the runner.
 """
 
 from __future__ import annotations

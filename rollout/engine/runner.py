@@ -15,6 +15,8 @@ from duologue.kernels import ops
 from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
+from duologue.rollout.engine.attention import PagedAttention
+from duologue.rollout.engine.decode import DecodeLoop, Drawn
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
@@ -22,37 +24,32 @@ from torch import Tensor
 EXCLUDED = -1e30  # a logit of probability 0 whose products stay finite
 
 
-class PagedAttention:
-    """The attention context of one step: writes the step's K/V into the pages, then attends over each request's pages."""
+def token_bytes(model: Decoder) -> int:
+    """Of the KV of one token."""
+    config = model.config
+    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * model.model.embed_tokens.weight.element_size()
 
-    def __init__(
-        self,
-        kv: Tensor,  # [L, 2, P, B, Hk, D]
-        slots: Tensor,  # [T] page * B + offset
-        block_table: Tensor,  # [S, max_pages] int32
-        cu_seqlens: Tensor,  # [S + 1] int32, of the step's tokens
-        context_lens: Tensor,  # [S] int32, this step's tokens included
-        scale: float,
-    ) -> None:
-        self.kv = kv
-        self.slots = slots
-        self.block_table = block_table
-        self.cu_seqlens = cu_seqlens
-        self.context_lens = context_lens
-        self.scale = scale
 
-    def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        k_pages, v_pages = self.kv[layer]
-        ops.write_kv(k_TGD, v_TGD, k_pages, v_pages, self.slots)
-        return ops.paged_attention(
-            q_TAD, k_pages, v_pages, self.block_table, self.cu_seqlens, self.context_lens, self.scale
+def measured_tokens(model: Decoder, page_size: int) -> int:
+    """The tokens of a pool in 85 % of the memory that is free on the model's GPU; 65,536 on CPU. MemoryError when it holds no page."""
+    device = model.model.embed_tokens.weight.device
+    if device.type != "cuda":
+        return 65_536
+    torch.cuda.empty_cache()  # what torch holds and does not use counts as free
+    free, total = torch.cuda.mem_get_info(device)
+    tokens = int(0.85 * free) // token_bytes(model) // page_size * page_size
+    if tokens < page_size:
+        raise MemoryError(
+            f"{free / 2**30:.2f} of {total / 2**30:.2f} GiB are free on {device}, not enough for one page of {page_size} tokens of "
+            f"{token_bytes(model)} bytes; use a smaller model, or set rollout.cache_tokens after freeing memory"
         )
+    return tokens
 
 
 class Runner:
     """The model with its KV tensor. The weights are the trainer's own parameters, used in place."""
 
-    def __init__(self, model: Decoder, n_pages: int, page_size: int) -> None:
+    def __init__(self, model: Decoder, n_pages: int, page_size: int, decode_steps: int) -> None:
         config = model.config
         weight = model.model.embed_tokens.weight
         self.model = model
@@ -62,15 +59,39 @@ class Runner:
         self.page_size = page_size
         self.scale = config.head_dim**-0.5
         self.device = weight.device
-        shape = (config.num_layers, 2, n_pages, page_size, config.num_kv_heads, config.head_dim)
-        try:
-            self.kv = torch.empty(shape, dtype=weight.dtype, device=self.device)
-        except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError on every device
-            gib = np.prod(shape) * weight.element_size() / 2**30
-            raise MemoryError(
-                f"the KV pool of {n_pages * page_size} tokens takes {gib:.2f} GiB, which {self.device} does not have; "
-                "lower rollout.cache_tokens"
-            ) from error
+        self.shape = (config.num_layers, 2, n_pages + (decode_steps > 1), page_size, config.num_kv_heads, config.head_dim)
+        self._kv: Tensor | None = None
+        self.loop = DecodeLoop(model, n_pages, decode_steps, self.device.type == "cuda") if decode_steps > 1 else None
+        assert self.kv is not None  # what does not fit is said at once
+
+    @property
+    def kv(self) -> Tensor:
+        """[L, 2, P, B, Hk, D]. MemoryError says what the pool takes."""
+        if self._kv is None:
+            dtype = self.model.model.embed_tokens.weight.dtype
+            try:
+                self._kv = torch.empty(self.shape, dtype=dtype, device=self.device)
+            except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError on every device
+                tokens = self.shape[2] * self.page_size
+                gib = tokens * token_bytes(self.model) / 2**30
+                raise MemoryError(
+                    f"the KV pool of {tokens} tokens takes {gib:.2f} GiB, which {self.device} does not have; lower rollout.cache_tokens"
+                ) from error
+            if self.loop is not None:
+                self.loop.use(self._kv)
+        return self._kv
+
+    def release_memory(self) -> None:
+        self._kv = None
+        if self.loop is not None:
+            self.loop.kv = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def forget_graphs(self) -> None:
+        """What was captured with other adapters."""
+        if self.loop is not None:
+            self.loop.forget()
 
     def copy_page(self, source: int, target: int) -> None:
         self.kv[:, :, target].copy_(self.kv[:, :, source])
@@ -98,6 +119,13 @@ class Runner:
         for row, ids in allowed.items():  # what was drawn from: the allowed ids, or those of them that truncation kept
             supports[row] = array("i", sorted(set(ids) & set(supports[row]) if supports[row] else set(ids)))
         return token.tolist(), logprob.tolist(), entropy.tolist(), supports
+
+    def decode(self, works: list[Work], steps: int, adapters: Ids[Adapter | None]) -> Drawn:
+        """`steps` tokens for each of works that only decode, of one adapter, without a look at the device in between."""
+        assert self.loop is not None
+        assert self.kv is not None  # taken again after `release_memory`
+        requests = [w.request for w in works]
+        return self.loop.run(requests, steps, self._adapter_rows(works, adapters), requests[0].branch.adapter)
 
     def _adapter_rows(self, works: list[Work], adapters: Ids[Adapter | None]) -> AdapterRows:
         """The step's tokens by the adapter of their branch."""

@@ -79,7 +79,7 @@ class Scheduler:
         while queue and budget > 0:
             request = queue.popleft()
             n = min(request.n_todo, budget)
-            while not self._grow(request.branch, n, version):
+            while not self.grow(request.branch, n, version):
                 victim = queue.pop() if queue else request
                 self._preempt(victim)
                 if victim is request:
@@ -108,7 +108,7 @@ class Scheduler:
                 later.append(self.waiting.popleft())
                 continue
             n = min(request.n_todo, budget)
-            if not self._grow(request.branch, n, version):
+            if not self.grow(request.branch, n, version):
                 break
             if key is not None and n >= self.pool.page_size:
                 coming.add(key)
@@ -151,6 +151,14 @@ class Scheduler:
         stats.slot_steps += self._slots
         stats.idle_slot_steps += self._slots - n
 
+    def count_ahead(self, n: int, steps: int, taken: int) -> None:
+        """`n` rows took `taken` tokens in `steps` steps, of which `plan` counted one; rows that stopped before are idle."""
+        stats, more = self.stats, (steps - 1) * self._slots
+        stats.steps += steps - 1
+        stats.decode_tokens += taken - n
+        stats.slot_steps += more
+        stats.idle_slot_steps += more - (taken - n)
+
     def _work(self, request: Request, n: int) -> Work:
         return Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only)
 
@@ -167,7 +175,7 @@ class Scheduler:
         self.waiting.appendleft(victim)
         self.release(victim.branch)
 
-    def _grow(self, branch: Branch, n_tokens: int, version: int) -> bool:
+    def grow(self, branch: Branch, n_tokens: int, version: int) -> bool:
         """Pages for `n_tokens` more tokens, evicting those who do not run; False when that is not enough."""
         missing = self.pool.pages_for(branch.n_cached + n_tokens) - len(branch.pages)
         if missing <= 0:

@@ -155,6 +155,7 @@ class Request:
     prefill_only: bool = False  # compute the KV of the context and sample nothing
     done: bool = False
     preempted: bool = False
+    plain: bool = False  # its next token needs a step of its own: see DecodeLoop
 
     @property
     def expected(self) -> int:

@@ -1,0 +1,140 @@
+"""Several steps between two looks of the host: the same completions, bit for bit, as step by step; and the pool's memory."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from duologue.model.config import ModelConfig
+from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
+from duologue.rollout.engine import decode, runner
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
+
+V = 307
+
+
+def make_model() -> Decoder:
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=V, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
+        head_dim=16, max_position_embeddings=256,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.init_weights(0)
+    return model
+
+
+def work(seed: int, n: int = 24) -> tuple[list[list[int]], list[SamplingParams]]:
+    rng = random.Random(seed)
+    prompts, params = [], []
+    for i in range(n):
+        prompts.append([rng.randrange(V) for _ in range(rng.randint(1, 70))])
+        given: dict[str, Any] = {"max_new_tokens": rng.randint(1, 40), "seed": i, "temperature": rng.choice([0.0, 0.6, 1.0])}
+        if i % 3 == 0 and given["temperature"]:
+            given |= rng.choice([{"top_p": 0.4}, {"top_k": 9}, {"min_p": 0.2}, {"top_p": 0.9, "top_k": 50}])
+        params.append(SamplingParams(**given, stop_token_ids=tuple(rng.sample(range(V), rng.choice([0, 4, 16])))))
+    return prompts, params
+
+
+def drawn(completions: list[Completion]) -> list[tuple[Any, ...]]:
+    return [(c.token_ids, c.logprobs, c.entropies, c.kept, c.finish_reason) for c in completions]
+
+
+@pytest.mark.parametrize(("steps", "tokens"), [(2, 4096), (8, 4096), (8, 640), (33, 65_536)])
+@pytest.mark.parametrize("seed", range(3))
+def test_completions_do_not_depend_on_steps_ahead(seed: int, steps: int, tokens: int) -> None:
+    """Mixed lengths, stops, truncation and greedy rows, chunked prefill in between; a small pool preempts."""
+    model = make_model()
+    prompts, params = work(seed)
+    plain = Engine(model, max_batch=11, max_step_tokens=64).generate(prompts, params)
+    ahead = Engine(model, max_batch=11, max_step_tokens=64, cache_tokens=tokens, decode_steps=steps)
+    assert drawn(ahead.generate(prompts, params)) == drawn(plain)
+    assert ahead.pool.n_free == ahead.pool.n_pages
+    assert ahead.stats.decode_tokens + ahead.stats.prefill_tokens >= sum(len(c.token_ids) for c in plain)
+
+
+def test_a_support_without_room_is_drawn_by_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode, "KEPT", 5)
+    model = make_model()
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    params = [SamplingParams(max_new_tokens=30, seed=i, top_p=0.5) for i in range(3)]  # about half of 307 ids, never 5
+    ahead = Engine(model, decode_steps=8).generate(prompts, params)
+    assert drawn(ahead) == drawn(Engine(model).generate(prompts, params))
+    assert min(min(c.kept.sizes) for c in ahead) > 5
+
+
+def test_dialogues_go_on_where_a_loop_ended() -> None:
+    """Turns, forks, an update in between and callbacks, on two engines that differ in nothing else."""
+    found = []
+    for steps in (1, 6):
+        model = make_model()
+        engine = Engine(model, decode_steps=steps)
+        branch = engine.open(list(range(40)))
+        engine.prefill([branch])
+        twins = branch.fork(3)
+        requests = [engine.start(b, SamplingParams(max_new_tokens=20, seed=i)) for i, b in enumerate(twins)]
+        engine.run()
+        results = [r.completion for r in requests]
+        twins[0].append([7, 8, 9])
+        twins[1].rewind(5)
+        results += [twins[i].generate(SamplingParams(max_new_tokens=9, seed=5 + i)) for i in range(2)]
+        results.append(twins[2].generate(SamplingParams(max_new_tokens=9, seed=7, allow=lambda ids: [3, 4, 5])))
+        engine.release_memory()
+        with torch.no_grad():
+            model.head_weight.mul_(1.01)
+        results.append(twins[0].generate(SamplingParams(max_new_tokens=9, seed=8)))
+        found.append(drawn(results))
+        for b in (branch, *twins):
+            b.close()
+        assert engine.pool.n_free == engine.pool.n_pages
+    assert found[0] == found[1]
+
+
+def test_rows_of_one_adapter_go_ahead_and_mixed_ones_do_not() -> None:
+    found = []
+    for steps in (1, 5):
+        base = make_model()
+        policy = LoraDecoder(base, new_adapter(base, LoraSettings(rank=3, alpha=6.0, targets=("q_proj", "up_proj")), 0))
+        for p in policy.adapter.parameters():
+            p.data.normal_(generator=torch.Generator().manual_seed(p.numel()), std=0.2)
+        engine = Engine(policy, decode_steps=steps)
+        engine.use_adapters([None])
+        branches = [engine.open([i + 1, 5, 9], adapter=i % 2) for i in range(4)]
+        results = [b.generate(SamplingParams(max_new_tokens=12, seed=3)) for b in branches]
+        requests = [engine.start(b, SamplingParams(max_new_tokens=12, seed=4)) for b in branches]
+        engine.run()
+        found.append(drawn(results + [r.completion for r in requests]))
+    assert found[0] == found[1]
+
+
+def test_memory_is_given_back_and_taken_again() -> None:
+    engine = Engine(make_model(), cache_tokens=512, decode_steps=4)
+    branch = engine.open([1, 2, 3])
+    first = branch.generate(SamplingParams(max_new_tokens=8, seed=1))
+    engine.release_memory()
+    assert engine._runner._kv is None
+    branch.rewind(8)
+    assert drawn([branch.generate(SamplingParams(max_new_tokens=8, seed=1))]) == drawn([first])
+
+
+def test_a_measured_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    assert Engine(model, cache_tokens=None).pool.n_pages * 16 == 65_536
+    of_token = 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, head dim, bytes
+    assert runner.token_bytes(model) == of_token
+    cuda = torch.device("cuda:0")
+
+    weight = SimpleNamespace(device=cuda, element_size=lambda: 4)
+    fake: Any = SimpleNamespace(config=model.config, model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    for free, tokens in ((10**6, int(0.85 * 10**6) // of_token // 16 * 16), (9_000, None)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
+        if tokens is None:
+            with pytest.raises(MemoryError, match=r"GiB are free on cuda:0, not enough for one page .* rollout.cache_tokens"):
+                runner.measured_tokens(fake, 16)
+        else:
+            assert runner.measured_tokens(fake, 16) == tokens
