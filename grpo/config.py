@@ -20,6 +20,7 @@ from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import TARGETS
+from duologue.rollout.games.catalogue import GAMES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -180,7 +181,7 @@ _ANY = 10**12
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
     "lora.targets": TARGETS,
-    "game.name": ("deal",),
+    "game.name": tuple(GAMES),
     "game.objective": ("cooperative", "nash", "selfish"),
     "grpo.train_roles": ("both", "first"),
     "grpo.train_kinds": ("utterance", "final"),
