@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from duologue.rollout.games import deal_scripts
+from duologue.rollout.games import deal_scripts, price, priorities
 from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.selfplay.scenario import Game
 
 GAMES: dict[str, tuple[Any, Any]] = {  # name: (its class, one of its scripted dialogues)
     "deal": (DealGame, deal_scripts.scripted_dialogue),
+    "price": (price.PriceGame, price.scripted_dialogue),
+    "priorities": (priorities.PrioritiesGame, priorities.scripted_camp),
 }
 
 
