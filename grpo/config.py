@@ -267,6 +267,11 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
             walk_away,
             not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
         ),
+        (
+            "game.name",
+            "deal with other than the default item_types, total_value or walk_away, which the rules of other games set",
+            game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0),
+        ),
         ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
         (
             "dialogue.temperature",

@@ -141,24 +141,15 @@ class Side(ABC):
         return self.rng.random() < p
 
     @abstractmethod
-    def content(self, offer: Vector) -> bool:
-        """Whether to accept."""
-
+    def content(self, offer: Vector) -> bool: ...  # whether to accept
     @abstractmethod
-    def decide(self) -> Act:
-        """What to say when the other's offer, if there is one, is not accepted."""
-
+    def decide(self) -> Act: ...  # what to say when the other's offer, if there is one, is not accepted
     @abstractmethod
-    def left_by(self, take: Vector) -> Vector:
-        """What the other's offer leaves me."""
-
+    def left_by(self, take: Vector) -> Vector: ...  # what the other's offer leaves me
     @abstractmethod
-    def say(self, act: Act) -> str:
-        """My act in words."""
-
+    def say(self, act: Act) -> str: ...  # my act in words
     @abstractmethod
-    def state(self) -> str:
-        """My final statement."""
+    def state(self) -> str: ...  # my final statement
 
 
 @dataclass(kw_only=True, slots=True)

@@ -119,8 +119,8 @@ class DealGame(SelectionGame[Deal]):
     """The game as `duologue.rollout.selfplay.scenario.Game`: contexts, texts, strict parsing, scores."""
 
     name = "deal"
-    item_names = ITEMS
-    failures = FAILURES
+    item_names: tuple[str, ...] = ITEMS
+    failures: tuple[str, ...] = FAILURES
 
     def __init__(self, *, types: int = 3, total: int = 10, walk_away: float = 0.0) -> None:
         """`walk_away` is what a side gets without a deal, in points, under the `selfish` objective."""

@@ -16,124 +16,60 @@ from duologue.rollout.games.common import CLOSE, Act, Vector
 from duologue.rollout.games.deal import ITEMS
 
 REVEAL = (
-    "to me {0} .",
-    "my values are {0} .",
-    "i will be open : {0} .",
-    "honestly , for me {0} .",
-    "here is how i see it : {0} .",
-    "my side : {0} .",
-    "so you know , my values : {0} .",
-    "let us be open . {0} .",
+    "to me {0} .", "my values are {0} .", "i will be open : {0} .", "honestly , for me {0} .",
+    "here is how i see it : {0} .", "my side : {0} .", "so you know , my values : {0} .", "let us be open . {0} .",
 )
 ALSO = (
-    "and to me {0} .",
-    "fair , my values are {0} .",
-    "thank you . for me {0} .",
-    "i see . to me {0} .",
-    "ok , mine are {0} .",
-    "then you should know : {0} .",
+    "and to me {0} .", "fair , my values are {0} .", "thank you . for me {0} .", "i see . to me {0} .",
+    "ok , mine are {0} .", "then you should know : {0} .",
 )
 WANT = (
-    "i care most about the {0} .",
-    "i really want the {0} .",
-    "the {0} would help me most .",
-    "i need the {0} most .",
-    "mostly i am here for the {0} .",
-    "i would love to have the {0} .",
-    "i like the {0} best .",
+    "i care most about the {0} .", "i really want the {0} .", "the {0} would help me most .", "i need the {0} most .",
+    "mostly i am here for the {0} .", "i would love to have the {0} .", "i like the {0} best .",
 )
 SPARE = (
-    "i do not need the {0} .",
-    "the {0} could be yours .",
-    "i have no use for the {0} .",
-    "you may have the {0} .",
-    "i can live without the {0} .",
-    "keep the {0} if you like .",
+    "i do not need the {0} .", "the {0} could be yours .", "i have no use for the {0} .", "you may have the {0} .",
+    "i can live without the {0} .", "keep the {0} if you like .",
 )
 ASK = (
-    "what are they worth to you ?",
-    "and you ?",
-    "what do you value ?",
-    "how about your side ?",
-    "how do you see it ?",
-    "tell me your values .",
-    "your side , please ?",
-    "your values ?",
+    "what are they worth to you ?", "and you ?", "what do you value ?", "how about your side ?",
+    "how do you see it ?", "tell me your values .", "your side , please ?", "your values ?",
 )
 OFFER = (
-    "i take {0} , you take {1} .",
-    "i get {0} , you get {1} .",
-    "you get {1} , i get {0} .",
-    "{0} for me , {1} for you .",
-    "how about i take {0} and you take {1} ?",
-    "let me have {0} and you keep {1} .",
-    "my offer : {0} for me , {1} for you .",
-    "would you give me {0} and take {1} ?",
-    "can we do {0} for me , {1} for you ?",
-    "you could have {1} , and i {0} .",
+    "i take {0} , you take {1} .", "i get {0} , you get {1} .", "you get {1} , i get {0} .",
+    "{0} for me , {1} for you .", "how about i take {0} and you take {1} ?", "let me have {0} and you keep {1} .",
+    "my offer : {0} for me , {1} for you .", "would you give me {0} and take {1} ?",
+    "can we do {0} for me , {1} for you ?", "you could have {1} , and i {0} .",
 )
 TERSE = 4  # as many of a list's first forms go with an offer of many parts
 BY_ITEM = ("{0} .", "how about {0} ?", "i suggest {0} .", "what if {0} ?", "then {0} .", "so {0} , ok ?")
 JOINT = (
-    "best for both : {0} .",
-    "each gets what it likes more : {0} .",
-    "so we waste nothing : {0} .",
-    "by our values {0} .",
-    "together we win most with {0} .",
-    "the best is {0} .",
+    "best for both : {0} .", "each gets what it likes more : {0} .", "so we waste nothing : {0} .",
+    "by our values {0} .", "together we win most with {0} .", "the best is {0} .",
 )
 COMPARE = (  # "book 4 to 1 for me": worth 4 to me and 1 to you, so all of the type goes to me
-    "{0} .",
-    "{0} , ok ?",
-    "compare : {0} .",
-    "me to you : {0} .",
-    "side by side : {0} .",
-    "then {0} .",
+    "{0} .", "{0} , ok ?", "compare : {0} .", "me to you : {0} .", "side by side : {0} .", "then {0} .",
 )
 REFUSE = (
-    "no .",
-    "sorry , no .",
-    "that is too little .",
-    "not like this .",
-    "i need more .",
-    "you ask too much .",
-    "hmm , no thank you .",
-    "i can not accept that .",
+    "no .", "sorry , no .", "that is too little .", "not like this .", "i need more .", "you ask too much .",
+    "hmm , no thank you .", "i can not accept that .",
 )
 REASON = (
-    "no , i need the {0} .",
-    "not without the {0} .",
-    "sorry , i want the {0} .",
-    "but the {0} should be mine .",
-    "i can not give up the {0} .",
-    "no , i came for the {0} .",
+    "no , i need the {0} .", "not without the {0} .", "sorry , i want the {0} .", "but the {0} should be mine .",
+    "i can not give up the {0} .", "no , i came for the {0} .",
 )
 AGREE = (
-    "deal .",
-    "that works for me .",
-    "sounds fair , deal .",
-    "ok , i accept .",
-    "great , let us do that .",
-    "yes , agreed .",
-    "fine with me .",
-    "good offer , i take it .",
+    "deal .", "that works for me .", "sounds fair , deal .", "ok , i accept .", "great , let us do that .",
+    "yes , agreed .", "fine with me .", "good offer , i take it .",
 )
 CONFIRM = ("great .", "thank you .", "good , we are done .", "perfect .", "nice deal .", "ok then .", "glad to hear .")
 HURRY = (
-    "fine , let us just choose .",
-    "ok , enough talk .",
-    "whatever , let us finish .",
-    "i have no time , let us pick .",
-    "good enough , time to choose .",
-    "let us get it over with .",
+    "fine , let us just choose .", "ok , enough talk .", "whatever , let us finish .",
+    "i have no time , let us pick .", "good enough , time to choose .", "let us get it over with .",
 )
 LEAVE = (
-    "then there is no deal .",
-    "i would rather leave it .",
-    "we will not agree .",
-    "forget it .",
-    "this leads nowhere , bye .",
-    "no deal then .",
+    "then there is no deal .", "i would rather leave it .", "we will not agree .", "forget it .",
+    "this leads nowhere , bye .", "no deal then .",
 )
 BYE = ("too bad , bye .", "as you like .", "bye then .", "sorry to hear that .", "maybe next time .", "ok , no deal .")
 
