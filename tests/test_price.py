@@ -10,7 +10,7 @@ from statistics import fmean
 import pytest
 from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue
-from duologue.rollout.games.deal_words import AGREE
+from duologue.rollout.games.deal_words import phrases
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
 from duologue.rollout.selfplay.scenario import Outcome
 
@@ -94,7 +94,6 @@ def test_what_a_random_price_reaches() -> None:
 )  # fmt: skip
 def test_statements_are_read_strictly(text: str, price: int | None) -> None:
     assert GAME.parse(text) == price
-    assert price is None or GAME.statement(price) == text
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_the_price_agreed_is_the_last_one_named() -> None:
     agreed = 0
     for dialogue in CORPUS:
         for (_, offer), (_, answer) in itertools.pairwise(utterances(dialogue)):
-            if answer.removesuffix(f" {CLOSE}") in AGREE:
+            if answer.removesuffix(f" {CLOSE}") in phrases()["agree"]:
                 price = int(re.findall(r"\d+", offer)[-1])
                 finals = [text for _, text, kind in dialogue.turns if kind == "final"]
                 assert finals == [f"price {price}"] * 2
@@ -246,7 +245,7 @@ def test_nobody_peeks() -> None:
 
 def test_an_honest_side_walks_away_once_it_knows_better() -> None:
     for theirs, leaves in ((14, True), (12, True), (10, False)):
-        side = Haggler(11, "honest", random.Random(0), buys=True)
+        side = Haggler((11,), "honest", random.Random(0), buys=True)
         side.hear(Act(reveal=(theirs,), take=(9,)))
         assert side.act().leave == leaves
         assert (side.state() == "walk away") == leaves or side.agreed

@@ -12,8 +12,9 @@ import pytest
 from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue
 from duologue.rollout.games.deal import Deal, Vector, class_of
-from duologue.rollout.games.deal_words import AGREE, Language, utter
-from duologue.rollout.games.priorities import Camper, PrioritiesGame, scripted_camp
+from duologue.rollout.games.deal_scripts import scripted_dialogue
+from duologue.rollout.games.deal_words import Language, phrases, utter
+from duologue.rollout.games.priorities import Camper, PrioritiesGame
 
 GAME = PrioritiesGame()
 CORPUS = corpus(GAME, 3000, seed=9)
@@ -179,7 +180,7 @@ def test_finals_are_what_the_accepted_words_say() -> None:
     agreed = 0
     for dialogue in CORPUS:
         for (side, offer), (_, answer) in itertools.pairwise(utterances(dialogue)):
-            if answer.removesuffix(f" {CLOSE}") in AGREE:
+            if answer.removesuffix(f" {CLOSE}") in phrases()["agree"]:
                 read = read_offer(offer)
                 assert read is not None, offer
                 assert [a + b for a, b in zip(*read, strict=True)] == [3, 3, 3], offer
@@ -238,7 +239,7 @@ def test_nobody_peeks() -> None:
         mine, theirs, other = (rng.choice(ORDERS) for _ in range(3))
         seed = rng.getrandbits(32)
         scenarios = [GAME.scenario(Deal((3, 3, 3), (mine, values)), "train") for values in (theirs, other)]
-        first, second = (utterances(scripted_camp(GAME, scenario, random.Random(seed))) for scenario in scenarios)
+        first, second = (utterances(scripted_dialogue(GAME, scenario, random.Random(seed), Camper)) for scenario in scenarios)
         for (side, text), (_, twin) in zip(first, second, strict=False):
             if side == 1 and text != twin:
                 changed += 1

@@ -1,19 +1,19 @@
-"""The games with scripted negotiators, by name: what a new game is entered in."""
+"""The games with scripted negotiators, by name: where a new one is entered."""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from typing import Any
 
-from duologue.rollout.games import deal_scripts, price, priorities
+from duologue.rollout.games import deal, deal_scripts, price, priorities
 from duologue.rollout.games.common import ScriptedDialogue
-from duologue.rollout.games.deal import DealGame
 from duologue.rollout.selfplay.scenario import Game
 
-GAMES: dict[str, tuple[Any, Any]] = {  # name: (its class, one of its scripted dialogues)
-    "deal": (DealGame, deal_scripts.scripted_dialogue),
+GAMES: dict[str, tuple[Any, Any]] = {  # name: (its class, a function of game, scenario and generator to one scripted dialogue)
+    "deal": (deal.DealGame, deal_scripts.scripted_dialogue),
     "price": (price.PriceGame, price.scripted_dialogue),
-    "priorities": (priorities.PrioritiesGame, priorities.scripted_camp),
+    "priorities": (priorities.PrioritiesGame, partial(deal_scripts.scripted_dialogue, kind=priorities.Camper)),
 }
 
 

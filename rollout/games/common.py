@@ -33,12 +33,9 @@ class SelectionGame(ABC, Generic[Context]):
 
     @cached_property
     @abstractmethod
-    def splits(self) -> dict[str, list[Context]]:
-        """Contexts of "train" and "heldout"."""
-
+    def splits(self) -> dict[str, list[Context]]: ...  # contexts of "train" and "heldout"
     @abstractmethod
-    def scenario(self, context: Context, split: str) -> Scenario:
-        """The context as the two sides are told it."""
+    def scenario(self, context: Context, split: str) -> Scenario: ...  # the context as the two sides are told it
 
     def sample(self, rng: random.Random, split: str) -> Scenario:
         if split not in self.splits:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
-from duologue.rollout.games import common, deal_words
+from duologue.rollout.games import common
 from duologue.rollout.games.common import CLOSE, WALK_AWAY, Act, Side, Vector
+from duologue.rollout.games.deal_words import phrases
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
 LIMITS = range(5, 31)
@@ -57,11 +58,8 @@ class PriceGame(common.SelectionGame[Haggle]):
         texts = (told[haggle.buyer], told[1 - haggle.buyer])
         return Scenario(game=self.name, id=name, split=split, private_text=texts, data=haggle)
 
-    def statement(self, price: int) -> str:
-        return f"price {price}"
-
     def parse(self, text: str) -> int | None:
-        """The price that a final statement names, None when it is not exactly of the form of `statement`, from 0 to 99."""
+        """The price that a final statement names, None when it is not exactly "price " and a number from 0 to 99."""
         match = re.fullmatch(r"price (0|[1-9][0-9]?)", text)
         return int(match[1]) if match else None
 
@@ -142,12 +140,11 @@ COMPARE = ("you {1} , i {2} : {0} .", "{1} and {2} , so {0} .", "between {1} and
 ASK = ("what is your limit ?", "and you ?", "how far can you go ?", "be open with me .", "your limit , please ?")
 
 
+@dataclass(slots=True)
 class Haggler(Side):
-    """One side; its one value is its limit. `buys` is known from the private text."""
+    """One side; its one value is its limit."""
 
-    def __init__(self, limit: int, temperament: str, rng: random.Random, *, buys: bool) -> None:
-        super().__init__((limit,), temperament, rng)
-        self.buys = buys
+    buys: bool = field(kw_only=True)
 
     def gain(self, offer: Vector) -> int:
         return (self.values[0] - offer[0]) * (1 if self.buys else -1)
@@ -210,16 +207,17 @@ class Haggler(Side):
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
+        words = phrases()
         price, theirs = (vector[0] if vector else 0 for vector in (act.take, act.against))
         parts = (
-            (act.accept, deal_words.AGREE),
-            (act.confirm, deal_words.CONFIRM),
+            (act.accept, words["agree"]),
+            (act.confirm, words["confirm"]),
             (act.refuse, REFUSE[self.buys]),
             (act.reveal and not act.against, LIMIT[self.buys]),
             (act.take, COMPARE if act.against else MIDDLE if act.best else BID[self.buys]),
             (act.ask, ASK),
-            (act.leave, deal_words.LEAVE),
-            (act == Act(close=True), deal_words.HURRY),
+            (act.leave, words["leave"]),
+            (act == Act(close=True), words["hurry"]),
         )
         said = [self.rng.choice(forms).format(price, theirs, self.values[0]) for wanted, forms in parts if wanted]
         return " ".join([*said, CLOSE] if act.close else said)
@@ -231,6 +229,6 @@ def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -
 
     def side(i: int, temperament: str, own: random.Random) -> Haggler:
         buys = i == haggle.buyer
-        return Haggler(haggle.most if buys else haggle.least, temperament, own, buys=buys)
+        return Haggler((haggle.most if buys else haggle.least,), temperament, own, buys=buys)
 
     return common.hold(game, scenario, TEMPERAMENTS, rng, side)

@@ -8,13 +8,12 @@ classes: how the orders compare. Held out is the one in which the sides rank no 
 from __future__ import annotations
 
 import itertools
-import random
 from dataclasses import replace
 from functools import cached_property
 
-from duologue.rollout.games.common import WALK_AWAY, Act, ScriptedDialogue, Vector
+from duologue.rollout.games.common import WALK_AWAY, Act, Vector
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
-from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator, scripted_dialogue
+from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
@@ -84,7 +83,3 @@ class Camper(Negotiator):
             return mine * (joint - mine), joint, -mine, take
 
         return max(Deal(self.counts, (self.values, theirs)).allocations(), key=rank)
-
-
-def scripted_camp(game: PrioritiesGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:
-    return scripted_dialogue(game, scenario, rng, Camper)
