@@ -251,6 +251,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
     scratch = not m.path  # otherwise the sizes are the checkpoint's
     dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
     size = f"an even number, or 0 where hidden_size / num_heads ({m.hidden_size} / {m.num_heads}) is one"
+    deal = "deal with item_types, total_value or walk_away changed, which the rules of other games set"
     walk_away = f"0, or with game.objective = 'selfish' up to the total {game.total_value}"
     return [
         ("model.device", "cpu, cuda or cuda:N", bool(re.fullmatch(r"cpu|cuda(:\d+)?", m.device))),
@@ -262,16 +263,8 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ("model.head_dim", size, not scratch or (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0),
         ("lora.rank", "0 without model.path, the frozen weights that an adapter needs", not (c.lora.rank and scratch)),
         ("lora.targets", "at least one linear", bool(c.lora.targets)),
-        (
-            "game.walk_away",
-            walk_away,
-            not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
-        ),
-        (
-            "game.name",
-            "deal with other than the default item_types, total_value or walk_away, which the rules of other games set",
-            game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0),
-        ),
+        ("game.walk_away", walk_away, not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value)),
+        ("game.name", deal, game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)),
         ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
         (
             "dialogue.temperature",
