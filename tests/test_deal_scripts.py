@@ -11,10 +11,10 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, Vector
+from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, Vector, phrases
 from duologue.rollout.games.deal import Deal, DealGame, summarise
 from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
-from duologue.rollout.games.deal_words import Language, phrases, utter
+from duologue.rollout.games.deal_words import Language, utter
 
 GAME = DealGame()
 CORPUS = corpus(GAME, 4000, seed=11)
@@ -63,7 +63,7 @@ def utterances(dialogue: ScriptedDialogue) -> Iterator[tuple[int, str]]:
 
 
 def accepted(text: str) -> bool:
-    return any(text in (phrase, f"{phrase} {CLOSE}") for phrase in phrases()["agree"])
+    return any(text in (phrase, f"{phrase} {CLOSE}") for phrase in phrases("deal")["agree"])
 
 
 def test_finals_are_what_the_accepted_words_say() -> None:

@@ -9,8 +9,7 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue
-from duologue.rollout.games.deal_words import phrases
+from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, phrases
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
 from duologue.rollout.selfplay.scenario import Outcome
 
@@ -169,7 +168,7 @@ def test_the_price_agreed_is_the_last_one_named() -> None:
     agreed = 0
     for dialogue in CORPUS:
         for (_, offer), (_, answer) in itertools.pairwise(utterances(dialogue)):
-            if answer.removesuffix(f" {CLOSE}") in phrases()["agree"]:
+            if answer.removesuffix(f" {CLOSE}") in phrases("deal")["agree"]:
                 price = int(re.findall(r"\d+", offer)[-1])
                 finals = [text for _, text, kind in dialogue.turns if kind == "final"]
                 assert finals == [f"price {price}"] * 2

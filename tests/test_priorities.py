@@ -10,10 +10,10 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue
+from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, phrases
 from duologue.rollout.games.deal import Deal, Vector, class_of
 from duologue.rollout.games.deal_scripts import scripted_dialogue
-from duologue.rollout.games.deal_words import Language, phrases, utter
+from duologue.rollout.games.deal_words import Language, utter
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
 
 GAME = PrioritiesGame()
@@ -180,7 +180,7 @@ def test_finals_are_what_the_accepted_words_say() -> None:
     agreed = 0
     for dialogue in CORPUS:
         for (side, offer), (_, answer) in itertools.pairwise(utterances(dialogue)):
-            if answer.removesuffix(f" {CLOSE}") in phrases()["agree"]:
+            if answer.removesuffix(f" {CLOSE}") in phrases("deal")["agree"]:
                 read = read_offer(offer)
                 assert read is not None, offer
                 assert [a + b for a, b in zip(*read, strict=True)] == [3, 3, 3], offer

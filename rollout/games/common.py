@@ -6,11 +6,13 @@ A talk ends with `CLOSE`; then each side states its selection, or in games that 
 from __future__ import annotations
 
 import random
+import tomllib
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
+from pathlib import Path
 from typing import Generic, TypeVar
 
 from duologue.rollout.selfplay.scenario import Game, Outcome, Scenario
@@ -90,6 +92,12 @@ class Act:
 
 
 START = Act()
+
+
+@cache
+def phrases(game: str) -> dict[str, list[str]]:
+    """The forms of utterances in the game's file of words."""
+    return tomllib.loads((Path(__file__).parent / f"{game}_words.toml").read_text("utf-8"))
 
 
 @dataclass(slots=True)

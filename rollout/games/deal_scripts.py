@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
 from duologue.rollout.games.common import START, Act, ScriptedDialogue, Side, Vector, hold
@@ -177,8 +178,5 @@ class Negotiator(Side):
 def scripted_dialogue(game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator) -> ScriptedDialogue:
     """Two temperaments hold the negotiation."""
     deal: Deal = scenario.data
-
-    def side(i: int, temperament: str, own: random.Random) -> Negotiator:
-        return kind(deal.values[i], temperament, own, game=game, counts=deal.counts)
-
-    return hold(game, scenario, TEMPERAMENTS, rng, side)
+    make = partial(kind, game=game, counts=deal.counts)
+    return hold(game, scenario, TEMPERAMENTS, rng, lambda i, temperament, own: make(deal.values[i], temperament, own))

@@ -8,22 +8,13 @@ may set the two values of each item side by side before it says who gets it.
 from __future__ import annotations
 
 import random
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
 
-from duologue.rollout.games.common import CLOSE, Act, Vector
+from duologue.rollout.games.common import CLOSE, Act, Vector, phrases
 from duologue.rollout.games.deal import ITEMS
 
 TERSE = 4  # as many of a list's first forms go with an offer of many parts
-
-
-@cache
-def phrases() -> dict[str, list[str]]:
-    """Forms of each kind of utterance, from deal_words.toml."""
-    return tomllib.loads(Path(__file__).with_suffix(".toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +39,7 @@ def utter(act: Act, counts: Vector, language: Language, rng: random.Random, *, t
     def name(k: int) -> str:
         return language.name(language.items[k], counts[k])
 
-    words = phrases()
+    words = phrases("deal")
     said: list[str] = []
     if act.accept or act.confirm:
         said.append(rng.choice(words["agree"] if act.accept else words["confirm"]))
@@ -80,7 +71,7 @@ def _values(values: Vector, language: Language, rng: random.Random) -> str:
 
 
 def _offer(act: Act, take: Vector, counts: Vector, language: Language, rng: random.Random) -> str:
-    words, items = phrases(), language.items[: len(counts)]
+    words, items = phrases("deal"), language.items[: len(counts)]
     if act.reveal is not None and act.against is not None:
         compared = zip(items, map(language.rank, act.reveal), map(language.rank, act.against), take, counts, strict=True)
         return rng.choice(words["compare"]).format(" , ".join(_compared(*each) for each in compared))

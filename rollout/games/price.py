@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from duologue.rollout.games import common
-from duologue.rollout.games.common import CLOSE, WALK_AWAY, Act, Side, Vector
-from duologue.rollout.games.deal_words import phrases
+from duologue.rollout.games.common import CLOSE, WALK_AWAY, Act, Side, Vector, phrases
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
 LIMITS = range(5, 31)
@@ -123,21 +122,6 @@ def _mean(values: Sequence[float]) -> float:
 TEMPERAMENTS = {"honest": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
 ENOUGH = {"honest": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
 LOSS = 4  # that hasty accepts
-LIMIT = {  # under True, what the buyer says; {0} is the price, {1} the other's limit, {2} the own
-    True: ("i can pay {2} at most .", "no more than {2} for me .", "it is worth {2} to me .", "honestly , {2} is all i have ."),
-    False: ("i need {2} at least .", "no less than {2} for me .", "it costs me {2} .", "honestly , below {2} i lose ."),
-}
-BID = {
-    True: ("i can pay {0} .", "would you take {0} ?", "i give you {0} .", "{0} from me .", "how about {0} ?", "my offer is {0} ."),
-    False: ("i ask {0} .", "would you pay {0} ?", "it is yours for {0} .", "i want {0} .", "how about {0} ?", "my price is {0} ."),
-}
-REFUSE = {
-    True: ("no , too much .", "that is too high .", "i can not pay that .", "sorry , no .", "you ask too much ."),
-    False: ("no , too little .", "that is too low .", "i can not sell for that .", "sorry , no .", "you offer too little ."),
-}
-MIDDLE = ("halfway is {0} .", "let us meet at {0} .", "we split the difference : {0} .", "the middle is {0} , ok ?", "{0} is fair .")
-COMPARE = ("you {1} , i {2} : {0} .", "{1} and {2} , so {0} .", "between {1} and {2} is {0} .", "your {1} , my {2} , then {0} ?")
-ASK = ("what is your limit ?", "and you ?", "how far can you go ?", "be open with me .", "your limit , please ?")
 
 
 @dataclass(slots=True)
@@ -207,15 +191,16 @@ class Haggler(Side):
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
-        words = phrases()
+        words, own = phrases("deal"), phrases("price")
+        side = "buyer" if self.buys else "seller"
         price, theirs = (vector[0] if vector else 0 for vector in (act.take, act.against))
         parts = (
             (act.accept, words["agree"]),
             (act.confirm, words["confirm"]),
-            (act.refuse, REFUSE[self.buys]),
-            (act.reveal and not act.against, LIMIT[self.buys]),
-            (act.take, COMPARE if act.against else MIDDLE if act.best else BID[self.buys]),
-            (act.ask, ASK),
+            (act.refuse, own[f"{side}_refuse"]),
+            (act.reveal and not act.against, own[f"{side}_limit"]),
+            (act.take, own["compare"] if act.against else own["middle"] if act.best else own[f"{side}_bid"]),
+            (act.ask, own["ask"]),
             (act.leave, words["leave"]),
             (act == Act(close=True), words["hurry"]),
         )
