@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train by a recipe or a TOML file", epilog=SETTINGS)
-    train.add_argument("recipe", help="a recipe's name (deal) or the path of a .toml file")
+    train.add_argument("recipe", help="a recipe's name (deal, price, priorities) or the path of a .toml file")
     train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint")
     evaluate = commands.add_parser("eval", help="hold dialogues with a checkpoint, measured", epilog=SETTINGS)

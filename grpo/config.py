@@ -20,6 +20,7 @@ from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import TARGETS
+from duologue.rollout.games.catalogue import GAMES
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -181,7 +182,7 @@ _ANY = 10**12
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
     "lora.targets": TARGETS,
-    "game.name": ("deal",),
+    "game.name": tuple(GAMES),
     "game.objective": ("cooperative", "nash", "selfish"),
     "grpo.train_roles": ("both", "first"),
     "grpo.train_kinds": ("utterance", "final"),
@@ -251,6 +252,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
     scratch = not m.path  # otherwise the sizes are the checkpoint's
     dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
     size = f"an even number, or 0 where hidden_size / num_heads ({m.hidden_size} / {m.num_heads}) is one"
+    deal = "deal with item_types, total_value or walk_away changed, which the rules of other games set"
     walk_away = f"0, or with game.objective = 'selfish' up to the total {game.total_value}"
     return [
         ("model.device", "cpu, cuda or cuda:N", bool(re.fullmatch(r"cpu|cuda(:\d+)?", m.device))),
@@ -262,11 +264,8 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ("model.head_dim", size, not scratch or (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0),
         ("lora.rank", "0 without model.path, the frozen weights that an adapter needs", not (c.lora.rank and scratch)),
         ("lora.targets", "at least one linear", bool(c.lora.targets)),
-        (
-            "game.walk_away",
-            walk_away,
-            not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
-        ),
+        ("game.walk_away", walk_away, not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value)),
+        ("game.name", deal, game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)),
         ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
         (
             "dialogue.temperature",

@@ -8,12 +8,12 @@ from duologue.grpo.config import Config
 from duologue.grpo.setup import build_arena
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.deal import DealGame, summarise
 from duologue.rollout.selfplay.arena import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
+from duologue.rollout.selfplay.scenario import Game
 
 
-def evaluate(model: Decoder, tokenizer: Tokenizer, game: DealGame, config: Config) -> tuple[dict[str, float], list[Dialogue]]:
+def evaluate(model: Decoder, tokenizer: Tokenizer, game: Game, config: Config) -> tuple[dict[str, float], list[Dialogue]]:
     """`eval.dialogues` dialogues of the policy with itself on `eval.split`, sampled at `eval.temperature` (0 = greedy).
 
     The scenarios and the draws follow from `train.seed` alone, so two policies are compared on the same ones.
@@ -28,4 +28,4 @@ def evaluate(model: Decoder, tokenizer: Tokenizer, game: DealGame, config: Confi
     outcomes = [d.outcome for d in dialogues if d.outcome is not None]
     for dialogue, outcome in zip(dialogues, outcomes, strict=True):
         dialogue.reward = game.rewards(dialogue.scenario, outcome, config.game.objective)
-    return summarise(outcomes), dialogues
+    return game.summarise(outcomes), dialogues

@@ -48,6 +48,8 @@ FAILURES = {
     "out_of_range": "a selection took more than there is",
     "conflict": "both took the same item",
     "leftover": "items were left over",
+    "mismatch": "two different prices",
+    "walk_away": "walked away",
 }
 
 

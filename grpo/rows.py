@@ -9,8 +9,7 @@ from duologue.grpo.advantage import RunningBaseline, group_advantages
 from duologue.grpo.batch import Row
 from duologue.grpo.config import GrpoSection
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.deal import DealGame
-from duologue.rollout.games.deal_scripts import ScriptedDialogue
+from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.selfplay.dialogue import FINAL, KINDS, UTTERANCE, Group, Transcript, View
 
 
@@ -62,7 +61,7 @@ def demonstration_rows(dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogu
     first, second = dialogue.scenario.private_text
     transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
     end = min(tokenizer.stop_token_ids)
-    question = tokenizer.encode(DealGame.final_prompt)
+    question = tokenizer.encode(dialogue.final_prompt)
     for side, text, kind in dialogue.turns:
         final = kind == "final"
         transcript.ask(side, question if final else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 from duologue.grpo.config import Config
@@ -14,9 +15,10 @@ from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, merged, new_adapter, read_adapter
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.games.deal import DealGame
-from duologue.rollout.games.deal_scripts import ScriptedDialogue, corpus
+from duologue.rollout.games.catalogue import GAMES, corpus
+from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
+from duologue.rollout.selfplay.scenario import Game
 
 
 def use_threads(config: Config) -> None:
@@ -28,11 +30,14 @@ def use_threads(config: Config) -> None:
         torch.set_num_threads(config.train.threads)
 
 
-def build_game(config: Config) -> DealGame:
-    return DealGame(types=config.game.item_types, total=config.game.total_value, walk_away=config.game.walk_away)
+def build_game(config: Config) -> Game:
+    c = config.game
+    options: dict[str, Any] = {"types": c.item_types, "total": c.total_value, "walk_away": c.walk_away} if c.name == "deal" else {}
+    game: Game = GAMES[c.name][0](**options)
+    return game
 
 
-def build_corpus(config: Config, game: DealGame) -> list[ScriptedDialogue]:
+def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
@@ -99,7 +104,7 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
             raise ValueError(f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}")
 
 
-def build_arena(config: Config, model: Decoder, tokenizer: Tokenizer, game: DealGame, temperature: float | None = None) -> Arena:
+def build_arena(config: Config, model: Decoder, tokenizer: Tokenizer, game: Game, temperature: float | None = None) -> Arena:
     """An arena on a new engine; `temperature` replaces the one of training."""
     d, r = config.dialogue, config.rollout
     model.use_exact(r.exact)

@@ -38,7 +38,6 @@ from duologue.grpo.update import (
 )
 from duologue.model.checkpoint import write_checkpoint
 from duologue.model.decoder import Decoder
-from duologue.rollout.games.deal import summarise
 from duologue.rollout.selfplay.arena import derive_seed
 from duologue.rollout.selfplay.dialogue import Group
 
@@ -171,7 +170,7 @@ class Trainer:
 
     def _outcome_metrics(self, groups: list[Group]) -> dict[str, float]:
         dialogues = [d for group in groups for d in group.dialogues]
-        found = summarise([d.outcome for d in dialogues if d.outcome is not None])
+        found = self.game.summarise([d.outcome for d in dialogues if d.outcome is not None])
         rewards = [sum(d.reward) / 2 for d in dialogues if d.reward is not None]
         return {**found, "reward": sum(rewards) / max(len(rewards), 1)}
 

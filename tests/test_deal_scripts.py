@@ -10,16 +10,11 @@ from collections.abc import Iterator
 from statistics import fmean
 
 import pytest
-from duologue.rollout.games.deal import CLOSE, Deal, DealGame, Vector, summarise
-from duologue.rollout.games.deal_scripts import (
-    TEMPERAMENTS,
-    Heard,
-    Negotiator,
-    ScriptedDialogue,
-    corpus,
-    scripted_dialogue,
-)
-from duologue.rollout.games.deal_words import AGREE, Act, utter
+from duologue.rollout.games.catalogue import corpus
+from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, Vector, phrases
+from duologue.rollout.games.deal import Deal, DealGame, summarise
+from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
+from duologue.rollout.games.deal_words import Language, utter
 
 GAME = DealGame()
 CORPUS = corpus(GAME, 4000, seed=11)
@@ -68,7 +63,7 @@ def utterances(dialogue: ScriptedDialogue) -> Iterator[tuple[int, str]]:
 
 
 def accepted(text: str) -> bool:
-    return any(text in (phrase, f"{phrase} {CLOSE}") for phrase in AGREE)
+    return any(text in (phrase, f"{phrase} {CLOSE}") for phrase in phrases("deal")["agree"])
 
 
 def test_finals_are_what_the_accepted_words_say() -> None:
@@ -164,9 +159,9 @@ def test_every_temperament_is_open_at_times(temperament: str) -> None:
     def share(heard: Act | None, revealed: bool) -> float:
         hits = 0
         for _ in range(2000):
-            side = Negotiator((1, 2, 3), (4, 0, 2), temperament, rng, Heard(), revealed=revealed)
+            side = Negotiator((4, 0, 2), temperament, rng, game=GAME, counts=(1, 2, 3), revealed=revealed)
             if heard is not None:
-                side.heard.hear(heard, side.counts)
+                side.hear(heard)
             act = side.act()
             hits += act.reveal is not None or (act.best and act.take == (1, 0, 3))
         return hits / 2000
@@ -179,8 +174,8 @@ def test_every_temperament_is_open_at_times(temperament: str) -> None:
 
 
 def test_open_offers_the_best_joint_deal_once_it_knows() -> None:
-    side = Negotiator((1, 2, 3), (4, 0, 2), "open", random.Random(0), revealed=True)
-    side.heard.hear(Act(reveal=(1, 3, 2)), side.counts)
+    side = Negotiator((4, 0, 2), "open", random.Random(0), game=GAME, counts=(1, 2, 3), revealed=True)
+    side.hear(Act(reveal=(1, 3, 2)))
     acts = [side.act() for _ in range(20)]
     assert {act.take for act in acts} == {(1, 0, 0)}  # the balls are worth the same to both: a courtesy
     assert all(act.best for act in acts)
@@ -223,7 +218,7 @@ def test_words_for_every_act() -> None:
     rng = random.Random(0)
 
     def say(act: Act) -> set[str]:
-        return {utter(act, (1, 2, 3), ITEMS, rng, told=False, left=False) for _ in range(400)}
+        return {utter(act, (1, 2, 3), Language(), rng, told=False, left=False) for _ in range(400)}
 
     for act in (
         Act(accept=True), Act(confirm=True, close=True), Act(refuse=True), Act(refuse=True, want=1), Act(ask=True),

@@ -110,7 +110,7 @@ def long_function(n: int) -> str:
         (over_budget, "kernels/a.py", long_function(91), 1),
         (over_budget, "grpo/a.py", "x = 1\n" * 400, 0),
         (over_budget, "grpo/a.py", "x = 1\n" * 401, 1),
-        (over_budget, "grpo/a.py", "x = 1\n" * 8_001, 2),
+        (over_budget, "grpo/a.py", "x = 1\n" * (PRODUCT_LINES + 1), 2),
     ],
 )
 def test_the_checks_see_what_they_should(

@@ -15,8 +15,9 @@ from duologue.grpo.charts import HEIGHT, WIDTH, chart, short, ticks
 from duologue.grpo.config import load_config
 from duologue.grpo.report import _pieces, write_report
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
+from duologue.rollout.games.catalogue import corpus
+from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.games.deal import DealGame, summarise
-from duologue.rollout.games.deal_scripts import ScriptedDialogue, corpus
 
 IMITATION, SELFPLAY = 60, 40
 HOSTILE = "<script>alert('1')</script> & \"quoted\""

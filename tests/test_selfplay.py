@@ -15,8 +15,8 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
+from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.deal import DealGame
-from duologue.rollout.games.deal_scripts import corpus
 from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
 from duologue.rollout.selfplay.dialogue import FINAL, PROMPT, UTTERANCE, Group
 

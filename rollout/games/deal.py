@@ -10,22 +10,17 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
+from duologue.rollout.games.common import SelectionGame, Vector, check_objective, failure_shares, split_by_class
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
 ITEMS = ("book", "hat", "ball", "pen", "cup")
-CLOSE = "<selection>"
 FAILURES = ("no_close", "malformed", "out_of_range", "conflict", "leftover")
-OBJECTIVES = ("cooperative", "nash", "selfish")
-HELDOUT_SHARE = 0.2
 MOST_LISTED = 200_000  # pairs of value vectors up to which a variant is enumerated
 POOL = 20_000  # contexts drawn for a larger one
-
-Vector = tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,11 +115,12 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
     return tuple(min(first, second))
 
 
-class DealGame:
+class DealGame(SelectionGame[Deal]):
     """The game as `duologue.rollout.selfplay.scenario.Game`: contexts, texts, strict parsing, scores."""
 
     name = "deal"
-    final_prompt = "selection ?"
+    item_names: tuple[str, ...] = ITEMS
+    failures: tuple[str, ...] = FAILURES
 
     def __init__(self, *, types: int = 3, total: int = 10, walk_away: float = 0.0) -> None:
         """`walk_away` is what a side gets without a deal, in points, under the `selfish` objective."""
@@ -135,7 +131,7 @@ class DealGame:
         self.types = types
         self.total = total
         self.walk_away = walk_away
-        self.items = ITEMS[:types]
+        self.items = self.item_names[:types]
         self._statement = re.compile(" ".join(f"{item} (0|[1-9][0-9]{{0,3}})" for item in self.items))
         self._frontiers: dict[Deal, Frontier] = {}
 
@@ -146,12 +142,7 @@ class DealGame:
         types, total = self.types, self.total
         pairs = sum(len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types)))
         everything = contexts(types, total) if pairs <= MOST_LISTED else draw_contexts(types, total, POOL, 0)
-        classes = sorted({class_of(deal) for deal in everything})
-        random.Random(0).shuffle(classes)
-        heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
-        split: dict[str, list[Deal]] = {"train": [], "heldout": []}
-        for deal in everything:
-            split["heldout" if class_of(deal) in heldout else "train"].append(deal)
+        split = split_by_class(everything, class_of)
         if not all(split.values()):
             raise ValueError(f"game.total_value = {total} leaves too few contexts with {types} item types; raise it")
         return split
@@ -163,21 +154,14 @@ class DealGame:
 
     # ---- the Game interface ------------------------------------------------------------------------------------------
 
-    def sample(self, rng: random.Random, split: str) -> Scenario:
-        if split not in self.splits:
-            raise ValueError(f"split = {split!r}: accepted is one of {', '.join(self.splits)}")
-        return self.scenario(rng.choice(self.splits[split]), split)
-
     def scenario(self, deal: Deal, split: str) -> Scenario:
-        first, second = (
-            " , ".join(f"{c} {item} worth {v}" for c, item, v in zip(deal.counts, self.items, values, strict=True))
-            for values in deal.values
-        )
+        first, second = (self.private_text(deal, side) for side in (0, 1))
         numbers = "-".join(".".join(map(str, v)) for v in (deal.counts, *deal.values))
-        return Scenario(game=self.name, id=f"deal-{numbers}", split=split, private_text=(first, second), data=deal)
+        return Scenario(game=self.name, id=f"{self.name}-{numbers}", split=split, private_text=(first, second), data=deal)
 
-    def closes(self, text: str) -> bool:
-        return text.endswith(CLOSE)
+    def private_text(self, deal: Deal, side: int) -> str:
+        parts = zip(deal.counts, self.items, deal.values[side], strict=True)
+        return " , ".join(f"{c} {item} worth {v}" for c, item, v in parts)
 
     def statement(self, take: Sequence[int]) -> str:
         """The final statement that takes these."""
@@ -205,14 +189,16 @@ class DealGame:
     def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
         """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both are 0
         without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a bad deal."""
-        if objective not in OBJECTIVES:
-            raise ValueError(f"game.objective = {objective!r}: accepted is one of {', '.join(OBJECTIVES)}")
+        check_objective(objective)
         if objective == "selfish":
             points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
             return points[0] / self.total, points[1] / self.total
         key = "joint_ratio" if objective == "cooperative" else "nash_ratio"
-        value = outcome.metrics[key] if outcome.agreed else 0.0
+        value = outcome.metrics.get(key, 0.0)
         return value, value
+
+    def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        return summarise(outcomes, self.failures)
 
 
 def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector | None]) -> str | None:
@@ -229,14 +215,13 @@ def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector 
     return "leftover" if sums != list(deal.counts) else None
 
 
-def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    """Means over dialogues. `agreement` and `failure_*` (kinds of failed deals) are shares of all. `pareto`,
+def summarise(outcomes: Sequence[Outcome], failures: Sequence[str] = FAILURES) -> dict[str, float]:
+    """Means over dialogues. `agreement` and `failure_*` (`failures`, kinds of failed deals) are shares of all. `pareto`,
     `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed. `score_*` and `joint_all`
     are over all, where a failed deal counts 0."""
     n = max(len(outcomes), 1)
     agreed = [o for o in outcomes if o.agreed]
     m = max(len(agreed), 1)
-    failures = Counter(o.failure for o in outcomes if o.failure)
     return {
         "dialogues": float(len(outcomes)),
         "agreement": len(agreed) / n,
@@ -244,7 +229,7 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, float]:
         "joint_all": sum(o.metrics["joint_ratio"] for o in agreed) / n,
         **{f"score_{side}": sum(o.scores[side] for o in outcomes) / n for side in (0, 1)},
         **{f"score_agreed_{side}": sum(o.scores[side] for o in agreed) / m for side in (0, 1)},
-        **{f"failure_{kind}": failures[kind] / n for kind in FAILURES},
+        **failure_shares(outcomes, failures),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +26,7 @@ class Outcome:
     agreed: bool
     scores: tuple[float, float]
     failure: str | None = None
-    metrics: dict[str, float] = field(default_factory=dict)  # the game's own measures, averaged over agreed dialogues
+    metrics: dict[str, float] = field(default_factory=dict)  # the game's own measures
 
 
 class Game(Protocol):
@@ -48,4 +49,8 @@ class Game(Protocol):
 
     def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
         """Reward of each side under `objective`; an unknown objective raises ValueError."""
+        ...
+
+    def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """Means over dialogues, `dialogues` and `agreement` among them."""
         ...

@@ -1,0 +1,219 @@
+"""One price between a buyer and a seller whose limits are private: the game, and its scripted negotiators.
+
+What walking away leaves a side is in its limit: a price at the limit gains nothing, one beyond it is a loss. The zone of agreement
+lies between the seller's limit and the buyer's; a third of the contexts have none, and there both do best to walk away.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from duologue.rollout.games import common
+from duologue.rollout.games.common import CLOSE, WALK_AWAY, Act, Side, Vector, phrases
+from duologue.rollout.selfplay.scenario import Outcome, Scenario
+
+LIMITS = range(5, 31)
+GAPS = (*range(-6, -1), *range(2, 13))  # the buyer's limit less the seller's
+FAILURES = ("no_close", "malformed", "mismatch", "walk_away")
+
+
+@dataclass(frozen=True, slots=True)
+class Haggle:
+    """The buyer can pay `most`, the seller take `least`; `buyer` is a side."""
+
+    most: int
+    least: int
+    buyer: int
+
+    @property
+    def zone(self) -> int:
+        """What there is to share; below 0, no price suits both."""
+        return self.most - self.least
+
+    def gains(self, price: int) -> tuple[int, int]:
+        """What each side has over walking away."""
+        bought, sold = self.most - price, price - self.least
+        return (bought, sold) if self.buyer == 0 else (sold, bought)
+
+
+class PriceGame(common.SelectionGame[Haggle]):
+    """The game as `duologue.rollout.selfplay.scenario.Game`."""
+
+    name = "price"
+
+    @cached_property
+    def splits(self) -> dict[str, list[Haggle]]:
+        """319 pairs of limits, each with either side as the buyer; a pair is a class."""
+        pairs = [(most, least) for most in LIMITS for least in LIMITS if most - least in GAPS]
+        return common.split_by_class([Haggle(*pair, buyer) for pair in pairs for buyer in (0, 1)], lambda h: (h.most, h.least))
+
+    def scenario(self, haggle: Haggle, split: str) -> Scenario:
+        told = (f"buy for {haggle.most} at most", f"sell for {haggle.least} at least")
+        name = f"price-{haggle.most}-{haggle.least}-{haggle.buyer}"
+        texts = (told[haggle.buyer], told[1 - haggle.buyer])
+        return Scenario(game=self.name, id=name, split=split, private_text=texts, data=haggle)
+
+    def parse(self, text: str) -> int | None:
+        """The price that a final statement names, None when it is not exactly "price " and a number from 0 to 99."""
+        match = re.fullmatch(r"price (0|[1-9][0-9]?)", text)
+        return int(match[1]) if match else None
+
+    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
+        """Every outcome has the measures `zone`, whether there is one; `wrong`, whether a deal leaves a side worse than walking
+        away; `right`, whether it is another deal, or a walk-away without a zone; `nash_ratio`, in a zone product / best product."""
+        haggle: Haggle = scenario.data
+        prices = [None, None] if finals is None else [self.parse(text) for text in finals]
+        failure = _failure(finals, prices)
+        gains = (0, 0) if failure or prices[0] is None else haggle.gains(prices[0])
+        wrong = min(gains) < 0
+        right = not failure and not wrong if haggle.zone > 0 else failure == "walk_away"
+        metrics = {"zone": float(haggle.zone > 0), "wrong": float(wrong), "right": float(right), "nash_ratio": float(right)}
+        if right and haggle.zone > 0:
+            half = haggle.zone // 2
+            metrics["nash_ratio"] = gains[0] * gains[1] / (half * (haggle.zone - half))
+            metrics |= {"share_buyer": gains[haggle.buyer] / haggle.zone, "share_seller": gains[1 - haggle.buyer] / haggle.zone}
+        return Outcome(agreed=not failure, scores=(float(gains[0]), float(gains[1])), failure=failure, metrics=metrics)
+
+    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
+        """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`: `nash_ratio`. Both for both
+        sides. `selfish`: own gain / the largest zone; no deal leaves 0, more than a wrong one."""
+        common.check_objective(objective)
+        if objective == "selfish":
+            return outcome.scores[0] / max(GAPS), outcome.scores[1] / max(GAPS)
+        value = outcome.metrics["right" if objective == "cooperative" else "nash_ratio"]
+        return value, value
+
+    def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """Where there is a zone: `agreement`, deals of any kind, and `efficiency`, right ones, of all. Elsewhere: `right_walks`
+        of all. `wrong_deals` of all deals. `share_*` and `nash_ratio`: means over right deals. Of nothing, 0."""
+        zone = [o for o in outcomes if o.metrics["zone"]]
+        right = [o for o in zone if o.metrics["right"]]
+        return {
+            "dialogues": float(len(outcomes)),
+            "agreement": _mean([o.agreed for o in zone]),
+            "efficiency": _mean([o.metrics["right"] for o in zone]),
+            "right_walks": _mean([o.metrics["right"] for o in outcomes if not o.metrics["zone"]]),
+            "wrong_deals": _mean([o.metrics["wrong"] for o in outcomes if o.agreed]),
+            **{key: _mean([o.metrics[key] for o in right]) for key in ("share_buyer", "share_seller", "nash_ratio")},
+            **common.failure_shares(outcomes, FAILURES),
+        }
+
+
+def _failure(finals: tuple[str, str] | None, prices: Sequence[int | None]) -> str | None:
+    if finals is None:
+        return "no_close"
+    if WALK_AWAY in finals:
+        return "walk_away"
+    if None in prices:
+        return "malformed"
+    return "mismatch" if prices[0] != prices[1] else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(len(values), 1)
+
+
+# ---- scripted negotiators --------------------------------------------------------------------------------------------
+
+TEMPERAMENTS = {"honest": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
+ENOUGH = {"honest": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
+LOSS = 4  # that hasty accepts
+
+
+@dataclass(slots=True)
+class Haggler(Side):
+    """One side; its one value is its limit."""
+
+    buys: bool = field(kw_only=True)
+
+    def gain(self, offer: Vector) -> int:
+        return (self.values[0] - offer[0]) * (1 if self.buys else -1)
+
+    def left_by(self, take: Vector) -> Vector:
+        return take
+
+    def content(self, offer: Vector) -> bool:
+        if self.temperament == "hasty":
+            return self.gain(offer) >= -LOSS
+        enough = ENOUGH[self.temperament]
+        if self.temperament == "honest" and self.theirs is not None:
+            enough = self.gain(self.theirs) // 2
+            if enough < 0:
+                return False
+        return self.gain(offer) >= max(0, enough - self.refusals)
+
+    def decide(self) -> Act:
+        hopeless = self.theirs is not None and self.gain(self.theirs) < 0
+        if self.temperament != "hasty" and (hopeless or (self.refusals > 2 and self.chance(0.5))):
+            return Act(leave=True, close=True)
+        act: Act = getattr(self, f"_{self.temperament}")(self.offer is not None)
+        return act
+
+    def state(self) -> str:
+        """The price that was agreed; without one hasty hopes for its own, and the others walk away."""
+        price = self.agreed or (self.offered if self.temperament == "hasty" else None)
+        return f"price {price[0]}" if price else WALK_AWAY
+
+    def _at(self, gained: int) -> Vector:
+        """The price that gains so much."""
+        return (max(1, self.values[0] + (-gained if self.buys else gained)),)
+
+    def _honest(self, pending: bool) -> Act:
+        """States its limit and asks for the other's, then names the middle of both."""
+        if not self.revealed and (self.theirs is None or self.chance(0.3)):
+            return Act(reveal=self.values, refuse=pending, ask=self.theirs is None and self.chance(0.6))
+        if self.theirs is not None:
+            take, plain = self._at(self.gain(self.theirs) // 2), self.chance(0.3)
+            return Act(take=take, best=True, refuse=pending) if plain else Act(take=take, reveal=self.values, against=self.theirs)
+        return Act(take=self._at(2), refuse=pending) if pending or self.chance(0.4) else Act(ask=True)
+
+    def _fair(self, pending: bool) -> Act:
+        """Begins a little off, then names the middle of what both have offered; states its limit when it is asked."""
+        if self.last.ask and not self.revealed and self.chance(0.7):
+            return Act(reveal=self.values, refuse=pending)
+        if self.offered is None or self.offer is None:
+            return Act(take=self._at(max(1, self.rng.randint(3, 6) - self.refusals)), refuse=pending)
+        middle = max(0, (self.gain(self.offered) + self.gain(self.offer)) // 2)
+        return Act(take=self._at(middle), best=True, refuse=self.chance(0.5))
+
+    def _hard(self, pending: bool) -> Act:
+        """Begins far off and gives in slowly."""
+        return Act(take=self._at(max(1, self.rng.randint(7, 9) - 2 * self.refusals)), refuse=pending)
+
+    def _hasty(self, pending: bool) -> Act:
+        """Names any price near its limit, also one at which it loses, or closes before anything is settled."""
+        if self.spoken and self.chance(0.3):
+            return Act(close=True)
+        return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=pending and self.chance(0.3))
+
+    def say(self, act: Act) -> str:
+        words, own = phrases("deal"), phrases("price")
+        side = "buyer" if self.buys else "seller"
+        price, theirs = (vector[0] if vector else 0 for vector in (act.take, act.against))
+        parts = (
+            (act.accept, words["agree"]),
+            (act.confirm, words["confirm"]),
+            (act.refuse, own[f"{side}_refuse"]),
+            (act.reveal and not act.against, own[f"{side}_limit"]),
+            (act.take, own["compare"] if act.against else own["middle"] if act.best else own[f"{side}_bid"]),
+            (act.ask, own["ask"]),
+            (act.leave, words["leave"]),
+            (act == Act(close=True), words["hurry"]),
+        )
+        said = [self.rng.choice(forms).format(price, theirs, self.values[0]) for wanted, forms in parts if wanted]
+        return " ".join([*said, CLOSE] if act.close else said)
+
+
+def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> common.ScriptedDialogue:
+    """Two temperaments hold the negotiation."""
+    haggle: Haggle = scenario.data
+
+    def side(i: int, temperament: str, own: random.Random) -> Haggler:
+        buys = i == haggle.buyer
+        return Haggler((haggle.most if buys else haggle.least,), temperament, own, buys=buys)
+
+    return common.hold(game, scenario, TEMPERAMENTS, rng, side)
