@@ -9,6 +9,7 @@ Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row, S s
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,7 @@ class Drawn:
     entropies: np.ndarray  # [k, n] fp32
     n_kept: np.ndarray  # [k, n] int32: 0 for all tokens
     kept: np.ndarray | None  # [k, n, M] int32, when some draw was truncated
+    waited: float  # seconds that the host waited for the device
 
     def overflows(self, step: int, row: int) -> bool:
         return bool(self.n_kept[step, row] > KEPT)
@@ -102,10 +104,12 @@ class DecodeLoop:
             bucket.step()
         ints = torch.stack((bucket.out["token"][:steps, :n], bucket.out["n_kept"][:steps, :n]))
         floats = torch.stack((bucket.out["logprob"][:steps, :n], bucket.out["entropy"][:steps, :n]))
+        began = time.perf_counter()
         tokens, n_kept = ints.cpu().numpy()
+        waited = time.perf_counter() - began
         logprobs, entropies = floats.cpu().numpy()
         kept = bucket.out["kept"][:steps, :n].cpu().numpy() if n_kept.any() else None
-        return Drawn(tokens, logprobs, entropies, n_kept, kept)
+        return Drawn(tokens, logprobs, entropies, n_kept, kept, waited)
 
     def _bucket(self, B: int, W: int, truncated: bool, adapter: int, lora: AdapterRows) -> _Bucket:
         key = B, W, truncated, adapter

@@ -228,6 +228,7 @@ class Engine:
 
     def _decode_ahead(self, works: list[Work], steps: int) -> list[Request]:
         drawn, taken = self._runner.decode(works, steps, self.adapters), 0
+        self.stats.waited_seconds += drawn.waited
         finished = []
         for row, request in enumerate(w.request for w in works):
             for step in range(steps):

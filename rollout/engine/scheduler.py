@@ -27,6 +27,7 @@ class Stats:
     shared_tokens: int = 0  # whose KV was found in another branch's pages
     slot_steps: int = 0  # steps times the most requests that ran at once since the engine was last idle
     idle_slot_steps: int = 0  # of these, places that no request took
+    waited_seconds: float = 0.0  # for the device, while several steps ran without a look in between
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""bench/gpu_suite.py from its command line, on the CPU with tiny sizes; and without a GPU."""
+"""bench/gpu_suite.py and bench/workload.py from their command lines, on the CPU with tiny sizes; and without a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-SUITE = [sys.executable, str(Path(__file__).parent.parent / "bench/gpu_suite.py")]
+ROOT = Path(__file__).parent.parent
+SUITE = [sys.executable, str(ROOT / "bench/gpu_suite.py")]
 
 
 def test_dry_run_measures_every_kernel_beside_torch() -> None:
@@ -33,3 +34,14 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
     done = subprocess.run(SUITE, capture_output=True, text=True)
     assert done.returncode == 2
     assert "there is no CUDA device; --dry" in done.stderr
+
+
+def test_workload_counts_what_was_asked_for() -> None:
+    command = [sys.executable, "-m", "bench.workload", "--sequences", "5", "--shortest", "2", "--longest", "9", "--repeats", "1", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert all(row[f"{side}_tokens_per_s"] > 0 for side in ("ours", "generate", "continuous"))
+    wrong = subprocess.run([*command, "--shortest", "20"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "accepted is 1 <= shortest <= longest" in wrong.stderr
