@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels import triton_attention, triton_linear, triton_rows, triton_softmax
+from duologue.kernels import triton_attention, triton_head, triton_linear, triton_rows, triton_softmax
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -63,6 +63,13 @@ def attention_cases() -> Iterator[Case]:
         yield case(a.grad_key_kernel, element, tile)
 
 
+def head_cases() -> Iterator[Case]:
+    h = triton_head
+    for N, element in ((16, "*bf16"), (64, "*bf16"), (256, "*bf16"), (64, "*fp32")):
+        flags = {"HAS_BIAS": False, "CAPPED": False, **h.tile(N, element == "*bf16")}
+        yield case(h.linear_sample_kernel, element, flags, numbers="*fp32", ids="*i32", softcap="fp32")
+
+
 def softmax_cases() -> Iterator[Case]:
     s = triton_softmax
     for element, by_row in product(("*fp32", "*bf16"), (False, True)):
@@ -76,4 +83,4 @@ def softmax_cases() -> Iterator[Case]:
 
 
 def compile_cases() -> list[Case]:
-    return [*linear_cases(), *rows_cases(), *attention_cases(), *softmax_cases()]
+    return [*linear_cases(), *rows_cases(), *attention_cases(), *head_cases(), *softmax_cases()]

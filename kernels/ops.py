@@ -226,22 +226,29 @@ def sample_bounded(
     return token, logprob, entropy, kept, sizes.int()
 
 
-def head(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None) -> Tensor:
+def head(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, exact: bool = True
+) -> Tensor:
     """fp32 logits hidden [N, H] @ weight [V, H]^T + bias [V], with softcap tanh(those / softcap)."""
-    logits = linear(hidden, weight, bias, torch.float32)
+    logits = linear(hidden, weight, bias, torch.float32, exact)
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
 
 def linear_sample(
     hidden: Tensor, weight: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
-    bias: Tensor | None = None, softcap: float | None = None,
+    bias: Tensor | None = None, softcap: float | None = None, exact: bool = True, whole: bool = False,
 ) -> softmax.Drawn:  # fmt: skip
     """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`, and of the logits only
-    tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens."""
+    tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens.
+
+    On CUDA logits are stored, unless `exact` is False and `whole` says that no row is truncated (top_k, top_p and min_p are not
+    looked at then): one pass over the weight, with log-probs that agree up to rounding."""
     settings = (temperature, top_k, top_p, min_p, seed, position)
     sparse.check_head("linear_sample", hidden, weight, bias, softcap)
+    if whole and not exact and cpu.on_triton(hidden):
+        return sparse.linear_sample_whole(hidden, weight, bias, settings, softcap or 0.0)
     if not cpu.serves(hidden) or torch.compiler.is_compiling():
-        return sample(head(hidden, weight, bias, softcap), *settings)
+        return sample(head(hidden, weight, bias, softcap, exact), *settings)
     return sparse.linear_sample(hidden, weight, bias, settings, softcap or 0.0)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import softmax
-from duologue.kernels.cpu import DTYPES, check, lib, pointers
+from duologue.kernels.cpu import DTYPES, check, lib, pointers, triton
 from torch import Tensor
 
 
@@ -111,3 +111,13 @@ def linear_sample(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings:
     head, settings = _contiguous(hidden, weight, bias), softmax.check_settings("linear_sample", settings, len(hidden), "cpu")
     sizes = (*hidden.shape, len(weight), DTYPES[hidden.dtype], softcap)
     return softmax.draw("linear_sample", lib().linear_sample, pointers(*head), settings, *sizes)
+
+
+def linear_sample_whole(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float
+) -> softmax.Drawn:
+    """On Triton, no row truncated: logits are not stored."""
+    hidden, weight, bias = _contiguous(hidden, weight, bias)
+    heat, _, _, _, seed, position = softmax.check_settings("linear_sample", settings, len(hidden), hidden.device.type)
+    found: tuple[Tensor, Tensor, Tensor] = triton("head").linear_sample(hidden, weight, bias, heat, seed, position, softcap)
+    return *found, seed.new_empty(0, dtype=torch.int32), seed.new_zeros(len(hidden) + 1)

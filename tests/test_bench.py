@@ -37,7 +37,8 @@ def test_without_a_gpu_it_says_what_to_do() -> None:
 
 
 def test_workload_counts_what_was_asked_for() -> None:
-    command = [sys.executable, "-m", "bench.workload", "--sequences", "5", "--shortest", "2", "--longest", "9", "--repeats", "1", "--json"]
+    sizes = ["--sequences", "5", "--shortest", "2", "--longest", "9", "--repeats", "1"]
+    command = [sys.executable, "-m", "bench.workload", "--json", *sizes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]

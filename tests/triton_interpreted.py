@@ -203,6 +203,28 @@ def test_sample_draws_what_the_reference_and_cpp_draw(dtype: torch.dtype, monkey
         assert torch.equal(ops.sample(logits.float(), *args)[0], token)
 
 
+@pytest.mark.parametrize("extra", ["", "bias", "softcap"])
+@pytest.mark.parametrize(
+    ("N", "H", "V", "dtype"), [(1, 8, 7, torch.float32), (21, 40, 1300, torch.float32), (37, 24, 531, torch.float16)]
+)
+def test_head_and_sampler_in_one_pass(N: int, H: int, V: int, dtype: torch.dtype, extra: str) -> None:
+    """No stored logits: the draws of the stored ones, and their log-prob and entropy up to rounding."""
+    hidden, weight = cases._randn(N, H, dtype=dtype), cases._randn(V, H, dtype=dtype)
+    bias, softcap = cases._randn(V, dtype=dtype) if extra == "bias" else None, 4.0 if extra == "softcap" else None
+    _, (temperature, _, _, _, seed, position) = draws(N, V)
+    settings = (temperature, torch.zeros(N).int(), torch.ones(N), torch.zeros(N), seed, position)
+    token, logprob, entropy, kept, offsets = ops.linear_sample(
+        hidden, weight, *settings, bias=bias, softcap=softcap, exact=False, whole=True
+    )
+    wide = None if bias is None else bias.double()
+    logits = ops.head(hidden.double(), weight.double(), wide, softcap).float()
+    expected = reference.sample(logits, *settings)
+    assert torch.equal(token, expected[0])
+    torch.testing.assert_close((logprob, entropy), expected[1:3], rtol=2e-5, atol=2e-5)
+    assert len(kept) == 0
+    assert not offsets.any()
+
+
 def test_the_cut_is_that_of_the_reference() -> None:
     logits, (temperature, top_k, top_p, min_p, *counters) = draws(24, 331)
     logits[::3] = logits[::3].round()  # ties stay or go together

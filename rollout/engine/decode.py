@@ -195,11 +195,15 @@ class DecodeLoop:
                 context_lens=(at + 1).int(),
                 scale=model.scale,
             )
-            logits = model.head(model.hidden(token, position, attention, lora))
-            drawn = ops.sample_bounded(logits, temperature, bucket.top_k, top_p, min_p, seed, position + 1, most)
-            for name, value in zip(("token", "logprob", "entropy", "kept", "n_kept"), drawn, strict=True):
-                if truncated or name != "kept":
-                    bucket.out[name].index_copy_(0, bucket.turn, value.to(bucket.out[name].dtype).unsqueeze(0))
+            hidden = model.hidden(token, position, attention, lora)
+            settings = (temperature, bucket.top_k, top_p, min_p, seed, position + 1)
+            drawn: tuple[Tensor, ...]
+            if truncated:
+                drawn = ops.sample_bounded(model.head(hidden), *settings, most)
+            else:
+                drawn = ops.linear_sample(hidden, model.head_weight, *settings, exact=model.exact, whole=True)[:3]
+            for name, value in zip(("token", "logprob", "entropy", "kept", "n_kept"), drawn, strict=False):
+                bucket.out[name].index_copy_(0, bucket.turn, value.to(bucket.out[name].dtype).unsqueeze(0))
             bucket.turn.add_(1)
             token.copy_(torch.where(done, token, drawn[0]))
             position.add_((~done).long())

@@ -113,7 +113,8 @@ class Runner:
                 logits_NV[row, ids] = among
             token, logprob, entropy, kept, ends = ops.sample(logits_NV, *self._sampling(works))
         else:
-            token, logprob, entropy, kept, ends = ops.linear_sample(hidden_NH, self.model.head_weight, *self._sampling(works))
+            settings, exact = self._sampling(works), self.model.exact
+            token, logprob, entropy, kept, ends = ops.linear_sample(hidden_NH, self.model.head_weight, *settings, exact=exact)
         flat, bounds = array("i", kept.cpu().numpy().tobytes()), pairwise(ends.tolist())
         supports = [flat[a:b] for a, b in bounds]
         for row, ids in allowed.items():  # what was drawn from: the allowed ids, or those of them that truncation kept
