@@ -11,10 +11,12 @@ import pytest
 import torch
 from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
+from duologue.grpo.update import trained_logprobs
 from duologue.kernels import ops
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
-from duologue.rollout.engine.sequence import Kept
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import Kept, SamplingParams
 from torch import nn
 
 
@@ -173,3 +175,33 @@ def test_rows_with_nothing_in_common_are_left_as_they_are() -> None:
     rows = [dataclasses.replace(row, token_ids=[i, *row.token_ids[1:]]) for i, row in enumerate(make_rows(4))]
     batch = pack(rows)
     assert batch.nodes.tolist() == batch.first.tolist() == list(range(len(batch.token_ids)))
+
+
+@pytest.mark.parametrize("given", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"top_p": 0.6, "temperature": 0.8}])
+def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, float]) -> None:
+    """What a callback allows is recorded as the support: the update's log-probs have the rollout's bits."""
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=90, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1,
+        head_dim=16, max_position_embeddings=64,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.init_weights(0)
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    params = [
+        SamplingParams(max_new_tokens=12, seed=i, **given, allow=lambda ids, i=i: range(i, 80, 7) if len(ids) % 2 or i == 1 else None)
+        for i in range(3)
+    ]
+    completions = Engine(model).generate(prompts, params)
+    for i, c in enumerate(completions):
+        assert all(t in range(i, 80, 7) for n, t in enumerate(c.token_ids) if n % 2 or i == 1)
+    rows = []
+    for i, (prompt, c) in enumerate(zip(prompts, completions, strict=True)):
+        kept = Kept([0] * len(prompt) + c.kept.sizes, c.kept.ids)
+        mask = [False] * len(prompt) + [True] * len(c.token_ids)
+        logprobs = [0.0] * len(prompt) + c.logprobs
+        rows.append(
+            Row(token_ids=prompt + c.token_ids, loss_mask=mask, logprobs=logprobs, advantage=1.0, dialogue_id=i, role=0, kept=kept)
+        )
+    batch = pack(rows)
+    scored = trained_logprobs(model, batch, given.get("temperature", 1.0) or 1.0)
+    assert scored.tolist() == [x for c in completions for x in c.logprobs]

@@ -111,7 +111,8 @@ class Runner:
                 among = logits_NV[row, ids]
                 logits_NV[row] = EXCLUDED
                 logits_NV[row, ids] = among
-            token, logprob, entropy, kept, ends = ops.sample(logits_NV, *self._sampling(works))
+            settings = self._sampling(works)
+            token, logprob, entropy, kept, ends = ops.sample(logits_NV, *settings)
         else:
             settings, exact = self._sampling(works), self.model.exact
             token, logprob, entropy, kept, ends = ops.linear_sample(hidden_NH, self.model.head_weight, *settings, exact=exact)
@@ -119,6 +120,14 @@ class Runner:
         supports = [flat[a:b] for a, b in bounds]
         for row, ids in allowed.items():  # what was drawn from: the allowed ids, or those of them that truncation kept
             supports[row] = array("i", sorted(set(ids) & set(supports[row]) if supports[row] else set(ids)))
+        if allowed:  # scored over these as training will do it, to the bit
+            rows = self._tensor(np.array(list(allowed)))
+            of_rows = self._tensor(np.concatenate([supports[row] for row in allowed]).astype(np.int32))
+            offsets = self._tensor(np.cumsum([0, *(len(supports[row]) for row in allowed)]))
+            heat = settings[0][rows]
+            logprob[rows], entropy[rows] = ops.sparse_linear_logprob(
+                hidden_NH[rows], self.model.head_weight, token[rows], of_rows, offsets, torch.where(heat == 0, 1.0, heat)
+            )
         return token.tolist(), logprob.tolist(), entropy.tolist(), supports
 
     def decode(self, works: list[Work], steps: int, adapters: Ids[Adapter | None]) -> Drawn:
