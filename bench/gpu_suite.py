@@ -1,6 +1,7 @@
-"""All that needs a GPU, in one command under nine minutes: the GPU tests, then the kernels beside their peers and the roofline.
+"""All that needs a GPU, in one command under nine minutes: the GPU tests, then the kernels beside their peers and the
+roofline, then the engine.
 
-    python bench/gpu_suite.py [--seconds 500] [--save] [--dry]      from the root; no installation needed
+    python bench/gpu_suite.py [--seconds 440] [--save] [--dry]      from the root; no installation needed
 
 Prints a table and one JSON line last; --save appends the rows to bench/results/gpu.csv. What does not fit in --seconds is named as
 left out. --dry runs all of it on the CPU with sizes of nothing, to see that it works. Exits 1 when a test or a measurement fails.
@@ -122,6 +123,25 @@ def measure(work: Work, device: str, bandwidth: float, rate: float, budget: floa
     return rows
 
 
+def run_engine(dry: bool, ends: float) -> list[dict[str, Any]]:
+    """The common rollout workload with Qwen3-0.6B's shape, exact and fast; bench/workload.py in a process of its own."""
+    found = []
+    sizes = ["--model", "4.2M", "--sequences", "3", "--shortest", "2", "--longest", "6"] if dry else [
+        "--device", "cuda", "--model", "0.6B", "--sequences", "256", "--shortest", "100", "--longest", "1024",
+    ]  # fmt: skip
+    for more in ([], ["--fast"]):
+        left = ends - time.perf_counter()
+        command = [sys.executable, "-m", "bench.workload", "--only", "ours", "--json", "--repeats", "1", *sizes, *more]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(left, 1))
+            row = json.loads(done.stdout.splitlines()[-1])["rows"][0] if done.returncode == 0 else {"failed": done.stderr[-1500:]}
+        except subprocess.TimeoutExpired:
+            row = {"failed": "no time left"}
+        print("\nrollout  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        found.append(row)
+    return found
+
+
 def show(rows: list[dict[str, Any]], missing: tuple[str, ...]) -> None:
     print(f"\n{rows[0]['op']}  {rows[0]['shape']}" + (f"   (not installed: {', '.join(missing)})" if missing else ""))
     for row in rows:
@@ -136,7 +156,7 @@ def show(rows: list[dict[str, Any]], missing: tuple[str, ...]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=500, help="for all; what does not fit is left out and named")
+    parser.add_argument("--seconds", type=float, default=440, help="for tests and kernels; what does not fit is left out and named")
     parser.add_argument("--save", action="store_true", help="append to bench/results/gpu.csv")
     parser.add_argument("--no-tests", action="store_true", help="benches only")
     parser.add_argument("--only", default="", help="works whose op holds this")
@@ -172,9 +192,10 @@ def main() -> int:
     if args.save and rows:
         append_rows("gpu", rows)
     broken = [row for row in rows if row["failed"] and row["provider"].startswith("ours")]
+    engine = run_engine(args.dry, ends + 60) if not args.only else []
     ceiling = {"bytes_per_s": bandwidth, "flops_per_s": rate}
-    print(json.dumps({"bench": "gpu_suite", "tests": tests, **ceiling, "left_out": len(left_out), "rows": rows}))
-    return int(bool(broken or tests.get("failed")))
+    print(json.dumps({"bench": "gpu_suite", "tests": tests, **ceiling, "left_out": len(left_out), "rows": rows, "rollout": engine}))
+    return int(bool(broken or tests.get("failed") or any("failed" in row for row in engine)))
 
 
 if __name__ == "__main__":
