@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
 from collections.abc import Callable
@@ -168,21 +169,14 @@ def build_arena(
     """An arena on a new engine; `temperature` replaces the one of training, and a final is then always written."""
     d = config.dialogue
     engine = build_engine(config, model)
-    rules: dict[str, Any] = {
-        "max_rounds": d.max_rounds,
-        "max_tokens_per_turn": d.max_tokens_per_turn,
-        "max_tokens_final": d.max_tokens_final,
-        "temperature": d.temperature if temperature is None else temperature,
-        "top_p": d.top_p,
-        "final_temperature": 0.0 if temperature == 0 else d.final_temperature,
-        "final_top_p": d.final_top_p,
-        "first_speaker": d.first_speaker,
-    }
+    rules = {field.name: getattr(d, field.name) for field in dataclasses.fields(Rules)}
+    if temperature is not None:
+        rules |= {"temperature": temperature, "final_temperature": d.final_temperature if temperature else 0.0}
     arena: Arena | Deliberation
     if isinstance(game, DilemmaGame):
         assert isinstance(judge, FeedbackJudge)
-        always = temperature is not None
-        arena = Deliberation(engine, tokenizer, game, TalkRules(**rules, context=d.context, always_final=always), judge)
+        more = TalkRules(**rules, context=d.context, always_final=temperature is not None)
+        arena = Deliberation(engine, tokenizer, game, more, judge)
         check_context(config, engine, arena.longest_context())
     else:
         arena = Arena(engine, tokenizer, game, Rules(**rules))

@@ -85,11 +85,7 @@ class _Handler(BaseHTTPRequestHandler):
             server.heads.append(dict(self.headers))
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
-        try:
-            self.react(number, body)
-        finally:
-            with server.lock:
-                server.at_once -= 1
+        self.react(number, body)
 
     def react(self, number: int, body: dict[str, Any]) -> None:
         server, prompt = self.server, body["messages"][0]["content"]
@@ -103,6 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault in ("500", "401"):
             return self.reply(int(fault), {"error": f"no: {self.headers.get('Authorization')}"})
         if fault == "reset":
+            self.leave()
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.close_connection = True
             return self.connection.close()
@@ -115,7 +112,12 @@ class _Handler(BaseHTTPRequestHandler):
         content = {"malformed": json.dumps(said)[:-1], "empty": ""}.get(fault or "", json.dumps(said))
         return self.reply(200, {"choices": [{"message": {"role": "assistant", "content": content}}]})
 
+    def leave(self) -> None:
+        with self.server.lock:
+            self.server.at_once -= 1
+
     def reply(self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+        self.leave()  # before the client can know
         data = json.dumps(value).encode()
         self.send_response(status)
         for name, text in {"Content-Length": str(len(data)), **(headers or {})}.items():

@@ -78,25 +78,24 @@ class DilemmaGame:
 
 
 def _pair(row: dict[str, Any]) -> tuple[Persona, ...]:
-    return tuple(Persona(row[side]["name"], row[side]["instructions"]) for side in ("first", "second"))
+    try:
+        return tuple(Persona(row[side]["name"], row[side]["instructions"]) for side in ("first", "second"))
+    except (KeyError, TypeError):
+        raise ValueError(f"{row['id']}: accepted as first and second are objects with name and instructions") from None
 
 
 def _rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; ValueError names the line that is none, or what it lacks."""
+    """The objects of a .jsonl file; ValueError names a line that is none or lacks a field."""
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            assert isinstance(row, dict)
-        except (ValueError, AssertionError):
-            raise ValueError(f"{path} line {number} is not a JSON object") from None
-        if lacks := [field for field in fields if not row.get(field)]:
-            raise ValueError(f"{path} line {number} lacks {', '.join(lacks)}")
-        rows.append(row)
+    for number, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+                assert all(rows[-1][field] for field in fields)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise ValueError(f"{path} line {number}: accepted is a JSON object with {', '.join(fields)}") from None
     if not rows:
         raise ValueError(f"{path} is empty")
     return rows

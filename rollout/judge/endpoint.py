@@ -145,16 +145,11 @@ class Endpoint:
 
 def _seconds(retry_after: str | None) -> float | None:
     """Retry-After is a number of seconds or a date (RFC 9110, 10.2.3)."""
-    if retry_after is None:
-        return None
-    try:
-        return max(0.0, float(retry_after))
-    except ValueError:
-        pass
-    try:
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after).timestamp() - time.time())
-    except ValueError:
-        return None
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, float(retry_after or ""))
+    with contextlib.suppress(ValueError, TypeError):
+        return max(0.0, email.utils.parsedate_to_datetime(retry_after or "").timestamp() - time.time())
+    return None
 
 
 def _pause(state: RetryCallState) -> float:

@@ -1,4 +1,4 @@
-"""The one interface of all judges, and the judge on AI feedback: it asks a back end, whose answers go through the ledger.
+"""The two judges: a game's own rules, and AI feedback, which asks a back end, whose answers go through the ledger.
 
     judge.submit(AGREEMENT, case, tag)               # returns at once; the arena goes on with other dialogues
     for tag, answer in judge.answered(wait=False):   # what has arrived since; None: no valid answer, so unscored
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import time
 from collections.abc import Callable, Sequence
@@ -19,16 +20,6 @@ from duologue.rollout.selfplay.scenario import Game
 
 UNSCORED = "unscored"
 Answer = dict[str, Any] | None
-
-
-class Judge(Protocol):
-    """What a trainer needs: rewards, and what they cost."""
-
-    def settle(self, dialogues: Sequence[Dialogue]) -> dict[str, float]:
-        """Give every dialogue that has ended its reward, None when it is unscored; returns metrics since the last call."""
-        ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,6 +61,7 @@ class RuleJudge:
         self.game, self.objective = game, objective
 
     def settle(self, dialogues: Sequence[Dialogue]) -> dict[str, float]:
+        """Give every dialogue that has ended its reward, None when it is unscored; returns metrics since the last call."""
         for dialogue in dialogues:
             assert dialogue.outcome is not None
             dialogue.reward = self.game.rewards(dialogue.scenario, dialogue.outcome, self.objective)
@@ -104,11 +96,12 @@ class FeedbackJudge:
         prompt = self.prompts[kind]
         text = prompt.fill(case, self.show_dialogue or kind == AGREEMENT)
         key = ledger_key(self.backend.name, prompt.version, self.backend.settings, text)
-        kept = self._kept(key, kind, case)
-        if kept is not None:
-            self.hits += 1
-            self._known.append((tag, kept))
-            return
+        content = self.ledger.get(key)
+        with contextlib.suppress(ValueError):  # kept under older rules
+            if content is not None:
+                self._known.append((tag, read_answer(kind, content, case)))
+                self.hits += 1
+                return
         waiting = self._waiting.setdefault(key, [])
         waiting.append((tag, kind, case, time.monotonic()))
         if len(waiting) > 1:
@@ -129,30 +122,21 @@ class FeedbackJudge:
 
         self.backend.ask(Ask(kind=kind, text=text, check=lambda content: read_answer(kind, content, case), done=done))
 
-    def _kept(self, key: str, kind: str, case: Case) -> Answer:
-        content = self.ledger.get(key)
-        try:
-            return None if content is None else read_answer(kind, content, case)
-        except ValueError:  # kept under older rules
-            return None
-
     def answered(self, wait: bool) -> list[tuple[Any, Answer]]:
         """(tag, answer) of all that has arrived; with `wait` at least one, if anything is open."""
         began = time.monotonic()
         found, self._known = self._known, []
         while True:
             works = bool(self._waiting) and self.backend.work()
-            block = wait and not found and bool(self._waiting) and not works
-            try:
+            with contextlib.suppress(queue.Empty):
                 while True:
+                    block = wait and not found and bool(self._waiting) and not works
                     key, content, reason = self._arrived.get(block)
-                    block, self.last_fault = False, reason or self.last_fault
+                    self.last_fault = reason or self.last_fault
+                    self.failed += content is None
                     for tag, kind, case, since in self._waiting.pop(key):
                         found.append((tag, None if content is None else read_answer(kind, content, case)))
                         self.answer_seconds += time.monotonic() - since
-                    self.failed += content is None
-            except queue.Empty:
-                pass
             if found or not (wait and self._waiting):
                 self.wait_seconds += time.monotonic() - began if wait else 0.0
                 return found
@@ -167,15 +151,14 @@ class FeedbackJudge:
             )
 
     def settle(self, dialogues: Sequence[Dialogue]) -> dict[str, float]:
-        ended = [(dialogue, dialogue.outcome) for dialogue in dialogues if dialogue.outcome is not None]
-        for dialogue, outcome in ended:
-            dialogue.reward = None if outcome.failure == UNSCORED else outcome.scores
-        n = max(self.asked, 1)
+        for dialogue in dialogues:
+            assert dialogue.outcome is not None
+            dialogue.reward = None if dialogue.outcome.failure == UNSCORED else dialogue.outcome.scores
         metrics = {
             "judge_asked": float(self.asked),
             "judge_hits": float(self.hits),
             "judge_failed": float(self.failed),
-            "judge_seconds": self.answer_seconds / n,  # of a question, from submit to answer
+            "judge_seconds": self.answer_seconds / max(self.asked, 1),  # of a question, from submit to answer
             "judge_wait_seconds": self.wait_seconds,  # with nothing else to do
         }
         self._forget_costs()
