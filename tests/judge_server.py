@@ -9,6 +9,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -63,6 +64,7 @@ class JudgeServer(ThreadingHTTPServer):
         self.retry_after = "0.01"
         self.lock = threading.Lock()
         self.at_once = self.most_at_once = 0
+        self.delay = 0.0
         self.end = threading.Event()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -89,6 +91,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def react(self, number: int, body: dict[str, Any]) -> None:
         server, prompt = self.server, body["messages"][0]["content"]
+        time.sleep(server.delay)
         if self.path != "/v1/chat/completions":
             return self.reply(404, {"error": "no such path"})
         if "response_format" in body and not server.takes_schema:
