@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import socket
 import sqlite3
-from collections.abc import Callable
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -304,3 +309,76 @@ def test_settings_that_do_not_go_together_are_refused(run: Run, capsys: pytest.C
         assert "secret-word" not in error
         assert not (tmp_path / "run").exists()
     assert main(["train", "deal", "--judge.url", "http://127.0.0.1:1/v1", "--run-dir", str(tmp_path / "run")]) == 2
+
+
+# ---- a server that is not ours ---------------------------------------------------------------------------------------
+
+KNOWN = {"knowledge": 3, "benevolence": 2, "power": 5, "vitality": 1, "reason": "by heart", "agreed": False}
+
+
+def by_heart(folder: Path) -> Path:
+    """A Qwen3 checkpoint that says `KNOWN` and stops, whatever it is asked: one token for the answer, which every token calls for."""
+    import transformers
+    import trl
+
+    folder.mkdir()
+    write_core(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], (json.dumps(KNOWN),))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja", folder / "chat_template.jinja")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    say, end = tokenizer.convert_tokens_to_ids([json.dumps(KNOWN), "<|im_end|>"])
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
+        num_key_value_heads=1, head_dim=16, max_position_embeddings=8192, eos_token_id=end, bos_token_id=None,
+    )  # fmt: skip
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(float("norm" in name))
+        model.model.embed_tokens.weight[:, 0] = 1
+        model.model.embed_tokens.weight[say] = torch.eye(16)[1]
+        model.lm_head.weight[say, 0] = model.lm_head.weight[end, 1] = 10
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def transformers_server(tmp_path: Path) -> Iterator[str]:
+    """`transformers serve` on loopback with that model."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pytest.importorskip("openai")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = "import sys; from transformers.cli.transformers import main; sys.argv[0] = 'transformers'; main()"
+    command = [sys.executable, "-c", start, "serve", str(by_heart(tmp_path / "judge")), "--device", "cpu"]
+    with open(tmp_path / "server.log", "w") as log:
+        process = subprocess.Popen([*command, "--port", str(port)], stdout=log, stderr=subprocess.STDOUT)
+        try:
+            deadline = time.monotonic() + 120
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1).read()
+                    break
+                except OSError:
+                    assert process.poll() is None, (tmp_path / "server.log").read_text()[-2000:]
+                    assert time.monotonic() < deadline
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def test_transformers_serve_is_a_judge(run: Run, tmp_path: Path, transformers_server: str) -> None:
+    settings = ["train.steps=1", f"judge.url={transformers_server}", f"judge.model={tmp_path / 'judge'}", "judge.timeout_s=30"]
+    assert run("alone", *settings, "judge.backend=endpoint", recipe="dynamic-alignment") == 0
+    found = dialogues(tmp_path / "alone")
+    assert len(found) == 6
+    assert {tuple(d["reward"]) for d in found} == {(2.75, 2.75)}
+    assert all(d["outcome"]["metrics"] == {key: float(KNOWN[key]) for key in ("knowledge", "benevolence", "power", "vitality")} for d in found)
+    assert run("two", "dialogue.max_rounds=1", "--judge.url", transformers_server, *settings[2:], "train.steps=1") == 0
+    for d in dialogues(tmp_path / "two"):
+        assert (d["outcome"]["agreed"], d["outcome"]["failure"], d["reward"]) == (False, "no_agreement", [0.0, 0.0])
