@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train by a recipe or a TOML file", epilog=SETTINGS)
-    train.add_argument("recipe", help="a recipe's name (deal, price, priorities) or the path of a .toml file")
+    train.add_argument("recipe", help="a recipe's name (deal, collective-agency and so on) or the path of a .toml file")
     train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint")
     evaluate = commands.add_parser("eval", help="hold dialogues with a checkpoint, measured", epilog=SETTINGS)
@@ -208,12 +208,15 @@ def _eval(options: argparse.Namespace) -> int:
     config = _config(options.recipe, options.overrides, shortcuts)
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.progress import Progress
-    from duologue.grpo.setup import build_game, load_policy, use_threads
+    from duologue.grpo.setup import build_game, build_judge, load_policy, use_threads
     from duologue.model.files import write_file
 
     use_threads(config)
     model, tokenizer = load_policy(options.checkpoint, config)
-    metrics, _ = evaluate(model, tokenizer, build_game(config), config)
+    game = build_game(config)
+    judge = build_judge(config, game, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
+    metrics, _ = evaluate(model, tokenizer, game, config, judge)
+    judge.close()
     Progress().results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
         origin = {"checkpoint": str(options.checkpoint), "split": config.eval.split, "seed": config.train.seed}

@@ -6,8 +6,6 @@ Whatever is unknown, of another type or out of range is a ValueError that names 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
 import re
 import tomllib
 from collections.abc import Sequence
@@ -15,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from duologue.grpo.judged import DILEMMAS, judged_rules
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.optimizer import SCHEDULES
+from duologue.grpo.values import meant, parse, to_toml, typed
 from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import TARGETS
@@ -59,6 +59,10 @@ class GameSection:
     walk_away: float = 0.0  # points of a side without a deal, under objective "selfish"
     item_types: int = 3
     total_value: int = 10
+    dilemmas: str = ""  # .jsonl files of the dilemma games, "" for those that come with the package
+    personas: str = ""
+    tasks: str = ""
+    prompts: str = ""  # a folder of prompts that replace the package's
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,6 +122,29 @@ class DialogueSection:
     context: str = "full"
     temperature: float = 1.0
     top_p: float = 1.0  # a truncated draw is trained by the distribution that it was drawn from
+    final_temperature: float = -1.0  # of the final; below 0: as temperature
+    final_top_p: float = 0.0  # 0: as top_p
+    first_speaker: str = "random"  # drawn per group; "first": side 0; "alternate": in turn, from group to group and step to step
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeSection:
+    """Who scores. "endpoint": the server at `url`; "model": the checkpoint in the folder `model`; "policy": the starting weights."""
+
+    backend: str = "rules"
+    url: str = ""
+    model: str = ""  # the server's name of it, or a folder
+    key_env: str = "DUOLOGUE_JUDGE_KEY"  # the environment variable that holds the server's API key
+    prompts: str = ""  # a folder of prompts that replace the package's
+    show_dialogue: bool = False  # to the scorer
+    ledger: str = ""  # the file of all answers; "" for judge.sqlite in the run directory
+    offline: bool = False  # ask nobody: all answers come from the ledger
+    concurrency: int = 16
+    timeout_s: float = 60.0  # of a request
+    deadline_s: float = 240.0  # of a question with all its tries
+    temperature: float = 0.0
+    max_tokens: int = 512
+    max_unscored_share: float = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +172,7 @@ class Config:
     grpo: GrpoSection = field(default_factory=GrpoSection)
     lora: LoraSection = field(default_factory=LoraSection)
     dialogue: DialogueSection = field(default_factory=DialogueSection)
+    judge: JudgeSection = field(default_factory=JudgeSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     eval: EvalSection = field(default_factory=EvalSection)
 
@@ -160,7 +188,7 @@ class Config:
                 raise ValueError(f"{key} = {value}: accepted is {low} to {'any' if high == _ANY else high}")
         for key, rule, holds in _rules(self):
             if not holds:
-                raise ValueError(f"{key} = {_toml(self.value(key))}: accepted is {rule}")
+                raise ValueError(f"{key} = {to_toml(self.value(key))}: accepted is {rule}")
 
     def value(self, key: str) -> Any:
         """What `section.key` is set to."""
@@ -173,7 +201,7 @@ class Config:
         for section in dataclasses.fields(self):
             lines.append(f"[{section.name}]")
             values = getattr(self, section.name)
-            lines += [f"{f.name} = {_toml(getattr(values, f.name))}" for f in dataclasses.fields(values)]
+            lines += [f"{f.name} = {to_toml(getattr(values, f.name))}" for f in dataclasses.fields(values)]
             lines.append("")
         return "\n".join(lines)
 
@@ -182,7 +210,7 @@ _ANY = 10**12
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
     "lora.targets": TARGETS,
-    "game.name": tuple(GAMES),
+    "game.name": (*GAMES, *DILEMMAS),
     "game.objective": ("cooperative", "nash", "selfish"),
     "grpo.train_roles": ("both", "first"),
     "grpo.train_kinds": ("utterance", "final"),
@@ -190,7 +218,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "grpo.loss": VARIANTS,
     "grpo.advantage": METHODS,
     "grpo.kl_estimator": KL_ESTIMATORS,
-    "dialogue.context": ("full",),
+    "dialogue.context": ("full", "last_2"),
+    "dialogue.first_speaker": ("random", "first", "alternate"),
+    "judge.backend": ("rules", "endpoint", "model", "policy"),
     "eval.split": ("heldout", "train"),
 }
 _RANGES: dict[str, tuple[float, float]] = {
@@ -238,6 +268,14 @@ _RANGES: dict[str, tuple[float, float]] = {
     "dialogue.max_tokens_per_turn": (1, _ANY),
     "dialogue.max_tokens_final": (1, _ANY),
     "dialogue.temperature": (0, 100),
+    "dialogue.final_temperature": (-1, 100),
+    "dialogue.final_top_p": (0, 1),
+    "judge.concurrency": (1, 4096),
+    "judge.timeout_s": (0.01, _ANY),
+    "judge.deadline_s": (0.01, _ANY),
+    "judge.temperature": (0, 100),
+    "judge.max_tokens": (1, _ANY),
+    "judge.max_unscored_share": (0, 0.99),
     "rollout.page_size": (16, 1024),
     "rollout.cache_tokens": (0, _ANY),
     "rollout.max_batch": (1, _ANY),
@@ -266,6 +304,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ("lora.targets", "at least one linear", bool(c.lora.targets)),
         ("game.walk_away", walk_away, not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value)),
         ("game.name", deal, game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)),
+        *judged_rules(c),
         ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
         (
             "dialogue.temperature",
@@ -295,16 +334,6 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
     ]
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
-    if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    return repr(value)
-
-
 def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides.
 
@@ -314,7 +343,7 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
     if not path.suffix and not path.is_file():
         known = sorted(p.stem for p in RECIPES.glob("*.toml"))
         if recipe_or_path not in known:
-            accepted = f"{_accepted(recipe_or_path, known)}, or a path to a .toml file"
+            accepted = f"{meant(recipe_or_path, known)}, or a path to a .toml file"
             raise ValueError(f"unknown recipe {recipe_or_path!r}: {accepted}")
         path = RECIPES / f"{recipe_or_path}.toml"
     if not path.is_file():
@@ -331,17 +360,8 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         table = raw.setdefault(section.strip(), {})
         if isinstance(table, dict):
             default = getattr(getattr(Config(), section.strip(), None), name.strip(), None)
-            table[name.strip()] = _parse(text.strip(), isinstance(default, str))
+            table[name.strip()] = parse(text.strip(), isinstance(default, str))
     return from_dict(raw)
-
-
-def _parse(text: str, is_string: bool) -> Any:
-    """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path passes."""
-    try:
-        value = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return text if len(value) > 1 or (is_string and not isinstance(value["value"], str)) else value["value"]
 
 
 def from_dict(raw: dict[str, Any]) -> Config:
@@ -350,37 +370,13 @@ def from_dict(raw: dict[str, Any]) -> Config:
     built: dict[str, Any] = {}
     for name, values in raw.items():
         if name not in sections:
-            raise ValueError(f"unknown section [{name}]: {_accepted(name, list(sections))}")
+            raise ValueError(f"unknown section [{name}]: {meant(name, list(sections))}")
         kind = sections[name]
         fields = {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
         if not isinstance(values, dict):
             raise ValueError(f"{name} = {values!r}: accepted is a section [{name}] of keys")
         for key in values:
             if key not in fields:
-                raise ValueError(f"unknown key {name}.{key}: {_accepted(key, list(fields))}")
-        built[name] = kind(**{key: _typed(f"{name}.{key}", value, fields[key]) for key, value in values.items()})
+                raise ValueError(f"unknown key {name}.{key}: {meant(key, list(fields))}")
+        built[name] = kind(**{key: typed(f"{name}.{key}", value, fields[key]) for key, value in values.items()})
     return Config(**built)
-
-
-def _accepted(got: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(got, known, 1)
-    return (f"did you mean {close[0]!r}? " if close else "") + f"accepted is one of {', '.join(known)}"
-
-
-def _typed(key: str, value: Any, default: Any) -> Any:
-    """`value` in the type of the key's default."""
-    if isinstance(default, bool):
-        ok, accepted = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        ok, accepted = isinstance(value, int) and not isinstance(value, bool), "an integer"
-    elif isinstance(default, float):
-        ok, accepted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-        value = float(value) if ok else value
-    elif isinstance(default, tuple):
-        ok, accepted = isinstance(value, list), "a list"
-        value = tuple(_typed(key, v, default[0]) for v in value) if ok else value
-    else:
-        ok, accepted = isinstance(value, str), "a string"
-    if not ok:
-        raise ValueError(f"{key} = {value!r}: accepted is {accepted}")
-    return value

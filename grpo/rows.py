@@ -28,7 +28,8 @@ def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: 
 
 
 def grpo_rows(groups: list[Group], config: GrpoSection, baseline: RunningBaseline) -> tuple[list[Row], dict[str, float]]:
-    """A row per (dialogue, trained role), with the advantage of its group written into the dialogues too.
+    """A row per (dialogue, trained role), or per turn of it where every turn has a context of its own, with the advantage of its
+    group written into the dialogues too.
 
     Unscored dialogues give no row; they are counted.
     """
@@ -49,7 +50,8 @@ def grpo_rows(groups: list[Group], config: GrpoSection, baseline: RunningBaselin
             continue
         other = dialogue.advantage or (0.0, 0.0)
         dialogue.advantage = (value, other[1]) if role == 0 else (other[0], value)
-        rows.append(view_row(dialogue.views[role], config.train_kinds, value, i // len(roles), role))
+        own = [view for view, of in zip(dialogue.views, dialogue.view_roles, strict=True) if of == role]
+        rows += [view_row(view, config.train_kinds, value, i // len(roles), role) for view in own]
     return rows, {
         "no_variance_share": found.no_variance / max(found.groups, 1),
         "unscored": float((~scored).sum()) / len(roles),

@@ -73,9 +73,10 @@ class RunDir:
 
     def forget_if_new(self) -> None:
         """Give the directory up when nothing was recorded yet, so that a corrected command can use it."""
-        if {p.name for p in self.path.iterdir()} <= {"config.toml", ".lock"}:
-            (self.path / "config.toml").unlink()
-            (self.path / ".lock").unlink()
+        files = [*self.path.iterdir()]
+        if all(re.fullmatch(r"config\.toml|\.lock|judge\.sqlite.*", file.name) for file in files):
+            for file in files:
+                file.unlink()
             self.path.rmdir()
             self.close()
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from duologue.grpo.config import Config
+from duologue.grpo.judged import DILEMMAS
 from duologue.kernels import cpu
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
@@ -17,8 +21,17 @@ from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.judge.judge import Backend, FeedbackJudge, RuleJudge
+from duologue.rollout.judge.ledger import Ledger
+from duologue.rollout.judge.model import ModelJudge
+from duologue.rollout.judge.questions import REQUIRED, load_prompt
 from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
+from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
 from duologue.rollout.selfplay.scenario import Game
+
+AnyGame = Game | DilemmaGame
+AnyJudge = RuleJudge | FeedbackJudge
 
 
 def use_threads(config: Config) -> None:
@@ -30,17 +43,57 @@ def use_threads(config: Config) -> None:
         torch.set_num_threads(config.train.threads)
 
 
-def build_game(config: Config) -> Game:
+def build_game(config: Config) -> AnyGame:
     c = config.game
+    if c.name in DILEMMAS:
+        alone = c.name == "dilemma_alone"
+        return DilemmaGame(alone=alone, dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
     options: dict[str, Any] = {"types": c.item_types, "total": c.total_value, "walk_away": c.walk_away} if c.name == "deal" else {}
     game: Game = GAMES[c.name][0](**options)
     return game
 
 
-def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
+def build_judge(config: Config, game: AnyGame, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]) -> AnyJudge:
+    """The judge that the configuration names. `start` loads the starting weights; `ledger` is the file where none is named."""
+    j = config.judge
+    if not isinstance(game, DilemmaGame):
+        return RuleJudge(game, config.game.objective)
+    answers: dict[str, Any] = {"temperature": j.temperature, "max_tokens": j.max_tokens}
+    backend: Backend
+    if j.backend == "endpoint":
+        if not j.url:
+            raise ValueError("judge.url = '': accepted is an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1")
+        try:
+            from duologue.rollout.judge.endpoint import Endpoint
+        except ModuleNotFoundError as error:
+            raise ValueError(f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'") from None
+        key = os.environ.get(j.key_env, "").strip()
+        limits: dict[str, Any] = {"concurrency": j.concurrency, "deadline_s": j.deadline_s, "timeout_s": j.timeout_s}
+        backend = Endpoint(j.url, j.model, api_key=key, **limits, **answers)
+    else:
+        if (j.backend == "model") != bool(j.model):
+            raise ValueError(f"judge.model = {j.model!r}: accepted is a checkpoint with judge.backend = 'model', '' with 'policy'")
+        if not config.model.path:
+            raise ValueError(f"model.path = '': judge.backend = {j.backend!r} needs a checkpoint that the policy starts from")
+        load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config)
+
+        def engine() -> tuple[Engine, Tokenizer]:
+            model, tokenizer = load()
+            return build_engine(config, model, 65_536), tokenizer  # the policy's pool took what was free
+
+        backend = ModelJudge(engine, **answers)
+    prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
+    return FeedbackJudge(
+        backend, Ledger(Path(j.ledger) if j.ledger else ledger), prompts,
+        show_dialogue=j.show_dialogue, max_unscored_share=j.max_unscored_share, offline=j.offline,
+    )  # fmt: skip
+
+
+def build_corpus(config: Config, game: AnyGame) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
+    assert not isinstance(game, DilemmaGame)
     return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
 
 
@@ -104,34 +157,49 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
             raise ValueError(f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}")
 
 
-def build_arena(config: Config, model: Decoder, tokenizer: Tokenizer, game: Game, temperature: float | None = None) -> Arena:
-    """An arena on a new engine; `temperature` replaces the one of training."""
-    d, r = config.dialogue, config.rollout
+def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:
+    r = config.rollout
     model.use_exact(r.exact)
-    engine = Engine(model, page_size=r.page_size, cache_tokens=r.cache_tokens or None, max_batch=r.max_batch)
-    rules = Rules(
-        max_rounds=d.max_rounds,
-        max_tokens_per_turn=d.max_tokens_per_turn,
-        max_tokens_final=d.max_tokens_final,
-        temperature=d.temperature if temperature is None else temperature,
-        top_p=d.top_p,
-    )
-    arena = Arena(engine, tokenizer, game, rules)
-    check_context(config, model, arena)
+    return Engine(model, page_size=r.page_size, cache_tokens=r.cache_tokens or cache_tokens, max_batch=r.max_batch)
+
+
+def build_arena(
+    config: Config, model: Decoder, tokenizer: Tokenizer, game: AnyGame, judge: AnyJudge | None = None, temperature: float | None = None
+) -> Arena | Deliberation:
+    """An arena on a new engine; `temperature` replaces the one of training, and a final is then always written."""
+    d = config.dialogue
+    engine = build_engine(config, model)
+    rules = {field.name: getattr(d, field.name) for field in dataclasses.fields(Rules)}
+    if temperature is not None:
+        rules |= {"temperature": temperature, "final_temperature": d.final_temperature if temperature else 0.0}
+    arena: Arena | Deliberation
+    if isinstance(game, DilemmaGame):
+        assert isinstance(judge, FeedbackJudge)
+        more = TalkRules(**rules, context=d.context, always_final=temperature is not None)
+        arena = Deliberation(engine, tokenizer, game, more, judge)
+        check_context(config, engine, arena.longest_context())
+    else:
+        arena = Arena(engine, tokenizer, game, Rules(**rules))
+        check_context(config, engine, longest_context(config, arena))
     return arena
 
 
-def check_context(config: Config, model: Decoder, arena: Arena) -> None:
-    """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool."""
+def longest_context(config: Config, arena: Arena) -> int:
+    """Tokens that the longest dialogue of a game with rules can take."""
     d, chat = config.dialogue, arena.tokenizer.chat
     example = arena.game.sample(random.Random(0), "train")
     private = max(len(ids) for ids in arena.private_ids(example))
     frame = len(chat.reply()) + len(chat.close_reply(False)) + len(chat.heard([]))
     longest = len(chat.open([])) + private + d.max_rounds * (2 * d.max_tokens_per_turn + frame)
-    longest += len(chat.heard(arena.final_prompt_ids)) + frame + d.max_tokens_final
+    return longest + len(chat.heard(arena.final_prompt_ids)) + frame + d.max_tokens_final
+
+
+def check_context(config: Config, engine: Engine, longest: int) -> None:
+    """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool."""
+    d = config.dialogue
     limits = (
-        ("model.max_position", model.config.max_position_embeddings),
-        ("rollout.cache_tokens", arena.engine.pool.n_pages * arena.engine.pool.page_size),
+        ("model.max_position", engine.model.config.max_position_embeddings),
+        ("rollout.cache_tokens", engine.pool.n_pages * engine.pool.page_size),
     )
     for key, limit in limits:
         if longest > limit:

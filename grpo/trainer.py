@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from duologue.grpo import setup
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import evaluate
@@ -29,7 +30,6 @@ from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch, grpo_rows
 from duologue.grpo.run import Interrupted, RunDir
-from duologue.grpo.setup import build_arena, build_corpus, build_game, build_policy, check_sizes, load_beside, load_policy, use_threads
 from duologue.grpo.update import (
     UpdateStats,
     accumulate_imitation_gradient,
@@ -49,25 +49,26 @@ class Trainer:
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(self, config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> None:
-        use_threads(config)
+        setup.use_threads(config)
         self.config = config
         self.run_dir = run
         self.progress = progress
         self.stop = stop
-        self.game = build_game(config)
-        self.corpus = build_corpus(config, self.game)
+        self.game = setup.build_game(config)
+        self.judge = setup.build_judge(config, self.game, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer))
+        self.corpus = setup.build_corpus(config, self.game)
         self.baseline = RunningBaseline()
         self.step = 0  # steps done, both stages together
         self.seconds = 0.0  # of training, evaluation not counted
         self.warm_start: dict[str, float] | None = None
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
-            self.model, self.tokenizer = build_policy(config, self.corpus)
+            self.model, self.tokenizer = setup.build_policy(config, self.corpus)
         else:
-            self.model, self.tokenizer = load_policy(checkpoint, config)
-            check_sizes(config, self.model, checkpoint)
+            self.model, self.tokenizer = setup.load_policy(checkpoint, config)
+            setup.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
-        self.arena = build_arena(config, self.model, self.tokenizer, self.game)
+        self.arena = setup.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
@@ -108,10 +109,10 @@ class Trainer:
     def _selfplay_step(self) -> dict[str, Any]:
         c = self.config.grpo
         began = time.monotonic()
-        groups = self._play()
+        groups, judge_stats = self._play()
         rows, row_stats = grpo_rows(groups, c, self.baseline)
         played = time.monotonic()
-        metrics: dict[str, Any] = {"stage": "selfplay", **self._outcome_metrics(groups), **row_stats}
+        metrics: dict[str, Any] = {"stage": "selfplay", **self._outcome_metrics(groups), **judge_stats, **row_stats}
         if self.reference is not None and self.config.train.kl_every and self._selfplay_index % self.config.train.kl_every == 0:
             metrics["kl_start"] = kl_to_reference(
                 self.reference, rows, temperature=self.config.dialogue.temperature, max_tokens=self.config.train.tokens_per_microbatch
@@ -124,23 +125,19 @@ class Trainer:
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="selfplay") for group in groups for d in group.dialogues
         )
-        sampled = sum(row.n_trained for row in rows)
+        sampled = sum(len(turn.token_ids) for group in groups for d in group.dialogues for turn in d.turns)
         return metrics | {
             "loss": stats.loss, "entropy": stats.entropy, "clip_share": stats.clip_share, "mismatch": stats.mismatch,
             "grad_norm": norm, "lr": lr, "sampled_tokens": sampled,
             "rollout_tokens_per_s": sampled / (played - began), "update_tokens_per_s": stats.tokens / max(update_seconds, 1e-9),
         }  # fmt: skip
 
-    def _play(self) -> list[Group]:
+    def _play(self) -> tuple[list[Group], dict[str, float]]:
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(self.config.grpo.groups_per_step)]
         self.arena.engine.name_weights(self.step)  # the same in a resumed run
         groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"))
-        for group in groups:
-            for dialogue in group.dialogues:
-                assert dialogue.outcome is not None
-                dialogue.reward = self.game.rewards(group.scenario, dialogue.outcome, self.config.game.objective)
-        return groups
+        return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
 
     def _update(self, rows: list[Any]) -> tuple[UpdateStats, float, float]:
         """All updates of this step; the statistics are those of the first, the gradient norm and rate those of the last."""
@@ -202,15 +199,15 @@ class Trainer:
         return bool(limit) and self.seconds >= limit
 
     def _end_of_imitation(self) -> None:
-        """Evaluate the starting policy, keep it as `warm_start`, and begin self-play with a fresh optimizer."""
+        """Keep the starting policy as `warm_start`, evaluate it, and begin self-play with a fresh optimizer."""
+        self.run_dir.save_checkpoint("warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder))
         self.warm_start = self._evaluate("warm_start")
         self.optimizer = self._new_optimizer()
-        self.run_dir.save_checkpoint("warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder))
         self._save()
 
     def _evaluate(self, policy: str) -> dict[str, float]:
         self.progress.log(f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} dialogues")
-        metrics, dialogues = evaluate(self.model, self.tokenizer, self.game, self.config)
+        metrics, dialogues = evaluate(self.model, self.tokenizer, self.game, self.config, self.judge)
         self.run_dir.append_dialogues(d.record(step=self.step, stage="eval", policy=policy) for d in dialogues)
         return metrics
 
@@ -237,7 +234,10 @@ class Trainer:
     def _load_reference(self) -> Decoder | None:
         if not (self.config.grpo.kl_coef or self.config.train.kl_every):
             return None
-        return load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
+        return self._start_weights()
+
+    def _start_weights(self) -> Decoder:
+        return setup.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
 
     def _save_if_due(self, last: int) -> None:
         if self.stop.is_set():
@@ -269,4 +269,8 @@ class Trainer:
 
 def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> dict[str, Any]:
     """Train to the end of the configuration and return the summary; `Interrupted` after a save once `stop` is set."""
-    return Trainer(config, run, progress, stop).run()
+    trainer = Trainer(config, run, progress, stop)
+    try:
+        return trainer.run()
+    finally:
+        trainer.judge.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -159,7 +160,9 @@ def accumulate_imitation_gradient(
 @torch.no_grad()
 def kl_to_reference(reference: Decoder, rows: Sequence[Row], *, temperature: float, max_tokens: int) -> float:
     """Mean k3 estimate of KL(policy || reference) per sampled token, on the first micro-batch of rows."""
-    part = split_rows([row for row in rows if row.n_trained], max_tokens)[0]
-    batch = pack(part, reference.head_weight.device)
+    parts = split_rows([row for row in rows if row.n_trained], max_tokens)
+    if not parts:  # no dialogue came to a turn of a trained kind
+        return math.nan
+    batch = pack(parts[0], reference.head_weight.device)
     ref_logp = trained_logprobs(reference, batch, temperature)
     return float(kl_estimate(batch.behaviour_logprobs[batch.targets], ref_logp, "k3").mean())

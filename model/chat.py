@@ -3,8 +3,9 @@
 Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation renders
 conversations with marker contents, cuts the fragments out between the markers, as text and then as ids, and checks that
 longer conversations are the concatenation of those fragments. Contexts are append-only, so a template that renders a
-turn differently once others follow is refused, with the turn and both renderings. So is one that fragments cannot stand
-for: without a system turn, with one side that must speak first, or with today's date in it.
+turn differently once others follow is refused, with the turn and both renderings; where every turn gets a context of its
+own, such a template is taken as it is (Qwen3's drops the empty thoughts that stand before a reply). What fragments cannot
+stand for is refused: no system turn, one side that must speak first, or today's date.
 
 Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding. A content and the text
 around it never join in one token, which for a content that ends in punctuation a tokenizer might do on the whole text.
@@ -71,13 +72,14 @@ class Pieces(NamedTuple):
     user_after: str
     reply: str
     closing: str
+    earlier: str  # what stands before our own words in a later context
 
     def segments(self, roles: Iterable[str]) -> list[tuple[str, str]]:
         """A conversation as (name of the piece, text); the contents are named by their turn's index."""
         around = {
             "system": ("system_before", "system_after"),
             "user": ("user_before", "user_after"),
-            "assistant": ("reply", "closing"),
+            "assistant": ("earlier", "closing"),
         }
         found = []
         for i, role in enumerate(roles):
@@ -104,6 +106,8 @@ def _conversations() -> list[list[str]]:
 class Chat:
     """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` in order are the ids of a conversation.
 
+    Without `append_only` a conversation is `open`, then `heard` and `said`, and a `reply` at the end.
+
     stop_token_ids: what ends a reply when sampled. end_token_id: the one of them that this template writes itself.
     """
 
@@ -114,6 +118,7 @@ class Chat:
         encode: Callable[[str], tuple[list[int], Offsets]],
         eos_token_ids: Iterable[int],
         special_ids: Iterable[int],
+        append_only: bool = True,
     ) -> None:
         """`encode` parses special tokens and gives character offsets; `variables` are bos_token, eos_token and such.
 
@@ -124,7 +129,8 @@ class Chat:
             self._template = compile_template(template)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from error
-        pieces = self._pieces()
+        self._talks = [talk for talk in _conversations() if append_only or talk[-1] != "assistant"]
+        pieces = self._pieces(append_only)
         self._check(pieces)
         self._ids = self._cut_ids(pieces, encode)
         closing, special = self._ids["closing"], set(special_ids)
@@ -145,6 +151,10 @@ class Chat:
     def heard(self, token_ids: list[int]) -> list[int]:
         """The other side's turn."""
         return [*self._ids["user_before"], *token_ids, *self._ids["user_after"]]
+
+    def said(self, token_ids: list[int]) -> list[int]:
+        """Our own earlier turn, without its stop token."""
+        return [*self._ids["earlier"], *token_ids, *self._ids["closing"]]
 
     def reply(self) -> list[int]:
         """What stands before our own words."""
@@ -168,7 +178,7 @@ class Chat:
             turns = ", ".join(roles)
             raise ValueError(f"the chat template does not take the turns {turns}: {reason}. {ACCEPTED}") from error
 
-    def _pieces(self) -> Pieces:
+    def _pieces(self, append_only: bool) -> Pieces:
         system = self._render(["system"])
         system_around = self._around("system", 0, system)
         user = self._render(["system", "user"])
@@ -181,7 +191,10 @@ class Chat:
         between, closing = self._around("assistant", 2, self._rest(prompt, done, 3))
         if between:
             self._refuse(2, f"{between!r} stands before a finished reply, but not in the generation prompt {reply!r}")
-        return Pieces(*system_around, *user_around, reply, closing)
+        if append_only:
+            return Pieces(*system_around, *user_around, reply, closing, reply)
+        earlier, _ = self._around("assistant", 2, self._rest(user, self._render(["system", "user", "assistant", "user"]), 2))
+        return Pieces(*system_around, *user_around, reply, closing, earlier)
 
     def _rest(self, start: str, text: str, turns: int) -> str:
         """What a conversation adds to its first `turns` turns, which are `start`."""
@@ -199,7 +212,7 @@ class Chat:
         return parts[0], parts[1]
 
     def _check(self, pieces: Pieces) -> None:
-        for roles in _conversations():
+        for roles in self._talks:
             segments = pieces.segments(roles)
             for generate in (False, True) if roles[-1] != "assistant" else (False,):
                 if generate:
@@ -212,8 +225,10 @@ class Chat:
     def _cut_ids(self, pieces: Pieces, encode: Callable[[str], tuple[list[int], Offsets]]) -> dict[str, list[int]]:
         """The ids of each piece, cut out of whole conversations, where they must be the same everywhere."""
         known: dict[str, list[int]] = {}
-        for roles in _conversations():
+        for roles in self._talks:
             segments = pieces.segments(roles)
+            if roles[-1] != "assistant":
+                segments += [("reply", pieces.reply), (str(len(roles)), _mark(len(roles)))]
             ends = list(accumulate(len(text) for _, text in segments))
             cut: list[list[int]] = [[] for _ in segments]
             at = 0

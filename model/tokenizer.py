@@ -53,15 +53,23 @@ class Tokenizer:
     @property
     def stop_token_ids(self) -> frozenset[int]:
         """The eos ids and the token that ends a turn of the chat template, if there is one."""
-        return frozenset(self.eos_token_ids) if self._template is None else self.chat.stop_token_ids
+        return frozenset(self.eos_token_ids) if self._template is None else self.turn_chat.stop_token_ids
 
     @cached_property
     def chat(self) -> Chat:
-        """The template's fragments; ValueError when there is no template or it cannot be compiled."""
+        """The template's fragments, for contexts that grow; ValueError when there is no template or it cannot be compiled."""
+        return self._compiled(append_only=True)
+
+    @cached_property
+    def turn_chat(self) -> Chat:
+        """The same for contexts that are written anew for every turn, where a template may rewrite what went before."""
+        return self._compiled(append_only=False)
+
+    def _compiled(self, append_only: bool) -> Chat:
         if self._template is None:
             raise ValueError("the tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)")
         special = [i for i, token in self._core.get_added_tokens_decoder().items() if token.special]
-        return Chat(self._template, self._named(), self._encode_template, self.eos_token_ids, special)
+        return Chat(self._template, self._named(), self._encode_template, self.eos_token_ids, special, append_only)
 
     def encode(self, text: str) -> list[int]:
         self._core.encode_special_tokens = True

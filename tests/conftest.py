@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
+from judge_server import JudgeServer, serving
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -85,6 +86,23 @@ WORDS = (
 TEXT = ["the cat and the hat and more of my 3 books", "user assistant system\n\nthe deal is 2 hats, naïve café\n"] * 5
 
 
+def write_core(folder: Path, special: list[str], plain: tuple[str, ...] = ()) -> None:
+    """tokenizer.json: a byte-level BPE tokenizer with the layout of Qwen's and Llama 3's."""
+    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Core
+
+    core = Core(models.BPE())
+    core.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(WORDS), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
+    core.save(str(folder / "tokenizer.json"))
+
+
 @pytest.fixture
 def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
     """make(special, template=None, plain=(), **settings) -> (ours, transformers'), both from one folder of files.
@@ -93,22 +111,9 @@ def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
     added tokens that are not special; `settings` go into tokenizer_config.json, of which transformers also gets `template`.
     """
     import transformers
-    from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Core
 
     def make(special: list[str], template: str | None = None, plain: tuple[str, ...] = (), **settings: Any) -> Any:
-        core = Core(models.BPE())
-        core.normalizer = normalizers.NFC()
-        split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-        core.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        core.decoder = decoders.ByteLevel()
-        alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
-        core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-        core.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
-        core.save(str(tmp_path / "tokenizer.json"))
+        write_core(tmp_path, special, plain)
         named = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
         if template is not None:
             named["chat_template"] = template
@@ -116,3 +121,10 @@ def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
         return Tokenizer.from_dir(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
 
     return make
+
+
+@pytest.fixture
+def judge_server() -> Iterator[JudgeServer]:
+    """A judge on loopback whose scores are known."""
+    with serving() as server:
+        yield server

@@ -8,9 +8,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from itertools import pairwise, product
+from pathlib import Path
 from typing import Any
 
 import pytest
+import trl
 from duologue.model.chat import Chat
 from duologue.model.tokenizer import Tokenizer
 
@@ -128,6 +130,43 @@ def test_ids_equal_apply_chat_template(name: str, tokenizer_pair: Make) -> None:
             assert ours(tokenizer, conversation) + tokenizer.chat.reply() * generate == expected
             n += 1
     assert n > 25
+
+
+REAL = Path(trl.__file__).parent / "chat_templates"  # copies of the models' own
+FROM_MODELS = {
+    "qwen3": (CHATML, {"eos_token": "<|im_end|>"}),
+    "qwen3_instruct_2507": (CHATML, {"eos_token": "<|im_end|>"}),
+    "qwen2_5": (CHATML, {"eos_token": "<|im_end|>"}),
+    "llama3": (HEADERS, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+    "llama3_1": (HEADERS, {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+}
+
+
+@pytest.mark.parametrize("name", FROM_MODELS)
+def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pair: Make) -> None:
+    """With the templates of real models, thinking off: every context that a turn can be sampled from."""
+    if not (REAL / f"{name}.jinja").is_file():
+        pytest.skip("not in this version of trl")
+    special, settings = FROM_MODELS[name]
+    tokenizer, theirs = tokenizer_pair([*special, "<think>", "</think>"], (REAL / f"{name}.jinja").read_text(), **settings)
+    chat, n = tokenizer.turn_chat, 0
+    for conversation in conversations():
+        if conversation[-1][0] == "assistant":
+            continue
+        ids = chat.open(tokenizer.encode(conversation[0][1]))
+        for role, text in conversation[1:]:
+            ids += chat.heard(tokenizer.encode(text)) if role == "user" else chat.said(tokenizer.encode(text))
+        messages = [{"role": role, "content": text} for role, text in conversation]
+        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+        assert ids + chat.reply() == expected
+        n += 1
+    assert n > 10
+    if name == "qwen3":
+        assert tokenizer.decode(chat.reply(), keep_special=True).endswith("<think>\n\n</think>\n\n")
+        with pytest.raises(ValueError, match=r"rewrites turn 2: .*think.*append-only"):
+            _ = tokenizer.chat
+    else:
+        assert tokenizer.chat.reply() == chat.reply()
 
 
 @pytest.mark.parametrize(

@@ -18,13 +18,36 @@ from duologue.rollout.selfplay.scenario import Game, Scenario
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rules:
-    """Limits of the talk and how it is sampled. A round is one exchange: both sides speak once."""
+    """Limits of the talk and how it is sampled. A round is one exchange: both sides speak once.
+
+    The first speaker is "random", drawn per group; "first", side 0; or "alternate", in turn from group to group and step to step.
+    """
 
     max_rounds: int = 7
     max_tokens_per_turn: int = 48
     max_tokens_final: int = 16
     temperature: float = 1.0
     top_p: float = 1.0
+    final_temperature: float = -1.0  # below 0: as temperature
+    final_top_p: float = 0.0  # 0: as top_p
+    first_speaker: str = "random"
+
+    def sampling(self, kind: int, seed: int, stop_token_ids: tuple[int, ...]) -> SamplingParams:
+        final = kind == FINAL
+        temperature = self.final_temperature if final and self.final_temperature >= 0 else self.temperature
+        return SamplingParams(
+            max_new_tokens=self.max_tokens_final if final else self.max_tokens_per_turn,
+            temperature=temperature,
+            top_p=((final and self.final_top_p) or self.top_p) if temperature > 0 else 1.0,
+            seed=seed,
+            stop_token_ids=stop_token_ids,
+        )
+
+    def opener(self, seed: int, group: int, step: int) -> int:
+        """The side that speaks first."""
+        if self.first_speaker == "random":
+            return derive_seed(seed, group, "first") % 2
+        return (group + step) % 2 if self.first_speaker == "alternate" else 0
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -53,14 +76,7 @@ class _Table:
         arena, view, branch = self.arena, self.transcript.views[role], self.branches[role]
         self.transcript.ask(role, arena.final_prompt_ids if kind == FINAL else None)
         branch.append(view.token_ids[len(branch) :])
-        rules = arena.rules
-        params = SamplingParams(
-            max_new_tokens=rules.max_tokens_final if kind == FINAL else rules.max_tokens_per_turn,
-            temperature=rules.temperature,
-            top_p=rules.top_p if rules.temperature > 0 else 1.0,
-            seed=derive_seed(self.seed, role),
-            stop_token_ids=arena.stop_token_ids,
-        )
+        params = arena.rules.sampling(kind, derive_seed(self.seed, role), arena.stop_token_ids)
         request = arena.engine.start(branch, params)
         arena.in_flight[request] = (self, role, kind)
         return request
@@ -117,12 +133,12 @@ class Arena:
         return self.tokenizer.encode(first), self.tokenizer.encode(second)
 
     def play(self, scenarios: list[Scenario], *, group_size: int, seed: int) -> list[Group]:
-        """One group of `group_size` dialogues per scenario. The first speaker is drawn per group; all draws follow from `seed`."""
+        """One group of `group_size` dialogues per scenario. One first speaker per group; all draws follow from `seed`."""
         bases = [self._open(scenario) for scenario in scenarios]
         self.engine.prefill([branch for pair in bases for branch in pair])
         tables: list[list[_Table]] = []
         for g, (scenario, pair) in enumerate(zip(scenarios, bases, strict=True)):
-            first = derive_seed(seed, g, "first") % 2
+            first = self.rules.opener(seed, g, self.engine.weights_version)
             forks = [branch.fork(group_size) for branch in pair]
             group = [
                 _Table(self, scenario, first, (forks[0][i], forks[1][i]), derive_seed(seed, g, i)) for i in range(group_size)

@@ -85,12 +85,16 @@ class Transcript:
 
 @dataclass(kw_only=True, slots=True)
 class Dialogue:
-    """One negotiation from start to outcome. `reward` is None while, or because, it is unscored."""
+    """One negotiation from start to outcome. `reward` is None while, or because, it is unscored.
+
+    `views[i]` is a context of side `view_roles[i]`: one per side where contexts grow, otherwise one per turn.
+    """
 
     scenario: Scenario
     first_speaker: int
     turns: list[Turn]
-    views: tuple[View, View]
+    views: tuple[View, ...]
+    view_roles: tuple[int, ...] = (0, 1)
     outcome: Outcome | None = None
     reward: tuple[float, float] | None = None
     advantage: tuple[float, float] | None = None
@@ -106,8 +110,9 @@ class Dialogue:
                 "id": self.scenario.id,
                 "split": self.scenario.split,
                 "private": list(self.scenario.private_text),
+                **({"shared": self.scenario.shared_text} if self.scenario.shared_text else {}),
             },
-            "personas": [],
+            "personas": [{"name": p.name, "instructions": p.instructions} for p in self.scenario.personas],
             "turns": [
                 {"role": t.role, "kind": t.kind, "text": t.text, "token_ids": t.token_ids, "logprobs": t.logprobs}
                 for t in self.turns
@@ -118,6 +123,7 @@ class Dialogue:
                 "scores": list(outcome.scores),
                 "failure": outcome.failure,
                 "metrics": outcome.metrics,
+                **({} if outcome.rounds is None else {"rounds": outcome.rounds}),
             },
             "reward": self.reward and list(self.reward),
             "advantage": self.advantage and list(self.advantage),

@@ -8,25 +8,38 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 
+@dataclass(frozen=True, slots=True)
+class Persona:
+    """Whom a side speaks for. The instructions are told to that side alone."""
+
+    name: str
+    instructions: str
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """One negotiation to be held. `private_text[i]` is told to side i alone; `data` is the game's own typed description."""
+    """One negotiation to be held. A side's context begins with `shared_text`, the same for both, then `private_text[i]`, which is
+    told to side i alone; `data` is the game's own typed description."""
 
     game: str
     id: str
     split: str  # "train" | "heldout"
     private_text: tuple[str, str]
     data: Any
+    shared_text: str = ""
+    personas: tuple[Persona, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a negotiation ended. `scores` are in the game's points; `failure` names the kind of a failed deal, None when agreed."""
+    """How a negotiation ended. `scores` are in the game's points; `failure` names the kind of a failed deal, None when agreed.
+    `rounds` were held, where that is counted."""
 
     agreed: bool
     scores: tuple[float, float]
     failure: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # the game's own measures
+    rounds: int | None = None
 
 
 class Game(Protocol):

@@ -1,0 +1,51 @@
+"""Values of settings as text: TOML in and out, the type that a key wants, the name that was probably meant."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from typing import Any
+
+
+def to_toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(to_toml(v) for v in value) + "]"
+    if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return repr(value)
+
+
+def parse(text: str, is_string: bool) -> Any:
+    """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path passes."""
+    try:
+        value = tomllib.loads(f"value = {text}")
+    except tomllib.TOMLDecodeError:
+        return text
+    return text if len(value) > 1 or (is_string and not isinstance(value["value"], str)) else value["value"]
+
+
+def meant(got: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(got, known, 1)
+    return (f"did you mean {close[0]!r}? " if close else "") + f"accepted is one of {', '.join(known)}"
+
+
+def typed(key: str, value: Any, default: Any) -> Any:
+    """`value` in the type of the key's default."""
+    if isinstance(default, bool):
+        ok, accepted = isinstance(value, bool), "true or false"
+    elif isinstance(default, int):
+        ok, accepted = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    elif isinstance(default, float):
+        ok, accepted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        value = float(value) if ok else value
+    elif isinstance(default, tuple):
+        ok, accepted = isinstance(value, list), "a list"
+        value = tuple(typed(key, v, default[0]) for v in value) if ok else value
+    else:
+        ok, accepted = isinstance(value, str), "a string"
+    if not ok:
+        raise ValueError(f"{key} = {value!r}: accepted is {accepted}")
+    return value

@@ -1,0 +1,101 @@
+"""Dilemmas without a right answer: two opposed personas look for a resolution, or one policy answers alone; a judge scores it."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duologue.rollout.judge.judge import UNSCORED
+from duologue.rollout.judge.questions import ASPECTS
+from duologue.rollout.selfplay.scenario import Outcome, Persona, Scenario
+from duologue.rollout.selfplay.template import fill, load_template
+
+DATA = Path(__file__).parent.parent / "data"
+PROMPTS = Path(__file__).parent.parent / "selfplay" / "prompts"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A dilemma, and the personas that belong to it: none for a training dilemma, where any pair may meet."""
+
+    id: str
+    text: str
+    personas: tuple[Persona, ...] = ()
+
+
+class DilemmaGame:
+    """Training dilemmas meet random pairs of personas; the held-out tasks bring their own."""
+
+    def __init__(self, *, alone: bool = False, dilemmas: str = "", personas: str = "", tasks: str = "", prompts: str = "") -> None:
+        """The first three name .jsonl files, by default those that come with the package; `prompts` a folder."""
+        self.alone = alone
+        self.name = "dilemma_alone" if alone else "dilemma"
+        self.player = load_template(prompts, PROMPTS, "player", {"name", "instructions"}, {"instructions"})
+        self.final = load_template(prompts, PROMPTS, "final", {"personas", "transcript"}, {"transcript"})
+        self.answer = load_template(prompts, PROMPTS, "alone", set(), set())
+        rows = _rows(dilemmas or str(DATA / "dilemmas.jsonl"), ("id", "text"))
+        self.items = {"train": [Item(row["id"], row["text"]) for row in rows]}
+        rows = _rows(tasks or str(DATA / "conflict_tasks.jsonl"), ("id", "text", "first", "second"))
+        self.items["heldout"] = [Item(row["id"], row["text"], _pair(row)) for row in rows]
+        rows = _rows(personas or str(DATA / "personas.jsonl"), ("id", "first", "second"))
+        self.pairs = [(row["id"], _pair(row)) for row in rows]
+
+    def sample(self, rng: random.Random, split: str) -> Scenario:
+        item = rng.choice(self.items[split])
+        pair_id, pair = ("", item.personas) if item.personas else rng.choice(self.pairs)
+        if self.alone:
+            return Scenario(game=self.name, id=item.id, split=split, private_text=("", ""), data=item, shared_text=item.text)
+        return Scenario(
+            game=self.name, id=f"{item.id}+{pair_id}" if pair_id else item.id, split=split, data=item, shared_text=item.text,
+            private_text=(self.private_text(pair[0]), self.private_text(pair[1])), personas=pair,
+        )  # fmt: skip
+
+    def private_text(self, persona: Persona) -> str:
+        return fill(self.player, {"name": persona.name, "instructions": persona.instructions})
+
+    def personas(self) -> list[Persona]:
+        """All that can speak."""
+        return [p for _, pair in self.pairs for p in pair] + [p for item in self.items["heldout"] for p in item.personas]
+
+    def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        """`agreement` and `rounds` to it, over the dialogues that were judged; the aspects over those that were
+        scored, `score` over all but the unscored, 0 without an agreement."""
+        judged = [o for o in outcomes if o.agreed or o.failure != UNSCORED]
+        agreed = [o for o in outcomes if o.agreed]
+        scored, settled = [o for o in agreed if o.metrics], [o for o in outcomes if o.failure != UNSCORED]
+        return {
+            "dialogues": float(len(outcomes)),
+            "agreement": len(agreed) / max(len(judged), 1),
+            "rounds": sum(o.rounds or 0 for o in agreed) / max(len(agreed), 1),
+            "unscored_share": sum(o.failure == UNSCORED for o in outcomes) / max(len(outcomes), 1),
+            "score": sum(o.scores[0] for o in settled) / max(len(settled), 1),
+            **{aspect: sum(o.metrics[aspect] for o in scored) / max(len(scored), 1) for aspect in ASPECTS},
+        }
+
+
+def _pair(row: dict[str, Any]) -> tuple[Persona, ...]:
+    try:
+        return tuple(Persona(row[side]["name"], row[side]["instructions"]) for side in ("first", "second"))
+    except (KeyError, TypeError):
+        raise ValueError(f"{row['id']}: accepted as first and second are objects with name and instructions") from None
+
+
+def _rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; ValueError names a line that is none or lacks a field."""
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    rows = []
+    for number, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append(json.loads(line))
+                assert all(rows[-1][field] for field in fields)
+            except (ValueError, KeyError, TypeError, AssertionError):
+                raise ValueError(f"{path} line {number}: accepted is a JSON object with {', '.join(fields)}") from None
+    if not rows:
+        raise ValueError(f"{path} is empty")
+    return rows

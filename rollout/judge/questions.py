@@ -1,0 +1,144 @@
+"""What a judge is asked and what it may answer: the wire format, the same for every back end.
+
+A prompt is a text file with places such as `{completion}`. What others wrote is put there between tags and escaped (`&lt;` and so
+on), so that it can neither close its tag nor pass for a turn of somebody else. Answers are strict JSON; a ValueError says what is
+wrong with one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from duologue.rollout.selfplay.scenario import Persona
+from duologue.rollout.selfplay.template import fill, load_template
+
+PROMPTS = Path(__file__).parent / "prompts"
+ASPECTS = ("knowledge", "benevolence", "power", "vitality")
+HIGHEST = 5
+WINNERS = ("1", "2", "tie")
+AGREEMENT, SCORE, PREFERENCE = "agreement", "score", "preference"
+REQUIRED = {AGREEMENT: "transcript", SCORE: "completion", PREFERENCE: "answers"}  # what a kind's prompt must show
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Case:
+    """What is judged. `turns` are (role, text); `answers` are the two to choose from, in the order in which they are shown."""
+
+    dilemma: str
+    personas: tuple[Persona, ...] = ()
+    turns: tuple[tuple[int, str], ...] = ()
+    completion: str = ""
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt file of a kind of question. `version` is the hash of its text."""
+
+    kind: str
+    template: str
+
+    @property
+    def version(self) -> str:
+        return hashlib.sha256(self.template.encode()).hexdigest()
+
+    def fill(self, case: Case, show_dialogue: bool = True) -> str:
+        """The text of the question about `case`."""
+        personas = (_tag("persona", f"{p.name}. {p.instructions}", f' speaker="{i}"') for i, p in enumerate(case.personas, 1))
+        turns = (_tag("turn", text, f' speaker="{role + 1}"') for role, text in case.turns if show_dialogue)
+        places = {
+            "dilemma": _tag("dilemma", case.dilemma),
+            "personas": "\n".join(personas),
+            "transcript": "\n".join(turns),
+            "completion": _tag("completion", case.completion),
+            "answers": "\n".join(_tag("answer", text, f' id="{i}"') for i, text in enumerate(case.answers, 1)),
+        }
+        return fill(self.template, places)
+
+
+def load_prompt(kind: str, folder: str = "", show_dialogue: bool = False) -> Prompt:
+    """The judge's prompt of `kind`, from `folder` where the user has put one there."""
+    accepted = {"dilemma", "personas", REQUIRED[kind], *(("transcript",) if kind == SCORE else ())}
+    required = {REQUIRED[kind], *(("transcript",) if show_dialogue and kind == SCORE else ())}
+    return Prompt(kind, load_template(folder, PROMPTS, kind, accepted, required))
+
+
+def escape(text: str) -> str:
+    return html.escape(text, quote=False)
+
+
+def _tag(name: str, text: str, attribute: str = "") -> str:
+    return f"<{name}{attribute}>{escape(text)}</{name}>"
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def read_answer(kind: str, content: str, case: Case) -> dict[str, Any]:
+    """The checked answer: {"agreed"}, an integer per aspect, or {"winner"}."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"the answer is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError("the answer is no JSON object")
+    if kind == AGREEMENT:
+        return _agreement(found, case.turns)
+    if not isinstance(found.get("reason"), str):
+        raise ValueError("reason is no text")
+    return _scores(found) if kind == SCORE else _winner(found)
+
+
+def _agreement(found: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    agreed, assent = found.get("agreed"), found.get("assent")
+    if not isinstance(agreed, bool):
+        raise ValueError(f"agreed = {agreed!r}: accepted is true or false")
+    if not isinstance(assent, dict) and (agreed or assent is not None):
+        raise ValueError("assent is no object with a quote of each speaker")
+    for role in (0, 1):
+        quote = (assent or {}).get(str(role + 1), "")
+        said = [text for who, text in turns if who == role]
+        if not isinstance(quote, str) or ((agreed or quote) and not _occurs(quote, said)):
+            raise ValueError(f"the quote of speaker {role + 1} does not occur in that speaker's turns")
+    return {"agreed": agreed}
+
+
+def _occurs(quote: str, texts: Sequence[str]) -> bool:
+    """Word for word, whatever the white space between; as it was said or as it was shown."""
+    wanted = " ".join(quote.split())
+    return bool(wanted) and any(wanted in " ".join(form.split()) for text in texts for form in (text, escape(text)))
+
+
+def _scores(found: dict[str, Any]) -> dict[str, Any]:
+    for aspect in ASPECTS:
+        value = found.get(aspect)
+        if type(value) is not int or not 0 <= value <= HIGHEST:
+            raise ValueError(f"{aspect} = {value!r}: accepted is an integer from 0 to {HIGHEST}")
+    return {aspect: found[aspect] for aspect in ASPECTS}
+
+
+def _winner(found: dict[str, Any]) -> dict[str, Any]:
+    if found.get("winner") not in WINNERS:
+        raise ValueError(f"winner = {found.get('winner')!r}: accepted is one of {', '.join(WINNERS)}")
+    return {"winner": found["winner"]}
+
+
+def schema(kind: str) -> dict[str, Any]:
+    """The JSON schema of an answer, for servers that hold the model to it."""
+    text: dict[str, Any] = {"type": "string"}
+    if kind == AGREEMENT:
+        return _object({"agreed": {"type": "boolean"}, "assent": _object({"1": text, "2": text})})
+    if kind == PREFERENCE:
+        return _object({"winner": {"type": "string", "enum": list(WINNERS)}, "reason": text})
+    whole = {"type": "integer", "enum": list(range(HIGHEST + 1))}
+    return _object({**dict.fromkeys(ASPECTS, whole), "reason": text})
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
