@@ -1,4 +1,4 @@
-"""Lines of the product's Python against its budget: 11,000 in all, 400 a file, 50 a function (90 in kernels)."""
+"""Lines of the product's Python against its budget: 12,500 in all, 400 a file, 50 a function (90 in kernels)."""
 
 import ast
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = ("kernels", "model", "rollout", "grpo")
-TOTAL, FILE, FUNCTION, KERNEL = 11000, 400, 50, 90
+TOTAL, FILE, FUNCTION, KERNEL = 12500, 400, 50, 90
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = ("kernels", "model", "rollout", "grpo")  # each imports itself and those before it
 NOT_FOR_PRODUCT = {"bench", "tests", "conftest", "pytest", "transformers", "trl", "psutil", "hypothesis"}
 NO_TORCH = {"rollout/engine/scheduler.py", "rollout/engine/pages.py", "rollout/engine/sequence.py"}
-FILE_LINES, FUNCTION_LINES, KERNEL_LINES, PRODUCT_LINES = 400, 50, 90, 11_000
+FILE_LINES, FUNCTION_LINES, KERNEL_LINES, PRODUCT_LINES = 400, 50, 90, 12_500
 
 
 def product_files(root: Path) -> Iterator[Path]:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import sqlite3
 import threading
+import time
 from pathlib import Path
 
 
@@ -27,7 +28,7 @@ class Ledger:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._db = sqlite3.connect(path, timeout=60, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA journal_mode = WAL")
+            self._use_wal()
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS answers"
@@ -36,6 +37,18 @@ class Ledger:
         except (sqlite3.Error, OSError) as error:
             accepted = "accepted is a new file or an earlier ledger"
             raise ValueError(f"judge.ledger = {str(path)!r} cannot be opened: {error}; {accepted}") from None
+
+    def _use_wal(self) -> None:
+        """Two processes that change the mode of a new file at once lock each other out at once: SQLite's timeout does not wait here."""
+        ends = time.monotonic() + 60
+        while True:
+            try:
+                self._db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > ends:
+                    raise
+                time.sleep(0.01)
 
     def get(self, key: str) -> str | None:
         """The answer, None when there is none."""
