@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
     evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
     evaluate.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    evaluate.add_argument("--against", type=Path, metavar="CHECKPOINT", help="with dilemmas: another one, whose answers are compared")
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
     for command in (train, evaluate):
         command.add_argument("--device", help="cpu, cuda or cuda:N (model.device)")
@@ -207,11 +208,16 @@ def _eval(options: argparse.Namespace) -> int:
     }
     config = _config(options.recipe, options.overrides, shortcuts)
     from duologue.grpo.evaluate import evaluate
+    from duologue.grpo.judged import DILEMMAS
     from duologue.grpo.progress import Progress
     from duologue.grpo.setup import build_game, build_judge, load_policy, use_threads
     from duologue.model.files import write_file
 
     use_threads(config)
+    if config.game.name in DILEMMAS:
+        return _eval_dilemmas(options, config)
+    if options.against is not None:
+        raise ValueError(f"--against {options.against}: accepted with dilemmas, which a judge compares; {config.game.name} has rules")
     model, tokenizer = load_policy(options.checkpoint, config)
     game = build_game(config)
     judge = build_judge(config, game, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
@@ -222,6 +228,26 @@ def _eval(options: argparse.Namespace) -> int:
         origin = {"checkpoint": str(options.checkpoint), "split": config.eval.split, "seed": config.train.seed}
         row = {**origin, "temperature": config.eval.temperature, **metrics}
         write_file(options.json, json.dumps(row, indent=2).encode())
+    return 0
+
+
+def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
+    """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
+    from duologue.grpo.preference import compare, table
+    from duologue.grpo.setup import load_policy
+    from duologue.model.files import write_file
+    from rich.console import Console
+
+    if options.greedy:
+        raise ValueError("--greedy: dilemmas are always measured both greedy and sampled (eval.temperature)")
+    paths = [options.checkpoint, *([options.against] if options.against else [])]
+    if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
+        raise ValueError(f"--against {options.against}: accepted is another checkpoint than the one that is measured")
+    result = compare(config, {str(path): load_policy(path, config) for path in paths})
+    Console(highlight=False).print(table(result, [str(path) for path in paths]))
+    if options.json:
+        against = str(options.against) if options.against else None
+        write_file(options.json, json.dumps({"checkpoint": str(paths[0]), "against": against, **result}, indent=2).encode())
     return 0
 
 

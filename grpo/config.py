@@ -161,6 +161,9 @@ class EvalSection:
     dialogues: int = 500
     split: str = "heldout"
     temperature: float = 1.0
+    questions: str = ""  # a .jsonl file of open-ended questions in place of the package's
+    judge_url: str = ""  # a second judge, which compares answers: a server, and its name of the model
+    judge_model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -15,7 +15,10 @@ def judged_rules(c: Config) -> list[tuple[str, str, bool]]:
     """(key, what is accepted, whether it holds)."""
     game, g, d, judge = c.game, c.grpo, c.dialogue, c.judge
     dilemma, alone, final = game.name in DILEMMAS, game.name == "dilemma_alone", "final" in g.train_kinds
-    own = ("game.dilemmas", "game.personas", "game.tasks", "game.prompts", "judge.prompts", "judge.ledger")
+    own = (
+        "game.dilemmas", "game.personas", "game.tasks", "game.prompts", "judge.prompts", "judge.ledger", "eval.questions",
+        "eval.judge_url", "eval.judge_model",
+    )  # fmt: skip
     return [
         *((key, "'' with a game that has rules", dilemma or not c.value(key)) for key in own),
         ("game.objective", "'cooperative' with dilemmas, which a judge scores", not dilemma or game.objective == "cooperative"),

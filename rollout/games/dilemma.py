@@ -30,6 +30,8 @@ class Item:
 class DilemmaGame:
     """Training dilemmas meet random pairs of personas; the held-out tasks bring their own."""
 
+    questions = DATA / "questions.jsonl"  # held out too, for one who answers alone
+
     def __init__(self, *, alone: bool = False, dilemmas: str = "", personas: str = "", tasks: str = "", prompts: str = "") -> None:
         """The first three name .jsonl files, by default those that come with the package; `prompts` a folder."""
         self.alone = alone
@@ -39,14 +41,20 @@ class DilemmaGame:
         self.answer = load_template(prompts, PROMPTS, "alone", set(), set())
         rows = _rows(dilemmas or str(DATA / "dilemmas.jsonl"), ("id", "text"))
         self.items = {"train": [Item(row["id"], row["text"]) for row in rows]}
-        rows = _rows(tasks or str(DATA / "conflict_tasks.jsonl"), ("id", "text", "first", "second"))
-        self.items["heldout"] = [Item(row["id"], row["text"], _pair(row)) for row in rows]
+        rows = _rows(tasks or str(DATA / "conflict_tasks.jsonl"), ("id", "text") if alone else ("id", "text", "first", "second"))
+        self.items["heldout"] = [Item(row["id"], row["text"], () if alone else _pair(row)) for row in rows]
         rows = _rows(personas or str(DATA / "personas.jsonl"), ("id", "first", "second"))
         self.pairs = [(row["id"], _pair(row)) for row in rows]
 
     def sample(self, rng: random.Random, split: str) -> Scenario:
         item = rng.choice(self.items[split])
+        if self.alone:
+            return self.scenario(item, split, ())
         pair_id, pair = ("", item.personas) if item.personas else rng.choice(self.pairs)
+        return self.scenario(item, split, pair, pair_id)
+
+    def scenario(self, item: Item, split: str, pair: tuple[Persona, ...], pair_id: str = "") -> Scenario:
+        """`item` for these personas, or for one who answers alone."""
         if self.alone:
             return Scenario(game=self.name, id=item.id, split=split, private_text=("", ""), data=item, shared_text=item.text)
         return Scenario(

@@ -1,0 +1,163 @@
+"""How well a policy deliberates: both held-out sets, greedy and sampled, measured by a judge, and against another checkpoint.
+
+Two answers to one task are shown to the judge in both orders. A win counts only when both orders agree on it; pairs whose orders
+contradict each other are counted as inconsistent and belong to nobody. Intervals hold 95 % of the percentile bootstrap over tasks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from duologue.grpo.config import Config
+from duologue.grpo.setup import build_arena, build_judge, load_policy
+from duologue.model.decoder import Decoder
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.judge.judge import UNSCORED, FeedbackJudge
+from duologue.rollout.judge.questions import PREFERENCE, Case
+from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.selfplay.dialogue import Dialogue
+from rich.table import Table
+
+Policy = tuple[Decoder, Tokenizer]
+Interval = dict[str, float | None]  # value, low, high; None where nothing was measured
+RESAMPLES = 2000
+
+
+def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed: int) -> Interval:
+    """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of which NaN are left out."""
+    rng, n = np.random.default_rng(seed), len(values)
+    found = np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]) if n else np.array([])
+    found = found[~np.isnan(found)]
+    value = statistic(values) if n else float("nan")
+    if np.isnan(value):
+        return dict.fromkeys(("value", "low", "high"))
+    low, high = np.percentile(found, [2.5, 97.5])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def mean(values: np.ndarray) -> float:
+    """Of what is there: NaN marks what was not measured."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
+
+
+def win_rate(verdicts: np.ndarray) -> float:
+    """Of the pairs with a winner in both orders; verdicts are 1, -1, 0 for a tie and NaN for inconsistent or unscored pairs."""
+    wins, losses = int((verdicts == 1).sum()), int((verdicts == -1).sum())
+    return wins / (wins + losses) if wins + losses else float("nan")
+
+
+def hold(policy: Policy, game: DilemmaGame, config: Config, judge: FeedbackJudge, temperature: float) -> list[Dialogue]:
+    """One dialogue, or answer, per held-out task, in their order."""
+    arena = build_arena(config, *policy, game, judge, temperature=temperature)
+    scenarios = [game.scenario(item, "heldout", item.personas) for item in game.items["heldout"][: config.eval.dialogues]]
+    groups = arena.play(scenarios, group_size=1, seed=derive_seed(config.train.seed, "eval"))
+    return [group.dialogues[0] for group in groups]
+
+
+def measures(dialogues: Sequence[Dialogue], alone: bool, seed: int) -> dict[str, Any]:
+    """Score, and for talks agreement and rounds to it, each with its interval."""
+    outcomes = [d.outcome for d in dialogues if d.outcome is not None]
+    scores = np.array([np.nan if o.failure == UNSCORED else o.scores[0] for o in outcomes])
+    found: dict[str, Any] = {"tasks": len(outcomes), "unscored": int(np.isnan(scores).sum()), "score": bootstrap(mean, scores, seed)}
+    if not alone:
+        judged = np.array([float(o.agreed) if o.agreed or o.failure != UNSCORED else np.nan for o in outcomes])
+        rounds = np.array([float(o.rounds or 0) if o.agreed else np.nan for o in outcomes])
+        found |= {"agreement": bootstrap(mean, judged, seed), "rounds": bootstrap(mean, rounds, seed)}
+    return found
+
+
+def final_text(dialogue: Dialogue) -> str:
+    return "".join(turn.text for turn in dialogue.turns if turn.kind == "final")
+
+
+def prefer(judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dialogue], seed: int) -> dict[str, Any]:
+    """Pairwise preference for our answers, asked in both orders."""
+    said: dict[tuple[int, int], str | None] = {}
+    for i, pair in enumerate(zip(ours, theirs, strict=True)):
+        for order in (0, 1):
+            first, second = (final_text(d) for d in (pair if order == 0 else pair[::-1]))
+            scenario = pair[0].scenario
+            case = Case(dilemma=scenario.shared_text, personas=scenario.personas, answers=(first, second))
+            judge.submit(PREFERENCE, case, (i, order))
+    while len(said) < 2 * len(ours):
+        for tag, answer in judge.answered(wait=True):
+            said[tag] = None if answer is None else answer["winner"]
+    verdicts, unscored, inconsistent = np.full(len(ours), np.nan), 0, 0
+    value = {"1": 1, "2": -1, "tie": 0}
+    for i in range(len(ours)):
+        one, other = said[i, 0], said[i, 1]
+        if one is None or other is None:
+            unscored += 1
+        elif value[one] != -value[other]:
+            inconsistent += 1
+        else:
+            verdicts[i] = value[one]
+    counts = {"wins": int((verdicts == 1).sum()), "losses": int((verdicts == -1).sum()), "ties": int((verdicts == 0).sum())}
+    return {"win_rate": bootstrap(win_rate, verdicts, seed), **counts, "inconsistent": inconsistent, "unscored": unscored}
+
+
+def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJudge, FeedbackJudge]:
+    """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model name."""
+    ledger = Path(":memory:")
+    start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
+    scorer = build_judge(config, game, ledger, start)
+    assert isinstance(scorer, FeedbackJudge)
+    e = config.eval
+    if not (e.judge_url or e.judge_model):
+        return scorer, scorer
+    other = dataclasses.replace(config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model)
+    second = build_judge(dataclasses.replace(config, judge=other), game, ledger, start)
+    assert isinstance(second, FeedbackJudge)
+    return scorer, second
+
+
+def compare(config: Config, policies: dict[str, Policy]) -> dict[str, Any]:
+    """`policies`: the one that is measured, and perhaps one to compare it with. See the module; JSON-able."""
+    c = config.game
+    talks = DilemmaGame(dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
+    alone = DilemmaGame(
+        alone=True, dilemmas=c.dilemmas, personas=c.personas, tasks=config.eval.questions or str(talks.questions), prompts=c.prompts
+    )
+    scorer, second = judges(config, talks, next(iter(policies.values())))
+    result: dict[str, Any] = {"judge": scorer.backend.name, "preference_judge": second.backend.name, "seed": config.train.seed}
+    try:
+        for mode, temperature in (("greedy", 0.0), ("sampled", config.eval.temperature)):
+            result[mode] = {}
+            for name, game in (("conflicts", talks), ("questions", alone)):
+                held = {policy: hold(pair, game, config, scorer, temperature) for policy, pair in policies.items()}
+                row: dict[str, Any] = {policy: measures(d, game.alone, config.train.seed) for policy, d in held.items()}
+                if len(held) == 2:
+                    ours, theirs = held.values()
+                    row["preference"] = prefer(second, ours, theirs, config.train.seed)
+                result[mode][name] = row
+    finally:
+        for judge in {id(j): j for j in (scorer, second)}.values():
+            judge.close()
+    return result
+
+
+def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
+    """What `compare` found, for people."""
+
+    def cell(x: Interval, form: str) -> str:
+        return "none" if x["value"] is None else f"{x['value']:{form}}  [{x['low']:{form}}, {x['high']:{form}}]"
+
+    found = Table(title=f"held-out tasks, judged by {result['judge']}, 95 % intervals", title_justify="left")
+    for heading in ("", "measure", *policies):
+        found.add_column(heading, justify="left" if heading in ("", "measure") else "right")
+    for mode in ("greedy", "sampled"):
+        for name, row in result[mode].items():
+            for key, form in (("agreement", ".1%"), ("rounds", ".2f"), ("score", ".2f")):
+                if key in row[policies[0]]:
+                    found.add_row(f"{mode} {name}", key, *(cell(row[policy][key], form) for policy in policies))
+            if "preference" in row:
+                p = row["preference"]
+                rest = ", ".join(f"{p[key]} {key}" for key in ("wins", "losses", "ties", "inconsistent", "unscored"))
+                found.add_row(f"{mode} {name}", f"preferred by {result['preference_judge']}", cell(p["win_rate"], ".1%"), rest)
+    return found
