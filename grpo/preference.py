@@ -55,7 +55,7 @@ def win_rate(verdicts: np.ndarray) -> float:
 def hold(policy: Policy, game: DilemmaGame, config: Config, judge: FeedbackJudge, temperature: float) -> list[Dialogue]:
     """One dialogue, or answer, per held-out task, in their order."""
     arena = build_arena(config, *policy, game, judge, temperature=temperature)
-    scenarios = [game.scenario(item, "heldout", item.personas) for item in game.items["heldout"][: config.eval.dialogues]]
+    scenarios = [game.scenario(item, "heldout", item[2]) for item in game.items["heldout"][: config.eval.dialogues]]
     groups = arena.play(scenarios, group_size=1, seed=derive_seed(config.train.seed, "eval"))
     return [group.dialogues[0] for group in groups]
 
@@ -120,6 +120,8 @@ def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJ
 def compare(config: Config, policies: dict[str, Policy]) -> dict[str, Any]:
     """`policies`: the one that is measured, and perhaps one to compare it with. See the module; JSON-able."""
     c = config.game
+    if c.name == "dilemma_alone":  # a recipe without talks has no context for them
+        config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
     talks = DilemmaGame(dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
     alone = DilemmaGame(
         alone=True, dilemmas=c.dilemmas, personas=c.personas, tasks=config.eval.questions or str(talks.questions), prompts=c.prompts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import shutil
@@ -21,7 +22,7 @@ from conftest import write_core
 from duologue.grpo.cli import main
 from duologue.grpo.run import read_lines
 from duologue.kernels import cpu
-from judge_server import FAULTS, JudgeServer, inside, scores
+from judge_server import ASPECTS, FAULTS, JudgeServer, inside, scores
 from safetensors.torch import load_file
 
 DILEMMAS = [
@@ -130,9 +131,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_three_steps_with_known_scores_and_again_without_a_request(
-    run: Run, judge_server: JudgeServer, tmp_path: Path, checkpoint_dir: Path
+    run: Run, judge_server: JudgeServer, tmp_path: Path, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("DUOLOGUE_JUDGE_KEY", key)
     assert run("first") == 0
+    assert {head["Authorization"] for head in judge_server.heads} == {f"Bearer {key}"}
+    assert not any(key.encode() in file.read_bytes() for file in (tmp_path / "first").rglob("*") if file.is_file())
     first = tmp_path / "first"
     played, evaluated = dialogues(first), dialogues(first, "eval")
     assert len(played) == 3 * 6
@@ -159,6 +164,9 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     prompts = [body["messages"][0]["content"] for body in judge_server.requests]
     assert len(set(prompts)) == asked
     assert not any("<think>" in prompt for prompt in prompts)
+    report = (first / "report.html").read_text()
+    assert all(row["text"] in html.unescape(report) for row in TASKS if row["id"] in {d["scenario"]["id"] for d in evaluated})
+    assert "rounds to agreement" in report
 
     assert run("second", f"judge.ledger={first / 'judge.sqlite'}", "judge.offline=true") == 0
     assert len(judge_server.requests) == asked
@@ -210,6 +218,28 @@ def test_too_many_unscored_dialogues_stop_the_run_which_then_goes_on(
     assert len(judge_server.requests) - before == asked - kept
     assert dialogues(tmp_path / "broken") == dialogues(tmp_path / "whole")
     assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+
+
+def test_kill_9_and_resume_gives_the_same_run(
+    run: Run, judge_server: JudgeServer, tmp_path: Path, checkpoint_dir: Path, data: list[str]
+) -> None:
+    assert run("whole", "judge.model=known") == 0
+    path = tmp_path / "killed"
+    words = ["train", "collective-agency", "--model", str(checkpoint_dir), "--run-dir", str(path), *SMALL, *data]
+    words += ["--judge.url", judge_server.url, "judge.model=known"]
+    judge_server.delay = 0.05  # so that it dies with questions on the wire
+    code = "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_lines(path / "metrics.jsonl")) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -9, process.stderr and process.stderr.read()
+    assert main([*words, "--resume"]) == 0
+    assert same(weights(path), weights(tmp_path / "whole"))
+    assert read_lines(path / "dialogues.jsonl") == read_lines(tmp_path / "whole" / "dialogues.jsonl")
 
 
 def test_unscored_dialogues_move_nothing(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
@@ -311,6 +341,51 @@ def test_settings_that_do_not_go_together_are_refused(run: Run, capsys: pytest.C
     assert main(["train", "deal", "--judge.url", "http://127.0.0.1:1/v1", "--run-dir", str(tmp_path / "run")]) == 2
 
 
+def test_rewards_of_a_finished_run_come_from_its_files_alone(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
+    from duologue.rollout.judge.endpoint import Endpoint
+    from duologue.rollout.judge.judge import FeedbackJudge
+    from duologue.rollout.judge.ledger import Ledger
+    from duologue.rollout.judge.questions import SCORE, Case, load_prompt
+    from duologue.rollout.selfplay.scenario import Persona
+
+    assert run("run", "train.steps=2", "judge.show_dialogue=true", "judge.model=known") == 0
+    judge_server.shutdown()
+    ledger = Ledger(tmp_path / "run" / "judge.sqlite")
+    backend, prompts = Endpoint("http://127.0.0.1:9", "known"), {SCORE: load_prompt(SCORE)}
+    judge = FeedbackJudge(backend, ledger, prompts, show_dialogue=True, offline=True)
+    agreed = [d for d in dialogues(tmp_path / "run") if d["outcome"]["agreed"]]
+    for i, d in enumerate(agreed):
+        talk = tuple((turn["role"], turn["text"]) for turn in d["turns"] if turn["kind"] == "utterance")
+        personas = tuple(Persona(**persona) for persona in d["personas"])
+        judge.submit(SCORE, Case(dilemma=d["scenario"]["shared"], personas=personas, turns=talk, completion=final(d) or ""), i)
+    answers = dict(judge.answered(wait=True))
+    judge.close()
+    assert [sum(answers[i].values()) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
+
+
+@pytest.mark.parametrize("recipe", ["collective-agency", "dynamic-alignment"])
+def test_eval_measures_a_checkpoint(
+    recipe: str, checkpoint_dir: Path, data: list[str], judge_server: JudgeServer, tmp_path: Path
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"id": "q", "text": "What is fair?"}) + "\n")
+    words = ["eval", str(checkpoint_dir), "--recipe", recipe, "--dialogues", "2", "--json", str(tmp_path / "found.json")]
+    more = ["--judge.url", judge_server.url] if recipe == "collective-agency" else ["--model.path", str(checkpoint_dir)]
+    tiny = [word for word in SMALL if word.startswith(("dialogue", "rollout"))]
+    assert main([*words, *data, *tiny, *more, f"eval.questions={questions}"]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    for mode in ("greedy", "sampled"):
+        talks, answers = (found[mode][name][str(checkpoint_dir)] for name in ("conflicts", "questions"))
+        assert (talks["tasks"], answers["tasks"]) == (2, 1)
+        if recipe == "collective-agency":
+            assert 0 <= talks["score"]["value"] <= 5
+        else:  # a random policy judges itself: nothing that it says is an answer
+            assert (talks["unscored"], answers["unscored"]) == (2, 1)
+    if recipe == "collective-agency":
+        said = {inside(body["messages"][0]["content"], "dilemma")[0] for body in judge_server.requests}
+        assert said <= {*(row["text"] for row in TASKS), "What is fair?"}
+
+
 # ---- a server that is not ours ---------------------------------------------------------------------------------------
 
 KNOWN = {"knowledge": 3, "benevolence": 2, "power": 5, "vitality": 1, "reason": "by heart", "agreed": False}
@@ -341,6 +416,21 @@ def by_heart(folder: Path) -> Path:
         model.lm_head.weight[say, 0] = model.lm_head.weight[end, 1] = 10
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_frozen_checkpoint_in_this_process_is_a_judge(
+    checkpoint_dir: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "collective-agency", "--model", str(checkpoint_dir), *SMALL, *data, "train.steps=1", "judge.backend=model"]
+    judge = by_heart(tmp_path / "judge")
+    assert main([*words, "--run-dir", str(tmp_path / "run"), f"judge.model={judge}"]) == 0
+    for d in dialogues(tmp_path / "run"):  # it never agrees
+        assert (d["outcome"]["rounds"], d["outcome"]["failure"], d["reward"]) == (2, "no_agreement", [0.0, 0.0])
+    capsys.readouterr()
+    assert main([*words, "--run-dir", str(tmp_path / "noise"), f"judge.model={checkpoint_dir}"]) == 1  # it says no JSON
+    assert "the judge's model: the answer is not JSON" in capsys.readouterr().err
+    assert main([*words, "--run-dir", str(tmp_path / "none")]) == 2
+    assert "judge.model = ''" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -378,7 +468,7 @@ def test_transformers_serve_is_a_judge(run: Run, tmp_path: Path, transformers_se
     found = dialogues(tmp_path / "alone")
     assert len(found) == 6
     assert {tuple(d["reward"]) for d in found} == {(2.75, 2.75)}
-    assert all(d["outcome"]["metrics"] == {key: float(KNOWN[key]) for key in ("knowledge", "benevolence", "power", "vitality")} for d in found)
+    assert all(d["outcome"]["metrics"] == {key: KNOWN[key] for key in ASPECTS} for d in found)
     assert run("two", "dialogue.max_rounds=1", "--judge.url", transformers_server, *settings[2:], "train.steps=1") == 0
     for d in dialogues(tmp_path / "two"):
         assert (d["outcome"]["agreed"], d["outcome"]["failure"], d["reward"]) == (False, "no_agreement", [0.0, 0.0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,8 @@ from duologue.rollout.selfplay.scenario import Outcome, Persona, Scenario
 from duologue.rollout.selfplay.template import fill, load_template
 
 DATA = Path(__file__).parent.parent / "data"
+Item = tuple[str, str, tuple[Persona, ...]]  # id, text, the personas that belong to it: none where any pair may meet
 PROMPTS = Path(__file__).parent.parent / "selfplay" / "prompts"
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A dilemma, and the personas that belong to it: none for a training dilemma, where any pair may meet."""
-
-    id: str
-    text: str
-    personas: tuple[Persona, ...] = ()
 
 
 class DilemmaGame:
@@ -40,26 +31,24 @@ class DilemmaGame:
         self.final = load_template(prompts, PROMPTS, "final", {"personas", "transcript"}, {"transcript"})
         self.answer = load_template(prompts, PROMPTS, "alone", set(), set())
         rows = _rows(dilemmas or str(DATA / "dilemmas.jsonl"), ("id", "text"))
-        self.items = {"train": [Item(row["id"], row["text"]) for row in rows]}
+        self.items: dict[str, list[Item]] = {"train": [(row["id"], row["text"], ()) for row in rows]}
         rows = _rows(tasks or str(DATA / "conflict_tasks.jsonl"), ("id", "text") if alone else ("id", "text", "first", "second"))
-        self.items["heldout"] = [Item(row["id"], row["text"], () if alone else _pair(row)) for row in rows]
+        self.items["heldout"] = [(row["id"], row["text"], () if alone else _pair(row)) for row in rows]
         rows = _rows(personas or str(DATA / "personas.jsonl"), ("id", "first", "second"))
         self.pairs = [(row["id"], _pair(row)) for row in rows]
 
     def sample(self, rng: random.Random, split: str) -> Scenario:
         item = rng.choice(self.items[split])
-        if self.alone:
-            return self.scenario(item, split, ())
-        pair_id, pair = ("", item.personas) if item.personas else rng.choice(self.pairs)
+        pair_id, pair = ("", item[2]) if item[2] or self.alone else rng.choice(self.pairs)
         return self.scenario(item, split, pair, pair_id)
 
     def scenario(self, item: Item, split: str, pair: tuple[Persona, ...], pair_id: str = "") -> Scenario:
         """`item` for these personas, or for one who answers alone."""
-        if self.alone:
-            return Scenario(game=self.name, id=item.id, split=split, private_text=("", ""), data=item, shared_text=item.text)
+        name, text, _ = item
+        private = ("", "") if self.alone else (self.private_text(pair[0]), self.private_text(pair[1]))
         return Scenario(
-            game=self.name, id=f"{item.id}+{pair_id}" if pair_id else item.id, split=split, data=item, shared_text=item.text,
-            private_text=(self.private_text(pair[0]), self.private_text(pair[1])), personas=pair,
+            game=self.name, id=f"{name}+{pair_id}" if pair_id else name, split=split, data=None, shared_text=text,
+            private_text=private, personas=() if self.alone else pair,
         )  # fmt: skip
 
     def private_text(self, persona: Persona) -> str:
@@ -67,7 +56,7 @@ class DilemmaGame:
 
     def personas(self) -> list[Persona]:
         """All that can speak."""
-        return [p for _, pair in self.pairs for p in pair] + [p for item in self.items["heldout"] for p in item.personas]
+        return [p for _, pair in self.pairs for p in pair] + [p for *_, own in self.items["heldout"] for p in own]
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """`agreement` and `rounds` to it, over the dialogues that were judged; the aspects over those that were
