@@ -19,6 +19,7 @@ SHOWN = {
     "agreement": ("agreed", "{:.1%}"),
     "pareto": ("Pareto", "{:.1%}"),
     "joint_ratio": ("joint", "{:.3f}"),
+    "unscored_share": ("unscored", "{:.1%}"),
     "loss": ("loss", "{:.4f}"),
     "entropy": ("entropy", "{:.3f}"),
     "kl_start": ("KL start", "{:.4f}"),
@@ -38,6 +39,9 @@ RESULT = {
     "nash_ratio": ("Nash product / best", "{:.3f}"),
     "score_agreed_0": ("score of side 1, agreed", "{:.2f}"),
     "score_agreed_1": ("score of side 2, agreed", "{:.2f}"),
+    "score": ("judge's score from 0 to 5", "{:.2f}"),
+    "rounds": ("rounds to agreement", "{:.2f}"),
+    "unscored_share": ("unscored", "{:.1%}"),
     "dialogues": ("dialogues", "{:.0f}"),
 }
 

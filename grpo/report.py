@@ -50,6 +50,8 @@ FAILURES = {
     "leftover": "items were left over",
     "mismatch": "two different prices",
     "walk_away": "walked away",
+    "no_agreement": "no agreement",
+    "unscored": "the judge gave no valid answer",
 }
 
 
@@ -222,13 +224,13 @@ def _rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[d
 
 def _row(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     scenario = next(iter(records.values()))["scenario"]
-    return {"id": scenario["id"], "private": scenario["private"], "columns": list(records.items())}
+    return {"id": scenario["id"], "shared": scenario.get("shared"), "private": scenario["private"], "columns": list(records.items())}
 
 
 def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     outcome, reward = record["outcome"] or {}, record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
-    if outcome.get("agreed"):
+    if outcome.get("agreed") and not outcome["failure"]:
         verdict = "deal, {:g} and {:g} points".format(*outcome["scores"])
     else:
         kind = outcome.get("failure") or "unscored"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import random
 import shutil
@@ -21,7 +22,7 @@ from conftest import write_core
 from duologue.grpo.cli import main
 from duologue.grpo.run import read_lines
 from duologue.kernels import cpu
-from judge_server import FAULTS, JudgeServer, inside, scores
+from judge_server import ASPECTS, FAULTS, JudgeServer, inside, scores
 from safetensors.torch import load_file
 
 DILEMMAS = [
@@ -159,6 +160,9 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     prompts = [body["messages"][0]["content"] for body in judge_server.requests]
     assert len(set(prompts)) == asked
     assert not any("<think>" in prompt for prompt in prompts)
+    report = (first / "report.html").read_text()
+    assert all(row["text"] in html.unescape(report) for row in TASKS if row["id"] in {d["scenario"]["id"] for d in evaluated})
+    assert "rounds to agreement" in report
 
     assert run("second", f"judge.ledger={first / 'judge.sqlite'}", "judge.offline=true") == 0
     assert len(judge_server.requests) == asked
@@ -378,7 +382,7 @@ def test_transformers_serve_is_a_judge(run: Run, tmp_path: Path, transformers_se
     found = dialogues(tmp_path / "alone")
     assert len(found) == 6
     assert {tuple(d["reward"]) for d in found} == {(2.75, 2.75)}
-    assert all(d["outcome"]["metrics"] == {key: float(KNOWN[key]) for key in ("knowledge", "benevolence", "power", "vitality")} for d in found)
+    assert all(d["outcome"]["metrics"] == {key: KNOWN[key] for key in ASPECTS} for d in found)
     assert run("two", "dialogue.max_rounds=1", "--judge.url", transformers_server, *settings[2:], "train.steps=1") == 0
     for d in dialogues(tmp_path / "two"):
         assert (d["outcome"]["agreed"], d["outcome"]["failure"], d["reward"]) == (False, "no_agreement", [0.0, 0.0])
