@@ -41,10 +41,7 @@ class ModelJudge:
     def name(self) -> str:
         return fingerprint(self._loaded[0].model)
 
-    def ask(self, question: Ask) -> None:
-        self._start(question, 1)
-
-    def _start(self, question: Ask, attempt: int) -> None:
+    def ask(self, question: Ask, attempt: int = 1) -> None:
         engine, tokenizer, form = self._loaded
         chat, scoring = tokenizer.turn_chat, question.kind == SCORE
         branch = engine.open([*chat.open([]), *chat.heard(tokenizer.encode(question.text)), *chat.reply()])
@@ -71,7 +68,7 @@ class ModelJudge:
                 question.check(content)
             except ValueError as error:
                 if attempt < self._attempts:
-                    self._start(question, attempt + 1)
+                    self.ask(question, attempt + 1)
                 else:
                     question.done(None, f"the judge's model: {request.completion.error or error}")
                 continue

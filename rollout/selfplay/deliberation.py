@@ -31,18 +31,6 @@ class TalkRules(Rules):
     always_final: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Speech:
-    """Words on their way: into which view, from which branch."""
-
-    talk: _Talk
-    view: View
-    branch: Branch
-    role: int
-    kind: int
-    grows: bool
-
-
 class _Talk:
     """One dialogue being held: a small state machine, moved on by completions and by the judge's answers."""
 
@@ -60,42 +48,43 @@ class _Talk:
     def speak(self) -> None:
         """The next side's turn."""
         role = (self.first + len(self.turns)) % 2
-        if self.branches:
-            self.transcript.ask(role)
-            view, branch = self.transcript.views[role], self.branches[role]
-            branch.append(view.token_ids[len(branch) :])
-        else:
-            view = self.arena.recent_view(self.scenario, role, self.turns[-2:])
-            branch = self._new_context(role, view)
-        self.arena.start(_Speech(self, view, branch, role, UTTERANCE, bool(self.branches)), derive_seed(self.seed, len(self.turns)))
+        if not self.branches:
+            self._generate(role, UTTERANCE, self.arena.recent_view(self.scenario, role, self.turns[-2:]))
+            return
+        self.transcript.ask(role)
+        view, branch = self.transcript.views[role], self.branches[role]
+        branch.append(view.token_ids[len(branch) :])
+        self._generate(role, UTTERANCE, view, branch)
 
     def write(self) -> None:
         """Side 0 writes the resolution."""
-        view = self.arena.final_view(self.scenario, self.turns)
-        branch = self._new_context(0, view)
-        self.arena.start(_Speech(self, view, branch, 0, FINAL, False), derive_seed(self.seed, "final"))
+        self._generate(0, FINAL, self.arena.final_view(self.scenario, self.turns))
 
-    def _new_context(self, role: int, view: View) -> Branch:
-        self.views.append((role, view))
-        return self.arena.engine.open(view.token_ids)
+    def _generate(self, role: int, kind: int, view: View, branch: Branch | None = None) -> None:
+        if branch is None:
+            self.views.append((role, view))
+            branch = self.arena.engine.open(view.token_ids)
+        self.now = role, kind, view, branch
+        self.arena.start(self, branch, kind, derive_seed(self.seed, "final" if kind == FINAL else len(self.turns)))
 
-    def take(self, speech: _Speech, completion: Completion) -> None:
+    def take(self, completion: Completion) -> None:
+        """The words that `_generate` asked for."""
         assert self.version in (-1, completion.weights_version), "the weights changed within a dialogue"
         self.version = completion.weights_version
+        role, kind, view, branch = self.now
         ids, logprobs = completion.token_ids, completion.logprobs
         text = self.arena.tokenizer.decode(ids).strip()
-        if speech.grows:
-            self.transcript.say(speech.role, ids, logprobs, speech.kind, text, completion.kept)
+        if branch in self.branches:
+            self.transcript.say(role, ids, logprobs, kind, text, completion.kept)
         else:
-            speech.view.said(ids, logprobs, speech.kind, completion.kept)
-            assert speech.view.token_ids == speech.branch.token_ids, "a branch and its view went apart"
-            speech.branch.close()
-            self.turns.append(Turn(role=speech.role, kind=KINDS[speech.kind], text=text, token_ids=ids, logprobs=logprobs))
-        if speech.kind == FINAL:
-            if self.agreed:
-                self._submit(SCORE)
-            else:
-                self.end("no_agreement")
+            view.said(ids, logprobs, kind, completion.kept)
+            assert view.token_ids == branch.token_ids, "a branch and its view went apart"
+            branch.close()
+            self.turns.append(Turn(role=role, kind=KINDS[kind], text=text, token_ids=ids, logprobs=logprobs))
+        if kind == FINAL and self.agreed:
+            self._submit(SCORE)
+        elif kind == FINAL:
+            self.end("no_agreement")
         elif len(self.turns) % 2:
             self.speak()
         else:
@@ -138,9 +127,7 @@ class _Talk:
             turns=self.turns,
             views=tuple(view for _, view in self.views),
             view_roles=tuple(role for role, _ in self.views),
-            outcome=Outcome(
-                agreed=self.agreed, scores=(score, score), failure=failure, metrics=aspects or {}, rounds=self.rounds
-            ),
+            outcome=Outcome(agreed=self.agreed, scores=(score, score), failure=failure, metrics=aspects or {}, rounds=self.rounds),
             weights_version=self.version,
         )
 
@@ -152,7 +139,7 @@ class Deliberation:
         self.engine, self.tokenizer, self.game, self.rules, self.judge = engine, tokenizer, game, rules, judge
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
-        self.in_flight: dict[Request, _Speech] = {}
+        self.in_flight: dict[Request, _Talk] = {}
 
     def play(self, scenarios: list[Scenario], *, group_size: int, seed: int) -> list[Group]:
         """One group of `group_size` dialogues per scenario; all draws follow from `seed`.
@@ -168,10 +155,7 @@ class Deliberation:
             groups.append([_Talk(self, scenario, first, derive_seed(seed, g, i)) for i in range(group_size)])
         talks = [talk for group in groups for talk in group]
         for talk in talks:
-            if self.game.alone:
-                talk.write()
-            else:
-                talk.speak()
+            talk.write() if self.game.alone else talk.speak()
         self._run(talks)
         for branch in prefixes:
             branch.close()
@@ -184,18 +168,18 @@ class Deliberation:
         open_talks, unscored = len(talks), 0
         while open_talks:
             for request in self.engine.step() if self.engine.busy else ():
-                speech = self.in_flight.pop(request)
-                speech.talk.take(speech, request.completion)
-                open_talks -= speech.talk.dialogue is not None
+                talk = self.in_flight.pop(request)
+                talk.take(request.completion)
+                open_talks -= talk.dialogue is not None
             for (talk, kind), answer in self.judge.answered(wait=not self.engine.busy):
                 talk.hear(kind, answer)
                 open_talks -= talk.dialogue is not None
                 unscored += answer is None
                 self.judge.check_share(unscored, len(talks))
 
-    def start(self, speech: _Speech, seed: int) -> None:
-        params = self.rules.sampling(speech.kind, seed, tuple(self.chat.stop_token_ids))
-        self.in_flight[self.engine.start(speech.branch, params)] = speech
+    def start(self, talk: _Talk, branch: Branch, kind: int, seed: int) -> None:
+        params = self.rules.sampling(kind, seed, tuple(self.chat.stop_token_ids))
+        self.in_flight[self.engine.start(branch, params)] = talk
 
     # ---- contexts ----------------------------------------------------------------------------------------------------
 
