@@ -315,6 +315,46 @@ def test_settings_that_do_not_go_together_are_refused(run: Run, capsys: pytest.C
     assert main(["train", "deal", "--judge.url", "http://127.0.0.1:1/v1", "--run-dir", str(tmp_path / "run")]) == 2
 
 
+def test_rewards_of_a_finished_run_come_from_its_files_alone(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
+    from duologue.rollout.judge.endpoint import Endpoint
+    from duologue.rollout.judge.judge import FeedbackJudge
+    from duologue.rollout.judge.ledger import Ledger
+    from duologue.rollout.judge.questions import SCORE, Case, load_prompt
+    from duologue.rollout.selfplay.scenario import Persona
+
+    assert run("run", "train.steps=2", "judge.show_dialogue=true", "judge.model=known") == 0
+    judge_server.shutdown()
+    ledger = Ledger(tmp_path / "run" / "judge.sqlite")
+    backend, prompts = Endpoint("http://127.0.0.1:9", "known"), {SCORE: load_prompt(SCORE)}
+    judge = FeedbackJudge(backend, ledger, prompts, show_dialogue=True, offline=True)
+    agreed = [d for d in dialogues(tmp_path / "run") if d["outcome"]["agreed"]]
+    for i, d in enumerate(agreed):
+        talk = tuple((turn["role"], turn["text"]) for turn in d["turns"] if turn["kind"] == "utterance")
+        personas = tuple(Persona(**persona) for persona in d["personas"])
+        judge.submit(SCORE, Case(dilemma=d["scenario"]["shared"], personas=personas, turns=talk, completion=final(d) or ""), i)
+    answers = dict(judge.answered(wait=True))
+    judge.close()
+    assert [sum(answers[i].values()) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
+
+
+@pytest.mark.parametrize("recipe", ["collective-agency", "dynamic-alignment"])
+def test_eval_measures_a_checkpoint(
+    recipe: str, checkpoint_dir: Path, data: list[str], judge_server: JudgeServer, tmp_path: Path
+) -> None:
+    words = ["eval", str(checkpoint_dir), "--recipe", recipe, "--dialogues", "4", "--json", str(tmp_path / "found.json")]
+    more = ["--judge.url", judge_server.url] if recipe == "collective-agency" else ["--model.path", str(checkpoint_dir)]
+    tiny = [word for word in SMALL if word.startswith(("dialogue", "rollout"))]
+    assert main([*words, *data, *tiny, *more]) == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["dialogues"] == 4
+    assert 0 <= found["score"] <= 5
+    if recipe == "collective-agency":
+        said = {inside(body["messages"][0]["content"], "dilemma")[0] for body in judge_server.requests}
+        assert said <= {row["text"] for row in TASKS}
+    else:
+        assert found["agreement"] == 1
+
+
 # ---- a server that is not ours ---------------------------------------------------------------------------------------
 
 KNOWN = {"knowledge": 3, "benevolence": 2, "power": 5, "vitality": 1, "reason": "by heart", "agreed": False}
