@@ -131,9 +131,13 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_three_steps_with_known_scores_and_again_without_a_request(
-    run: Run, judge_server: JudgeServer, tmp_path: Path, checkpoint_dir: Path
+    run: Run, judge_server: JudgeServer, tmp_path: Path, checkpoint_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    key = "sk-very-secret-0123456789"
+    monkeypatch.setenv("DUOLOGUE_JUDGE_KEY", key)
     assert run("first") == 0
+    assert {head["Authorization"] for head in judge_server.heads} == {f"Bearer {key}"}
+    assert not any(key.encode() in file.read_bytes() for file in (tmp_path / "first").rglob("*") if file.is_file())
     first = tmp_path / "first"
     played, evaluated = dialogues(first), dialogues(first, "eval")
     assert len(played) == 3 * 6
@@ -214,6 +218,28 @@ def test_too_many_unscored_dialogues_stop_the_run_which_then_goes_on(
     assert len(judge_server.requests) - before == asked - kept
     assert dialogues(tmp_path / "broken") == dialogues(tmp_path / "whole")
     assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+
+
+def test_kill_9_and_resume_gives_the_same_run(
+    run: Run, judge_server: JudgeServer, tmp_path: Path, checkpoint_dir: Path, data: list[str]
+) -> None:
+    assert run("whole", "judge.model=known") == 0
+    path = tmp_path / "killed"
+    words = ["train", "collective-agency", "--model", str(checkpoint_dir), "--run-dir", str(path), *SMALL, *data]
+    words += ["--judge.url", judge_server.url, "judge.model=known"]
+    judge_server.delay = 0.05  # so that it dies with questions on the wire
+    code = "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while len(read_lines(path / "metrics.jsonl")) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    time.sleep(0.1)
+    process.kill()
+    assert process.wait() == -9, process.stderr and process.stderr.read()
+    assert main([*words, "--resume"]) == 0
+    assert same(weights(path), weights(tmp_path / "whole"))
+    assert read_lines(path / "dialogues.jsonl") == read_lines(tmp_path / "whole" / "dialogues.jsonl")
 
 
 def test_unscored_dialogues_move_nothing(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
@@ -385,6 +411,21 @@ def by_heart(folder: Path) -> Path:
         model.lm_head.weight[say, 0] = model.lm_head.weight[end, 1] = 10
     model.save_pretrained(folder)
     return folder
+
+
+def test_a_frozen_checkpoint_in_this_process_is_a_judge(
+    checkpoint_dir: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "collective-agency", "--model", str(checkpoint_dir), *SMALL, *data, "train.steps=1", "judge.backend=model"]
+    judge = by_heart(tmp_path / "judge")
+    assert main([*words, "--run-dir", str(tmp_path / "run"), f"judge.model={judge}"]) == 0
+    for d in dialogues(tmp_path / "run"):  # it never agrees
+        assert (d["outcome"]["rounds"], d["outcome"]["failure"], d["reward"]) == (2, "no_agreement", [0.0, 0.0])
+    capsys.readouterr()
+    assert main([*words, "--run-dir", str(tmp_path / "noise"), f"judge.model={checkpoint_dir}"]) == 1  # it says no JSON
+    assert "the judge's model: the answer is not JSON" in capsys.readouterr().err
+    assert main([*words, "--run-dir", str(tmp_path / "none")]) == 2
+    assert "judge.model = ''" in capsys.readouterr().err
 
 
 @pytest.fixture
