@@ -363,29 +363,6 @@ def test_rewards_of_a_finished_run_come_from_its_files_alone(run: Run, judge_ser
     assert [sum(answers[i].values()) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
 
 
-@pytest.mark.parametrize("recipe", ["collective-agency", "dynamic-alignment"])
-def test_eval_measures_a_checkpoint(
-    recipe: str, checkpoint_dir: Path, data: list[str], judge_server: JudgeServer, tmp_path: Path
-) -> None:
-    questions = tmp_path / "questions.jsonl"
-    questions.write_text(json.dumps({"id": "q", "text": "What is fair?"}) + "\n")
-    words = ["eval", str(checkpoint_dir), "--recipe", recipe, "--dialogues", "2", "--json", str(tmp_path / "found.json")]
-    more = ["--judge.url", judge_server.url] if recipe == "collective-agency" else ["--model.path", str(checkpoint_dir)]
-    tiny = [word for word in SMALL if word.startswith(("dialogue", "rollout"))]
-    assert main([*words, *data, *tiny, *more, f"eval.questions={questions}", "judge.max_unscored_share=1"]) == 0
-    found = json.loads((tmp_path / "found.json").read_text())
-    for mode in ("greedy", "sampled"):
-        talks, answers = (found[mode][name][str(checkpoint_dir)] for name in ("conflicts", "questions"))
-        assert (talks["tasks"], answers["tasks"]) == (2, 1)
-        if recipe == "collective-agency":
-            assert 0 <= talks["score"]["value"] <= 5
-        else:  # a random policy judges itself: nothing that it says is an answer
-            assert (talks["unscored"], answers["unscored"]) == (2, 1)
-    if recipe == "collective-agency":
-        said = {inside(body["messages"][0]["content"], "dilemma")[0] for body in judge_server.requests}
-        assert said <= {*(row["text"] for row in TASKS), "What is fair?"}
-
-
 # ---- a server that is not ours ---------------------------------------------------------------------------------------
 
 KNOWN = {"knowledge": 3, "benevolence": 2, "power": 5, "vitality": 1, "reason": "by heart", "agreed": False}
