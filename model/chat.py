@@ -254,5 +254,6 @@ class Chat:
     def _refuse(self, turn: int, reason: str) -> NoReturn:
         raise ValueError(
             f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must be rendered "
-            "the same whatever follows it. Put a template that does so into chat_template.jinja"
+            "the same whatever follows it. Put a template that does so into chat_template.jinja; dilemmas with "
+            "dialogue.context = 'last_2' need none"
         )

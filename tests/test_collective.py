@@ -180,7 +180,7 @@ def test_faults_lose_and_misread_no_dialogue(run: Run, judge_server: JudgeServer
     rng = random.Random(0)
     faults = FAULTS if fault == "all" else (fault,)
     judge_server.fault = lambda n, prompt: next((name for name in faults if rng.random() < 0.2), None)
-    ends = run("run", "train.steps=2", "eval.dialogues=1", "judge.timeout_s=0.1", "judge.deadline_s=15", "judge.max_unscored_share=0.5")
+    ends = run("run", "train.steps=2", "eval.dialogues=1", "judge.timeout_s=0.1", "judge.deadline_s=8", "judge.max_unscored_share=0.9")
     assert ends == 0
     found = dialogues(tmp_path / "run")
     assert len(found) == 2 * 6
@@ -218,6 +218,23 @@ def test_too_many_unscored_dialogues_stop_the_run_which_then_goes_on(
     assert len(judge_server.requests) - before == asked - kept
     assert dialogues(tmp_path / "broken") == dialogues(tmp_path / "whole")
     assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
+
+
+def test_the_policy_learns_to_say_what_the_judge_likes(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
+    """The judge wants the letter e in the words of side 1, which alone are trained; side 2 speaks with the same weights."""
+
+    def likes_e(prompt: str) -> dict[str, Any]:
+        said = [inside(prompt, f'turn speaker="{side}"') for side in (1, 2)]
+        if "<completion>" not in prompt:
+            words = [turns[-1].split() for turns in said]
+            return {"agreed": all(words), "assent": {str(i + 1): words[i][0] if all(words) else "" for i in (0, 1)}}
+        return dict.fromkeys(ASPECTS, min(5, said[0][0].count("e"))) | {"reason": "e"}
+
+    judge_server.answer = likes_e
+    settings = ["train.steps=25", "train.save_every=25", "train.kl_every=0", "grpo.group_size=8", "grpo.learning_rate=5e-3"]
+    assert run("run", *settings, "judge.show_dialogue=true", "dialogue.max_rounds=1", "dialogue.temperature=1.0") == 0
+    rewards = [row["reward"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
+    assert sum(rewards[-5:]) > 5 * sum(rewards[:5]) + 2.5
 
 
 def test_kill_9_and_resume_gives_the_same_run(

@@ -17,11 +17,10 @@ import time
 from typing import Any
 
 import httpx
-from duologue.rollout.judge.judge import Ask
+from duologue.rollout.judge.judge import RETRY_TEMPERATURE, Ask
 from duologue.rollout.judge.questions import schema
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
 _BACKOFF = wait_exponential_jitter(initial=0.3, max=5, jitter=0.3)
 
 

@@ -19,6 +19,7 @@ from duologue.rollout.selfplay.dialogue import Dialogue
 from duologue.rollout.selfplay.scenario import Game
 
 UNSCORED = "unscored"
+RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
 Answer = dict[str, Any] | None
 
 

@@ -15,10 +15,8 @@ from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Request, SamplingParams
-from duologue.rollout.judge.judge import Ask
+from duologue.rollout.judge.judge import RETRY_TEMPERATURE, Ask
 from duologue.rollout.judge.questions import ASPECTS, HIGHEST, SCORE
-
-RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat an invalid answer
 
 
 class ModelJudge:
