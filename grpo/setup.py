@@ -98,7 +98,8 @@ def build_corpus(config: Config, game: AnyGame) -> list[ScriptedDialogue]:
 
 
 def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from nothing with a tokenizer trained on the demonstrations."""
+    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from nothing with a tokenizer
+    trained on the demonstrations."""
     dtype = parse_dtype(config.model.dtype)
     if config.model.path:
         loaded, known_tokenizer = load_policy(Path(config.model.path), config)

@@ -124,7 +124,8 @@ def write_checkpoint(
     """The files of a checkpoint, into an existing folder; of a `LoraDecoder` its adapter, which names the folder of its base."""
     if isinstance(model, LoraDecoder):
         tokenizer.save(folder)
-        return write_adapter(model.adapter, folder)
+        write_adapter(model.adapter, folder)
+        return
     raw = model.config.to_hf()
     raw["dtype"] = raw["torch_dtype"] = str(model.head_weight.dtype).removeprefix("torch.")
     if tokenizer.eos_token_ids:

@@ -193,7 +193,10 @@ def read_settings(folder: Path) -> LoraSettings:
 
 
 def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
-    """The adapter in a folder, in `model`'s dtype and on its device; `base` is where the base is now. ValueError names a tensor that does not belong to `model`."""
+    """The adapter in a folder, in `model`'s dtype and on its device; `base` is where the base is now.
+
+    ValueError names a tensor that does not belong to `model`.
+    """
     settings, file, linears = read_settings(folder), folder / WEIGHTS, _linears(model)
     if not file.is_file():
         raise ValueError(f"{folder} has no {WEIGHTS}")
@@ -212,6 +215,6 @@ def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
             raise ValueError(f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and {wanted[1]}")
         pairs[name] = (a.to(weight), b.to(weight))
     if tensors or not pairs:
-        names = ", ".join(TARGETS)
-        raise ValueError(f"{file}: {next(iter(tensors), 'nothing')} belongs to no linear of this model; accepted are {names} of its layers")
+        name, names = next(iter(tensors), "nothing"), ", ".join(TARGETS)
+        raise ValueError(f"{file}: {name} belongs to no linear of this model; accepted are {names} of its layers")
     return Adapter(replace(settings, base=base or settings.base), pairs)

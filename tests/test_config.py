@@ -124,7 +124,8 @@ def test_what_depends_on_other_keys_is_accepted_with_them() -> None:
 
 
 def test_unknown_recipe_and_broken_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"unknown recipe 'dael': did you mean 'deal'\? accepted is one of collective-agency, deal, dynamic-alignment"):
+    known = r"unknown recipe 'dael': did you mean 'deal'\? accepted is one of collective-agency, deal, dynamic-alignment"
+    with pytest.raises(ValueError, match=known):
         load_config("dael")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.toml"):
         load_config("nowhere.toml")

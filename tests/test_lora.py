@@ -13,7 +13,17 @@ import torch
 from duologue.kernels import cpu
 from duologue.model.checkpoint import load_model, save_model
 from duologue.model.decoder import Decoder, score
-from duologue.model.lora import TARGETS, Adapter, AdapterRows, LoraDecoder, LoraSettings, merged, new_adapter, read_adapter, write_adapter
+from duologue.model.lora import (
+    TARGETS,
+    Adapter,
+    AdapterRows,
+    LoraDecoder,
+    LoraSettings,
+    merged,
+    new_adapter,
+    read_adapter,
+    write_adapter,
+)
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
 
@@ -40,7 +50,9 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
 
 @pytest.mark.parametrize("name", ["llama-attention-bias", "qwen2", "qwen3-tied"])
 @pytest.mark.parametrize("targets", [TARGETS, ("q_proj", "v_proj")])
-def test_peft_loads_our_adapter_and_computes_the_same(checkpoint: Checkpoint, tmp_path: Path, name: str, targets: tuple[str, ...]) -> None:
+def test_peft_loads_our_adapter_and_computes_the_same(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, targets: tuple[str, ...]
+) -> None:
     import peft
     import transformers
 
@@ -80,14 +92,18 @@ def test_gradients_are_those_of_peft_and_only_the_adapter_has_any(checkpoint: Ch
     assert all(not p.requires_grad for p in base.parameters())
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"target_modules": ["down_proj", "k_proj"], "r": 3}, {"target_modules": "all-linear"}])
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"use_rslora": True}, {"target_modules": ["down_proj", "k_proj"], "r": 3}, {"target_modules": "all-linear"}],
+)
 def test_an_adapter_made_by_peft_loads(checkpoint: Checkpoint, tmp_path: Path, settings: dict[str, Any]) -> None:
     import peft
     import transformers
 
     folder, _ = checkpoint("llama")
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    config = peft.LoraConfig(**{"r": 6, "lora_alpha": 11, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False, **settings})
+    defaults: dict[str, Any] = {"r": 6, "lora_alpha": 11, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    config = peft.LoraConfig(**defaults | settings)
     theirs = peft.get_peft_model(hf, config).eval()
     theirs.save_pretrained(tmp_path)
     ours, tokenizer = load_model(tmp_path)
