@@ -22,6 +22,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from duologue.grpo import data_command
+
 if TYPE_CHECKING:
     from duologue.grpo.config import Config
     from duologue.grpo.progress import Progress
@@ -96,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", type=Path)
+    data_command.add_parser(commands)
     commands.add_parser("doctor", help="show the device, the back ends in use and a self-check")
     return parser
 
@@ -264,7 +267,7 @@ def _doctor(options: argparse.Namespace) -> int:
     return examine()
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor}
+_COMMANDS = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor, "data": data_command.run}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from duologue.rollout.games.texts import NEEDS, SHIPPED, Row, read
 from duologue.rollout.judge.judge import UNSCORED
 from duologue.rollout.judge.questions import ASPECTS
 from duologue.rollout.selfplay.scenario import Outcome, Persona, Scenario
 from duologue.rollout.selfplay.template import fill, load_template
 
-DATA = Path(__file__).parent.parent / "data"
 Item = tuple[str, str, tuple[Persona, ...]]  # id, text, the personas that belong to it: none where any pair may meet
 PROMPTS = Path(__file__).parent.parent / "selfplay" / "prompts"
 
@@ -21,7 +19,7 @@ PROMPTS = Path(__file__).parent.parent / "selfplay" / "prompts"
 class DilemmaGame:
     """Training dilemmas meet random pairs of personas; the held-out tasks bring their own."""
 
-    questions = DATA / "questions.jsonl"  # held out too, for one who answers alone
+    questions = SHIPPED["questions"]  # held out too, for one who answers alone
 
     def __init__(self, *, alone: bool = False, dilemmas: str = "", personas: str = "", tasks: str = "", prompts: str = "") -> None:
         """The first three name .jsonl files, by default those that come with the package; `prompts` a folder."""
@@ -30,11 +28,11 @@ class DilemmaGame:
         self.player = load_template(prompts, PROMPTS, "player", {"name", "instructions"}, {"instructions"})
         self.final = load_template(prompts, PROMPTS, "final", {"personas", "transcript"}, {"transcript"})
         self.answer = load_template(prompts, PROMPTS, "alone", set(), set())
-        rows = _rows(dilemmas or str(DATA / "dilemmas.jsonl"), ("id", "text"))
+        rows = read(dilemmas or SHIPPED["dilemmas"], NEEDS["dilemmas"])
         self.items: dict[str, list[Item]] = {"train": [(row["id"], row["text"], ()) for row in rows]}
-        rows = _rows(tasks or str(DATA / "conflict_tasks.jsonl"), ("id", "text") if alone else ("id", "text", "first", "second"))
+        rows = read(tasks or SHIPPED["conflicts"], NEEDS["questions" if alone else "conflicts"])
         self.items["heldout"] = [(row["id"], row["text"], () if alone else _pair(row)) for row in rows]
-        rows = _rows(personas or str(DATA / "personas.jsonl"), ("id", "first", "second"))
+        rows = read(personas or SHIPPED["personas"], NEEDS["personas"])
         self.pairs = [(row["id"], _pair(row)) for row in rows]
 
     def sample(self, rng: random.Random, split: str) -> Scenario:
@@ -74,25 +72,5 @@ class DilemmaGame:
         }
 
 
-def _pair(row: dict[str, Any]) -> tuple[Persona, ...]:
-    try:
-        return tuple(Persona(row[side]["name"], row[side]["instructions"]) for side in ("first", "second"))
-    except (KeyError, TypeError):
-        raise ValueError(f"{row['id']}: accepted as first and second are objects with name and instructions") from None
-
-
-def _rows(path: str, fields: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; ValueError names a line that is none or lacks a field."""
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
-    rows = []
-    for number, line in enumerate(Path(path).read_text("utf-8").split("\n"), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-                assert all(rows[-1][field] for field in fields)
-            except (ValueError, KeyError, TypeError, AssertionError):
-                raise ValueError(f"{path} line {number}: accepted is a JSON object with {', '.join(fields)}") from None
-    if not rows:
-        raise ValueError(f"{path} is empty")
-    return rows
+def _pair(row: Row) -> tuple[Persona, ...]:
+    return tuple(Persona(row[side]["name"], row[side]["instructions"]) for side in ("first", "second"))
