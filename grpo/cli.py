@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
         options = _parser().parse_args(rest)
         options.overrides = overrides
-        if overrides and options.command not in ("train", "eval"):
+        if overrides and options.command not in ("train", "eval", "play"):
             raise ValueError(f"{options.command} takes no settings, got {overrides[0]}")
         return int(_COMMANDS[options.command](options))
     except SystemExit as stop:  # argparse has printed what is wrong
@@ -99,6 +99,17 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", type=Path)
     data_command.add_parser(commands)
+    play = commands.add_parser("play", help="negotiate with a checkpoint in the terminal", epilog=SETTINGS)
+    play.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
+    play.add_argument("--game", metavar="RECIPE", help="the recipe or TOML file that names it (default: that of the checkpoint's run)")
+    play.add_argument("--side", choices=("first", "second"), default="first", help="yours")
+    play.add_argument("--seed", type=int, default=0, help="of the scenario and of what the policy says")
+    export = commands.add_parser("export", help="write a checkpoint of a run for other programs")
+    export.add_argument("source", type=Path, help="a checkpoint, or a run directory for its last one")
+    export.add_argument("out", type=Path, help="a new folder")
+    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    export.add_argument("--merge", action="store_true", help="an adapter into its base, so that transformers loads it without peft")
+    export.add_argument("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
     commands.add_parser("doctor", help="show the device, the back ends in use and a self-check")
     return parser
 
@@ -261,13 +272,27 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
+def _play(options: argparse.Namespace) -> int:
+    from duologue.grpo.play import run
+
+    return run(options, options.overrides)
+
+
+def _export(options: argparse.Namespace) -> int:
+    from duologue.grpo.export import run
+
+    return run(options)
+
+
 def _doctor(options: argparse.Namespace) -> int:
     from duologue.grpo.doctor import examine
 
     return examine()
 
 
-_COMMANDS = {"train": _train, "eval": _eval, "report": _report, "doctor": _doctor, "data": data_command.run}
+_COMMANDS = {
+    "train": _train, "eval": _eval, "play": _play, "report": _report, "data": data_command.run, "export": _export, "doctor": _doctor,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -32,6 +32,8 @@ class SelectionGame(ABC, Generic[Context]):
 
     name: str
     final_prompt = "selection ?"
+    close = CLOSE
+    selection_form: str
 
     @cached_property
     @abstractmethod

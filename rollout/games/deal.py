@@ -167,6 +167,10 @@ class DealGame(SelectionGame[Deal]):
         """The final statement that takes these."""
         return " ".join(f"{item} {n}" for item, n in zip(self.items, take, strict=True))
 
+    @property
+    def selection_form(self) -> str:  # type: ignore[override]
+        return f"'{' '.join(f'{item} N' for item in self.items)}', what you take of each"
+
     def parse(self, text: str) -> Vector | None:
         """What a final statement takes, or None when it is not exactly of the form of `statement`."""
         match = self._statement.fullmatch(text)

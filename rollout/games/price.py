@@ -44,6 +44,7 @@ class PriceGame(common.SelectionGame[Haggle]):
     """The game as `duologue.rollout.selfplay.scenario.Game`."""
 
     name = "price"
+    selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
 
     @cached_property
     def splits(self) -> dict[str, list[Haggle]]:

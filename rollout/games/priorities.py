@@ -30,6 +30,10 @@ class PrioritiesGame(DealGame):
     item_names = ("food", "water", "firewood")
     failures = (*FAILURES, "walk_away")
 
+    @property
+    def selection_form(self) -> str:  # type: ignore[override]
+        return f"{super().selection_form}, or '{WALK_AWAY}'"
+
     def __init__(self) -> None:
         super().__init__(total=TOTAL, walk_away=ALONE)
 

@@ -135,11 +135,17 @@ class _Talk:
 class Deliberation:
     """`play` holds groups of dialogues on dilemmas; the counterpart of `Arena` for what a judge scores."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, game: DilemmaGame, rules: TalkRules, judge: FeedbackJudge) -> None:
-        self.engine, self.tokenizer, self.game, self.rules, self.judge = engine, tokenizer, game, rules, judge
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, game: DilemmaGame, rules: TalkRules, judge: FeedbackJudge | None) -> None:
+        """`judge` None: for the contexts alone, where a person talks with the policy."""
+        self.engine, self.tokenizer, self.game, self.rules, self._judge = engine, tokenizer, game, rules, judge
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
         self.in_flight: dict[Request, _Talk] = {}
+
+    @property
+    def judge(self) -> FeedbackJudge:
+        assert self._judge is not None
+        return self._judge
 
     def play(self, scenarios: list[Scenario], *, group_size: int, seed: int) -> list[Group]:
         """One group of `group_size` dialogues per scenario; all draws follow from `seed`.

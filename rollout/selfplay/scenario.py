@@ -47,6 +47,12 @@ class Game(Protocol):
 
     name: str
     final_prompt: str  # what both sides are asked once the talk is closed
+    close: str  # what an utterance that closes the talk ends with
+
+    @property
+    def selection_form(self) -> str:
+        """For people: how a final statement is written."""
+        ...
 
     def sample(self, rng: random.Random, split: str) -> Scenario:
         """A scenario of the split, drawn with `rng` alone."""

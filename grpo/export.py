@@ -1,0 +1,38 @@
+"""`duologue export`: a checkpoint of a run as a folder that transformers (or, unmerged, peft) loads."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
+from duologue.model.files import write_folder
+from duologue.model.lora import LoraDecoder, merged
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The folder itself when it is a checkpoint, or the last one of a run directory."""
+    if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+        return path
+    steps = sorted((path / "checkpoints").glob("step_*"))
+    if not steps:
+        raise ValueError(f"{path} is neither a checkpoint (it has no config.json) nor a run directory with checkpoints")
+    return steps[-1]
+
+
+def run(options: argparse.Namespace) -> int:
+    out: Path = options.out
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not empty; accepted is a new folder")
+    source = find_checkpoint(options.source)
+    model, tokenizer = load_model(source, "cpu", parse_dtype(options.dtype) if options.dtype else None, options.base or "")
+    what = "weights"
+    if isinstance(model, LoraDecoder):
+        what = "adapter, merged into its base" if options.merge else f"adapter of {model.adapter.settings.base}"
+        model = merged(model) if options.merge else model
+    elif options.merge:
+        raise ValueError(f"--merge: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0")
+    write_folder(out, lambda folder: write_checkpoint(model, tokenizer, folder))
+    size = sum(file.stat().st_size for file in out.rglob("*"))
+    print(f"{out}: {what} of {source}, {size / 2**20:,.1f} MiB")
+    return 0

@@ -1,0 +1,100 @@
+"""`duologue export`: transformers and peft load what it writes and compute the same; nothing that is there is touched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_transformers_checkpoint
+from duologue.grpo.cli import main
+from duologue.model.checkpoint import load_model, save_model
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
+from duologue.model.tokenizer import Tokenizer
+
+IDS = torch.tensor([[5, 9, 200, 31, 7, 7, 120]])
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    write_transformers_checkpoint("qwen3", folder)
+    tiny_tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter whose B is not 0, in a run directory."""
+    model, tokenizer = load_model(base)
+    settings = LoraSettings(rank=3, alpha=6.0, targets=("q_proj", "down_proj"), base=str(base))
+    policy = LoraDecoder(model, new_adapter(model, settings, 0))
+    with torch.no_grad():
+        for parameter in policy.adapter.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(parameter.numel()))
+    run = tmp_path_factory.mktemp("runs") / "run"
+    for step in ("step_000001", "step_000002"):
+        save_model(policy, tokenizer, run / "checkpoints" / step)
+    return run
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(IDS)
+    return getattr(found, "logits", found)
+
+
+def test_full_weights_in_another_dtype(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import transformers
+
+    assert main(["export", str(base), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert "MiB" in capsys.readouterr().out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    ours = load_model(base)[0].to(torch.bfloat16)
+    for name, parameter in ours.named_parameters():
+        assert torch.equal(parameter, theirs.get_parameter(name))
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("the deal")["input_ids"]
+
+
+def test_an_adapter_merged_or_kept(base: Path, adapter: Path, tmp_path: Path) -> None:
+    import peft
+    import transformers
+
+    assert main(["export", str(adapter), str(tmp_path / "merged"), "--merge"]) == 0
+    assert main(["export", str(adapter), str(tmp_path / "kept")]) == 0
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    kept = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "kept")
+    ours = load_model(adapter / "checkpoints" / "step_000002")[0]
+    for found in (merged, kept):
+        torch.testing.assert_close(logits(found), logits(ours), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(merged), logits(load_model(base)[0]), atol=1e-2)
+
+
+def test_mistakes_are_named_and_nothing_is_touched(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    (full / "mine.txt").write_text("mine")
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in (adapter / "checkpoints" / "step_000001").iterdir():
+        text = file.read_bytes().replace(str(base).encode(), b"/gone")
+        (moved / file.name).write_bytes(text)
+    out = tmp_path / "new"
+    for words, message in (
+        ([base, full], "not empty; accepted is a new folder"),
+        ([base, full / "mine.txt"], "not empty; accepted is a new folder"),
+        ([tmp_path / "nothing", out], "neither a checkpoint"),
+        ([base, out, "--merge"], "has no adapter"),
+        ([base, out, "--dtype", "int8"], "int8"),
+        ([moved, out], "which is no checkpoint here"),
+    ):
+        assert main(["export", *map(str, words)]) == 2
+        assert message in capsys.readouterr().err
+        assert not out.exists()
+    assert (full / "mine.txt").read_text() == "mine"
+    assert main(["export", str(moved), str(out), "--base", str(base)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "moved", "new"]

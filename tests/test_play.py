@@ -1,0 +1,139 @@
+"""`duologue play`: a person in a real terminal and on a pipe; the outcome is what the game's rules say of the words on the screen."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import random
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from duologue.grpo.cli import main
+from duologue.rollout.games.catalogue import GAMES
+from duologue.rollout.selfplay.arena import derive_seed
+from test_cli import TINY
+from test_collective import PAIRS, TASKS, checkpoint_dir
+
+__all__ = ["checkpoint_dir"]
+COMMAND = [sys.executable, "-c", "import sys; from duologue.grpo.cli import main; sys.exit(main())", "play"]
+Said = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("runs") / "tiny"
+    assert main(["train", "deal", *TINY, "train.steps=1", "--run-dir", str(path)]) == 0
+    return next((path / "checkpoints").glob("step_*"))
+
+
+@pytest.fixture
+def person(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """person(lines, *words) -> what the screen shows."""
+
+    def play(lines: list[str], *words: object) -> str:
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(line + "\n" for line in lines)))
+        capsys.readouterr()
+        assert main(["play", *map(str, words)]) == 0
+        return capsys.readouterr().out
+
+    return play
+
+
+def scenario_of(name: str, seed: int) -> tuple[object, object]:
+    game = GAMES[name][0]()
+    return game, game.sample(random.Random(derive_seed(seed, "play")), "heldout")
+
+
+def test_a_closed_talk_has_the_outcome_of_the_rules(checkpoint: Path, person: Said) -> None:
+    for seed in range(4):
+        game, scenario = scenario_of("deal", seed)
+        counts = scenario.data.counts
+        zero = game.statement([0] * 3)
+        lines = ["hello there", "fine <selection>", "all of it", game.statement([n + 1 for n in counts]), zero]
+        shown = person(lines, checkpoint, "--seed", seed)
+        assert scenario.private_text[0] in shown
+        stated = re.search(r"policy states> (.*)", shown)
+        assert stated is not None
+        assert shown.count("is no selection here: accepted is 'book N hat N ball N'") == 2
+        outcome = game.judge(scenario, (zero, stated[1].strip()))
+        end = "Agreed" if outcome.agreed else f"No deal ({outcome.failure})"
+        assert f"{end}: you score {outcome.scores[0]:g}, the policy {outcome.scores[1]:g}." in shown
+        assert shown.index("No deal" if not outcome.agreed else "Agreed") < shown.index(scenario.private_text[1])
+
+
+def test_private_words_stay_private_until_the_end(checkpoint: Path, person: Said) -> None:
+    _, scenario = scenario_of("deal", 1)
+    shown = person(["/private", "/help", "/nonsense", "/quit"], checkpoint, "--seed", "1", "--side", "second")
+    assert shown.count(scenario.private_text[1]) == 2
+    assert scenario.private_text[0] not in shown
+    assert shown.count("/quit leaves") == 3
+    assert shown.strip().endswith("You left; nothing is agreed.")
+
+
+def test_other_games_and_bad_input(checkpoint: Path, person: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shown = person(["/done", "price one", "walk away"], checkpoint, "--game", "price")
+    assert "'price N' with N from 0 to 99, or 'walk away'" in shown
+    assert "No deal (walk_away)" in shown
+    shown = person(["x " * 3000, "/quit"], checkpoint)
+    assert "too long for this policy" in shown
+    (tmp_path / "lonely").mkdir()
+    for words, message in (
+        (["play", str(tmp_path / "lonely")], "lies in no run directory, accepted is a recipe's name"),
+        (["play", str(tmp_path / "lonely"), "--game", "deal"], "is not a checkpoint"),
+        (["play", str(checkpoint), "--game", "chess"], "chess"),
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_dilemma_is_talked_over_and_resolved(checkpoint_dir: Path, person: Said, tmp_path: Path) -> None:
+    files = []
+    for key, rows in (("dilemmas", TASKS), ("personas", PAIRS), ("tasks", TASKS)):
+        (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        files.append(f"game.{key}={tmp_path / key}.jsonl")
+    limits = ["dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=9", "rollout.cache_tokens=16384"]
+    lines = ["I would mend it.", "Then let us halve the cost.", "/done"]
+    shown = person(lines, checkpoint_dir, "--game", "collective-agency", *files, *limits)
+    task = next(row for row in TASKS if str(row["text"]) in shown)
+    assert f"{task['second']['name']}> " in shown
+    assert "The resolution, as the policy writes it:" in shown
+
+
+def test_in_a_real_terminal(checkpoint: Path) -> None:
+    ours, theirs = pty.openpty()
+    wide = {**os.environ, "COLUMNS": "100"}
+    process = subprocess.Popen([*COMMAND, str(checkpoint)], stdin=theirs, stdout=theirs, stderr=theirs, env=wide)
+    os.close(theirs)
+    screen, typed, ends = "", 0, time.monotonic() + 60
+    replies = [("you> ", "good day\n"), ("you> ", "/done\n"), ("your selection> ", "book 0 hat 0 ball 0\n")]
+    while time.monotonic() < ends:
+        if select.select([ours], [], [], 0.1)[0]:
+            try:
+                data = os.read(ours, 4096)
+            except OSError:  # the other end is closed
+                break
+            if not data:
+                break
+            screen += data.decode()
+        if typed < len(replies) and screen.endswith(replies[typed][0]):
+            os.write(ours, replies[typed][1].encode())
+            screen += "\n"
+            typed += 1
+    assert process.wait(timeout=20) == 0, screen
+    os.close(ours)
+    assert typed == 3
+    assert "you score" in screen
+
+
+def test_on_a_pipe_that_ends(checkpoint: Path) -> None:
+    done = subprocess.run([*COMMAND, str(checkpoint)], input="good day\n", capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("You left; nothing is agreed.")
