@@ -15,6 +15,7 @@ from typing import Any, get_type_hints
 
 from duologue.grpo.judged import DILEMMAS, judged_rules
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
+from duologue.grpo.opposition import OpponentSection, opponent_rules
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.grpo.values import meant, parse, to_toml, typed
 from duologue.kernels.advantage import METHODS
@@ -176,6 +177,7 @@ class Config:
     lora: LoraSection = field(default_factory=LoraSection)
     dialogue: DialogueSection = field(default_factory=DialogueSection)
     judge: JudgeSection = field(default_factory=JudgeSection)
+    opponent: OpponentSection = field(default_factory=OpponentSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
     eval: EvalSection = field(default_factory=EvalSection)
 
@@ -308,6 +310,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ("game.walk_away", walk_away, not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value)),
         ("game.name", deal, game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)),
         *judged_rules(c),
+        *opponent_rules(c),
         ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
         (
             "dialogue.temperature",

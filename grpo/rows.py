@@ -10,7 +10,7 @@ from duologue.grpo.batch import Row
 from duologue.grpo.config import GrpoSection
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.common import ScriptedDialogue
-from duologue.rollout.selfplay.dialogue import FINAL, KINDS, UTTERANCE, Group, Transcript, View
+from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Group, Transcript, View
 
 
 def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: int, role: int) -> Row:
@@ -28,33 +28,34 @@ def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: 
 
 
 def grpo_rows(groups: list[Group], config: GrpoSection, baseline: RunningBaseline) -> tuple[list[Row], dict[str, float]]:
-    """A row per (dialogue, trained role), or per turn of it where every turn has a context of its own, with the advantage of its
-    group written into the dialogues too.
+    """A row per (dialogue, trained role that the policy has), or per turn of it where every turn has a context of its own, with the
+    advantage of its group written into the dialogues too.
 
     Unscored dialogues give no row; they are counted.
     """
     roles = (0, 1) if config.train_roles == "both" else (0,)
-    members = [(g, d, role) for g, group in enumerate(groups) for d in group.dialogues for role in roles]
-    scored = torch.tensor([d.reward is not None for _, d, _ in members])
+    dialogues = [(g, d) for g, group in enumerate(groups) for d in group.dialogues]
+    members = [(g, i, d, role) for i, (g, d) in enumerate(dialogues) for role in roles if d.players[role] == POLICY]
+    scored = torch.tensor([d.reward is not None for _, _, d, _ in members])
     found = group_advantages(
-        torch.tensor([d.reward[role] if d.reward else 0.0 for _, d, role in members]),
-        torch.tensor([g for g, _, _ in members]),
+        torch.tensor([d.reward[role] if d.reward else 0.0 for _, _, d, role in members]),
+        torch.tensor([g for g, _, _, _ in members]),
         scored,
         method=config.advantage,
-        roles=torch.tensor([role for _, _, role in members]) if config.per_role else None,
+        roles=torch.tensor([role for _, _, _, role in members]) if config.per_role else None,
         baseline=baseline,
     )
     rows = []
-    for i, ((_, dialogue, role), value) in enumerate(zip(members, found.value.tolist(), strict=True)):
+    for (_, i, dialogue, role), value in zip(members, found.value.tolist(), strict=True):
         if dialogue.reward is None:
             continue
         other = dialogue.advantage or (0.0, 0.0)
         dialogue.advantage = (value, other[1]) if role == 0 else (other[0], value)
         own = [view for view, of in zip(dialogue.views, dialogue.view_roles, strict=True) if of == role]
-        rows += [view_row(view, config.train_kinds, value, i // len(roles), role) for view in own]
+        rows += [view_row(view, config.train_kinds, value, i, role) for view in own]
     return rows, {
         "no_variance_share": found.no_variance / max(found.groups, 1),
-        "unscored": float((~scored).sum()) / len(roles),
+        "unscored": float(sum(d.reward is None for _, d in dialogues)),
     }
 
 

@@ -26,6 +26,7 @@ from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.loss import LossConfig
+from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch, grpo_rows
@@ -69,6 +70,11 @@ class Trainer:
             setup.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
         self.arena = setup.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
+        self.reference: Decoder | None = None
+        self.opponents = Opponents(
+            config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine,
+            lambda: self.reference or self._start_weights(),
+        )  # fmt: skip
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
@@ -113,15 +119,17 @@ class Trainer:
         rows, row_stats = grpo_rows(groups, c, self.baseline)
         played = time.monotonic()
         metrics: dict[str, Any] = {"stage": "selfplay", **self._outcome_metrics(groups), **judge_stats, **row_stats}
+        metrics |= self.opponents.score(groups)
         if self.reference is not None and self.config.train.kl_every and self._selfplay_index % self.config.train.kl_every == 0:
             metrics["kl_start"] = kl_to_reference(
                 self.reference, rows, temperature=self.config.dialogue.temperature, max_tokens=self.config.train.tokens_per_microbatch
             )
         if self.config.rollout.release_memory:
-            self.arena.engine.release_memory()
+            self.opponents.release_memory()
         update_began = time.monotonic()
         stats, norm, lr = self._update(rows)
         update_seconds = time.monotonic() - update_began
+        self.opponents.keep(self._selfplay_index + 1)
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="selfplay") for group in groups for d in group.dialogues
         )
@@ -135,8 +143,9 @@ class Trainer:
     def _play(self) -> tuple[list[Group], dict[str, float]]:
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(self.config.grpo.groups_per_step)]
-        self.arena.engine.name_weights(self.step)  # the same in a resumed run
-        groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"))
+        guests = self.opponents.guests(self._selfplay_index, self._seed("opponents"))
+        self.opponents.name_weights(self.step)  # the same in a resumed run
+        groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"), guests=guests)
         return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
 
     def _update(self, rows: list[Any]) -> tuple[UpdateStats, float, float]:
@@ -248,6 +257,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.run_dir.save_checkpoint(f"step_{self.step:06d}", self._write, keep=self.config.train.keep_checkpoints)
+        self.opponents.forget_before(max(self._selfplay_index, 0))
 
     def _write(self, folder: Path) -> None:
         write_checkpoint(self.model, self.tokenizer, folder)
@@ -257,6 +267,7 @@ class Trainer:
             "seconds": self.seconds,
             "warm_start": self.warm_start,
             "baseline": self.baseline.state_dict(),
+            "opponents": self.opponents.state_dict(),
         }
         (folder / STATE).write_text(json.dumps(state), "utf-8")
 
@@ -264,6 +275,7 @@ class Trainer:
         state = json.loads((folder / STATE).read_text("utf-8"))
         self.step, self.seconds, self.warm_start = state["step"], state["seconds"], state["warm_start"]
         self.baseline.load_state_dict(state["baseline"])
+        self.opponents.load_state_dict(state["opponents"])
         self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=self.config.model.device, weights_only=True))
 
 

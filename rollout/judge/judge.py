@@ -64,8 +64,8 @@ class RuleJudge:
     def settle(self, dialogues: Sequence[Dialogue]) -> dict[str, float]:
         """Give every dialogue that has ended its reward, None when it is unscored; returns metrics since the last call."""
         for dialogue in dialogues:
-            assert dialogue.outcome is not None
-            dialogue.reward = self.game.rewards(dialogue.scenario, dialogue.outcome, self.objective)
+            if dialogue.outcome is not None:  # else an opponent's server gave no answer
+                dialogue.reward = self.game.rewards(dialogue.scenario, dialogue.outcome, self.objective)
         return {}
 
     def close(self) -> None:

@@ -7,12 +7,14 @@ in flight.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
-from duologue.rollout.selfplay.dialogue import FINAL, UTTERANCE, Dialogue, Group, Transcript
+from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.selfplay.dialogue import FINAL, POLICY, UTTERANCE, Dialogue, Group, Transcript
+from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players
 from duologue.rollout.selfplay.scenario import Game, Scenario
 
 
@@ -59,38 +61,52 @@ def derive_seed(*parts: int | str) -> int:
 class _Table:
     """One dialogue being held: a small state machine that asks for replies and takes them."""
 
-    def __init__(self, arena: Arena, scenario: Scenario, first: int, branches: tuple[Branch, Branch], seed: int) -> None:
+    def __init__(
+        self, arena: Arena, scenario: Scenario, first: int, branches: tuple[Branch, Branch], seed: int, guest: Guest | None
+    ) -> None:
         self.arena = arena
         self.scenario = scenario
         self.first = first
         self.branches = branches
         self.seed = seed
+        self.guest = guest
+        self.players = players(guest)
         self.version = -1
         self.transcript = Transcript(arena.tokenizer.chat, arena.private_ids(scenario))
         self.utterances = 0
-        self.finals: dict[int, str] = {}
+        self.finals: dict[int, str | None] = {}
         self.dialogue: Dialogue | None = None
 
-    def ask(self, role: int, kind: int) -> Request:
+    def ask(self, role: int, kind: int) -> None:
         """Request `role`'s next words. The branch gets exactly the ids that the view gained since it last spoke."""
         arena, view, branch = self.arena, self.transcript.views[role], self.branches[role]
         self.transcript.ask(role, arena.final_prompt_ids if kind == FINAL else None)
         branch.append(view.token_ids[len(branch) :])
         params = arena.rules.sampling(kind, derive_seed(self.seed, role), arena.stop_token_ids)
-        request = arena.engine.start(branch, params)
-        arena.in_flight[request] = (self, role, kind)
-        return request
+        if behind_network(self.guest, role):
+            question = arena.game.final_prompt if kind == FINAL else ""
+            talk = messages(self.scenario.private_text[role], self.transcript.turns, role, question)
+            arena.speakers.ask((self, role, kind), talk, params)
+        else:
+            arena.speakers.start((self, role, kind), branch, params)
 
-    def take(self, role: int, kind: int, completion: Completion) -> None:
-        """`role` has spoken: go on to the other side, to the final statements, or to the end."""
+    def take(self, role: int, kind: int, completion: Completion | None) -> None:
+        """`role` has spoken: go on to the other side, to the final statements, or to the end. None: no answer, so unscored."""
+        if completion is None:
+            self.finals[role] = None
+            if kind != FINAL or len(self.finals) == 2:
+                self.end(None, unscored=True)
+            return
         assert self.version in (-1, completion.weights_version), "the weights changed within a dialogue"
         self.version = completion.weights_version
         text = self.arena.tokenizer.decode(completion.token_ids).strip()
-        self.transcript.say(role, completion.token_ids, completion.logprobs, kind, text, completion.kept)
+        guest = self.players[role] != POLICY
+        self.transcript.say(role, completion.token_ids, completion.logprobs or None, kind, text, completion.kept, guest)
         if kind == FINAL:
             self.finals[role] = text
             if len(self.finals) == 2:
-                self.end((self.finals[0], self.finals[1]))
+                first, second = self.finals[0], self.finals[1]
+                self.end(None, unscored=True) if first is None or second is None else self.end((first, second))
             return
         self.utterances += 1
         if self.arena.game.closes(text):
@@ -101,7 +117,7 @@ class _Table:
         else:
             self.ask(1 - role, UTTERANCE)
 
-    def end(self, finals: tuple[str, str] | None) -> None:
+    def end(self, finals: tuple[str, str] | None, unscored: bool = False) -> None:
         views = self.transcript.views
         for view, branch in zip(views, self.branches, strict=True):
             assert view.token_ids[: len(branch)] == branch.token_ids, "a branch and its view went apart"
@@ -111,7 +127,8 @@ class _Table:
             first_speaker=self.first,
             turns=self.transcript.turns,
             views=views,
-            outcome=self.arena.game.judge(self.scenario, finals),
+            players=self.players,
+            outcome=None if unscored else self.arena.game.judge(self.scenario, finals),
             weights_version=self.version,
         )
 
@@ -126,22 +143,28 @@ class Arena:
         self.rules = rules
         self.final_prompt_ids = tokenizer.encode(game.final_prompt)
         self.stop_token_ids = tuple(tokenizer.stop_token_ids)
-        self.in_flight: dict[Request, tuple[_Table, int, int]] = {}
+        self.speakers: Speakers[tuple[_Table, int, int]] = Speakers(engine)
 
     def private_ids(self, scenario: Scenario) -> tuple[list[int], list[int]]:
         first, second = scenario.private_text
         return self.tokenizer.encode(first), self.tokenizer.encode(second)
 
-    def play(self, scenarios: list[Scenario], *, group_size: int, seed: int) -> list[Group]:
-        """One group of `group_size` dialogues per scenario. One first speaker per group; all draws follow from `seed`."""
-        bases = [self._open(scenario) for scenario in scenarios]
-        self.engine.prefill([branch for pair in bases for branch in pair])
+    def play(
+        self, scenarios: list[Scenario], *, group_size: int, seed: int, guests: Sequence[Guest | None] | None = None
+    ) -> list[Group]:
+        """One group of `group_size` dialogues per scenario, with a guest on one side where `guests` has one for the group.
+
+        One first speaker per group; all draws follow from `seed`. RuntimeError when too many dialogues are unscored.
+        """
+        guests = guests or [None] * len(scenarios)
+        bases = [self._open(scenario, guest) for scenario, guest in zip(scenarios, guests, strict=True)]
+        self.speakers.prefill((guest, role, pair[role]) for guest, pair in zip(guests, bases, strict=True) for role in (0, 1))
         tables: list[list[_Table]] = []
-        for g, (scenario, pair) in enumerate(zip(scenarios, bases, strict=True)):
+        for g, (scenario, pair, guest) in enumerate(zip(scenarios, bases, guests, strict=True)):
             first = self.rules.opener(seed, g, self.engine.weights_version)
             forks = [branch.fork(group_size) for branch in pair]
             group = [
-                _Table(self, scenario, first, (forks[0][i], forks[1][i]), derive_seed(seed, g, i)) for i in range(group_size)
+                _Table(self, scenario, first, (forks[0][i], forks[1][i]), derive_seed(seed, g, i), guest) for i in range(group_size)
             ]
             tables.append(group)
             for branch in pair:
@@ -149,18 +172,21 @@ class Arena:
         for group in tables:
             for table in group:
                 table.ask(table.first, UTTERANCE)
-        self._run()
+        self._run(len(scenarios) * group_size)
         return [
             Group(scenario=scenario, dialogues=[t.dialogue for t in group if t.dialogue is not None])
             for scenario, group in zip(scenarios, tables, strict=True)
         ]
 
-    def _open(self, scenario: Scenario) -> tuple[Branch, Branch]:
+    def _open(self, scenario: Scenario, guest: Guest | None) -> tuple[Branch, Branch]:
         first, second = (self.tokenizer.chat.open(ids) for ids in self.private_ids(scenario))
-        return self.engine.open(first), self.engine.open(second)
+        return self.speakers.open(guest, 0, first), self.speakers.open(guest, 1, second)
 
-    def _run(self) -> None:
-        while self.engine.busy:
-            for request in self.engine.step():
-                table, role, kind = self.in_flight.pop(request)
-                table.take(role, kind, request.completion)
+    def _run(self, n_tables: int) -> None:
+        unanswered = 0
+        while self.speakers.busy:
+            for (table, role, kind), completion in self.speakers.step():
+                table.take(role, kind, completion)
+                if completion is None:
+                    unanswered += 1
+                    self.speakers.check_share(unanswered, n_tables)

@@ -6,16 +6,18 @@ dilemma, both personas and the dialogue, and the judge scores it. Judges answer 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, Request
+from duologue.rollout.engine.sequence import Branch, Completion
 from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.judge.judge import UNSCORED, Answer, FeedbackJudge
 from duologue.rollout.judge.questions import AGREEMENT, ASPECTS, SCORE, Case
 from duologue.rollout.selfplay.arena import Rules, derive_seed
-from duologue.rollout.selfplay.dialogue import FINAL, KINDS, UTTERANCE, Dialogue, Group, Transcript, Turn, View
+from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Dialogue, Group, Transcript, Turn, View
+from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 from duologue.rollout.selfplay.template import fill
 
@@ -34,11 +36,13 @@ class TalkRules(Rules):
 class _Talk:
     """One dialogue being held: a small state machine, moved on by completions and by the judge's answers."""
 
-    def __init__(self, arena: Deliberation, scenario: Scenario, first: int, seed: int) -> None:
-        self.arena, self.scenario, self.first, self.seed = arena, scenario, first, seed
+    def __init__(self, arena: Deliberation, scenario: Scenario, first: int, seed: int, guest: Guest | None) -> None:
+        self.arena, self.scenario, self.first, self.seed, self.guest = arena, scenario, first, seed, guest
+        self.players = players(guest)
         self.transcript = Transcript(arena.chat, arena.private_ids(scenario))
         self.turns = self.transcript.turns
-        self.branches = [arena.engine.open(view.token_ids) for view in self.transcript.views] if arena.grows else []
+        opened = (arena.speakers.open(guest, role, view.token_ids) for role, view in enumerate(self.transcript.views))
+        self.branches = [*opened] if arena.grows else []
         self.views: list[tuple[int, View]] = [*enumerate(self.transcript.views)] if arena.grows else []
         self.rounds = 0
         self.agreed = arena.game.alone
@@ -57,28 +61,40 @@ class _Talk:
         self._generate(role, UTTERANCE, view, branch)
 
     def write(self) -> None:
-        """Side 0 writes the resolution."""
-        self._generate(0, FINAL, self.arena.final_view(self.scenario, self.turns))
+        """Side 0 writes the resolution, or side 1 where 0 is not the policy."""
+        self._generate(self.players.index(POLICY), FINAL, self.arena.final_view(self.scenario, self.turns))
 
     def _generate(self, role: int, kind: int, view: View, branch: Branch | None = None) -> None:
         if branch is None:
             self.views.append((role, view))
-            branch = self.arena.engine.open(view.token_ids)
+            branch = self.arena.speakers.open(self.guest, role, view.token_ids)
         self.now = role, kind, view, branch
-        self.arena.start(self, branch, kind, derive_seed(self.seed, "final" if kind == FINAL else len(self.turns)))
+        arena, seed = self.arena, derive_seed(self.seed, "final" if kind == FINAL else len(self.turns))
+        params = arena.rules.sampling(kind, seed, tuple(arena.chat.stop_token_ids))
+        if behind_network(self.guest, role):
+            heard = self.turns if arena.grows else self.turns[-2:]
+            talk = messages(self.scenario.shared_text + self.scenario.private_text[role], heard, role)
+            arena.speakers.ask(self, talk, params)
+        else:
+            arena.speakers.start(self, branch, params)
 
-    def take(self, completion: Completion) -> None:
-        """The words that `_generate` asked for."""
+    def take(self, completion: Completion | None) -> None:
+        """The words that `_generate` asked for; None is no answer."""
+        if completion is None:
+            if self.now[3] not in self.branches:
+                self.now[3].close()
+            self.end(UNSCORED)
+            return
         assert self.version in (-1, completion.weights_version), "the weights changed within a dialogue"
         self.version = completion.weights_version
         role, kind, view, branch = self.now
-        ids, logprobs = completion.token_ids, completion.logprobs
+        ids, logprobs, guest = completion.token_ids, completion.logprobs or None, self.players[role] != POLICY
         text = self.arena.tokenizer.decode(ids).strip()
         if branch in self.branches:
-            self.transcript.say(role, ids, logprobs, kind, text, completion.kept)
+            self.transcript.say(role, ids, logprobs, kind, text, completion.kept, guest)
         else:
-            view.said(ids, logprobs, kind, completion.kept)
-            assert view.token_ids == branch.token_ids, "a branch and its view went apart"
+            view.prompt(ids) if guest else view.said(ids, logprobs, kind, completion.kept)
+            assert view.token_ids == branch.token_ids or not logprobs, "a branch and its view went apart"
             branch.close()
             self.turns.append(Turn(role=role, kind=KINDS[kind], text=text, token_ids=ids, logprobs=logprobs))
         if kind == FINAL and self.agreed:
@@ -127,6 +143,7 @@ class _Talk:
             turns=self.turns,
             views=tuple(view for _, view in self.views),
             view_roles=tuple(role for role, _ in self.views),
+            players=self.players,
             outcome=Outcome(agreed=self.agreed, scores=(score, score), failure=failure, metrics=aspects or {}, rounds=self.rounds),
             weights_version=self.version,
         )
@@ -140,25 +157,30 @@ class Deliberation:
         self.engine, self.tokenizer, self.game, self.rules, self._judge = engine, tokenizer, game, rules, judge
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
-        self.in_flight: dict[Request, _Talk] = {}
+        self.speakers: Speakers[_Talk] = Speakers(engine)
 
     @property
     def judge(self) -> FeedbackJudge:
         assert self._judge is not None
         return self._judge
 
-    def play(self, scenarios: list[Scenario], *, group_size: int, seed: int) -> list[Group]:
-        """One group of `group_size` dialogues per scenario; all draws follow from `seed`.
+    def play(
+        self, scenarios: list[Scenario], *, group_size: int, seed: int, guests: Sequence[Guest | None] | None = None
+    ) -> list[Group]:
+        """One group of `group_size` dialogues per scenario, with a guest on one side where `guests` has one for the group; all draws
+        follow from `seed`. The policy writes the resolution, always.
 
         RuntimeError as soon as too many of them are unscored.
         """
         roles = (0,) if self.game.alone else (0, 1)
-        prefixes = [self.engine.open(self.chat.open(self.private_ids(s)[role])) for s in scenarios for role in roles]
-        self.engine.prefill(prefixes)  # later contexts find these pages
+        guests = guests or [None] * len(scenarios)
+        sides = [(guest, s, role) for guest, s in zip(guests, scenarios, strict=True) for role in roles]
+        prefixes = [self.speakers.open(guest, role, self.chat.open(self.private_ids(s)[role])) for guest, s, role in sides]
+        self.speakers.prefill((*side[::2], branch) for side, branch in zip(sides, prefixes, strict=True))  # later contexts find these
         groups = []
-        for g, scenario in enumerate(scenarios):
+        for g, (scenario, guest) in enumerate(zip(scenarios, guests, strict=True)):
             first = self.rules.opener(seed, g, self.engine.weights_version)
-            groups.append([_Talk(self, scenario, first, derive_seed(seed, g, i)) for i in range(group_size)])
+            groups.append([_Talk(self, scenario, first, derive_seed(seed, g, i), guest) for i in range(group_size)])
         talks = [talk for group in groups for talk in group]
         for talk in talks:
             talk.write() if self.game.alone else talk.speak()
@@ -171,21 +193,19 @@ class Deliberation:
         ]
 
     def _run(self, talks: list[_Talk]) -> None:
-        open_talks, unscored = len(talks), 0
+        open_talks, unscored, unanswered = len(talks), 0, 0
         while open_talks:
-            for request in self.engine.step() if self.engine.busy else ():
-                talk = self.in_flight.pop(request)
-                talk.take(request.completion)
+            for talk, completion in self.speakers.step():
+                talk.take(completion)
                 open_talks -= talk.dialogue is not None
-            for (talk, kind), answer in self.judge.answered(wait=not self.engine.busy):
+                if completion is None:
+                    unanswered += 1
+                    self.speakers.check_share(unanswered, len(talks))
+            for (talk, kind), answer in self.judge.answered(wait=not self.speakers.busy):
                 talk.hear(kind, answer)
                 open_talks -= talk.dialogue is not None
                 unscored += answer is None
                 self.judge.check_share(unscored, len(talks))
-
-    def start(self, talk: _Talk, branch: Branch, kind: int, seed: int) -> None:
-        params = self.rules.sampling(kind, seed, tuple(self.chat.stop_token_ids))
-        self.in_flight[self.engine.start(branch, params)] = talk
 
     # ---- contexts ----------------------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from duologue.model.chat import Chat
 from duologue.rollout.engine.sequence import Kept
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
+POLICY = "policy"  # the player whose tokens are trained
 KINDS = ("prompt", "utterance", "final")  # a token's kind is an index into this; 0 is never trained
 PROMPT, UTTERANCE, FINAL = range(3)
 
@@ -72,11 +73,16 @@ class Transcript:
         view.prompt(self.chat.reply())
 
     def say(
-        self, role: int, token_ids: list[int], logprobs: list[float] | None, kind: int, text: str, kept: Kept | None = None
+        self, role: int, token_ids: list[int], logprobs: list[float] | None, kind: int, text: str, kept: Kept | None = None,
+        guest: bool = False,
     ) -> None:
-        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not."""
+        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. A guest's words are marked as a
+        prompt's, so that they are never trained."""
         stopped = bool(token_ids) and token_ids[-1] in self.chat.stop_token_ids
-        self.views[role].said(token_ids, logprobs, kind, kept)
+        if guest:
+            self.views[role].prompt(token_ids)
+        else:
+            self.views[role].said(token_ids, logprobs, kind, kept)
         self.views[role].prompt(self.chat.close_reply(stopped))
         if kind == UTTERANCE:
             self.views[1 - role].prompt(self.chat.heard(token_ids[:-1] if stopped else token_ids))
@@ -95,6 +101,7 @@ class Dialogue:
     turns: list[Turn]
     views: tuple[View, ...]
     view_roles: tuple[int, ...] = (0, 1)
+    players: tuple[str, str] = (POLICY, POLICY)  # of side 0 and 1
     outcome: Outcome | None = None
     reward: tuple[float, float] | None = None
     advantage: tuple[float, float] | None = None
@@ -128,6 +135,7 @@ class Dialogue:
             "reward": self.reward and list(self.reward),
             "advantage": self.advantage and list(self.advantage),
             "weights_version": self.weights_version,
+            "players": list(self.players),
         }
 
 

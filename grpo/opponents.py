@@ -1,0 +1,180 @@
+"""Whom the policy meets: a guest for every group of a step, snapshots to draw guests from, and how the policy fares against each.
+
+What a step meets follows from the configuration, the seed and the step alone, so that a resumed run meets the same.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from duologue.grpo.config import Config
+from duologue.grpo.setup import build_engine, load_beside
+from duologue.model.checkpoint import load_weights, write_checkpoint
+from duologue.model.decoder import Decoder
+from duologue.model.files import write_folder
+from duologue.model.lora import Adapter, LoraDecoder
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.selfplay.dialogue import POLICY, Group
+from duologue.rollout.selfplay.guests import Guest
+
+START_RATING, RATING_STEP = 1000.0, 32.0
+START, SERVER = "start", "endpoint"
+
+
+def update_ratings(ratings: dict[str, float], scores: Mapping[str, float]) -> None:
+    """Elo: one match of the policy against each opponent, by its mean score (win 1, draw 0.5, loss 0).
+
+    R moves by 32 (score - expected), expected = 1 / (1 + 10^((R' - R) / 400)), the opponent's by as much the other way. All are
+    expected by the ratings before the step, so the order does not matter. Who is new has the policy's rating.
+    """
+    for name in scores:
+        ratings.setdefault(name, ratings[POLICY])
+    before = dict(ratings)
+    for name, score in sorted(scores.items()):
+        expected = 1 / (1 + 10 ** ((before[name] - before[POLICY]) / 400))
+        ratings[POLICY] += RATING_STEP * (score - expected)
+        ratings[name] -= RATING_STEP * (score - expected)
+
+
+def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
+    """Of the scored dialogues with each opponent: how many, the mean reward of both sides, and the policy's mean score, a win being
+    more of the game's points than the opponent has."""
+    found: dict[str, list[tuple[float, float, float]]] = {}
+    for dialogue in (d for group in groups for d in group.dialogues):
+        if dialogue.reward is None or dialogue.players == (POLICY, POLICY):
+            continue
+        assert dialogue.outcome is not None
+        own = dialogue.players.index(POLICY)
+        mine, theirs = dialogue.outcome.scores[own], dialogue.outcome.scores[1 - own]
+        row = (dialogue.reward[own], dialogue.reward[1 - own], 0.5 * ((mine > theirs) + (mine >= theirs)))
+        found.setdefault(dialogue.players[1 - own], []).append(row)
+    table = {}
+    for name, rows in sorted(found.items()):
+        policy, opponent, score = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        table[name] = {"dialogues": len(rows), "policy": policy, "opponent": opponent, "score": score}
+    return table
+
+
+class Opponents:
+    """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0. `start` loads the policy of step 0."""
+
+    def __init__(
+        self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine, start: Callable[[], Decoder]
+    ) -> None:
+        self.config, self.folder = config, folder
+        self.model, self.tokenizer, self.engine, self._start = model, tokenizer, engine, start
+        self.ratings: dict[str, float] = {POLICY: START_RATING}
+        self._present: list[int] = []  # whose adapters the policy's engine has, or whose weights its own
+        self._own: Engine | None = None
+
+    def members(self, step: int) -> list[int]:
+        """The snapshots, by the step that they were taken before, that may be met in this step; the oldest first."""
+        o = self.config.opponent
+        if o.kind == "pool":
+            return list(range(0, max(step, 1), o.pool_every))[-o.pool_size :]
+        return [max(0, step - o.lag) if o.lag else 0]
+
+    def guests(self, step: int, seed: int) -> list[Guest | None]:
+        """Whom each group of the step meets. Its side changes in a rhythm other than the first speaker's."""
+        o, g = self.config.opponent, self.config.grpo
+        groups = range(g.groups_per_step)
+        if o.kind == "self":
+            return [None for _ in groups]
+        roles = [1 if g.train_roles == "first" else (i // 2 + step // 2) % 2 for i in groups]
+        if o.kind == "endpoint":
+            return [Guest(role=role, name=SERVER) for role in roles]
+        members, rng = self.members(step), random.Random(derive_seed(seed, "opponent"))
+        weights = range(1, len(members) + 1) if o.pool_draw == "recent" else [1] * len(members)
+        lora = isinstance(self.model, LoraDecoder)
+        drawn = rng.choices(members, weights, k=len(groups) if lora else 1) * (1 if lora else len(groups))
+        engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0])
+        return [
+            Guest(role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0)
+            for role, i in zip(roles, drawn, strict=True)
+        ]
+
+    def name_weights(self, version: int) -> None:
+        for engine in (self.engine, self._own):
+            if engine is not None:
+                engine.name_weights(version)
+
+    def release_memory(self) -> None:
+        for engine in (self.engine, self._own):
+            if engine is not None:
+                engine.release_memory()
+
+    def score(self, groups: Sequence[Group]) -> dict[str, Any]:
+        """Metrics: the payoff table of the step, and the ratings after it."""
+        if self.config.opponent.kind == "self":
+            return {}
+        payoff = payoff_table(groups)
+        update_ratings(self.ratings, {name: row["score"] for name, row in payoff.items()})
+        return {"payoff": payoff, "elo": {name: self.ratings[name] for name in (POLICY, *payoff)}}
+
+    def keep(self, step: int) -> None:
+        """Take a snapshot of the policy as it is before `step`, where one is due. It begins with the policy's rating."""
+        o = self.config.opponent
+        if o.lag or (o.kind == "pool" and step % o.pool_every == 0):
+            write_folder(self._path(step), lambda folder: write_checkpoint(self.model, self.tokenizer, folder))
+            self.ratings[_name(step)] = self.ratings[POLICY]
+        named = {POLICY, START, SERVER, *map(_name, range(self.members(step)[0], step + 1))}
+        self.ratings = {name: rating for name, rating in self.ratings.items() if name in named}
+
+    def forget_before(self, step: int) -> None:
+        """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the others."""
+        oldest = self.members(step)[0]
+        for path in self.folder.glob("step_*"):
+            if int(path.name.removeprefix("step_")) < oldest:
+                shutil.rmtree(path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"ratings": self.ratings}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.ratings = dict(state["ratings"])
+
+    # ---- snapshots ---------------------------------------------------------------------------------------------------
+
+    def _path(self, step: int) -> Path:
+        return self.folder / _name(step)
+
+    def _with_adapters(self, steps: list[int]) -> Engine:
+        """The policy's engine, which then has the snapshots' adapters beside the policy's."""
+        if steps != self._present:
+            beside = [load_beside(self.model, self._path(step)) if step else self._start() for step in steps]
+            adapters: list[Adapter | None] = [other.adapter if isinstance(other, LoraDecoder) else None for other in beside]
+            self.engine.use_adapters(adapters)
+            self._present = steps
+        return self.engine
+
+    @torch.no_grad()
+    def _with_weights(self, step: int) -> Engine:
+        """An engine on a second set of weights, which are written over where others were met before."""
+        if self._own is None:
+            frozen = self.config.opponent.kind == "frozen"  # nothing is written over these, so a KL term's may serve
+            other = self._start() if frozen else self._load(step, self.model.head_weight.device)
+            self._own = build_engine(self.config, other, 65_536)  # the policy's pool took what was free
+        elif self._present != [step]:
+            other = self._load(step, torch.device("cpu"))
+            for mine, new in zip(self._own.model.parameters(), other.parameters(), strict=True):
+                mine.copy_(new)
+        self._present = [step]
+        return self._own
+
+    def _load(self, step: int, device: torch.device) -> Decoder:
+        with torch.device("meta"):
+            other = Decoder(self.model.config)
+        path = self._path(step) if step else self.folder.parent / "checkpoints" / "warm_start"
+        load_weights(other, path, device, self.model.head_weight.dtype)
+        return other.requires_grad_(False)
+
+
+def _name(step: int) -> str:
+    return f"step_{step:06d}" if step else START
