@@ -143,6 +143,7 @@ def _train(options: argparse.Namespace) -> int:
         return INTERRUPTED
     finally:
         progress.close()
+        run.close()
     write_report(run.path)
     return _show_results(run.path, config, progress)
 
