@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,13 +63,11 @@ def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
 
 
 class Opponents:
-    """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0. `start` loads the policy of step 0."""
+    """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
-    def __init__(
-        self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine, start: Callable[[], Decoder]
-    ) -> None:
+    def __init__(self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine) -> None:
         self.config, self.folder = config, folder
-        self.model, self.tokenizer, self.engine, self._start = model, tokenizer, engine, start
+        self.model, self.tokenizer, self.engine = model, tokenizer, engine
         self.ratings: dict[str, float] = {POLICY: START_RATING}
         self._present: list[int] = []  # whose adapters the policy's engine has, or whose weights its own
         self._own: Engine | None = None
@@ -81,8 +79,11 @@ class Opponents:
             return list(range(0, max(step, 1), o.pool_every))[-o.pool_size :]
         return [max(0, step - o.lag) if o.lag else 0]
 
-    def guests(self, step: int, seed: int) -> list[Guest | None]:
-        """Whom each group of the step meets. Its side changes in a rhythm other than the first speaker's."""
+    def guests(self, step: int, seed: int, reference: Decoder | None = None) -> list[Guest | None]:
+        """Whom each group of the step meets. Its side changes in a rhythm other than the first speaker's.
+
+        `reference` is the policy of step 0 where it is loaded already.
+        """
         o, g = self.config.opponent, self.config.grpo
         groups = range(g.groups_per_step)
         if o.kind == "self":
@@ -94,7 +95,7 @@ class Opponents:
         weights = range(1, len(members) + 1) if o.pool_draw == "recent" else [1] * len(members)
         lora = isinstance(self.model, LoraDecoder)
         drawn = rng.choices(members, weights, k=len(groups) if lora else 1) * (1 if lora else len(groups))
-        engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0])
+        engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0], reference)
         return [
             Guest(role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0)
             for role, i in zip(roles, drawn, strict=True)
@@ -143,37 +144,32 @@ class Opponents:
     # ---- snapshots ---------------------------------------------------------------------------------------------------
 
     def _path(self, step: int) -> Path:
-        return self.folder / _name(step)
+        return self.folder / _name(step) if step else self.folder.parent / "checkpoints" / "warm_start"
 
     def _with_adapters(self, steps: list[int]) -> Engine:
         """The policy's engine, which then has the snapshots' adapters beside the policy's."""
         if steps != self._present:
-            beside = [load_beside(self.model, self._path(step)) if step else self._start() for step in steps]
+            beside = [load_beside(self.model, self._path(step)) for step in steps]
             adapters: list[Adapter | None] = [other.adapter if isinstance(other, LoraDecoder) else None for other in beside]
             self.engine.use_adapters(adapters)
             self._present = steps
         return self.engine
 
     @torch.no_grad()
-    def _with_weights(self, step: int) -> Engine:
+    def _with_weights(self, step: int, reference: Decoder | None) -> Engine:
         """An engine on a second set of weights, which are written over where others were met before."""
         if self._own is None:
             frozen = self.config.opponent.kind == "frozen"  # nothing is written over these, so a KL term's may serve
-            other = self._start() if frozen else self._load(step, self.model.head_weight.device)
+            other = (frozen and reference) or load_beside(self.model, self._path(step))
             self._own = build_engine(self.config, other, 65_536)  # the policy's pool took what was free
         elif self._present != [step]:
-            other = self._load(step, torch.device("cpu"))
+            with torch.device("meta"):
+                other = Decoder(self.model.config)
+            load_weights(other, self._path(step), "cpu", self.model.head_weight.dtype)
             for mine, new in zip(self._own.model.parameters(), other.parameters(), strict=True):
                 mine.copy_(new)
         self._present = [step]
         return self._own
-
-    def _load(self, step: int, device: torch.device) -> Decoder:
-        with torch.device("meta"):
-            other = Decoder(self.model.config)
-        path = self._path(step) if step else self.folder.parent / "checkpoints" / "warm_start"
-        load_weights(other, path, device, self.model.head_weight.dtype)
-        return other.requires_grad_(False)
 
 
 def _name(step: int) -> str:

@@ -71,10 +71,7 @@ class Trainer:
         self.optimizer = self._new_optimizer()
         self.arena = setup.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
         self.reference: Decoder | None = None
-        self.opponents = Opponents(
-            config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine,
-            lambda: self.reference or self._start_weights(),
-        )  # fmt: skip
+        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine)
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
@@ -143,7 +140,7 @@ class Trainer:
     def _play(self) -> tuple[list[Group], dict[str, float]]:
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(self.config.grpo.groups_per_step)]
-        guests = self.opponents.guests(self._selfplay_index, self._seed("opponents"))
+        guests = self.opponents.guests(self._selfplay_index, self._seed("opponents"), self.reference)
         self.opponents.name_weights(self.step)  # the same in a resumed run
         groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"), guests=guests)
         return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
