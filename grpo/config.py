@@ -51,6 +51,7 @@ class LoraSection:
     alpha: float = 32.0
     targets: tuple[str, ...] = TARGETS
     dropout: float = 0.0  # in updates only, so the ratio to the rollout's log-probs carries its noise
+    quantize: str = ""  # "nf4": the frozen layers in four bits, by bitsandbytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -215,6 +216,7 @@ _ANY = 10**12
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
     "lora.targets": TARGETS,
+    "lora.quantize": ("", "nf4"),
     "game.name": (*GAMES, *DILEMMAS),
     "game.objective": ("cooperative", "nash", "selfish"),
     "grpo.train_roles": ("both", "first"),
@@ -307,6 +309,7 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ("model.head_dim", size, not scratch or (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0),
         ("lora.rank", "0 without model.path, the frozen weights that an adapter needs", not (c.lora.rank and scratch)),
         ("lora.targets", "at least one linear", bool(c.lora.targets)),
+        ("lora.quantize", "'' with lora.rank = 0, where all weights are trained", not c.lora.quantize or c.lora.rank > 0),
         ("game.walk_away", walk_away, not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value)),
         ("game.name", deal, game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)),
         *judged_rules(c),

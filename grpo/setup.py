@@ -17,6 +17,7 @@ from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, merged, new_adapter, read_adapter
+from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, corpus
@@ -131,7 +132,10 @@ def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tupl
 def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
     """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's."""
     base = config.model.path if Path(config.model.path, "config.json").is_file() else ""
-    return load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
+    model, tokenizer = load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
+    if isinstance(model, LoraDecoder) and config.lora.rank and config.lora.quantize:
+        model.packed = quantize(model.adapter_off).packed
+    return model, tokenizer
 
 
 def with_adapter(model: Decoder, config: Config) -> Decoder:
@@ -144,6 +148,7 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
     if not c.rank:
         return model
     base = str(Path(config.model.path).resolve())
+    model = quantize(model) if c.quantize else model
     settings = LoraSettings(rank=c.rank, alpha=c.alpha, targets=tuple(c.targets), dropout=c.dropout, base=base)
     return LoraDecoder(model, new_adapter(model, settings, derive_seed(config.train.seed, "adapter")))
 

@@ -185,6 +185,7 @@ class Decoder(nn.Module):
     """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed tokens."""
 
     exact = True
+    packed = False  # whether the layers' weights are in four bits
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -222,9 +223,10 @@ class Decoder(nn.Module):
         return body.norm.add(update_TH, residual_TH)[0]
 
     def paged_layers(self) -> PagedDecoder | None:
-        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for this device or dtype)."""
+        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for this device,
+        dtype or packing)."""
         body, weight = self.model, self.model.embed_tokens.weight
-        if not cpu.serves(weight):
+        if not cpu.serves(weight) or self.packed:
             return None
         layers = [layer.tensors() for layer in body.layers if isinstance(layer, Layer)]
         return PagedDecoder(weight, layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale)

@@ -106,7 +106,7 @@ class LoraDecoder(Decoder):
         nn.Module.__init__(self)
         self.config, self.scale, self._tables = base.config, base.scale, base._tables
         self.model, self.lm_head = base.model, base.lm_head
-        self.adapter = adapter
+        self.adapter, self.packed = adapter, base.packed
         self.__dict__["base"] = base.requires_grad_(False)  # past nn.Module, which would list its parameters twice
 
     @property
