@@ -90,6 +90,21 @@ def build_judge(config: Config, game: AnyGame, ledger: Path, start: Callable[[],
     )  # fmt: skip
 
 
+def add_server(config: Config, arena: Arena | Deliberation, ledger: Path) -> None:
+    """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
+    o, speakers = config.opponent, arena.speakers
+    speakers.max_unscored_share = config.judge.max_unscored_share
+    if o.kind != "endpoint":
+        return
+    try:
+        from duologue.rollout.selfplay.remote import ChatEndpoint, Remote
+    except ModuleNotFoundError as error:
+        raise ValueError(f"opponent.kind = 'endpoint' needs {error.name}: pip install 'duologue[judge]'") from None
+    limits: dict[str, Any] = {"concurrency": o.concurrency, "deadline_s": o.deadline_s, "timeout_s": o.timeout_s}
+    endpoint = ChatEndpoint(o.url, o.model, api_key=os.environ.get(o.key_env, "").strip(), **limits)
+    speakers.server = Remote(endpoint, Ledger(ledger), arena.tokenizer)
+
+
 def build_corpus(config: Config, game: AnyGame) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):

@@ -70,6 +70,7 @@ class Trainer:
             setup.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
         self.arena = setup.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
+        setup.add_server(config, self.arena, run.path / "opponent.sqlite")
         self.reference: Decoder | None = None
         self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine)
         if checkpoint is not None:
@@ -283,3 +284,4 @@ def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event
         return trainer.run()
     finally:
         trainer.judge.close()
+        trainer.arena.speakers.close()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
+import sqlite3
 import threading
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from duologue.grpo.advantage import RunningBaseline
+from duologue.grpo.cli import main
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.opponents import Opponents, payoff_table, update_ratings
@@ -24,10 +28,12 @@ from duologue.model.checkpoint import load_model
 from duologue.model.decoder import Decoder, score
 from duologue.model.lora import LoraDecoder
 from duologue.rollout.games.deal import DealGame
-from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, View
+from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View
+from duologue.rollout.selfplay.guests import messages
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 from hypothesis import given
 from hypothesis import strategies as st
+from judge_server import JudgeServer, digest, serving
 from test_trainer import TINY, lines, run_whole
 
 SOME = [
@@ -334,6 +340,104 @@ def test_self_play_has_no_table(start: Path, tmp_path: Path) -> None:
     run(tmp_path / "run", config(start, False, "train.steps=1"))
     assert not {"payoff", "elo"} & selfplay(tmp_path / "run")[0].keys()
     assert all(d["players"] == [POLICY, POLICY] for d in dialogues(tmp_path / "run"))
+
+
+# ---- a server --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[JudgeServer]:
+    with serving() as found:
+        found.answer = lambda prompt: "I take the hats, you: the rest. " * (1 + digest(prompt)[0] % 4)  # type: ignore[assignment,return-value]
+        yield found
+
+
+def remote(start: Path, server: JudgeServer, *more: str) -> Config:
+    return config(start, False, "opponent.kind=endpoint", f"opponent.url={server.url}", "opponent.model=other", "train.steps=2", *more)
+
+
+def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
+    start: Path, tmp_path: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DUOLOGUE_OPPONENT_KEY", "sesame")
+    trainer = run(tmp_path / "run", remote(start, server, "dialogue.max_tokens_per_turn=30", "model.max_position=640"))
+    tokenizer = trainer.tokenizer
+    asked: dict[str, int] = Counter(json.dumps(body["messages"]) for body in server.requests)
+    cut = 0
+    for d in dialogues(tmp_path / "run"):
+        role = d["players"].index("endpoint")
+        assert d["players"][1 - role] == POLICY
+        turns = [Turn(**turn) for turn in d["turns"]]
+        for i, turn in enumerate(turns):
+            assert (turn.logprobs is None) == (turn.role == role)
+            if turn.role != role:
+                continue
+            question = trainer.game.final_prompt if turn.kind == "final" else ""
+            heard = messages(d["scenario"]["private"][role], turns[:i], role, question)
+            assert json.dumps(heard) in asked
+            answer = tokenizer.encode(json.dumps(server.answer(heard[0]["content"])).strip())  # type: ignore[arg-type]
+            limit = 8 if turn.kind == "final" else 30
+            assert turn.token_ids == ([*answer, tokenizer.chat.end_token_id] if len(answer) < limit else answer[:limit])
+            cut += len(answer) >= limit
+    assert cut > 0
+    for body, head in zip(server.requests, server.heads, strict=True):
+        assert head["Authorization"] == "Bearer sesame"
+        assert body.keys() == {"model", "messages", "max_tokens", "temperature", "top_p", "seed"}
+        assert (body["model"], body["max_tokens"], body["temperature"]) == ("other", body["max_tokens"], 1.0)
+    assert "sesame" not in "".join(p.read_text(errors="replace") for p in (tmp_path / "run").glob("*.*"))
+    for row in selfplay(tmp_path / "run"):
+        assert row["payoff"].keys() == {"endpoint"}
+        assert row["mismatch"] <= (0.0 if cpu.available() else 1e-4)
+
+
+def test_messages_alternate_and_hold_what_a_side_knows() -> None:
+    def turn(role: int, text: str, kind: str = "utterance") -> Turn:
+        return Turn(role=role, kind=kind, text=text, token_ids=[], logprobs=None)
+
+    turns = [turn(1, "a"), turn(0, "b"), turn(1, "c"), turn(1, "hidden", "final")]
+    system = {"role": "system", "content": "mine"}
+    assert messages("mine", turns, 0, "so?") == [
+        system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c\n\nso?"},
+    ]  # fmt: skip
+    said = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+    assert messages("mine", turns, 1, "so?") == [system, *said, {"role": "user", "content": "so?"}]
+
+
+def test_a_lost_answer_leaves_its_dialogue_unscored(start: Path, tmp_path: Path, server: JudgeServer) -> None:
+    lost = {3, 8}
+    server.fault = lambda n, prompt: "401" if n in lost else None
+    run(tmp_path / "run", remote(start, server, "judge.max_unscored_share=0.5", "train.steps=1"))
+    (row,) = selfplay(tmp_path / "run")
+    found = dialogues(tmp_path / "run")
+    unscored = [d for d in found if d["reward"] is None]
+    assert len(unscored) == row["unscored"] == 2
+    assert all(d["outcome"] is None and d["advantage"] is None for d in unscored)
+    assert row["dialogues"] == row["payoff"]["endpoint"]["dialogues"] == len(found) - 2
+
+
+def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
+    start: Path, tmp_path: Path, server: JudgeServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Through the command line; and the run that went on is the run that never broke, with nothing asked again that was answered."""
+    words = ["opponent.kind=endpoint", f"opponent.url={server.url}", "opponent.deadline_s=5", "train.steps=3"]
+    command = ["train", "deal", *overrides(start, False, *words), "--run-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    asked = len(server.requests)
+    server.requests.clear()
+    server.fault = lambda n, prompt: "401" if n >= asked // 2 else None
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "broken")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "the opponent's server failed" in error
+    assert "HTTP 401" in error
+    server.fault = lambda n, prompt: None
+    kept = sqlite3.connect(tmp_path / "broken" / "opponent.sqlite").execute("SELECT count(*) FROM answers").fetchone()[0]
+    assert asked // 2 - 8 <= kept <= asked // 2  # what was on its way as the run ended is lost
+    before = len(server.requests)
+    assert main([*command, str(tmp_path / "broken"), "--resume"]) == 0
+    assert len(server.requests) - before == asked - kept
+    assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
+    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(tmp_path / "broken" / "dialogues.jsonl")
 
 
 # ---- resume ----------------------------------------------------------------------------------------------------------

@@ -39,12 +39,14 @@ class Refused(Exception):
 class Endpoint:
     """Asks `url`/chat/completions. `api_key` goes into the request's header and nowhere else."""
 
+    section = "judge"  # of the settings
+
     def __init__(
         self, url: str, model: str = "", *, concurrency: int = 16, deadline_s: float = 240.0, timeout_s: float = 60.0,
         attempts: int = 24, temperature: float = 0.0, max_tokens: int = 512, api_key: str = "",
     ) -> None:  # fmt: skip
         if not re.fullmatch(r"[!-~]*", api_key):
-            raise ValueError("the judge's API key has characters other than printable ASCII")
+            raise ValueError(f"the {self.section}'s API key has characters other than printable ASCII")
         self.name = model or url
         self.settings: dict[str, object] = {"temperature": temperature, "max_tokens": max_tokens}
         self._url = url.rstrip("/") + "/chat/completions"
@@ -58,7 +60,7 @@ class Endpoint:
             timeout=httpx.Timeout(min(timeout_s, deadline_s), pool=None),
             limits=httpx.Limits(max_connections=concurrency),
         )
-        self._thread = threading.Thread(target=self._loop.run_forever, name="judge", daemon=True)
+        self._thread = threading.Thread(target=self._loop.run_forever, name=self.section, daemon=True)
         self._thread.start()
 
     def ask(self, question: Ask) -> None:
@@ -92,7 +94,7 @@ class Endpoint:
                 async with asyncio.timeout(self._deadline_s):
                     content = await self._persist(question, last)
             except TimeoutError:
-                reason = f"no valid answer within judge.deadline_s = {self._deadline_s:g}: {last[0]}"
+                reason = f"no valid answer within {self.section}.deadline_s = {self._deadline_s:g}: {last[0]}"
             except (Fault, Refused) as error:
                 reason = str(error)
             except Exception as error:  # nobody else would hear of it
@@ -129,6 +131,10 @@ class Endpoint:
         if structured and response.status_code in (400, 422):
             response = await self._client.post(self._url, json=body)
             self._structured = not response.is_success and self._structured  # it was the format that was refused
+        return self._content(response)
+
+    def _content(self, response: httpx.Response) -> str:
+        """What a chat completion says."""
         if not response.is_success:
             message = f"HTTP {response.status_code}: {self._hide(response.text)}"
             if response.status_code in (408, 409, 429) or response.status_code >= 500:

@@ -99,6 +99,10 @@ class Speakers(Generic[T]):
                 found.append((self._remote.pop(number), said))
         return found
 
+    def close(self) -> None:
+        if self.server is not None:
+            self.server.close()
+
     def check_share(self, unscored: int, total: int) -> None:
         """RuntimeError when more of `total` dialogues were left without an answer than is accepted."""
         if unscored > self.max_unscored_share * total:
