@@ -230,11 +230,12 @@ def _row(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     outcome, reward = record["outcome"] or {}, record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
+    judged = bool(record["personas"])  # a dilemma: one side writes a resolution, and a judge scores it
     if outcome.get("agreed") and not outcome["failure"]:
-        verdict = "deal, {:g} and {:g} points".format(*outcome["scores"])
+        verdict = f"agreed, the judge gives {outcome['scores'][0]:g} of 5" if judged else "deal, {:g} and {:g} points".format(*outcome["scores"])
     else:
         kind = outcome.get("failure") or "unscored"
-        verdict = f"no deal: {FAILURES.get(kind, kind)}"
+        verdict = f"{'no agreement' if judged else 'no deal'}: {FAILURES.get(kind, kind)}"
     measures = [_measure(name, value) for name, value in outcome.get("metrics", {}).items()]
     if reward is not None:
         measures.append("reward {:.2f}".format(*reward) if reward[0] == reward[1] else "reward {:.2f}, {:.2f}".format(*reward))
@@ -243,6 +244,7 @@ def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
         "finals": sorted((turn for turn in turns if turn["kind"] == "final"), key=lambda turn: turn["side"]),
         "agreed": bool(outcome.get("agreed")),
         "verdict": verdict,
+        "stated": "writes the resolution" if judged else "selects",
         "measures": measures,
     }
 
