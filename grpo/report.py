@@ -232,7 +232,7 @@ def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
     judged = bool(record["personas"])  # a dilemma: one side writes a resolution, and a judge scores it
     if outcome.get("agreed") and not outcome["failure"]:
-        verdict = f"agreed, the judge gives {outcome['scores'][0]:g} of 5" if judged else "deal, {:g} and {:g} points".format(*outcome["scores"])
+        verdict = ("agreed, the judge gives {:g} of 5" if judged else "deal, {:g} and {:g} points").format(*outcome["scores"])
     else:
         kind = outcome.get("failure") or "unscored"
         verdict = f"{'no agreement' if judged else 'no deal'}: {FAILURES.get(kind, kind)}"

@@ -60,6 +60,7 @@ def paged(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     scale: float,
+    groups: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     op = "paged_attention"
     q, block_table = q.contiguous(), block_table.contiguous()
@@ -80,7 +81,7 @@ def paged(
         raise ValueError(f"{op}: k_pages and v_pages must be contiguous, copying them is dear")
     out = torch.empty_like(q)
     if on_triton(q):
-        return triton("attention").forward(q, k_pages, v_pages, out, None, cu_seqlens, scale, block_table, context_lens)
+        return triton("attention").forward(q, k_pages, v_pages, out, None, cu_seqlens, scale, block_table, context_lens, groups)
     bad = lib().paged_attention(
         q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(), block_table.data_ptr(),
         cu_seqlens.data_ptr(), context_lens.data_ptr(), T, S, Hq, Hk, D, B, block_table.shape[1], P, scale,

@@ -123,19 +123,25 @@ def rope_write_kv(
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
+    groups: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
     """Causal attention of new tokens over paged keys: q [T, Hq, D] -> [T, Hq, D].
 
     Sequence s has the queries cu_seqlens[s] to cu_seqlens[s + 1] ([S + 1] int32); they are the last of its context_lens[s]
     tokens ([S] int32), whose K and V are already in the pages block_table[s] ([S, max_pages] int32). One query is decode, many
     are prefill, and both mix. On the C++ and Triton kernels the bits equal those of `packed_attention` on the same keys.
+
+    Keys that sequences have in common are read once for all of them: on CPU of neighbours whose block tables begin alike; on CUDA
+    of the `groups` = (starts [G + 1] int32, shared [G] int32), sequences starts[i] to starts[i + 1] with their first shared[i] keys
+    in the same pages, all before their queries. Bits stay the same.
     """
     if not cpu.takes(q):
         return reference.paged_attention(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
-    run = attention.paged_op if torch.compiler.is_compiling() else attention.paged
-    out: Tensor = run(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
-    return out
+    if torch.compiler.is_compiling():
+        out: Tensor = attention.paged_op(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
+        return out
+    return attention.paged(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale, groups)
 
 
 def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

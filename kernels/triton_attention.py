@@ -199,8 +199,8 @@ def forward(
     """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table [S, max_pages].
 
     `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their pages the first shared[i]
-    keys in common, all before their queries; these are read once per group. Bits stay the same. `split` forces chunks side by
-    side (pages only) or in a loop; None chooses.
+    keys in common, all before their queries; these are read once per group. Groups at the end may be empty. Bits stay the same.
+    `split` forces chunks side by side (pages only) or in a loop; None chooses.
     """
     (T, Hq, D), Hk, S, page = q.shape, k.shape[-2], len(cu_seqlens) - 1, 0 if table is None else k.shape[1]
     launch = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
@@ -224,7 +224,7 @@ def forward(
     shared = cu_seqlens
     if groups is not None:
         firsts, shared = groups[0].long(), torch.repeat_interleave(groups[1], groups[0].diff().long(), output_size=S)
-        run(table[firsts[:-1]], cu_seqlens[firsts], groups[1], 1, *parts)
+        run(table[firsts[:-1].clamp(max=S - 1)], cu_seqlens[firsts], groups[1], 1, *parts)
     run(table, cu_seqlens, shared, 0 if groups is None else 2, *parts)
     merge_kernel[(T * Hq,)](*parts, out, D, n_chunks, BLOCK=launch["BLOCK"], num_warps=1, enable_fp_fusion=False)
     return out

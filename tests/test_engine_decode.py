@@ -6,12 +6,14 @@ import random
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine import decode, runner
+from duologue.rollout.engine.attention import shared_groups
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 
@@ -138,3 +140,39 @@ def test_a_measured_pool(monkeypatch: pytest.MonkeyPatch) -> None:
                 runner.measured_tokens(fake, 16)
         else:
             assert runner.measured_tokens(fake, 16) == tokens
+
+
+def test_shared_groups_are_what_the_tables_say() -> None:
+    """Against a comparison of every row with its neighbour, page by page."""
+    rng = random.Random(0)
+    for _ in range(300):
+        n, size = rng.randint(1, 9), 16
+        stems = [[rng.randrange(1000) for _ in range(40)] for _ in range(3)]
+        pages = [[*rng.choice(stems)[: rng.randint(1, 40)], 2000 + i] for i in range(n)]
+        pages.sort()
+        cached = [rng.randint(0, len(p) * size) for p in pages]
+        rows = n + rng.randint(0, 3)
+        found = shared_groups(pages, cached, size, rows)
+        if found is None:
+            found = np.arange(rows + 1), np.zeros(rows, dtype=int)
+        starts, shared = found
+        assert len(starts) == rows + 1
+        assert starts[0] == 0
+        assert starts[-1] == rows
+        assert (np.diff(starts) >= 0).all()
+        for i in range(rows):
+            members = range(starts[i], min(starts[i + 1], n))
+            if shared[i]:
+                assert len(members) > 1
+                assert shared[i] >= 512
+                assert shared[i] % size == 0
+                heads = {tuple(pages[m][: shared[i] // size]) for m in members}
+                assert len(heads) == 1
+                assert all(shared[i] <= cached[m] for m in members)
+
+
+def test_neighbours_that_share_two_chunks_are_one_group() -> None:
+    common = list(range(32))
+    starts, shared = shared_groups([[*common, 40], [*common, 41], [50], [*common, 42]], [520, 600, 3, 520], 16, 6) or ([], [])
+    assert list(starts) == [0, 2, 3, 4, 5, 6, 6]
+    assert list(shared) == [512, 0, 0, 0, 0, 0]

@@ -18,6 +18,7 @@ import triton.language as tl
 from duologue.kernels import attention, cpu, ops, reference, softmax, triton_attention, triton_softmax
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
+from duologue.rollout.engine import attention as engine_attention
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 from torch import Tensor
@@ -366,3 +367,30 @@ def test_rollout_is_score_bit_for_bit() -> None:
         scored = score(model, [p + c.token_ids for p, c in zip(prompts, completions, strict=True)])
     for prompt, completion, whole in zip(prompts, completions, scored, strict=True):
         assert torch.equal(torch.tensor(completion.logprobs), whole[len(prompt) - 1 :])
+
+
+def test_decoding_ahead_with_a_shared_prefix_has_the_bits_of_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The device-side loop on these kernels, rows of a group read as one; and without the loop."""
+    monkeypatch.setattr(engine_attention, "LEAST_SHARED", 256)
+    config = ModelConfig(
+        model_type="qwen3", vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
+        head_dim=16, max_position_embeddings=640,
+    )  # fmt: skip
+    model = Decoder(config)
+    model.init_weights(0)
+    prefix = [(7 * i) % 61 for i in range(260)]
+    prompts = [[*prefix, 5], [*prefix, 9, 3], [1, 2, 3]]
+    params = [SamplingParams(max_new_tokens=3, seed=i, top_p=0.8 if i == 1 else 1.0) for i in range(3)]
+    found = []
+    for steps in (3, 1):
+        engine = Engine(model, max_step_tokens=1024, cache_tokens=4096, decode_steps=steps)
+        base = engine.open(prefix)
+        engine.prefill([base])
+        found.append(engine.generate(prompts, params))
+        assert engine.stats.shared_tokens >= 512
+    for a, b in zip(*found, strict=True):
+        assert (a.token_ids, a.logprobs, a.kept) == (b.token_ids, b.logprobs, b.kept)
+    with torch.no_grad():
+        scored = score(model, [p + c.token_ids for p, c in zip(prompts, found[0], strict=True)])
+    for i in (0, 2):  # not truncated
+        assert torch.equal(torch.tensor(found[0][i].logprobs), scored[i][len(prompts[i]) - 1 :])

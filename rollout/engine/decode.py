@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from duologue.kernels import ops
+from duologue.kernels import cpu, ops
 from duologue.model.decoder import Decoder
 from duologue.model.lora import AdapterRows
-from duologue.rollout.engine.attention import PagedAttention
+from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
 
@@ -53,6 +53,7 @@ class _Bucket:
     stops: Tensor  # [B, S] int64, -1 for none
     done: Tensor  # [B] bool
     table: Tensor  # [B, W] int32
+    groups: tuple[Tensor, Tensor] | None  # [B + 1] and [B] int32, where rows share what they begin with
     cu_seqlens: Tensor  # [B + 1] int32
     turn: Tensor  # [1] int64: the step's number
     out: dict[str, Tensor] = field(default_factory=dict)  # [k, B]: token, logprob, entropy, n_kept; kept [k, B, M]
@@ -71,7 +72,7 @@ class DecodeLoop:
         self.device, self.page_size = model.head_weight.device, 0
         self.kv: Tensor | None = None
         self._address = 0
-        self._buckets: dict[tuple[int, int, bool, int], _Bucket] = {}
+        self._buckets: dict[tuple[int, int, bool, int, bool], _Bucket] = {}
         self._memory: Any = None  # one pool for all graphs: they never run at the same time
 
     def use(self, kv: Tensor) -> None:
@@ -97,8 +98,14 @@ class DecodeLoop:
         width = max(len(r.branch.pages) for r in requests)
         width = next(w for w in (16, 64, 256, 1024, 4096, 1 << 20) if w >= width)
         width = min(width, -(-self.model.config.max_position_embeddings // self.page_size) + 1)
-        bucket = self._bucket(size, width, truncated, adapter, lora)
+        branches, groups = [r.branch for r in requests], None
+        if self.kv is not None and cpu.on_triton(self.kv):  # the C++ kernels see by themselves what rows share
+            groups = shared_groups([b.pages for b in branches], [b.n_cached for b in branches], self.page_size, size)
+        bucket = self._bucket(size, width, truncated, adapter, groups is not None, lora)
         self._fill(bucket, requests)
+        if bucket.groups is not None and groups is not None:
+            for target, source in zip(bucket.groups, groups, strict=True):
+                target.copy_(torch.from_numpy(source))
         assert bucket.step is not None
         for _ in range(steps):
             bucket.step()
@@ -111,8 +118,8 @@ class DecodeLoop:
         kept = bucket.out["kept"][:steps, :n].cpu().numpy() if n_kept.any() else None
         return Drawn(tokens, logprobs, entropies, n_kept, kept, waited)
 
-    def _bucket(self, B: int, W: int, truncated: bool, adapter: int, lora: AdapterRows) -> _Bucket:
-        key = B, W, truncated, adapter
+    def _bucket(self, B: int, W: int, truncated: bool, adapter: int, grouped: bool, lora: AdapterRows) -> _Bucket:
+        key = B, W, truncated, adapter, grouped
         if key in self._buckets:
             return self._buckets[key]
 
@@ -127,6 +134,7 @@ class DecodeLoop:
             ints={name: ints(B) for name in ("token", "position", "last", "seed")},
             floats={name: floats(B) for name in ("temperature", "top_p", "min_p")},
             top_k=ints(B).int(), stops=ints(B, STOPS), done=ints(B).bool(), table=ints(B, W).int(), turn=ints(1),
+            groups=(torch.arange(B + 1, dtype=torch.int32, device=self.device), ints(B).int()) if grouped else None,
             cu_seqlens=torch.arange(B + 1, dtype=torch.int32, device=self.device),
             out={"token": ints(k, B), "n_kept": ints(k, B), "logprob": floats(k, B), "entropy": floats(k, B),
                  "kept": ints(k, B, most).int()},
@@ -194,6 +202,7 @@ class DecodeLoop:
                 cu_seqlens=bucket.cu_seqlens,
                 context_lens=(at + 1).int(),
                 scale=model.scale,
+                groups=bucket.groups,
             )
             hidden = model.hidden(token, position, attention, lora)
             settings = (temperature, bucket.top_k, top_p, min_p, seed, position + 1)

@@ -11,11 +11,11 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from duologue.kernels import ops
+from duologue.kernels import cpu, ops
 from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
-from duologue.rollout.engine.attention import PagedAttention
+from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.decode import DecodeLoop, Drawn
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
@@ -171,6 +171,9 @@ class Runner:
         for branch, work in zip(branches, works, strict=True):
             ids += branch.token_ids[branch.n_cached : branch.n_cached + work.n_tokens]
         samples = np.array([w.samples for w in works], dtype=bool)
+        groups = None
+        if ends[-1] == len(works) and cpu.on_triton(self.kv):  # the C++ kernels see by themselves what rows share
+            groups = shared_groups([b.pages for b in branches], [b.n_cached for b in branches], self.page_size, len(works))
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),
@@ -178,6 +181,7 @@ class Runner:
             cu_seqlens=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
             context_lens=self._tensor((start + n).astype(np.int32)),
             scale=self.scale,
+            groups=None if groups is None else (self._tensor(groups[0]), self._tensor(groups[1])),
         )
         last = self._tensor(ends[samples] - 1)
         return self._tensor(np.array(ids)), self._tensor(position), attention, last
