@@ -496,7 +496,7 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
         other.model.embed_tokens.weight.mul_(1.1)
     engine = Engine(other, cache_tokens=16384) if who == "engine" else None
     server = Mumbler({5})
-    here.arena.speakers.server = server
+    here.arena.speakers.server = server  # type: ignore[assignment]
     here.arena.speakers.max_unscored_share = 0.5
     rng = random.Random(1)
     guests = [Guest(role=0, name="guest", engine=engine), None, Guest(role=1, name="guest", engine=engine)]
