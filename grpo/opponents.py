@@ -101,15 +101,10 @@ class Opponents:
             for role, i in zip(roles, drawn, strict=True)
         ]
 
-    def name_weights(self, version: int) -> None:
-        for engine in (self.engine, self._own):
-            if engine is not None:
-                engine.name_weights(version)
-
-    def release_memory(self) -> None:
-        for engine in (self.engine, self._own):
-            if engine is not None:
-                engine.release_memory()
+    @property
+    def engines(self) -> list[Engine]:
+        """All that play, the policy's first."""
+        return [self.engine, *([] if self._own is None else [self._own])]
 
     def score(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Metrics: the payoff table of the step, and the ratings after it."""

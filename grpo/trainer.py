@@ -123,7 +123,8 @@ class Trainer:
                 self.reference, rows, temperature=self.config.dialogue.temperature, max_tokens=self.config.train.tokens_per_microbatch
             )
         if self.config.rollout.release_memory:
-            self.opponents.release_memory()
+            for engine in self.opponents.engines:
+                engine.release_memory()
         update_began = time.monotonic()
         stats, norm, lr = self._update(rows)
         update_seconds = time.monotonic() - update_began
@@ -131,7 +132,7 @@ class Trainer:
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="selfplay") for group in groups for d in group.dialogues
         )
-        sampled = sum(len(turn.token_ids) for group in groups for d in group.dialogues for turn in d.turns)
+        sampled = sum(len(turn.logprobs or ()) for group in groups for d in group.dialogues for turn in d.turns)
         return metrics | {
             "loss": stats.loss, "entropy": stats.entropy, "clip_share": stats.clip_share, "mismatch": stats.mismatch,
             "grad_norm": norm, "lr": lr, "sampled_tokens": sampled,
@@ -142,7 +143,8 @@ class Trainer:
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(self.config.grpo.groups_per_step)]
         guests = self.opponents.guests(self._selfplay_index, self._seed("opponents"), self.reference)
-        self.opponents.name_weights(self.step)  # the same in a resumed run
+        for engine in self.opponents.engines:
+            engine.name_weights(self.step)  # the same in a resumed run
         groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"), guests=guests)
         return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
 

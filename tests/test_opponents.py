@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_deliberation
 import torch
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.cli import main
-from duologue.grpo.config import Config, load_config
+from duologue.grpo.config import Config, GrpoSection, load_config
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.opponents import Opponents, payoff_table, update_ratings
 from duologue.grpo.progress import Progress
@@ -27,9 +33,13 @@ from duologue.kernels import cpu
 from duologue.model.checkpoint import load_model
 from duologue.model.decoder import Decoder, score
 from duologue.model.lora import LoraDecoder
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.deal import DealGame
+from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View
-from duologue.rollout.selfplay.guests import messages
+from duologue.rollout.selfplay.guests import Guest, messages
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 from hypothesis import given
 from hypothesis import strategies as st
@@ -440,6 +450,87 @@ def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
     assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(tmp_path / "broken" / "dialogues.jsonl")
 
 
+# ---- dilemmas --------------------------------------------------------------------------------------------------------
+
+
+class Mumbler:
+    """A server that gives every answer after the second look, and none to what `lost` names by its number."""
+
+    last_fault = "it said nothing"
+
+    def __init__(self, lost: set[int]) -> None:
+        self.lost, self.open, self.asked = lost, [], []
+
+    def ask(self, number: int, messages: list[dict[str, str]], params: SamplingParams) -> None:
+        self.asked.append(messages)
+        self.open.append([2, number])
+
+    def answered(self, seconds: float) -> list[tuple[int, list[int] | None]]:
+        for entry in self.open:
+            entry[0] -= 1
+        found = [(n, None if n in self.lost else [40 + n % 7, 41, 42]) for left, n in self.open if left <= 0]
+        self.open = [entry for entry in self.open if entry[0] > 0]
+        return found
+
+    def close(self) -> None:
+        return
+
+
+def dilemmas(tokenizer: Tokenizer, path: Path, context: str) -> test_deliberation.Table:
+    rows = {"dilemmas": [{"id": "d1", "text": "who pays?"}], "personas": [test_deliberation.ONE], "tasks": []}
+    rows["tasks"] = [{**test_deliberation.ONE, "id": "t1", "text": "buy or not?"}]
+    for key, found in rows.items():
+        (path / f"{key}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    game = DilemmaGame(alone=False, **{key: str(path / f"{key}.jsonl") for key in rows})
+    return test_deliberation.Table(game, tokenizer, path / "ledger.sqlite", context=context)
+
+
+@pytest.mark.parametrize("context", ["full", "last_2"])
+@pytest.mark.parametrize("who", ["engine", "server"])
+def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
+    tiny_tokenizer: Tokenizer, tmp_path: Path, context: str, who: str
+) -> None:
+    here = dilemmas(tiny_tokenizer, tmp_path, context)
+    other = test_deliberation.decoder(tiny_tokenizer)
+    with torch.no_grad():
+        other.model.embed_tokens.weight.mul_(1.1)
+    engine = Engine(other, cache_tokens=16384) if who == "engine" else None
+    server = Mumbler({5})
+    here.arena.speakers.server = server  # type: ignore[assignment]
+    here.arena.speakers.max_unscored_share = 0.5
+    rng = random.Random(1)
+    guests = [Guest(role=0, name="guest", engine=engine), None, Guest(role=1, name="guest", engine=engine)]
+    groups = here.arena.play([here.game.sample(rng, "train") for _ in range(3)], group_size=4, seed=5, guests=guests)
+    here.judge.settle([d for group in groups for d in group.dialogues])
+    assert not here.engine._branches
+    assert engine is None or not engine._branches
+    finals = 0
+    for group, guest in zip(groups, guests, strict=True):
+        for d in group.dialogues:
+            assert d.players == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[guest and guest.role]
+            own = [i for i in (0, 1) if d.players[i] == POLICY]
+            finals += sum(turn.kind == "final" for turn in d.turns)
+            assert all(turn.role == own[0] for turn in d.turns if turn.kind == "final")
+            for role in (0, 1):
+                views = [view for view, of in zip(d.views, d.view_roles, strict=True) if of == role]
+                marked = [t for v in views for t, kind in zip(v.token_ids, v.kinds, strict=True) if kind]
+                spoken = [t for turn in d.turns if turn.role == role for t in turn.token_ids]
+                assert sorted(marked) == (sorted(spoken) if role in own else [])
+                assert all((turn.logprobs is None) == (who == "server" and role not in own) for turn in d.turns if turn.role == role)
+    assert finals > 0
+    unscored = [d for group in groups for d in group.dialogues if d.outcome is not None and d.outcome.failure == "unscored"]
+    assert len(unscored) == (who == "server")
+    rows, stats = grpo_rows(groups, GrpoSection(), RunningBaseline())
+    every = [d for group in groups for d in group.dialogues]
+    assert all(every[row.dialogue_id].players[row.role] == POLICY for row in rows)
+    assert stats["unscored"] == len(unscored)
+    if who == "server":
+        shared = [talk[0]["content"] for talk in server.asked]
+        assert all("who pays?" in text and ("Ada" in text or "Bo" in text) for text in shared)
+        longest = max(len(talk) for talk in server.asked)
+        assert longest > 3 if context == "full" else longest <= 3
+
+
 # ---- resume ----------------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +562,27 @@ def test_resume_is_exact(start: Path, tmp_path: Path, lora: bool, kind: str, eve
     assert lines(tmp_path / "whole") == lines(tmp_path / "run")
     assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(tmp_path / "run" / "dialogues.jsonl")
     assert kept(tmp_path / "whole") == kept(tmp_path / "run")
+
+
+def test_kill_9_and_resume_is_exact(start: Path, tmp_path: Path) -> None:
+    """The command, killed in self-play between two snapshots and after the last checkpoint."""
+    words = ["opponent.kind=pool", "opponent.pool_every=2", "opponent.pool_size=2", "train.save_every=3"]
+    command = ["train", "deal", *overrides(start, True, *words), "--run-dir"]
+    assert main([*command, str(tmp_path / "whole")]) == 0
+    path = tmp_path / "run"
+    code = "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
+    process = subprocess.Popen([sys.executable, "-c", code, *command, str(path)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(read_lines(path / "metrics.jsonl")) < 4 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    assert process.poll() is None
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert main([*command, str(path), "--resume"]) == 0
+    assert lines(tmp_path / "whole") == lines(path)
+    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(path / "dialogues.jsonl")
+    assert kept(tmp_path / "whole") == kept(path)
 
 
 def kept(path: Path) -> list[str]:

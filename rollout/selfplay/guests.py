@@ -7,11 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
 from duologue.rollout.selfplay.dialogue import POLICY, Turn
+
+if TYPE_CHECKING:
+    from duologue.rollout.selfplay.remote import Remote
 
 Message = dict[str, str]
 T = TypeVar("T")
@@ -27,26 +30,12 @@ class Guest:
     adapter: int = 0
 
 
-class Server(Protocol):
-    """Someone behind the network, who is sent the texts and whose answer comes back as ids; None for no answer."""
-
-    last_fault: str
-
-    def ask(self, number: int, messages: list[Message], params: SamplingParams) -> None: ...
-
-    def answered(self, seconds: float) -> list[tuple[int, list[int] | None]]:
-        """What has arrived; when nothing has, wait that long."""
-        ...
-
-    def close(self) -> None: ...
-
-
 class Speakers(Generic[T]):
     """Asks whoever has a side for the next words, and gives them back under the tag that they were asked for with."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine  # the policy's
-        self.server: Server | None = None
+        self.server: Remote | None = None
         self.max_unscored_share = 0.1
         self._requests: dict[Request, T] = {}
         self._remote: dict[int, T] = {}
@@ -88,9 +77,8 @@ class Speakers(Generic[T]):
         """One step of every engine at work, and what the server has answered; None is no answer. Waits a little for the server
         when there is nothing else to do."""
         found: list[tuple[T, Completion | None]] = []
-        engines = dict.fromkeys(r.branch.engine for r in self._requests)
-        for engine in engines:
-            assert engine is not None
+        engines = list(dict.fromkeys(request.branch.engine for request in self._requests))
+        for engine in filter(None, engines):
             found += [(self._requests.pop(request), request.completion) for request in engine.step()]
         if self._remote:
             assert self.server is not None

@@ -29,7 +29,7 @@ class ChatEndpoint(Endpoint):
 
 
 class Remote:
-    """The `Server` of guests.py."""
+    """Sends texts and gives the answers back as ids, under the numbers of what was asked; None is no answer."""
 
     def __init__(self, endpoint: ChatEndpoint, ledger: Ledger, tokenizer: Tokenizer) -> None:
         self.last_fault = ""
@@ -56,6 +56,7 @@ class Remote:
         self._endpoint.ask(Ask(kind="turn", text=text, check=str, done=done))
 
     def answered(self, seconds: float) -> list[tuple[int, list[int] | None]]:
+        """What has arrived; when nothing has, wait that long."""
         found: list[tuple[int, list[int] | None]] = []
         with suppress(queue.Empty):
             while True:
