@@ -1,6 +1,7 @@
 """Two-persona dialogues on the engine beside a plain transformers loop, and what turns, groups and context cost.
 
     python bench/dialogues.py [--only ours] [--json] [--save] [--turns 6] [--tokens 48] [--groups 1]
+    python bench/dialogues.py --device cuda --model 0.6B --only ours --groups 16
 
 A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which the sides alternate; G = 8
 dialogues per scenario. Ours keeps both sides' KV between turns and computes the scenario once for all. The loop feeds each turn's whole
@@ -27,6 +28,7 @@ from duologue.rollout.engine.sequence import Branch, SamplingParams
 
 from bench.common import append_rows
 from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint
+from bench.workload import QWEN3, qwen3
 
 PRIVATE = 16
 
@@ -68,13 +70,13 @@ def play(engine: Engine, opening: list[tuple[list[int], list[int]]], G: int, tur
 def loop(theirs: Any, opening: list[tuple[list[int], list[int]]], G: int, turns: int, tokens: int) -> int:
     views = [torch.tensor([ids[side] for ids in opening for _ in range(G)]) for side in range(2)]
     for turn in range(turns):
-        ids = views[turn % 2]
+        ids = views[turn % 2].to(theirs.device)
         with torch.no_grad():
             out = theirs.generate(
                 ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
                 pad_token_id=0, eos_token_id=None,
             )  # fmt: skip
-        said = out[:, ids.shape[1] :]
+        said = out[:, ids.shape[1] :].cpu()
         views = [torch.cat((view, said), 1) for view in views]
     return len(views[0]) * turns * tokens
 
@@ -90,7 +92,8 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
     if args.only is None:
         runs["transformers"] = lambda: loop(theirs, opening, 8, args.turns, args.tokens)
     rates = alternate(runs, args.repeats)
-    row: dict[str, Any] = {"case": "dialogues", "groups": args.groups, "G": 8, "turns": args.turns, "tokens": args.tokens}
+    row: dict[str, Any] = {"case": "dialogues", "model": args.model, "groups": args.groups, "G": 8, "turns": args.turns}
+    row["tokens"] = args.tokens
     row |= {f"{side}_tokens_per_s": round(found[len(found) // 2], 1) for side, found in rates.items()}
     if "transformers" in rates:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
@@ -128,11 +131,18 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--groups", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--model", choices=["4.2M", *QWEN3], default="4.2M", help="Qwen3's shapes with --only ours")
     args = parser.parse_args()
-    shape = {**SHAPES["4.2M"]}
-    with tempfile.TemporaryDirectory() as folder:
-        theirs = make_checkpoint(shape, Path(folder), max_positions=4096)
-        model = load_ours(shape, Path(folder), "cpu")
+    theirs = None
+    if args.model in QWEN3:
+        if args.only is None:
+            parser.error(f"--model {args.model}: its weights are made here, without transformers; add --only ours")
+        model = qwen3(args.model, args.device)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            theirs = make_checkpoint(SHAPES[args.model], Path(folder), max_positions=4096).to(args.device)
+            model = load_ours(SHAPES[args.model], Path(folder), args.device)
     compared, grown = compare(model, theirs, args), costs(model, args)
     if not args.json:
         for row in (compared, *grown):
