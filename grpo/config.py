@@ -152,7 +152,7 @@ class JudgeSection:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutSection:
     page_size: int = 16
-    cache_tokens: int = 65_536  # 0: 85 % of the GPU memory that is free when the engine is made (65,536 on cpu)
+    cache_tokens: int = 65_536  # 0: 85 % of the GPU memory that is free when the engine is made, given back during updates
     max_batch: int = 256
     exact: bool = True
     release_memory: bool = False  # give the KV pool's memory back during each update

@@ -122,7 +122,7 @@ class Trainer:
             metrics["kl_start"] = kl_to_reference(
                 self.reference, rows, temperature=self.config.dialogue.temperature, max_tokens=self.config.train.tokens_per_microbatch
             )
-        if self.config.rollout.release_memory:
+        if self.config.rollout.release_memory or not self.config.rollout.cache_tokens:
             for engine in self.opponents.engines:
                 engine.release_memory()
         update_began = time.monotonic()

@@ -247,12 +247,12 @@ def linear_sample(
     """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`, and of the logits only
     tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens.
 
-    On CUDA logits are stored, unless `exact` is False and `whole` says that no row is truncated (top_k, top_p and min_p are not
-    looked at then): one pass over the weight, with log-probs that agree up to rounding."""
+    `whole` says that no row is truncated: top_k, top_p and min_p are not looked at, and CUDA need not wait for the number of kept
+    ids. Then, unless `exact`, no logits are stored there: one pass over the weight, with log-probs that agree up to rounding."""
     settings = (temperature, top_k, top_p, min_p, seed, position)
     sparse.check_head("linear_sample", hidden, weight, bias, softcap)
-    if whole and not exact and cpu.on_triton(hidden):
-        return sparse.linear_sample_whole(hidden, weight, bias, settings, softcap or 0.0)
+    if whole and cpu.on_triton(hidden):
+        return sparse.linear_sample_whole(hidden, weight, bias, settings, softcap or 0.0, exact)
     if not cpu.serves(hidden) or torch.compiler.is_compiling():
         return sample(head(hidden, weight, bias, softcap, exact), *settings)
     return sparse.linear_sample(hidden, weight, bias, settings, softcap or 0.0)

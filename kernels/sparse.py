@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import softmax
-from duologue.kernels.cpu import DTYPES, check, lib, pointers, triton
+from duologue.kernels.cpu import DTYPES, check, lib, linear, pointers, triton
 from torch import Tensor
 
 
@@ -114,10 +114,16 @@ def linear_sample(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings:
 
 
 def linear_sample_whole(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float, exact: bool
 ) -> softmax.Drawn:
-    """On Triton, no row truncated: logits are not stored."""
+    """On Triton, no row truncated: launches alone, nothing that waits. Logits are stored if `exact`."""
     hidden, weight, bias = _contiguous(hidden, weight, bias)
-    heat, _, _, _, seed, position = softmax.check_settings("linear_sample", settings, len(hidden), hidden.device.type)
+    heat, top_k, top_p, min_p, seed, position = softmax.check_settings("linear_sample", settings, len(hidden), hidden.device.type)
+    none = seed.new_empty(0, dtype=torch.int32), seed.new_zeros(len(hidden) + 1)
+    if exact:
+        logits = linear(hidden, weight, bias, torch.float32)
+        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+        off = (heat, torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p), seed, position)
+        return *softmax.sample_bounded(logits, off, 1)[:3], *none
     found: tuple[Tensor, Tensor, Tensor] = triton("head").linear_sample(hidden, weight, bias, heat, seed, position, softcap)
-    return *found, seed.new_empty(0, dtype=torch.int32), seed.new_zeros(len(hidden) + 1)
+    return *found, *none
