@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -27,6 +28,10 @@ from test_collective import PAIRS, TASKS, checkpoint_dir
 
 __all__ = ["checkpoint_dir"]
 COMMAND = [sys.executable, "-c", "import sys; from duologue.grpo.cli import main; sys.exit(main())", "play"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 Said = Callable[..., str]
 
 
@@ -140,10 +145,12 @@ def dilemma(tmp_path: Path) -> list[str]:
 
 @pytest.mark.parametrize("context", ["full", "last_2"])
 def test_the_policy_hears_a_dilemma_as_in_training(
-    context: str, checkpoint_dir: Path, person: Said, dilemma: list[str], monkeypatch: pytest.MonkeyPatch
+    context: str, checkpoint_dir: Path, person: Said, dilemma: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     contexts: list[str] = []
-    tokenizer, opened = Tokenizer.from_dir(checkpoint_dir), Engine.open
+    folder = shutil.copytree(checkpoint_dir, tmp_path / "plain")
+    (folder / "chat_template.jinja").write_text(CHATML)  # Qwen3's own drops thoughts from what went before
+    tokenizer, opened = Tokenizer.from_dir(folder), Engine.open
 
     def spy(engine: Engine, token_ids: list[int]) -> object:
         contexts.append(tokenizer.decode(token_ids))
@@ -151,7 +158,7 @@ def test_the_policy_hears_a_dilemma_as_in_training(
 
     monkeypatch.setattr(Engine, "open", spy)
     settings = ["dialogue.first_speaker=first", f"dialogue.context={context}", "dialogue.max_rounds=3"]
-    shown = person(["I would mend it.", "x " * 9000, "Halve the cost.", "We agree."], checkpoint_dir, *dilemma, *settings)
+    shown = person(["I would mend it.", "x " * 9000, "Halve the cost.", "We agree."], folder, *dilemma, *settings)
     assert shown.count("too long for this policy") == 1
     *_, second, third, final = contexts
     assert len(contexts) == 4
