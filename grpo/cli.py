@@ -1,4 +1,4 @@
-"""The `duologue` command: train, eval, report, doctor.
+"""The `duologue` command: train, eval, play, report, data, export, doctor.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes on). An
 error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the traceback too.
@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     play.add_argument("--game", metavar="RECIPE", help="the recipe or TOML file that names it (default: that of the checkpoint's run)")
     play.add_argument("--side", choices=("first", "second"), default="first", help="yours")
     play.add_argument("--seed", type=int, default=0, help="of the scenario and of what the policy says")
+    play.add_argument("--temperature", type=float, help="of the policy's words, 0 for the likeliest (default: dialogue.temperature)")
     export = commands.add_parser("export", help="write a checkpoint of a run for other programs")
     export.add_argument("source", type=Path, help="a checkpoint, or a run directory for its last one")
     export.add_argument("out", type=Path, help="a new folder")

@@ -8,13 +8,14 @@ from pathlib import Path
 from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
 from duologue.model.files import write_folder
 from duologue.model.lora import LoraDecoder, merged
+from safetensors import SafetensorError
 
 
 def find_checkpoint(path: Path) -> Path:
     """The folder itself when it is a checkpoint, or the last one of a run directory."""
     if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
         return path
-    steps = sorted((path / "checkpoints").glob("step_*"))
+    steps = sorted((path / "checkpoints").glob("step_*"), key=lambda step: (len(step.name), step.name))
     if not steps:
         raise ValueError(f"{path} is neither a checkpoint (it has no config.json) nor a run directory with checkpoints")
     return steps[-1]
@@ -30,9 +31,13 @@ def run(options: argparse.Namespace) -> int:
     if isinstance(model, LoraDecoder):
         what = "adapter, merged into its base" if options.merge else f"adapter of {model.adapter.settings.base}"
         model = merged(model) if options.merge else model
-    elif options.merge:
-        raise ValueError(f"--merge: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0")
-    write_folder(out, lambda folder: write_checkpoint(model, tokenizer, folder))
+    elif options.merge or options.base:
+        option = "--merge" if options.merge else "--base"
+        raise ValueError(f"{option}: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0")
+    try:
+        write_folder(out, lambda folder: write_checkpoint(model, tokenizer, folder))
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(f"{out} could not be written: {error}") from error
     size = sum(file.stat().st_size for file in out.rglob("*"))
     print(f"{out}: {what} of {source}, {size / 2**20:,.1f} MiB")
     return 0

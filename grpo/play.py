@@ -40,7 +40,11 @@ class Terminal:
         self.console = console or Console(highlight=False, markup=False)
 
     def say(self, text: str, style: str = "") -> None:
+        text = "".join(c for c in text if c.isprintable() or c == "\n")  # a policy can sample an escape sequence
         self.console.print(text, style=style, soft_wrap=True)
+
+    def too_long(self, room: int) -> None:
+        self.say(f"That is too long for this policy, whose context holds {room} tokens. Say it shorter, or /done.")
 
     def read(self, prompt: str) -> str:
         while True:
@@ -62,6 +66,7 @@ class Terminal:
 
 def run(options: argparse.Namespace, overrides: list[str]) -> int:
     config = load_config(str(find_recipe(options)), overrides)
+    rules = rules_of(config, options.temperature)
     use_threads(config)
     game = build_game(config)
     policy = load_policy(options.checkpoint, config)
@@ -74,8 +79,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     terminal.say(f"Told to you alone: {private.strip()}" if not scenario.shared_text else terminal.private)
     try:
         if isinstance(game, DilemmaGame):
-            return talk(engine, policy[1], game, config, scenario, side, options.seed, terminal)
-        return negotiate(engine, policy[1], game, config, scenario, side, options.seed, terminal)
+            return talk(engine, policy[1], game, rules, config.dialogue.context, scenario, side, options.seed, terminal)
+        return negotiate(engine, policy[1], game, rules, scenario, side, options.seed, terminal)
     except Quit:
         terminal.say("You left; nothing is agreed.")
         return 0
@@ -91,16 +96,26 @@ def find_recipe(options: argparse.Namespace) -> str | Path:
     raise ValueError(f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, for example deal")
 
 
-def rules_of(config: Config) -> Rules:
-    return Rules(**{field.name: getattr(config.dialogue, field.name) for field in dataclasses.fields(Rules)})
+def rules_of(config: Config, temperature: float | None) -> Rules:
+    """Those of training; `temperature`, if given, is that of both talk and selection, 0 for the likeliest words."""
+    rules = Rules(**{field.name: getattr(config.dialogue, field.name) for field in dataclasses.fields(Rules)})
+    if temperature is None:
+        return rules
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"--temperature = {temperature}: accepted is a finite number from 0")
+    return dataclasses.replace(rules, temperature=temperature, final_temperature=-1.0)
+
+
+def room(engine: Engine) -> int:
+    """Tokens that one context can hold."""
+    return min(engine.model.config.max_position_embeddings, engine.pool.n_pages * engine.pool.page_size)
 
 
 def negotiate(
-    engine: Engine, tokenizer: Tokenizer, game: Game, config: Config, scenario: Scenario, side: int, seed: int, terminal: Terminal
+    engine: Engine, tokenizer: Tokenizer, game: Game, rules: Rules, scenario: Scenario, side: int, seed: int, terminal: Terminal
 ) -> int:
     """A game with rules: talk until somebody closes, then both state their selection."""
-    arena = Arena(engine, tokenizer, game, rules_of(config))
-    limit = engine.model.config.max_position_embeddings
+    arena = Arena(engine, tokenizer, game, rules)
     transcript = Transcript(tokenizer.chat, arena.private_ids(scenario))
     branch = engine.open(())
 
@@ -119,16 +134,16 @@ def negotiate(
         transcript.say(side, tokenizer.encode(text), None, kind, text)
         return text
 
-    speaker, closed = random.Random(derive_seed(seed, "first")).randrange(2), False
+    speaker, closed = rules.opener(seed, 0, 0), False
     terminal.say(f"To close the talk, end what you say with {game.close}; then both state a selection: {game.selection_form}.")
-    while not closed and len(transcript.turns) < 2 * arena.rules.max_rounds:
+    while not closed and len(transcript.turns) < 2 * rules.max_rounds:
         if speaker != side:
             closed = game.closes(policy_says(UTTERANCE))
         else:
             words = terminal.read("you")
-            rest = arena.rules.max_tokens_per_turn + arena.rules.max_tokens_final + FRAMES
-            if len(transcript.views[1 - side].token_ids) + len(tokenizer.encode(words)) + rest > limit:
-                terminal.say(f"That is too long for this policy, whose context holds {limit} tokens. Say it shorter.")
+            rest = rules.max_tokens_per_turn + rules.max_tokens_final + FRAMES
+            if words and len(transcript.views[1 - side].token_ids) + len(tokenizer.encode(words)) + rest > room(engine):
+                terminal.too_long(room(engine))
                 continue
             closed = game.closes(person_says(words or game.close, UTTERANCE))
         speaker = 1 - speaker
@@ -156,17 +171,22 @@ def select(game: Game, scenario: Scenario, terminal: Terminal) -> str:
 
 
 def talk(
-    engine: Engine, tokenizer: Tokenizer, game: DilemmaGame, config: Config, scenario: Scenario, side: int, seed: int,
-    terminal: Terminal,
+    engine: Engine, tokenizer: Tokenizer, game: DilemmaGame, rules: Rules, context: str, scenario: Scenario, side: int,
+    seed: int, terminal: Terminal,
 ) -> int:  # fmt: skip
     """A dilemma: both speak in turn, and at the end the policy writes the resolution. Nobody scores it."""
     if game.alone:
         raise ValueError("--game: with dilemma_alone the policy answers alone, accepted is a game of two, e.g. collective-agency")
-    arena = Deliberation(engine, tokenizer, game, TalkRules(**dataclasses.asdict(rules_of(config)), context="last_2"), None)
+    arena = Deliberation(engine, tokenizer, game, TalkRules(**dataclasses.asdict(rules), context=context), None)
     turns: list[Turn] = []
+    first = rules.opener(seed, 0, 0)
+    rest = max(rules.max_tokens_per_turn, rules.max_tokens_final) + rules.max_tokens_per_turn + FRAMES
+
+    def heard() -> list[Turn]:
+        return turns if arena.grows else turns[-2:]
 
     def policy_says(kind: int) -> str:
-        view = arena.final_view(scenario, turns) if kind == FINAL else arena.recent_view(scenario, 1 - side, turns[-2:])
+        view = arena.final_view(scenario, turns) if kind == FINAL else arena.recent_view(scenario, 1 - side, heard())
         branch = engine.open(view.token_ids)
         found = branch.generate(arena.rules.sampling(kind, derive_seed(seed, len(turns)), tuple(arena.chat.stop_token_ids)))
         branch.close()
@@ -174,13 +194,17 @@ def talk(
         turns.append(Turn(role=1 - side, kind=KINDS[kind], text=text, token_ids=found.token_ids, logprobs=found.logprobs))
         return text
 
-    while len(turns) < 2 * arena.rules.max_rounds:
-        if len(turns) % 2 != side:
+    while len(turns) < 2 * rules.max_rounds:
+        if (first + len(turns)) % 2 != side:
             terminal.say(f"{scenario.personas[1 - side].name}> {policy_says(UTTERANCE)}", "cyan")
             continue
         words = terminal.read(scenario.personas[side].name)
         if not words:
             break
         turns.append(Turn(role=side, kind="utterance", text=words, token_ids=tokenizer.encode(words), logprobs=None))
+        views = arena.final_view(scenario, turns), arena.recent_view(scenario, 1 - side, heard())
+        if max(len(view.token_ids) for view in views) + rest > room(engine):
+            turns.pop()
+            terminal.too_long(room(engine))
     terminal.say(f"The resolution, as the policy writes it:\n{policy_says(FINAL)}", "bold")
     return 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +91,8 @@ def test_mistakes_are_named_and_nothing_is_touched(
         ([base, full], "not empty; accepted is a new folder"),
         ([base, full / "mine.txt"], "not empty; accepted is a new folder"),
         ([tmp_path / "nothing", out], "neither a checkpoint"),
-        ([base, out, "--merge"], "has no adapter"),
+        ([base, out, "--merge"], "--merge: "),
+        ([base, out, "--base", base], "--base: "),
         ([base, out, "--dtype", "int8"], "int8"),
         ([moved, out], "which is no checkpoint here"),
     ):
@@ -98,3 +102,23 @@ def test_mistakes_are_named_and_nothing_is_touched(
     assert (full / "mine.txt").read_text() == "mine"
     assert main(["export", str(moved), str(out), "--base", str(base)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "moved", "new"]
+
+
+def test_the_last_checkpoint_is_the_one_of_most_steps(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in ("step_999999", "step_1000000"):
+        shutil.copytree(base, tmp_path / "run" / "checkpoints" / step)
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert "step_1000000" in capsys.readouterr().out
+
+
+def test_a_disk_without_room_leaves_nothing(base: Path, tmp_path: Path) -> None:
+    code = (
+        "import resource, sys; from duologue.grpo.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); sys.exit(main(sys.argv[1:]))"
+    )
+    words = ["export", str(base), str(tmp_path / "out"), "--dtype", "float32"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "too large" in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -17,6 +18,9 @@ from pathlib import Path
 
 import pytest
 from duologue.grpo.cli import main
+from duologue.grpo.play import Terminal
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.selfplay.arena import derive_seed
 from test_cli import TINY
@@ -24,6 +28,10 @@ from test_collective import PAIRS, TASKS, checkpoint_dir
 
 __all__ = ["checkpoint_dir"]
 COMMAND = [sys.executable, "-c", "import sys; from duologue.grpo.cli import main; sys.exit(main())", "play"]
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 Said = Callable[..., str]
 
 
@@ -94,14 +102,75 @@ def test_other_games_and_bad_input(checkpoint: Path, person: Said, tmp_path: Pat
         assert message in capsys.readouterr().err
 
 
-def test_a_dilemma_is_talked_over_and_resolved(checkpoint_dir: Path, person: Said, tmp_path: Path) -> None:
+def test_the_temperature_of_the_policy(checkpoint: Path, person: Said, capsys: pytest.CaptureFixture[str]) -> None:
+    lines, fixed = ["hello", "and now?"], ["dialogue.first_speaker=alternate", "--seed", "5"]
+    greedy, nearly, warm = (
+        person(lines, checkpoint, *fixed, *more) for more in (["--temperature", "0"], ["dialogue.temperature=1e-6"], [])
+    )
+    assert "policy> " in greedy
+    assert greedy == nearly != warm
+    for bad in ("-1", "nan", "inf"):
+        assert main(["play", str(checkpoint), "--temperature", bad]) == 2
+        assert "accepted is a finite number from 0" in capsys.readouterr().err
+
+
+def test_who_speaks_first_is_as_in_training(checkpoint: Path, person: Said) -> None:
+    for seed in range(3):
+        for side in ("first", "second"):
+            shown = person(["/quit"], checkpoint, "dialogue.first_speaker=first", "--side", side, "--seed", seed)
+            assert ("policy> " in shown) == (side == "second")
+
+
+def test_with_a_full_context_the_talk_can_still_be_closed(checkpoint: Path, person: Said) -> None:
+    words = ["so " * n for n in (200, 100, 50, 25, 12, 6)] * 3
+    shown = person([*words, "/done", "book 0 hat 0 ball 0"], checkpoint, "dialogue.max_rounds=9")
+    assert shown.count("too long") > 6
+    assert "you score" in shown
+
+
+def test_escape_sequences_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Terminal("").say("a\x1b[2J\x07\nb\x9bc")
+    assert capsys.readouterr().out == "a[2J\nbc\n"
+
+
+@pytest.fixture
+def dilemma(tmp_path: Path) -> list[str]:
     files = []
     for key, rows in (("dilemmas", TASKS), ("personas", PAIRS), ("tasks", TASKS)):
         (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         files.append(f"game.{key}={tmp_path / key}.jsonl")
-    limits = ["dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=9", "rollout.cache_tokens=16384"]
+    return ["--game", "collective-agency", *files,
+            "dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=9", "rollout.cache_tokens=16384"]  # fmt: skip
+
+
+@pytest.mark.parametrize("context", ["full", "last_2"])
+def test_the_policy_hears_a_dilemma_as_in_training(
+    context: str, checkpoint_dir: Path, person: Said, dilemma: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts: list[str] = []
+    folder = shutil.copytree(checkpoint_dir, tmp_path / "plain")
+    (folder / "chat_template.jinja").write_text(CHATML)  # Qwen3's own drops thoughts from what went before
+    tokenizer, opened = Tokenizer.from_dir(folder), Engine.open
+
+    def spy(engine: Engine, token_ids: list[int]) -> object:
+        contexts.append(tokenizer.decode(token_ids))
+        return opened(engine, token_ids)
+
+    monkeypatch.setattr(Engine, "open", spy)
+    settings = ["dialogue.first_speaker=first", f"dialogue.context={context}", "dialogue.max_rounds=3"]
+    shown = person(["I would mend it.", "x " * 9000, "Halve the cost.", "We agree."], folder, *dilemma, *settings)
+    assert shown.count("too long for this policy") == 1
+    *_, second, third, final = contexts
+    assert len(contexts) == 4
+    assert "I would mend it." in final
+    assert ("I would mend it." in second, "I would mend it." in third) == ((True, True) if context == "full" else (False, False))
+    assert "Halve the cost." in third or context == "last_2"
+    assert "We agree." in third
+
+
+def test_a_dilemma_is_talked_over_and_resolved(checkpoint_dir: Path, person: Said, dilemma: list[str]) -> None:
     lines = ["I would mend it.", "Then let us halve the cost.", "/done"]
-    shown = person(lines, checkpoint_dir, "--game", "collective-agency", *files, *limits)
+    shown = person(lines, checkpoint_dir, *dilemma)
     task = next(row for row in TASKS if str(row["text"]) in shown)
     assert f"{task['second']['name']}> " in shown
     assert "The resolution, as the policy writes it:" in shown
