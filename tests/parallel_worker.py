@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -53,7 +54,10 @@ def main() -> None:
     grads = {name.removeprefix("module."): p.grad for name, p in policy.named_parameters()}
     whole = {name: g if mode == "ddp" else g.full_tensor() for name, g in grads.items() if g is not None}
     torch.save(whole, folder / f"grads{rank}.pt")
-    dist.destroy_process_group()
+    dist.barrier()  # the other rank has all that it waits for
+    # Without destructors: DDP's reducer ends the process group while it holds the interpreter lock, which gloo's worker
+    # thread may be waiting for to drop its last all-reduce, and then neither ever goes on (torch 2.13).
+    os._exit(0)
 
 
 if __name__ == "__main__":
