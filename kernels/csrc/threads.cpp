@@ -16,6 +16,8 @@
 
 namespace {
 
+constexpr int kSpins = 40000; // about a millisecond: longer than what Python does between two steps of a model
+
 // `ticket` holds (job number, tasks left): a thread claims a task by lowering it, and nothing can be claimed between jobs, when
 // the fields change. The caller waits for claimed tasks only, never for a worker that has not come: on a busy machine it works
 // alone.
@@ -47,7 +49,7 @@ struct Pool {
   }
   void loop() {
     for (;;) {
-      for (int spin = 0; spin < 4000 && idle() && !quit; ++spin) PAUSE();
+      for (int spin = 0; spin < kSpins && idle() && !quit; ++spin) PAUSE();
       if (idle() && !quit) {
         std::unique_lock<std::mutex> lock(mutex);
         sleepers.fetch_add(1);
