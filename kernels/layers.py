@@ -9,11 +9,13 @@ Shapes: T tokens, S sequences, L layers, H hidden, I intermediate, Hq/Hk query a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
+from itertools import accumulate
 
 import torch
-from duologue.kernels.cpu import DTYPES, check, lib
+from duologue.kernels.cpu import DTYPES, check, lib, pointers
+from duologue.kernels.softmax import Settings, check_settings
 from torch import Tensor
 
 
@@ -71,23 +73,57 @@ class PagedDecoder:
         self._n_layers, self._sizes = len(layers), (H, I, Q // D, G // D, D)
 
     def __call__(
-        self,
-        token_ids: Tensor,
-        wanted: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        kv: Tensor,
-        slots: Tensor,
-        block_table: Tensor,
-        cu_seqlens: Tensor,
-        context_lens: Tensor,
-    ) -> Tensor:
+        self, token_ids: Tensor, wanted: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv: Tensor, slots: Tensor,
+        block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
+    ) -> Tensor:  # fmt: skip
         """token_ids [T] int64 -> the final norm's output [N, H] of the rows wanted [N] int64, which rise.
 
         cos, sin [max_position, D / 2] fp32, positions and slots [T] int64, kv [L, 2, P, B, Hk, D] (written at the slots),
         block_table [S, max_pages], cu_seqlens [S + 1] and context_lens [S] int32 as for `ops.paged_attention`.
         """
+        out = torch.empty((len(wanted), self._sizes[0]), dtype=self._dtype)
+        arrays = (out, token_ids, wanted, cos, sin, positions, slots, block_table, cu_seqlens, context_lens)
+        sizes, weights = self._check(arrays, kv), self._pointers(kv)
+        if lib().decoder(*self._addresses(weights, arrays, sizes)):
+            raise self._refusal(arrays, kv)
+        return out
+
+    def decode(
+        self, weight: Tensor, settings: Settings, token_ids: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, block_table: Tensor,
+        stops: Sequence[Collection[int]], steps: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        """Up to `steps` tokens for each of N sequences that lack the KV of one token each, drawn from the logits of `weight` [V, H].
+
+        As many calls of this decoder and `ops.linear_sample`, without a look in between. token_ids [N] int64 are the tokens to
+        compute; `settings` are those of `ops.sample`, whose `position`, the index of the token to draw, says what came before.
+        block_table [N, max_pages] reaches as far as the steps. Ends after a step in which some sequence drew one of its `stops`.
+
+        Returns tokens [k, N] int64, log-probs and entropies [k, N] fp32, the sizes of the supports [k, N] int64 (0: all tokens) and
+        their ids, one after the other, int32.
+        """
+        N = len(token_ids)
+        check("PagedDecoder.decode", "weight", weight, (len(self._embedding), self._sizes[0]), self._dtype)
+        *heat, position = check_settings("PagedDecoder.decode", settings, N, "cpu")
+        weight, token_ids, position, rows = weight.contiguous(), token_ids.clone(), position.clone(), torch.arange(N)
+        at, slots, lens = position - 1, torch.zeros_like(position), position.to(torch.int32)
+        hidden, cu_seqlens = torch.empty((N, self._sizes[0]), dtype=self._dtype), torch.arange(N + 1, dtype=torch.int32)
+        arrays = (hidden, token_ids, rows, cos, sin, at, slots, block_table, cu_seqlens, lens)
+        sizes, weights = self._check(arrays, kv), self._pointers(kv)
+        ids = torch.tensor([token for row in stops for token in row], dtype=torch.int64)
+        ends = torch.tensor([0, *accumulate(map(len, stops))])
+        token, counts, stash = (torch.zeros((steps, N), dtype=torch.int64) for _ in range(3))
+        logprob, entropy = (torch.empty((steps, N), dtype=torch.float32) for _ in range(2))
+        given = pointers(weight, *heat, position, token, logprob, entropy, counts, stash, ids, ends)
+        made = lib().decode(*self._addresses(weights, arrays, sizes), *given, steps)
+        if made < 0:
+            raise self._refusal(arrays, kv)
+        kept_ids = torch.empty(int(counts.sum()), dtype=torch.int32)
+        lib().take_kept(*pointers(counts, stash, kept_ids), made * N)
+        return token[:made], logprob[:made], entropy[:made], counts[:made], kept_ids
+
+    def _check(self, arrays: tuple[Tensor, ...], kv: Tensor) -> Tensor:
+        """The sizes of a call, of the tensors that it takes."""
+        _, token_ids, wanted, cos, sin, positions, slots, block_table, cu_seqlens, context_lens = arrays
         op, (H, I, Hq, Hk, D) = "PagedDecoder", self._sizes
         T, N, S, L = len(token_ids), len(wanted), len(context_lens), self._n_layers
         P, B = kv.shape[2:4]
@@ -103,17 +139,15 @@ class PagedDecoder:
                 raise ValueError(f"{op}: {name} must be contiguous")
         if B % 16:
             raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
-        bounds = (len(self._embedding), L, T, N, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos))
-        sizes, pointers, out = torch.tensor(bounds), self._pointers(kv), torch.empty((N, H), dtype=self._dtype)
-        arrays = (out, token_ids, wanted, cos, sin, positions, slots, block_table, cu_seqlens, context_lens, sizes)
-        bad = lib().decoder(
-            pointers.data_ptr(), self._embedding.data_ptr(), self._final_norm.data_ptr(), *(x.data_ptr() for x in arrays),
-            self._eps, self._scale, DTYPES[self._dtype],
-        )  # fmt: skip
-        if bad:
-            limits = f"token ids reach to {len(self._embedding) - 1}, positions to {len(cos) - 1}, slots to {P * B - 1}"
-            raise ValueError(f"{op}: {limits}, pages to {P - 1}, wanted rows rise to {T - 1}; one is not in its range")
-        return out
+        return torch.tensor((len(self._embedding), L, T, N, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos)))
+
+    def _addresses(self, weights: Tensor, arrays: tuple[Tensor, ...], sizes: Tensor) -> list[int | float]:
+        return [*pointers(weights, self._embedding, self._final_norm, *arrays, sizes), self._eps, self._scale, DTYPES[self._dtype]]
+
+    def _refusal(self, arrays: tuple[Tensor, ...], kv: Tensor) -> ValueError:
+        limits = f"token ids reach to {len(self._embedding) - 1}, positions to {len(arrays[3]) - 1}"
+        slots = f"slots to {kv.shape[2] * kv.shape[3] - 1}, pages to {kv.shape[2] - 1}"
+        return ValueError(f"PagedDecoder: {limits}, {slots}, wanted rows rise to {len(arrays[1]) - 1}; one is not in its range")
 
     def _pointers(self, kv: Tensor) -> Tensor:
         """[L, 20] int64, taken anew for each call: a parameter's storage may have been replaced."""

@@ -137,16 +137,12 @@ def grad_logits(
 
 
 @torch.library.custom_op("duologue::logprob", mutates_args=())
-def _logprob_op(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _logprob_op(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     return logprob(logits, targets, temperatures, temperature, keep_stats=True)
 
 
 @_logprob_op.register_fake
-def _(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     n = logits.shape[0]
     new = logits.new_empty
     return new(n, dtype=torch.float32), new(n, dtype=torch.float32), new((n, 2), dtype=torch.float32)
@@ -154,15 +150,9 @@ def _(
 
 @torch.library.custom_op("duologue::logprob_backward", mutates_args=())
 def _logprob_backward_op(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor,
-) -> Tensor:
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
+    grad_logprob: Tensor, grad_entropy: Tensor,
+) -> Tensor:  # fmt: skip
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
     return grad
@@ -181,9 +171,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, temperatures, entropy, stats = ctx.saved_tensors
-    grad = _logprob_backward_op(
-        logits, targets, temperatures, ctx.temperature, entropy, stats, grad_logprob, grad_entropy
-    )
+    grad = _logprob_backward_op(logits, targets, temperatures, ctx.temperature, entropy, stats, grad_logprob, grad_entropy)
     return grad, None, None, None
 
 

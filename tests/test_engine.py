@@ -310,7 +310,7 @@ def test_long_requests_are_admitted_first_and_idle_places_counted() -> None:
 
 
 def test_cancel_frees_the_place() -> None:
-    engine = Engine(make_model(), max_batch=2)
+    engine = Engine(make_model(), max_batch=2, decode_steps=1)
     requests = [engine.start(engine.open([1, 2]), SamplingParams(max_new_tokens=30)) for _ in range(3)]
     for _ in range(5):
         engine.step()

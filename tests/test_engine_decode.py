@@ -20,6 +20,15 @@ from duologue.rollout.engine.sequence import Completion, SamplingParams
 V = 307
 
 
+@pytest.fixture(params=["one call", "on the device"])
+def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """Both kinds of loop: the one for CUDA runs on CPU where the C++ kernels do not take whole layers."""
+    if request.param == "one call":
+        return decode.NativeLoop
+    monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
+    return decode.DecodeLoop
+
+
 def make_model() -> Decoder:
     config = ModelConfig(
         model_type="qwen3", vocab_size=V, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
@@ -48,12 +57,13 @@ def drawn(completions: list[Completion]) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize(("steps", "tokens"), [(2, 4096), (8, 4096), (8, 640), (33, 65_536)])
 @pytest.mark.parametrize("seed", range(3))
-def test_completions_do_not_depend_on_steps_ahead(seed: int, steps: int, tokens: int) -> None:
+def test_completions_do_not_depend_on_steps_ahead(loop: type, seed: int, steps: int, tokens: int) -> None:
     """Mixed lengths, stops, truncation and greedy rows, chunked prefill in between; a small pool preempts."""
     model = make_model()
     prompts, params = work(seed)
-    plain = Engine(model, max_batch=11, max_step_tokens=64).generate(prompts, params)
+    plain = Engine(model, max_batch=11, max_step_tokens=64, decode_steps=1).generate(prompts, params)
     ahead = Engine(model, max_batch=11, max_step_tokens=64, cache_tokens=tokens, decode_steps=steps)
+    assert isinstance(ahead._runner.loop, loop)
     assert drawn(ahead.generate(prompts, params)) == drawn(plain)
     assert ahead.pool.n_free == ahead.pool.n_pages
     assert ahead.stats.decode_tokens + ahead.stats.prefill_tokens >= sum(len(c.token_ids) for c in plain)
@@ -61,14 +71,16 @@ def test_completions_do_not_depend_on_steps_ahead(seed: int, steps: int, tokens:
 
 def test_a_support_without_room_is_drawn_by_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decode, "KEPT", 5)
+    monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
     model = make_model()
     prompts = [[1, 2, 3], [4], [5, 6]]
     params = [SamplingParams(max_new_tokens=30, seed=i, top_p=0.5) for i in range(3)]  # about half of 307 ids, never 5
     ahead = Engine(model, decode_steps=8).generate(prompts, params)
-    assert drawn(ahead) == drawn(Engine(model).generate(prompts, params))
+    assert drawn(ahead) == drawn(Engine(model, decode_steps=1).generate(prompts, params))
     assert min(min(c.kept.sizes) for c in ahead) > 5
 
 
+@pytest.mark.usefixtures("loop")
 def test_dialogues_go_on_where_a_loop_ended() -> None:
     """Turns, forks, an update in between and callbacks, on two engines that differ in nothing else."""
     found = []
@@ -94,6 +106,29 @@ def test_dialogues_go_on_where_a_loop_ended() -> None:
             b.close()
         assert engine.pool.n_free == engine.pool.n_pages
     assert found[0] == found[1]
+
+
+def test_one_call_ends_with_the_first_stop_and_says_what_is_out_of_range() -> None:
+    model = make_model()
+    params = [SamplingParams(max_new_tokens=40, seed=i) for i in range(4)]
+    plain = Engine(model, decode_steps=1).generate([[1, 2]] * 4, params)
+    stop = plain[2].token_ids[9]
+    engine = Engine(model, decode_steps=30)
+    for i in range(4):
+        engine.start(engine.open([1, 2]), SamplingParams(max_new_tokens=40, seed=i, stop_token_ids=(stop,)))
+    engine.step()  # the prompts
+    running = engine._scheduler.running
+    assert [len(r.completion.token_ids) for r in running] == [1] * 4
+    engine.step()
+    first = min(c.token_ids.index(stop) for c in plain if stop in c.token_ids)
+    assert {len(r.completion.token_ids) for r in running} == {first + 1}
+    layers, kv = engine._runner.layers, engine._runner.kv
+    assert layers is not None
+    ones, none = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+    settings = ones, none, ones, torch.zeros(1), torch.tensor([3]), torch.tensor([17])
+    table = torch.zeros(1, 1, dtype=torch.int32)  # one page, and the token is the seventeenth
+    with pytest.raises(ValueError, match="one is not in its range"):
+        layers.decode(model.head_weight, settings, torch.tensor([5]), *model.rotary_tables(torch.tensor([17])), kv, table, [()], 4)
 
 
 def test_rows_of_one_adapter_go_ahead_and_mixed_ones_do_not() -> None:

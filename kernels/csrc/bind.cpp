@@ -250,40 +250,93 @@ void uniforms(ptr seed, ptr position, ptr out, int64_t N, int64_t V) {
 }
 
 // sizes: V, L, T, N, S, H, I, Hq, Hk, D, page_size, max_pages, n_pages, max_position
+DecoderArgs decoder_args(ptr layers, ptr embedding, ptr final_norm, ptr out, ptr token_ids, ptr wanted, ptr cos, ptr sin,
+                         ptr positions, ptr slots, ptr block_table, ptr cu_seqlens, ptr context_lens, ptr sizes, float eps,
+                         float scale, int dtype) {
+  const int64_t *n = at<int64_t>(sizes);
+  return {at<LayerTensors>(layers),
+          at<void>(embedding),
+          at<void>(final_norm),
+          at<void>(out),
+          at<int64_t>(token_ids),
+          at<int64_t>(wanted),
+          at<float>(cos),
+          at<float>(sin),
+          at<int64_t>(positions),
+          at<int64_t>(slots),
+          at<int32_t>(block_table),
+          at<int32_t>(cu_seqlens),
+          at<int32_t>(context_lens),
+          n[0],
+          n[1],
+          n[2],
+          n[3],
+          n[4],
+          n[5],
+          n[6],
+          n[7],
+          n[8],
+          n[9],
+          n[10],
+          n[11],
+          n[12],
+          n[13],
+          eps,
+          scale,
+          dtype};
+}
+
 int64_t decoder(ptr layers, ptr embedding, ptr final_norm, ptr out, ptr token_ids, ptr wanted, ptr cos, ptr sin, ptr positions,
                 ptr slots, ptr block_table, ptr cu_seqlens, ptr context_lens, ptr sizes, float eps, float scale, int dtype) {
-  const int64_t *n = at<int64_t>(sizes);
-  DecoderArgs a = {at<LayerTensors>(layers),
-                   at<void>(embedding),
-                   at<void>(final_norm),
-                   at<void>(out),
-                   at<int64_t>(token_ids),
-                   at<int64_t>(wanted),
-                   at<float>(cos),
-                   at<float>(sin),
-                   at<int64_t>(positions),
-                   at<int64_t>(slots),
-                   at<int32_t>(block_table),
-                   at<int32_t>(cu_seqlens),
-                   at<int32_t>(context_lens),
-                   n[0],
-                   n[1],
-                   n[2],
-                   n[3],
-                   n[4],
-                   n[5],
-                   n[6],
-                   n[7],
-                   n[8],
-                   n[9],
-                   n[10],
-                   n[11],
-                   n[12],
-                   n[13],
-                   eps,
-                   scale,
-                   dtype};
+  const DecoderArgs a = decoder_args(layers, embedding, final_norm, out, token_ids, wanted, cos, sin, positions, slots,
+                                     block_table, cu_seqlens, context_lens, sizes, eps, scale, dtype);
   return table->decoder(&a, parallel_for, thread_count());
+}
+
+// Up to `steps` tokens for each of N sequences of one token to compute each, as many calls of `decoder` and `linear_sample`.
+// positions, slots, next and context_lens advance with it; the drawn [steps, N] and what belongs to them are written a step
+// after the other. Ends after a step in which some sequence drew one of its stops (stop_ids[stop_offsets[n]] on). Returns the
+// steps made, or -1 when something is out of range.
+int64_t decode_steps(const DecoderArgs &a, const HeadArgs &head, LogprobArgs draw, int64_t *slots, int64_t *positions,
+                     int64_t *next, int64_t *token_ids, int32_t *context_lens, const int64_t *stop_ids,
+                     const int64_t *stop_offsets, int64_t steps) {
+  const int64_t N = a.N, size = a.page_size;
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t n = 0; n < N; ++n) {
+      const int64_t at = positions[n];
+      if (at < 0 || at / size >= a.max_pages) return -1;
+      slots[n] = a.block_table[n * a.max_pages + at / size] * size + at % size;
+      context_lens[n] = (int32_t)(at + 1), next[n] = at + 1;
+    }
+    if (table->decoder(&a, parallel_for, thread_count()) || table->linear_sample(&head, &draw, parallel_for, thread_count()))
+      return -1;
+    bool stopped = false;
+    for (int64_t n = 0; n < N; ++n) {
+      token_ids[n] = draw.token[n], ++positions[n];
+      stopped |=
+          std::find(stop_ids + stop_offsets[n], stop_ids + stop_offsets[n + 1], token_ids[n]) != stop_ids + stop_offsets[n + 1];
+    }
+    if (stopped) return step + 1;
+    draw.token += N, draw.logprob += N, draw.entropy += N, draw.counts += N, draw.stash += N;
+  }
+  return steps;
+}
+
+// What `decoder` and `linear_sample` take; `out` [N, H] and `slots` are for use in between.
+int64_t decode(ptr layers, ptr embedding, ptr final_norm, ptr out, ptr token_ids, ptr wanted, ptr cos, ptr sin, ptr positions,
+               ptr slots, ptr block_table, ptr cu_seqlens, ptr context_lens, ptr sizes, float eps, float scale, int dtype,
+               ptr weight, ptr temperature, ptr top_k, ptr top_p, ptr min_p, ptr seed, ptr next, ptr token, ptr logprob,
+               ptr entropy, ptr counts, ptr stash, ptr stop_ids, ptr stop_offsets, int64_t steps) {
+  const DecoderArgs a = decoder_args(layers, embedding, final_norm, out, token_ids, wanted, cos, sin, positions, slots,
+                                     block_table, cu_seqlens, context_lens, sizes, eps, scale, dtype);
+  const LogprobArgs draw =
+      sample_args(temperature, top_k, top_p, min_p, seed, next, token, logprob, entropy, counts, stash, a.N, a.V, F32);
+  const int64_t made = decode_steps(a, head_args(out, weight, 0, a.N, a.H, a.V, dtype, 0.0f), draw, at<int64_t>(slots),
+                                    at<int64_t>(positions), at<int64_t>(next), at<int64_t>(token_ids),
+                                    at<int32_t>(context_lens), at<int64_t>(stop_ids), at<int64_t>(stop_offsets), steps);
+  for (int64_t i = 0; made < 0 && i < a.N * steps; ++i) // counts are zero where no step came
+    if (draw.counts[i]) free(draw.stash[i]), draw.counts[i] = 0;
+  return made;
 }
 
 bool use(const std::string &name) {
@@ -312,6 +365,7 @@ NB_MODULE(_cpu, m) {
   m.def("logprob_backward", &logprob_backward, no_gil);
   m.def("sample", &sample, no_gil);
   m.def("decoder", &decoder, no_gil);
+  m.def("decode", &decode, no_gil);
   m.def("uniforms", &uniforms, no_gil);
   m.def("take_kept", &take_kept, no_gil);
   m.def("sparse_logprob", &sparse_logprob, no_gil);

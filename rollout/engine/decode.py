@@ -1,8 +1,9 @@
-"""Decoding with all state on the device: several steps of the whole batch between two looks of the host.
+"""Decoding without a look of the host: several steps of the whole batch in one go.
 
-Each step reads and writes buffers of fixed size: the token of every row, its position, block table, sampling parameters and whether
-it has stopped. So a step is the same launches every time, and on CUDA it is captured once per batch size and replayed as a graph, with
-the sampler in it. Pages for all steps are reserved before; a row that stops early goes on writing to a page that nobody reads.
+On CPU `NativeLoop` is one call of the C++ kernels, which ends early when a row stops. On CUDA `DecodeLoop` has all state on the
+device: each step reads and writes buffers of fixed size, the token of every row, its position, block table, sampling parameters and
+whether it has stopped. So a step is the same launches every time, captured once per batch size and replayed as a graph, with the
+sampler in it. Pages for all steps are reserved before; a row that stops early goes on writing to a page that nobody reads.
 
 Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row, S stop tokens, M kept ids.
 """
@@ -10,6 +11,7 @@ Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row, S s
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,8 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from duologue.kernels import cpu, ops
+from duologue.kernels.layers import PagedDecoder
 from duologue.model.decoder import Decoder
-from duologue.model.lora import AdapterRows
+from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
@@ -35,12 +38,58 @@ class Drawn:
     tokens: np.ndarray  # [k, n] int64
     logprobs: np.ndarray  # [k, n] fp32
     entropies: np.ndarray  # [k, n] fp32
-    n_kept: np.ndarray  # [k, n] int32: 0 for all tokens
-    kept: np.ndarray | None  # [k, n, M] int32, when some draw was truncated
-    waited: float  # seconds that the host waited for the device
+    n_kept: np.ndarray  # [k, n] int64: 0 for all tokens, -1 where there was no room for them
+    kept: array[int]  # their ids, one after the other
+    waited: float = 0.0  # seconds that the host waited for the device
+    _ends: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._ends = np.maximum(self.n_kept, 0).cumsum().reshape(self.n_kept.shape)
 
     def overflows(self, step: int, row: int) -> bool:
-        return bool(self.n_kept[step, row] > KEPT)
+        return bool(self.n_kept[step, row] < 0)
+
+    def support(self, step: int, row: int) -> array[int]:
+        end = int(self._ends[step, row])
+        return self.kept[end - int(self.n_kept[step, row]) : end]
+
+
+class NativeLoop:
+    """`run` draws up to `steps` tokens for each of some requests that have one token to compute each, in one call."""
+
+    def __init__(self, model: Decoder, layers: PagedDecoder, steps: int) -> None:
+        self.model, self.layers, self.steps = model, layers, steps
+        self.kv: Tensor | None = None
+
+    def use(self, kv: Tensor) -> None:
+        self.kv = kv
+
+    def forget(self) -> None:
+        """There is nothing that knows of adapters."""
+
+    def takes(self, requests: Sequence[Request], adapter: Adapter | None) -> bool:
+        return adapter is None and all(r.params.allow is None and not r.params.stop_strings for r in requests)
+
+    def reach(self, left: Sequence[int]) -> int:
+        """Steps worth taking when the requests may draw so many tokens each: until the first one ends."""
+        return min(self.steps, *left)
+
+    def run(self, requests: Sequence[Request], steps: int, _lora: AdapterRows, _adapter: int) -> Drawn:
+        assert self.kv is not None
+        branches, params = [r.branch for r in requests], [r.params for r in requests]
+        table = np.zeros((len(branches), max(len(b.pages) for b in branches)), dtype=np.int32)
+        for i, branch in enumerate(branches):
+            table[i, : len(branch.pages)] = branch.pages
+        position = torch.tensor([b.n_cached + 1 for b in branches])
+        floats = (torch.tensor([getattr(p, x) for p in params], dtype=torch.float32) for x in ("temperature", "top_p", "min_p"))
+        (temperature, top_p, min_p), top_k = floats, torch.tensor([p.top_k for p in params], dtype=torch.int32)
+        settings = temperature, top_k, top_p, min_p, torch.tensor([r.seed for r in requests]), position
+        last = torch.tensor([b.token_ids[-1] for b in branches])
+        tables = self.model.rotary_tables(position + (steps - 2))
+        stops = [r.stop_token_ids for r in requests]
+        drawn = self.layers.decode(self.model.head_weight, settings, last, *tables, self.kv, torch.from_numpy(table), stops, steps)
+        tokens, logprobs, entropies, n_kept, kept = (x.numpy() for x in drawn)
+        return Drawn(tokens, logprobs, entropies, n_kept, array("i", kept.tobytes()))
 
 
 @dataclass(slots=True)
@@ -84,11 +133,15 @@ class DecodeLoop:
     def forget(self) -> None:
         self._buckets.clear()
 
-    def takes(self, requests: Sequence[Request]) -> bool:
+    def takes(self, requests: Sequence[Request], _adapter: Adapter | None) -> bool:
         """Whether these can be drawn without a look in between."""
         return len(requests) <= BUCKETS[-1] and all(
             r.params.allow is None and not r.params.stop_strings and not r.plain and len(r.stop_token_ids) <= STOPS for r in requests
         )
+
+    def reach(self, left: Sequence[int]) -> int:
+        """Steps worth taking: until the last one ends, for a row that has stopped costs nothing more."""
+        return min(self.steps, max(left))
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], steps: int, lora: AdapterRows, adapter: int) -> Drawn:
@@ -115,7 +168,11 @@ class DecodeLoop:
         tokens, n_kept = ints.cpu().numpy()
         waited = time.perf_counter() - began
         logprobs, entropies = floats.cpu().numpy()
-        kept = bucket.out["kept"][:steps, :n].cpu().numpy() if n_kept.any() else None
+        n_kept = np.where(n_kept > KEPT, -1, n_kept)
+        kept = array("i")
+        if n_kept.any():
+            room = bucket.out["kept"][:steps, :n].cpu().numpy()
+            kept = array("i", room[np.arange(room.shape[2]) < n_kept[..., None]].tobytes())
         return Drawn(tokens, logprobs, entropies, n_kept, kept, waited)
 
     def _bucket(self, B: int, W: int, truncated: bool, adapter: int, grouped: bool, lora: AdapterRows) -> _Bucket:

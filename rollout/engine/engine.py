@@ -37,7 +37,7 @@ class Engine:
     memory that is free now on CUDA, and 65,536 on CPU.
     max_batch: requests that run at once. max_step_tokens: tokens of one step, prefill and decode together.
     decode: ids to text, for stop strings (a tokenizer's). decode_steps: tokens per row between two looks of the host while nothing but
-    decoding is to be done (None: 8 on CUDA, where such a step is a graph; 1 on CPU); the draws do not depend on it.
+    decoding is to be done (None: 8; on CUDA such a step is a graph, on CPU they are one call); the draws do not depend on it.
     """
 
     def __init__(
@@ -52,15 +52,13 @@ class Engine:
         decode: Callable[[list[int]], str] | None = None,
         decode_steps: int | None = None,
     ) -> None:
-        on_cuda = model.model.embed_tokens.weight.device.type == "cuda"
-        decode_steps = (8 if on_cuda else 1) if decode_steps is None else decode_steps
         if page_size < 16 or page_size % 16:
             raise ValueError(f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)")
         cache_tokens = measured_tokens(model, page_size) if cache_tokens is None else cache_tokens
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens = {cache_tokens}: accepted is at least one page ({page_size})")
         for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("decode_steps", decode_steps)):
-            if value < 1:
+            if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
         self.model = model
         self.weights_version = 0
@@ -217,17 +215,18 @@ class Engine:
     def _steps_ahead(self, works: list[Work]) -> int:
         """Steps that can be taken without a look in between, with pages reserved for all of them; 0 when a plain step must do."""
         loop, requests = self._runner.loop, [w.request for w in works]
-        if loop is None or len({r.branch.adapter for r in requests}) > 1 or not loop.takes(requests):
+        if loop is None or len(used := {r.branch.adapter for r in requests}) > 1 or not loop.takes(requests, self.adapters[used.pop()]):
             return 0
         if not all(w.samples and w.n_tokens == 1 for w in works):
             return 0
         left = [r.params.max_new_tokens - len(r.completion.token_ids) for r in requests]
-        steps = min(loop.steps, max(left))
+        steps = loop.reach(left)
         room = all(self._scheduler.grow(r.branch, min(steps, n), self.weights_version) for r, n in zip(requests, left, strict=True))
         return steps if steps > 1 and room else 0
 
     def _decode_ahead(self, works: list[Work], steps: int) -> list[Request]:
         drawn, taken = self._runner.decode(works, steps, self.adapters), 0
+        steps = len(drawn.tokens)
         self.stats.waited_seconds += drawn.waited
         finished = []
         for row, request in enumerate(w.request for w in works):
@@ -237,10 +236,8 @@ class Engine:
                     break
                 self._scheduler.computed(request.branch, 1, self.weights_version)
                 taken += 1
-                n = int(drawn.n_kept[step, row])
-                kept = array("i", b"" if drawn.kept is None else drawn.kept[step, row, :n].tobytes())
                 token, logprob, entropy = (x[step, row].item() for x in (drawn.tokens, drawn.logprobs, drawn.entropies))
-                self._take(request, token, logprob, entropy, kept)
+                self._take(request, token, logprob, entropy, drawn.support(step, row))
                 if request.done:
                     finished.append(request)
                     self._scheduler.running.remove(request)

@@ -16,7 +16,7 @@ from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
-from duologue.rollout.engine.decode import DecodeLoop, Drawn
+from duologue.rollout.engine.decode import DecodeLoop, Drawn, NativeLoop
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
@@ -49,7 +49,7 @@ def measured_tokens(model: Decoder, page_size: int) -> int:
 class Runner:
     """The model with its KV tensor. The weights are the trainer's own parameters, used in place."""
 
-    def __init__(self, model: Decoder, n_pages: int, page_size: int, decode_steps: int) -> None:
+    def __init__(self, model: Decoder, n_pages: int, page_size: int, decode_steps: int | None) -> None:
         config = model.config
         weight = model.model.embed_tokens.weight
         self.model = model
@@ -59,9 +59,16 @@ class Runner:
         self.page_size = page_size
         self.scale = config.head_dim**-0.5
         self.device = weight.device
+        on_cuda = self.device.type == "cuda"
+        if decode_steps is None:
+            decode_steps = 8 if on_cuda or self.layers is not None else 1
         self.shape = (config.num_layers, 2, n_pages + (decode_steps > 1), page_size, config.num_kv_heads, config.head_dim)
         self._kv: Tensor | None = None
-        self.loop = DecodeLoop(model, n_pages, decode_steps, self.device.type == "cuda") if decode_steps > 1 else None
+        self.loop: NativeLoop | DecodeLoop | None = None
+        if decode_steps > 1 and self.layers is not None:
+            self.loop = NativeLoop(model, self.layers, decode_steps)
+        elif decode_steps > 1:
+            self.loop = DecodeLoop(model, n_pages, decode_steps, on_cuda)
         assert self.kv is not None  # what does not fit is said at once
 
     @property
