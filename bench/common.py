@@ -17,9 +17,9 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def take_turns(runs: Mapping[str, Callable[[], Any]], *, repeats: int = 15, seconds: float = 0.5) -> dict[str, list[float]]:
-    """Seconds per call of each run, sorted. The runs alternate in blocks, so that all see the same machine; a pause between
-    blocks lets the other side's spinning threads fall asleep."""
+def take_turns(runs: Mapping[str, Callable[[], Any]], *, repeats: int = 100, seconds: float = 0.5) -> dict[str, list[float]]:
+    """Seconds per call of each run, sorted. The runs alternate in blocks, so that all see the same machine. A pause between blocks
+    lets the other side's spinning threads fall asleep, and a block's first 10 ms, in which threads find their cores, do not count."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         run()
@@ -29,8 +29,10 @@ def take_turns(runs: Mapping[str, Callable[[], Any]], *, repeats: int = 15, seco
         found[name].append(once)
     for _ in range(3):
         for name, run in runs.items():
-            time.sleep(0.02)
-            run()
+            time.sleep(0.05)
+            began = time.perf_counter()
+            while time.perf_counter() - began < 0.01:
+                run()
             for _ in range(max(2, min(repeats, int(seconds / 3 / max(found[name][0], 1e-6))))):
                 began = time.perf_counter()
                 run()
