@@ -53,15 +53,9 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) ->
 
 
 def paged(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
     groups: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     op = "paged_attention"
     q, block_table = q.contiguous(), block_table.contiguous()
     cu_seqlens, context_lens = cu_seqlens.contiguous(), context_lens.contiguous()
@@ -173,25 +167,13 @@ packed_op.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("duologue::paged_attention", mutates_args=())
 def paged_op(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
     return paged(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
 
 
 @paged_op.register_fake
 def _(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-) -> Tensor:
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
     return _like(q)

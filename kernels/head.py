@@ -89,18 +89,30 @@ def check_values(op: str, x: Inputs) -> None:
         raise ValueError(f"{op}: {row}, accepted is 0 to {V - 1} and a finite number above 0")
 
 
-def compact(active: Tensor) -> Tensor | None:
-    """[k] int64: which active row goes to each of the first k places, or None when all are active.
+class Compaction:
+    """Which active row goes to each of the first k places: `source` [n] int64, -1 behind them; no step of it waits for a device.
 
-    A row that is there already stays, the others fill the gaps: no place that is written is another row's source, so a kernel
-    may move rows within one buffer in any order. Reads a number from the device.
+    A row that is there already stays, the others fill the gaps: no place that is written is another row's source, so a kernel may
+    move rows within one buffer in any order. On a GPU `count` waits for k alone, which sets out for the host at once: what is
+    launched before it is asked for runs meanwhile.
     """
-    k = int(active.sum())
-    if k == len(active):
-        return None
-    source = torch.arange(k, device=active.device)
-    source[~active[:k]] = active[k:].nonzero().squeeze(1) + k
-    return source
+
+    def __init__(self, active: Tensor) -> None:
+        n, place = len(active), torch.arange(len(active), device=active.device)
+        k = active.sum()
+        stays, gaps, moves = active & (place < k), ~active & (place < k), active & (place >= k)
+        movers = place.new_zeros(n + 1).scatter_(0, torch.where(moves, moves.cumsum(0) - 1, n), place)
+        self.source = torch.where(stays, place, torch.where(gaps, movers[(gaps.cumsum(0) - 1).clamp_min(0)], -1))
+        self._k, self._sent = k, None
+        if k.is_cuda:
+            self._k = torch.empty((), dtype=k.dtype, pin_memory=True).copy_(k, non_blocking=True)
+            self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._sent.record()
+
+    def count(self) -> int:
+        if self._sent is not None:
+            self._sent.synchronize()
+        return int(self._k)
 
 
 class Head:
@@ -111,7 +123,7 @@ class Head:
         self.hidden, self.weight = inputs.hidden.contiguous(), inputs.weight.contiguous()
         self.bias = None if inputs.bias is None else inputs.bias.contiguous()
         self.N, self.V, self.H = len(self.hidden), *self.weight.shape
-        self.kernels, self.cpp = cpu.takes(self.hidden), cpu.serves(self.hidden)
+        self.kernels, self.cpp, self.triton = cpu.takes(self.hidden), cpu.serves(self.hidden), cpu.on_triton(self.hidden)
         self.in_place = self.cpp or self.hidden.dtype == self.wide  # the gradient of logits, in hidden's dtype
         row = self.V * ((4 if self.in_place else 6 if self.kernels else 16) + (4 if inputs.softcap else 0))  # bytes
         budget = inputs.chunk_bytes or max(CPU_BYTES if self.hidden.device.type == "cpu" else GPU_BYTES, LEAST_ROWS * row)
@@ -155,13 +167,18 @@ class Head:
 
     def gradient(self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor) -> None:
         """Turn logits into their gradient, given those of log-prob and entropy [n], and add what it gives to those needed."""
-        source = compact((g != 0) | (h != 0))
-        k = len(logits) if source is None else len(source)
-        if k == 0:
-            return
+        moved = Compaction((g != 0) | (h != 0))
         softcap, targets, temperature = self.inputs.softcap, self.inputs.targets[rows], self.inputs.temperature[rows]
         slope = 1 - (logits / softcap).square_() if softcap else None
-        if self.kernels:
+        if self.triton:  # the rows' gradients are on their way while their number is
+            dz = logits if self.in_place else self.hidden.new_empty(logits.shape)
+            softmax.grad_logits(logits, targets, temperature, 1.0, entropy, stats, g, h, dz, moved.source)
+        if (k := moved.count()) == 0:
+            return
+        source = None if k == len(logits) else moved.source[:k]
+        if self.triton:
+            dz = dz[:k]
+        elif self.kernels:
             dz = logits[:k] if self.in_place else self.hidden.new_empty(k, self.V)
             softmax.grad_logits(logits, targets, temperature, 1.0, entropy, stats, g, h, dz, source)
         else:
@@ -211,7 +228,7 @@ def score(head: Head, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 def accumulate(head: Head, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor) -> None:
     """Compute the logits again where a gradient [N] is not zero, and add what they give."""
-    for rows in head.chunks(compact((g != 0) | (h != 0))):
+    for rows in head.chunks(((g != 0) | (h != 0)).nonzero().squeeze(1)):
         head.gradient(head.project(rows), rows, stats[rows], entropy[rows], g[rows], h[rows])
 
 

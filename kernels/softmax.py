@@ -117,7 +117,8 @@ def grad_logits(
 ) -> None:  # fmt: skip
     """Row i of `out` becomes the gradient of row source[i] (None: i) of the logits, given those of its log-prob and entropy.
 
-    `out` may be the first rows of the logits, if a row that is written is the source of no other.
+    `out` may be the first rows of the logits, if a row that is written is the source of no other. On Triton a negative source leaves
+    the row as it is.
     """
     logits, targets, stats = logits.contiguous(), targets.contiguous(), stats.contiguous()
     entropy, grad_logprob, grad_entropy = entropy.contiguous(), grad_logprob.contiguous(), grad_entropy.contiguous()

@@ -67,9 +67,11 @@ def logprob_backward_kernel(
     BY_ROW: tl.constexpr, MOVES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """d logprob / dz_v = [v = target] - p_v; d entropy / dz_v = -p_v (log p_v + entropy); z = logits / temperature. May be in place.
-    With MOVES a row of `grad` is that of row source[row]."""
+    With MOVES a row of `grad` is that of row source[row], and left alone where that is negative."""
     row, v = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     n = tl.load(source + row) if MOVES else row
+    if n < 0:
+        return
     inverse = 1.0 / (tl.load(temperatures + n) if BY_ROW else temperature)
     g, h = tl.load(grad_logprob + n) * inverse, tl.load(grad_entropy + n) * inverse
     x = _logits(logits + n * V, v, V, NONE)
@@ -181,7 +183,7 @@ def logprob_backward(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
     grad_logprob: Tensor, grad_entropy: Tensor, source: Tensor | None, grad: Tensor,
 ) -> None:  # fmt: skip
-    """Writes row i of `grad`, of any floating dtype: the gradient of row source[i] (None: i) of the logits."""
+    """Writes row i of `grad`, of any floating dtype: the gradient of row source[i] (None: i; negative: none) of the logits."""
     by_row = entropy if temperatures is None else temperatures
     given = (logits, targets, by_row, temperature, entropy, stats, grad_logprob, grad_entropy)
     flags = {"BY_ROW": temperatures is not None, "MOVES": source is not None}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
-from duologue.kernels import cpu, ops
+from duologue.kernels import cpu, head, ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -158,6 +158,22 @@ def test_rows_without_a_coefficient_change_nothing() -> None:
     assert error(got[0], expected[0].double()) < 1e-6
     assert error(got[1], expected[1].double()) < 1e-6
     assert not got[0][weight == 0].any()
+
+
+def test_compaction_moves_only_into_gaps() -> None:
+    """Every active row once, in the first k places; a place that is written with another row is the source of none."""
+    g = torch.Generator().manual_seed(0)
+    for n in (1, 2, 7, 64):
+        for share in (0.0, 0.2, 0.5, 0.9, 1.0):
+            active = torch.rand(n, generator=g) < share
+            moved = head.Compaction(active)
+            k = moved.count()
+            assert k == int(active.sum())
+            source = moved.source[:k]
+            assert sorted(source.tolist()) == active.nonzero()[:, 0].tolist()
+            assert (moved.source[k:] == -1).all()
+            elsewhere = source != torch.arange(k)
+            assert not active[:k][elsewhere].any()
 
 
 def test_library_checks_and_compile() -> None:
