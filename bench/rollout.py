@@ -1,6 +1,6 @@
 """Rollout throughput beside transformers' `generate`: same weights, same prompts, one process.
 
-    python -m bench.rollout [--only ours] [--json]      from the root, after `pip install -e '.[bench]'`
+    python -m bench.rollout [--only ours] [--json] [--save]      from the root, after `pip install -e '.[bench]'`
 
 Prompts of 64 tokens, 64 new tokens, sampled. Both sides run on all cores; they take turns, so that both see the same machine. The
 ceiling is the larger of two times per step: reading every weight once at the measured copy bandwidth, and multiplying them at the
@@ -23,6 +23,8 @@ from duologue.model.checkpoint import load_weights, parse_dtype, read_config
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
+
+from bench.common import append_rows
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4.2M": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -132,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["ours"], help="leave transformers out")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--save", action="store_true", help="add the rows to bench/results/rollout.csv")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16, 64])
@@ -145,6 +148,8 @@ def main() -> None:
                 rows.append(bench(name, batch, args.repeats, args.only == "ours", theirs, model))
                 if not args.json:
                     print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+    if args.save:
+        append_rows("rollout", rows)
     print(json.dumps({"bench": "rollout", "backend": cpu.describe(), "rows": rows}))
 
 

@@ -430,9 +430,6 @@ def test_a_frozen_checkpoint_in_this_process_is_a_judge(
 @pytest.fixture
 def transformers_server(tmp_path: Path) -> Iterator[str]:
     """`transformers serve` on loopback with that model."""
-    pytest.importorskip("fastapi")
-    pytest.importorskip("uvicorn")
-    pytest.importorskip("openai")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
