@@ -31,7 +31,7 @@ from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.engine.sequence import SamplingParams
 
 from bench.common import append_rows
-from bench.rollout import SHAPES, load_ours, make_checkpoint
+from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint, timed
 
 QWEN3 = {  # name: hidden, inner, layers, heads
     "0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "8B": (4096, 12_288, 36, 32),
@@ -60,7 +60,8 @@ def lengths(n: int, shortest: int, longest: int) -> tuple[list[int], list[int]]:
 
 def run_ours(engine: Engine, prompts: list[list[int]], out: list[int]) -> int:
     found = engine.generate(prompts, [SamplingParams(max_new_tokens=n) for n in out])
-    return sum(len(c.token_ids) for c in found)
+    assert [len(c.token_ids) for c in found] == out
+    return sum(out)
 
 
 def run_generate(theirs: Any, prompts: list[list[int]], out: list[int], batch: int) -> int:
@@ -98,6 +99,7 @@ def run_continuous(theirs: Any, prompts: list[list[int]], out: list[int]) -> int
             if result.is_finished() and result.request_id in asked:
                 tokens += len(result.generated_tokens)
                 del asked[result.request_id]
+    assert tokens == sum(out)
     return tokens
 
 
@@ -169,15 +171,12 @@ def main() -> int:
     bandwidth, rate = rates(args.device)
     row: dict[str, Any] = {"model": args.model, "device_type": args.device, "exact": not args.fast, "sequences": args.sequences}
     row |= {"shortest": args.shortest, "longest": args.longest}
-    for side, run in runs.items():
-        found = []
-        for turn in range((args.repeats if side != "continuous" else 1) + (side != "continuous")):  # its start-up is seconds of threads
-            began = time.perf_counter()
-            tokens = run()
-            if turn or side == "continuous":
-                found.append(tokens / (time.perf_counter() - began))
-        assert tokens == sum(out), (side, tokens, sum(out))
-        row[f"{side}_tokens_per_s"] = round(sorted(found)[len(found) // 2], 1)
+    continuous = runs.pop("continuous", None)
+    found = alternate(runs, args.repeats)
+    if continuous is not None:  # once, and without a warm-up: its start takes seconds of threads
+        found["continuous"] = [timed(continuous)]
+    for side, speeds in found.items():
+        row[f"{side}_tokens_per_s"] = round(speeds[len(speeds) // 2], 1)
         if side != "ours":
             row[f"of_{side}"] = round(row["ours_tokens_per_s"] / row[f"{side}_tokens_per_s"], 2)
     bandwidth, rate = map(max, zip((bandwidth, rate), rates(args.device), strict=True))  # the machine may have been slow at first
