@@ -115,7 +115,7 @@ def ideal_seconds(model: Decoder, prompts: list[list[int]], out: list[int], band
 
 
 def rates(device: str) -> tuple[float, float]:
-    """(bytes per second of a copy, FLOP per second of a product in bf16 on a GPU, fp32 on CPU): best of five, on CPU of two products."""
+    """(bytes per second of a copy, FLOP per second of a product in bf16 on a GPU, in fp32 on CPU), the best of several."""
 
     def best(run: Any) -> float:
         found = []
