@@ -23,7 +23,7 @@ from duologue.kernels.layers import PagedDecoder
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
-from duologue.rollout.engine.sequence import Request
+from duologue.rollout.engine.sequence import Branch, Request
 from torch import Tensor
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -54,6 +54,23 @@ class Drawn:
         return self.kept[end - int(self.n_kept[step, row]) : end]
 
 
+def page_table(branches: Sequence[Branch]) -> Tensor:
+    """[S, max_pages] int32, 0 behind a branch's last page."""
+    table = np.zeros((len(branches), max(len(b.pages) for b in branches)), dtype=np.int32)
+    for i, branch in enumerate(branches):
+        table[i, : len(branch.pages)] = branch.pages
+    return torch.from_numpy(table)
+
+
+def sampling_settings(requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Temperature, top_k, top_p, min_p and seed of each, [N], as `ops.sample` takes them."""
+    given = [r.params for r in requests]
+    floats = (torch.tensor([getattr(p, x) for p in given], dtype=torch.float32) for x in ("temperature", "top_p", "min_p"))
+    temperature, top_p, min_p = floats
+    top_k, seed = torch.tensor([p.top_k for p in given], dtype=torch.int32), torch.tensor([r.seed for r in requests], dtype=torch.int64)
+    return temperature, top_k, top_p, min_p, seed
+
+
 class NativeLoop:
     """`run` draws up to `steps` tokens for each of some requests that have one token to compute each, in one call."""
 
@@ -76,18 +93,13 @@ class NativeLoop:
 
     def run(self, requests: Sequence[Request], steps: int, _lora: AdapterRows, _adapter: int) -> Drawn:
         assert self.kv is not None
-        branches, params = [r.branch for r in requests], [r.params for r in requests]
-        table = np.zeros((len(branches), max(len(b.pages) for b in branches)), dtype=np.int32)
-        for i, branch in enumerate(branches):
-            table[i, : len(branch.pages)] = branch.pages
+        branches = [r.branch for r in requests]
         position = torch.tensor([b.n_cached + 1 for b in branches])
-        floats = (torch.tensor([getattr(p, x) for p in params], dtype=torch.float32) for x in ("temperature", "top_p", "min_p"))
-        (temperature, top_p, min_p), top_k = floats, torch.tensor([p.top_k for p in params], dtype=torch.int32)
-        settings = temperature, top_k, top_p, min_p, torch.tensor([r.seed for r in requests]), position
+        settings = *sampling_settings(requests), position
         last = torch.tensor([b.token_ids[-1] for b in branches])
         tables = self.model.rotary_tables(position + (steps - 2))
         stops = [r.stop_token_ids for r in requests]
-        drawn = self.layers.decode(self.model.head_weight, settings, last, *tables, self.kv, torch.from_numpy(table), stops, steps)
+        drawn = self.layers.decode(self.model.head_weight, settings, last, *tables, self.kv, page_table(branches), stops, steps)
         tokens, logprobs, entropies, n_kept, kept = (x.numpy() for x in drawn)
         return Drawn(tokens, logprobs, entropies, n_kept, array("i", kept.tobytes()))
 

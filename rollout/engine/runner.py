@@ -16,7 +16,7 @@ from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
-from duologue.rollout.engine.decode import DecodeLoop, Drawn, NativeLoop
+from duologue.rollout.engine.decode import DecodeLoop, Drawn, NativeLoop, page_table, sampling_settings
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
@@ -170,10 +170,8 @@ class Runner:
         ends = np.cumsum(n)
         row = np.repeat(np.arange(len(works)), n)  # [T] the request of each token
         position = np.arange(ends[-1]) - (ends - n)[row] + start[row]
-        pages = np.zeros((len(works), max(len(b.pages) for b in branches)), dtype=np.int32)
-        for i, branch in enumerate(branches):
-            pages[i, : len(branch.pages)] = branch.pages
-        slots = pages[row, position // self.page_size].astype(np.int64) * self.page_size + position % self.page_size
+        pages = page_table(branches)
+        slots = pages.numpy()[row, position // self.page_size].astype(np.int64) * self.page_size + position % self.page_size
         ids: list[int] = []
         for branch, work in zip(branches, works, strict=True):
             ids += branch.token_ids[branch.n_cached : branch.n_cached + work.n_tokens]
@@ -184,7 +182,7 @@ class Runner:
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),
-            block_table=self._tensor(pages),
+            block_table=self._to_device(pages),
             cu_seqlens=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
             context_lens=self._tensor((start + n).astype(np.int32)),
             scale=self.scale,
@@ -197,17 +195,13 @@ class Runner:
         """The arguments of `ops.sample` after the logits. The noise counter is the index of the token to be drawn."""
         requests = [w.request for w in works if w.samples]
         if self._settings is None or requests != self._sampled:  # while nobody comes or goes only the counters change
-            params = [r.params for r in requests]
             self._sampled = requests
-            self._settings = (
-                self._tensor(np.array([p.temperature for p in params], dtype=np.float32)),
-                self._tensor(np.array([p.top_k for p in params], dtype=np.int32)),
-                self._tensor(np.array([p.top_p for p in params], dtype=np.float32)),
-                self._tensor(np.array([p.min_p for p in params], dtype=np.float32)),
-                self._tensor(np.array([r.seed for r in requests], dtype=np.int64)),
-            )
+            a, b, c, d, e = map(self._to_device, sampling_settings(requests))
+            self._settings = a, b, c, d, e
         return *self._settings, self._tensor(np.array([len(r.branch.token_ids) for r in requests], dtype=np.int64))
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
+        return self._to_device(torch.from_numpy(array))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
         return tensor if self.device.type == "cpu" else tensor.to(self.device, non_blocking=True)
