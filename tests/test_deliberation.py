@@ -232,7 +232,7 @@ def test_judging_overlaps_with_the_rollouts_and_its_order_changes_nothing(table:
     reference = facts(table(plain).play())
     assert facts(table(plain, engine={"max_batch": 3}, delay=7).play()) == reference
     (tmp_path / "ledger.sqlite").unlink()
-    slow = table(plain, delay=5)
+    slow = table(plain, engine={"decode_steps": 1}, delay=5)
     turns_while_waiting = 0
     step = slow.engine.step
 
