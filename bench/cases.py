@@ -41,34 +41,56 @@ def _norm(N: int, K: int, kind: str, residual: bool) -> Case:
         x = _randn(N, K, dtype=dtype)
         return (x, x.flip(0), _randn(K, dtype=dtype), 1e-6) if residual else (x, _randn(K, dtype=dtype), 1e-6)
 
-    return Case("add_rms_norm" if residual else "rms_norm", f"N={N} K={K}", kind, make, elements=(4 if residual else 2) * N * K)
+    return Case(
+        "add_rms_norm" if residual else "rms_norm",
+        f"N={N} K={K}",
+        kind,
+        make,
+        elements=(4 if residual else 2) * N * K,
+    )
 
 
 def _silu(N: int, K: int, kind: str) -> Case:
     return Case(
-        "silu_mul", f"N={N} I={K}", kind, lambda d: (_randn(N, K, dtype=d), _randn(N + 1, K, dtype=d)[1:].contiguous()),
+        "silu_mul",
+        f"N={N} I={K}",
+        kind,
+        lambda d: (_randn(N, K, dtype=d), _randn(N + 1, K, dtype=d)[1:].contiguous()),
         elements=3 * N * K,
-    )  # fmt: skip
+    )
 
 
 def _rope(T: int, H: int, G: int, D: int, kind: str) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         angles = torch.arange(256).float().unsqueeze(1) * torch.arange(1, D // 2 + 1).float() / D
         positions = torch.arange(T) * 7 % 256
-        return _randn(T, H, D, dtype=dtype), _randn(T, G, D, dtype=dtype), angles.cos(), angles.sin(), positions
+        return (
+            _randn(T, H, D, dtype=dtype),
+            _randn(T, G, D, dtype=dtype),
+            angles.cos(),
+            angles.sin(),
+            positions,
+        )
 
     return Case("rope", f"T={T} heads={H}+{G} D={D}", kind, make, elements=2 * T * (H + G) * D)
 
 
 def _logprob(N: int, V: int, kind: str) -> Case:
     return Case(
-        "logprob", f"N={N} V={V}", kind, lambda d: (3 * _randn(N, V, dtype=d), torch.arange(N) * 31 % V, 0.7), elements=N * V
+        "logprob",
+        f"N={N} V={V}",
+        kind,
+        lambda d: (3 * _randn(N, V, dtype=d), torch.arange(N) * 31 % V, 0.7),
+        elements=N * V,
     )
 
 
 CASES: dict[str, list[Case]] = {
     "linear": [
-        *(_linear(M, K, O, ODD, bias) for M, K, O, bias in ((1, 7, 5, True), (7, 129, 127, False), (129, 33, 13, True))),
+        *(
+            _linear(M, K, O, ODD, bias)
+            for M, K, O, bias in ((1, 7, 5, True), (7, 129, 127, False), (129, 33, 13, True))
+        ),
         *(_linear(M, 256, 768, LARGE) for M in (1, 16, 64, 4096)),
         *(_linear(M, 768, 768, LARGE) for M in (16, 64, 4096)),
         _linear(64, 256, 4096, LARGE),

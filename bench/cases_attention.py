@@ -40,9 +40,24 @@ def _decode(S: int, L: int, Hq: int, Hk: int, D: int, kind: str, page: int = 16)
         pages = torch.randn(2, S * count, page, Hk, D, generator=generator).to(dtype)
         table = torch.randperm(S * count, generator=generator).view(S, count).int()
         q = torch.randn(S, Hq, D, generator=generator).to(dtype)
-        return q, pages[0], pages[1], table, _offsets([1] * S), torch.full((S,), L, dtype=torch.int32), D**-0.5
+        return (
+            q,
+            pages[0],
+            pages[1],
+            table,
+            _offsets([1] * S),
+            torch.full((S,), L, dtype=torch.int32),
+            D**-0.5,
+        )
 
-    return Case("paged_attention", f"S={S} L={L} heads={Hq}/{Hk} D={D}", kind, make, 4.0 * S * L * Hq * D, 2 * S * L * Hk * D)
+    return Case(
+        "paged_attention",
+        f"S={S} L={L} heads={Hq}/{Hk} D={D}",
+        kind,
+        make,
+        4.0 * S * L * Hq * D,
+        2 * S * L * Hk * D,
+    )
 
 
 def _sample(N: int, V: int, kind: str, top_k: int = 0, top_p: float = 1.0) -> Case:
@@ -84,7 +99,9 @@ CASES: dict[str, list[Case]] = {
 }
 
 
-def _trained(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _trained(
+    attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, *rest: Any
+) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in (q, k, v)]
         return torch.autograd.grad(attend(*inputs, *rest).sum(), inputs)
@@ -96,14 +113,18 @@ def _padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -
     return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
 
 
-def _gathered(q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, _: Tensor, lengths: Tensor, scale: float) -> Tensor:
+def _gathered(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, _: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
     """What a torch engine does: gather each sequence's pages, then torch's own on the batch."""
     length = int(lengths[0])
     k, v = (pages[table.long()].flatten(1, 2)[:, :length].transpose(1, 2) for pages in (k_pages, v_pages))
     return scaled_dot_product_attention(q.unsqueeze(2), k, v, scale=scale, enable_gqa=True)
 
 
-def _multinomial(logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+def _multinomial(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor]:
     logp = torch.log_softmax(logits.float() / temperature.unsqueeze(1), -1)
     kept = logp
     if k := int(top_k[0]):

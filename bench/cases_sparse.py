@@ -24,20 +24,35 @@ def support(N: int, V: int, most: int, whole: int) -> tuple[Tensor, Tensor, Tens
     rows = []
     for n in range(N):
         size = int(torch.randint(1, min(most, V) + 1, (1,), generator=g))
-        rows.append(torch.randint(V, (size,), generator=g).unique() if not whole or n % whole else torch.empty(0, dtype=torch.int64))
-    targets = [r[int(torch.randint(len(r), (1,), generator=g))] if len(r) else torch.randint(V, (), generator=g) for r in rows]
+        rows.append(
+            torch.randint(V, (size,), generator=g).unique()
+            if not whole or n % whole
+            else torch.empty(0, dtype=torch.int64)
+        )
+    targets = [
+        r[int(torch.randint(len(r), (1,), generator=g))] if len(r) else torch.randint(V, (), generator=g)
+        for r in rows
+    ]
     offsets = torch.tensor([0, *(len(r) for r in rows)]).cumsum(0)
     return torch.stack(targets), torch.cat(rows).int(), offsets
 
 
-def _sparse(op: str, N: int, H: int, V: int, most: int, kind: str, *, whole: int = 0, extras: bool = False) -> Case:
+def _sparse(
+    op: str, N: int, H: int, V: int, most: int, kind: str, *, whole: int = 0, extras: bool = False
+) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         head = _randn(N, H, dtype=dtype), _randn(V, H, dtype=dtype, seed=1) * H**-0.5 * 3
         temperature = 0.5 + torch.rand(N, generator=torch.Generator().manual_seed(N))
         more = (_randn(V, dtype=dtype, seed=2), 4.0) if extras else ()
         return *head, *support(N, V, most, whole), temperature, *more
 
-    return Case(op, f"N={N} H={H} V={V} kept<={most}{' bias softcap' if extras else ''}", kind, make, elements=N * most / 2 * H)
+    return Case(
+        op,
+        f"N={N} H={H} V={V} kept<={most}{' bias softcap' if extras else ''}",
+        kind,
+        make,
+        elements=N * most / 2 * H,
+    )
 
 
 def _sample(N: int, H: int, V: int, kind: str, top_p: float = 1.0) -> Case:
@@ -99,7 +114,15 @@ def _two_calls(hidden: Tensor, weight: Tensor, *settings: Tensor) -> Any:
 def _our_advantages(*args: Any) -> Any:
     rewards, ids, scored, roles, baseline, method, n_groups, n_roles, decay = args
     return ops.group_advantages(
-        rewards, ids, scored, method=method, n_groups=n_groups, roles=roles, n_roles=n_roles, baseline=baseline, decay=decay
+        rewards,
+        ids,
+        scored,
+        method=method,
+        n_groups=n_groups,
+        roles=roles,
+        n_roles=n_roles,
+        baseline=baseline,
+        decay=decay,
     )
 
 

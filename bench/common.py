@@ -17,7 +17,9 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def take_turns(runs: Mapping[str, Callable[[], Any]], *, repeats: int = 100, seconds: float = 0.5) -> dict[str, list[float]]:
+def take_turns(
+    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 100, seconds: float = 0.5
+) -> dict[str, list[float]]:
     """Seconds per call of each run, sorted. The runs alternate in blocks, so that all see the same machine. A pause between blocks
     lets the other side's spinning threads fall asleep, and a block's first 10 ms, in which threads find their cores, do not count."""
     found: dict[str, list[float]] = {name: [] for name in runs}
@@ -55,7 +57,9 @@ def copy_bandwidth() -> float:
 
 def commit() -> str:
     try:
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
 

@@ -16,19 +16,40 @@ from duologue.kernels import triton_attention, triton_head, triton_linear, trito
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
 TYPES = {
-    **dict.fromkeys(("M", "O", "K", "N", "S", "V", "D", "Hq", "Hk", "size", "max_position", "max_pages", "n_chunks"), "i32"),
+    **dict.fromkeys(
+        ("M", "O", "K", "N", "S", "V", "D", "Hq", "Hk", "size", "max_position", "max_pages", "n_chunks"),
+        "i32",
+    ),
     **dict.fromkeys(("table", "cu_seqlens", "context_lens", "shared", "top_k"), "*i32"),
     **dict.fromkeys(("targets", "positions", "slots", "token", "seed", "position", "source"), "*i64"),
     **dict.fromkeys(("eps", "sign", "scale"), "fp32"),
     **dict.fromkeys(("stats", "delta", "parts", "part_stats", "partial", "cos", "sin", "cuts"), "*fp32"),
-    **dict.fromkeys(("temperature", "top_p", "min_p", "temperatures", "logprob", "entropy", "grad_logprob", "grad_entropy"), "*fp32"),
+    **dict.fromkeys(
+        (
+            "temperature",
+            "top_p",
+            "min_p",
+            "temperatures",
+            "logprob",
+            "entropy",
+            "grad_logprob",
+            "grad_entropy",
+        ),
+        "*fp32",
+    ),
 }
 
 
 def case(kernel: Any, element: str, constants: dict[str, Any], **types: str) -> Case:
     """Arguments of no type in TYPES point to `element`; constants that the kernel does not have are dropped."""
-    known = {name: value for name, value in constants.items() if name in kernel.arg_names or name in ("num_stages", "enable_fp_fusion")}
-    signature = {name: types.get(name, TYPES.get(name, element)) for name in kernel.arg_names if name not in known}
+    known = {
+        name: value
+        for name, value in constants.items()
+        if name in kernel.arg_names or name in ("num_stages", "enable_fp_fusion")
+    }
+    signature = {
+        name: types.get(name, TYPES.get(name, element)) for name in kernel.arg_names if name not in known
+    }
     return kernel, signature, known, constants["num_warps"]
 
 
@@ -36,7 +57,12 @@ def linear_cases() -> Iterator[Case]:
     for few, O, narrow in ((True, 1024, True), (True, 4096, True), (False, 4096, True), (False, 4096, False)):
         element = "*bf16" if narrow else "*fp32"
         for out in {element, "*fp32"}:
-            yield case(triton_linear.linear_kernel, element, {"HAS_BIAS": False, **triton_linear.tile(few, O, narrow)}, out=out)
+            yield case(
+                triton_linear.linear_kernel,
+                element,
+                {"HAS_BIAS": False, **triton_linear.tile(few, O, narrow)},
+                out=out,
+            )
 
 
 def rows_cases() -> Iterator[Case]:
@@ -48,14 +74,22 @@ def rows_cases() -> Iterator[Case]:
             yield case(rows.rms_norm_backward_kernel, element, flags)
         for on in (False, True):
             yield case(rows.silu_mul_kernel, element, {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4})
-            yield case(rows.rotary_kernel, element, {"ROTATE": on, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4})
+            yield case(
+                rows.rotary_kernel, element, {"ROTATE": on, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4}
+            )
 
 
 def attention_cases() -> Iterator[Case]:
     a = triton_attention
     for D, element in ((64, "*bf16"), (128, "*bf16"), (128, "*fp32")):
         tile = {**a.tile(D, element == "*bf16"), "CHUNK": a.CHUNK}
-        for page, split, prefix in ((0, False, 0), (16, False, 0), (16, True, 0), (16, True, 1), (16, True, 2)):
+        for page, split, prefix in (
+            (0, False, 0),
+            (16, False, 0),
+            (16, True, 0),
+            (16, True, 1),
+            (16, True, 2),
+        ):
             form = {"PAGE": page, "SPLIT": split, "PREFIX": prefix, **tile}
             yield case(a.attention_kernel, element, form, out="*fp32" if split else element)
         yield case(a.merge_kernel, element, {**tile, "num_warps": 1})
@@ -74,9 +108,20 @@ def softmax_cases() -> Iterator[Case]:
     s = triton_softmax
     for element, by_row in product(("*fp32", "*bf16"), (False, True)):
         yield case(s.logprob_kernel, element, {"BY_ROW": by_row, **s.LAUNCH}, temperature="fp32")
-        yield case(s.logprob_backward_kernel, element, {"BY_ROW": by_row, "MOVES": False, **s.LAUNCH}, temperature="fp32")
+        yield case(
+            s.logprob_backward_kernel,
+            element,
+            {"BY_ROW": by_row, "MOVES": False, **s.LAUNCH},
+            temperature="fp32",
+        )
     for element in ("*fp32", "*bf16", "*fp16"):  # of the fused head: fp32 logits, a gradient to multiply with
-        yield case(s.logprob_backward_kernel, "*fp32", {"BY_ROW": True, "MOVES": True, **s.LAUNCH}, temperature="fp32", grad=element)
+        yield case(
+            s.logprob_backward_kernel,
+            "*fp32",
+            {"BY_ROW": True, "MOVES": True, **s.LAUNCH},
+            temperature="fp32",
+            grad=element,
+        )
     for element in ("*fp32", "*bf16"):
         yield case(s.sample_kernel, element, s.LAUNCH)
         yield case(s.keep_kernel, element, s.LAUNCH, kept="*i32", sizes="*i32", most="i32")

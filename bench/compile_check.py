@@ -36,7 +36,11 @@ Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
 def cases() -> list[tuple[str, Case]]:
     """(name, case) of all modules, in one order."""
-    names = sorted(f"duologue.kernels.{p.stem}" for p in (ROOT / "kernels").glob("*.py") if "def compile_cases" in p.read_text("utf-8"))
+    names = sorted(
+        f"duologue.kernels.{p.stem}"
+        for p in (ROOT / "kernels").glob("*.py")
+        if "def compile_cases" in p.read_text("utf-8")
+    )
     found = []
     for module in ["bench.compile_cases", *names]:
         for case in importlib.import_module(module).compile_cases():
@@ -50,10 +54,19 @@ def cases() -> list[tuple[str, Case]]:
 def compile_one(case: Case, chip: int) -> Any:
     kernel, signature, constants, warps = case
     launch = {k: v for k, v in constants.items() if k in LAUNCH}
-    options, constants = {"num_warps": warps, **launch}, {k: v for k, v in constants.items() if k not in LAUNCH}
+    options, constants = (
+        {"num_warps": warps, **launch},
+        {k: v for k, v in constants.items() if k not in LAUNCH},
+    )
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    loose = {p.name for p in kernel.params if p.do_not_specialize}  # pointers and sizes are usually multiples of 16
-    aligned = [i for i, name in enumerate(types) if types[name][0] == "*" or (types[name] in ("i32", "i64") and name not in loose)]
+    loose = {
+        p.name for p in kernel.params if p.do_not_specialize
+    }  # pointers and sizes are usually multiples of 16
+    aligned = [
+        i
+        for i, name in enumerate(types)
+        if types[name][0] == "*" or (types[name] in ("i32", "i64") and name not in loose)
+    ]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, types, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -65,7 +78,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text
     return int(found[1]), int(found[2])
@@ -91,7 +106,9 @@ def check(index: int, chip: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--chips", default="80,90,100", help="compute capabilities, with commas")
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     parser.add_argument("--jobs", type=int, default=2)

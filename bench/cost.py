@@ -74,22 +74,32 @@ class Counts:
     def longer(self, factor: float) -> Counts:
         """The same talks with turns `factor` times as long; openings keep their length, so this is an upper bound."""
         return Counts(
-            dialogues=self.dialogues, steps=self.steps * factor, prefill=self.prefill * factor, decode=self.decode * factor,
-            context=self.context * factor, update=self.update * factor, judge_requests=self.judge_requests,
-            judge_prompt=self.judge_prompt * factor, judge_rounds=self.judge_rounds,
-        )  # fmt: skip
+            dialogues=self.dialogues,
+            steps=self.steps * factor,
+            prefill=self.prefill * factor,
+            decode=self.decode * factor,
+            context=self.context * factor,
+            update=self.update * factor,
+            judge_requests=self.judge_requests,
+            judge_prompt=self.judge_prompt * factor,
+            judge_rounds=self.judge_rounds,
+        )
 
 
 def predict(counts: Counts, shape: Shape, bandwidth: float, rate: float) -> dict[str, float]:
     """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever takes longer."""
-    read = counts.steps * shape.bytes_ / bandwidth + counts.decode * counts.context * shape.kv_bytes / bandwidth
+    read = (
+        counts.steps * shape.bytes_ / bandwidth + counts.decode * counts.context * shape.kv_bytes / bandwidth
+    )
     rows = counts.judge_requests / max(counts.judge_rounds, 1)
     return {
         "prefill": 2 * shape.weights * counts.prefill / rate,
         "decode": max(read, 2 * shape.weights * counts.decode / rate),
         "update": 6 * shape.weights * counts.update / rate,
         "judge (same shape)": 2 * shape.weights * counts.judge_prompt / rate
-        + counts.judge_rounds * ANSWER_TOKENS * max(shape.bytes_ / bandwidth, 2 * shape.weights * rows / rate),
+        + counts.judge_rounds
+        * ANSWER_TOKENS
+        * max(shape.bytes_ / bandwidth, 2 * shape.weights * rows / rate),
     }
 
 
@@ -109,11 +119,15 @@ class Instant:
         turns = question.text.count("<turn ") - question.text.count("`<turn ")
         if question.kind == AGREEMENT:
             spoken = [t.split("</turn>")[0] for t in question.text.split("<turn speaker=")[1:]]
-            quote = {i: next((t[4:].split()[0] for t in spoken if t[1] == i and t[4:].split()), "") for i in "12"}
+            quote = {
+                i: next((t[4:].split()[0] for t in spoken if t[1] == i and t[4:].split()), "") for i in "12"
+            }
             yes = turns >= 2 * self.rounds and all(quote.values())
             answer: dict[str, Any] = {"agreed": yes, "assent": quote if yes else {"1": "", "2": ""}}
         else:
-            answer = {aspect: self.rng.randint(0, 5) for aspect in ("knowledge", "benevolence", "power", "vitality")} | {"reason": "r"}
+            answer = {
+                aspect: self.rng.randint(0, 5) for aspect in ("knowledge", "benevolence", "power", "vitality")
+            } | {"reason": "r"}
         question.check(json.dumps(answer))
         question.done(json.dumps(answer), "")
 
@@ -136,13 +150,26 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
     texts = [text for _, text, _ in game.items["train"]]
     tokenizer = train_tokenizer([*texts, *(p.instructions for p in game.personas())], 4096)
     config = ModelConfig(
-        model_type="qwen3", vocab_size=4096, hidden_size=256, intermediate_size=768, num_layers=4, num_heads=4, num_kv_heads=2,
-        head_dim=64, max_position_embeddings=8192, tie_word_embeddings=True,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=4096,
+        hidden_size=256,
+        intermediate_size=768,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+    )
     model = Decoder(config)
     model.init_weights(0)
     backend = Instant(rounds)
-    judge = FeedbackJudge(backend, Ledger(Path(":memory:")), {kind: load_prompt(kind) for kind in REQUIRED}, max_unscored_share=0.99)
+    judge = FeedbackJudge(
+        backend,
+        Ledger(Path(":memory:")),
+        {kind: load_prompt(kind) for kind in REQUIRED},
+        max_unscored_share=0.99,
+    )
     rules = TalkRules(max_rounds=rounds + 1, temperature=0.7, top_p=1.0, **lengths)
     engine = Engine(model)
     arena = Deliberation(engine, tokenizer, game, rules, judge)
@@ -155,8 +182,12 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
     with clocked(seconds, "rollout"):
         groups = arena.play(scenarios, group_size=min(8, dialogues), seed=0)
     judge.settle([d for group in groups for d in group.dialogues])
-    steps, prefill, decode = (now - then for now, then in zip(
-        (engine.stats.steps, engine.stats.prefill_tokens, engine.stats.decode_tokens), before, strict=True))  # fmt: skip
+    steps, prefill, decode = (
+        now - then
+        for now, then in zip(
+            (engine.stats.steps, engine.stats.prefill_tokens, engine.stats.decode_tokens), before, strict=True
+        )
+    )
     rows, _ = grpo_rows(groups, GrpoSection(group_size=8), RunningBaseline())
     with clocked(seconds, "update"):
         stats = accumulate_policy_gradient(model, rows, LossConfig(), temperature=0.7, max_tokens=16_384)
@@ -164,18 +195,32 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
     held = [d for group in groups for d in group.dialogues]
     weights = sum(p.numel() for p in model.parameters())
     counts = Counts(
-        dialogues=len(held), steps=steps, prefill=prefill, decode=decode, update=stats.tokens,
-        context=sum(len(v.token_ids) for v in views) / len(views), judge_requests=len(backend.texts),
-        judge_prompt=sum(len(tokenizer.encode(text)) for text in backend.texts), judge_rounds=rounds + 1,
-    )  # fmt: skip
-    return counts, seconds, Shape(name="4.2M fp32", weights=weights, bytes_=4 * weights, kv_bytes=token_bytes(model))
+        dialogues=len(held),
+        steps=steps,
+        prefill=prefill,
+        decode=decode,
+        update=stats.tokens,
+        context=sum(len(v.token_ids) for v in views) / len(views),
+        judge_requests=len(backend.texts),
+        judge_prompt=sum(len(tokenizer.encode(text)) for text in backend.texts),
+        judge_rounds=rounds + 1,
+    )
+    return (
+        counts,
+        seconds,
+        Shape(name="4.2M fp32", weights=weights, bytes_=4 * weights, kv_bytes=token_bytes(model)),
+    )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dialogues", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3, help="after which the judge finds an agreement")
-    parser.add_argument("--tokens", type=int, default=64, help="of a turn in the run here; the final has twice as many")
+    parser.add_argument(
+        "--tokens", type=int, default=64, help="of a turn in the run here; the final has twice as many"
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="add the row to bench/results/cost.csv")
     args = parser.parse_args()
@@ -189,16 +234,22 @@ def main() -> int:
     there = predict(counts.longer(LENGTHS["max_tokens_per_turn"] / args.tokens), QWEN3_14B, *H200)
     n = counts.dialogues
     row = {
-        "dialogues": n, "rounds": args.rounds, "tokens_per_turn": args.tokens,
-        "requests_per_dialogue": round(counts.judge_requests / n, 2), "judge_tokens_per_dialogue": round(counts.judge_prompt / n),
-        "prefill_tokens_per_dialogue": round(counts.prefill / n), "decoded_tokens_per_dialogue": round(counts.decode / n),
-        "rollout_seconds": round(seconds["rollout"], 3), "rollout_predicted": round(rollout, 3),
+        "dialogues": n,
+        "rounds": args.rounds,
+        "tokens_per_turn": args.tokens,
+        "requests_per_dialogue": round(counts.judge_requests / n, 2),
+        "judge_tokens_per_dialogue": round(counts.judge_prompt / n),
+        "prefill_tokens_per_dialogue": round(counts.prefill / n),
+        "decoded_tokens_per_dialogue": round(counts.decode / n),
+        "rollout_seconds": round(seconds["rollout"], 3),
+        "rollout_predicted": round(rollout, 3),
         "rollout_share": round(rollout / seconds["rollout"], 2),
-        "update_seconds": round(seconds["update"], 3), "update_predicted": round(here["update"], 3),
+        "update_seconds": round(seconds["update"], 3),
+        "update_predicted": round(here["update"], 3),
         "update_share": round(here["update"] / seconds["update"], 2),
         **{f"h200_14b_{key.split()[0]}_s_per_dialogue": round(value / n, 3) for key, value in there.items()},
         "h200_14b_s_per_dialogue": round(sum(there.values()) / n, 2),
-    }  # fmt: skip
+    }
     share = max(0.05, min(1.0, rollout / seconds["rollout"]))
     row["h200_14b_s_per_dialogue_at_this_share"] = round(sum(there.values()) / n / share, 2)
     if not args.json:

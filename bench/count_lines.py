@@ -16,7 +16,11 @@ def main() -> int:
         lines = sum(map(len, sizes.values()))
         total += lines
         print(f"{layer:8} {len(sizes):3} files {lines:6,} lines")
-        over += [f"{path.relative_to(ROOT)}: {len(text)} lines, at most {FILE}" for path, text in sizes.items() if len(text) > FILE]
+        over += [
+            f"{path.relative_to(ROOT)}: {len(text)} lines, at most {FILE}"
+            for path, text in sizes.items()
+            if len(text) > FILE
+        ]
         limit = KERNEL if layer == "kernels" else FUNCTION
         for path, text in sizes.items():
             for node in ast.walk(ast.parse("\n".join(text))):

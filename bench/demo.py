@@ -1,6 +1,6 @@
 """Append finished runs to bench/results/deal.csv: one row per run, warm start and trained side by side.
 
-    python bench/demo.py runs/demo [RUN_DIR ...]
+python bench/demo.py runs/demo [RUN_DIR ...]
 """
 
 from __future__ import annotations

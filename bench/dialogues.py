@@ -44,7 +44,9 @@ def contexts(vocab: int, scenario: int, groups: int) -> list[tuple[list[int], li
     return made
 
 
-def play(engine: Engine, opening: list[tuple[list[int], list[int]]], G: int, turns: int, tokens: int) -> tuple[int, list[float]]:
+def play(
+    engine: Engine, opening: list[tuple[list[int], list[int]]], G: int, turns: int, tokens: int
+) -> tuple[int, list[float]]:
     """(sampled tokens, seconds of each turn)."""
     bases = [(engine.open(first), engine.open(second)) for first, second in opening]
     engine.prefill([branch for pair in bases for branch in pair])
@@ -73,9 +75,16 @@ def loop(theirs: Any, opening: list[tuple[list[int], list[int]]], G: int, turns:
         ids = views[turn % 2].to(theirs.device)
         with torch.no_grad():
             out = theirs.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                pad_token_id=0, eos_token_id=None,
-            )  # fmt: skip
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=tokens,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
         said = out[:, ids.shape[1] :].cpu()
         views = [torch.cat((view, said), 1) for view in views]
     return len(views[0]) * turns * tokens
@@ -92,13 +101,21 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
     if args.only is None:
         runs["transformers"] = lambda: loop(theirs, opening, 8, args.turns, args.tokens)
     rates = alternate(runs, args.repeats)
-    row: dict[str, Any] = {"case": "dialogues", "model": args.model, "groups": args.groups, "G": 8, "turns": args.turns}
+    row: dict[str, Any] = {
+        "case": "dialogues",
+        "model": args.model,
+        "groups": args.groups,
+        "G": 8,
+        "turns": args.turns,
+    }
     row["tokens"] = args.tokens
     row |= {f"{side}_tokens_per_s": round(found[len(found) // 2], 1) for side, found in rates.items()}
     if "transformers" in rates:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
-    return row | {"shared_tokens": engine.stats.shared_tokens, "idle_slot_share": round(
-        engine.stats.idle_slot_steps / max(engine.stats.slot_steps, 1), 3)}  # fmt: skip
+    return row | {
+        "shared_tokens": engine.stats.shared_tokens,
+        "idle_slot_share": round(engine.stats.idle_slot_steps / max(engine.stats.slot_steps, 1), 3),
+    }
 
 
 def costs(model: Decoder, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -113,17 +130,26 @@ def costs(model: Decoder, args: argparse.Namespace) -> list[dict[str, Any]]:
         play(engine, opening, G, turns, args.tokens)
         before = engine.stats.prefill_tokens
         _, seconds = play(engine, opening, G, turns, args.tokens)
-        rows.append({
-            "case": f"cost of {what}", "G": G, "turns": turns, "tokens": args.tokens, "scenario": scenario,
-            "first_turn_ms": round(seconds[0] * 1e3, 1), "last_turn_ms": round(seconds[-1] * 1e3, 1),
-            "ms_per_turn_and_dialogue": round(sum(seconds) / turns / G * 1e3, 2),
-            "prefill_tokens_per_dialogue": round((engine.stats.prefill_tokens - before) / G, 1),
-        })  # fmt: skip
+        rows.append(
+            {
+                "case": f"cost of {what}",
+                "G": G,
+                "turns": turns,
+                "tokens": args.tokens,
+                "scenario": scenario,
+                "first_turn_ms": round(seconds[0] * 1e3, 1),
+                "last_turn_ms": round(seconds[-1] * 1e3, 1),
+                "ms_per_turn_and_dialogue": round(sum(seconds) / turns / G * 1e3, 2),
+                "prefill_tokens_per_dialogue": round((engine.stats.prefill_tokens - before) / G, 1),
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["ours"], help="leave transformers out")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="add the rows to bench/results/dialogues*.csv")
@@ -132,12 +158,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--groups", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--model", choices=["4.2M", *QWEN3], default="4.2M", help="Qwen3's shapes with --only ours")
+    parser.add_argument(
+        "--model", choices=["4.2M", *QWEN3], default="4.2M", help="Qwen3's shapes with --only ours"
+    )
     args = parser.parse_args()
     theirs = None
     if args.model in QWEN3:
         if args.only is None:
-            parser.error(f"--model {args.model}: its weights are made here, without transformers; add --only ours")
+            parser.error(
+                f"--model {args.model}: its weights are made here, without transformers; add --only ours"
+            )
         model = qwen3(args.model, args.device)
     else:
         with tempfile.TemporaryDirectory() as folder:

@@ -39,10 +39,17 @@ class Tally:
 def make_model(dtype: torch.dtype, seed: int) -> Decoder:
     model = Decoder(
         ModelConfig(
-            model_type="qwen3", vocab_size=VOCAB, hidden_size=64, intermediate_size=160, num_layers=2, num_heads=4, num_kv_heads=2,
-            head_dim=32, max_position_embeddings=1024,
+            model_type="qwen3",
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=160,
+            num_layers=2,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            max_position_embeddings=1024,
         )
-    )  # fmt: skip
+    )
     model.init_weights(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -56,9 +63,12 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
     batch = rng.choice([33, 64, 256] if tight else [1, 2, 3, 7, 16, 128])
     turns, group = rng.randint(1, 6), rng.choice([1, 4, 8])
     engine = Engine(
-        model, cache_tokens=1024 if tight else 400_000, max_batch=256 if tight else rng.choice([4, 32, 256]),
-        max_step_tokens=rng.choice([48, 256, 1024]), seed=rng.randrange(2**31),
-    )  # fmt: skip
+        model,
+        cache_tokens=1024 if tight else 400_000,
+        max_batch=256 if tight else rng.choice([4, 32, 256]),
+        max_step_tokens=rng.choice([48, 256, 1024]),
+        seed=rng.randrange(2**31),
+    )
     branches: list[Branch] = []
     while len(branches) < batch:
         base = engine.open([rng.randrange(VOCAB) for _ in range(rng.randint(1, 90))])
@@ -70,7 +80,9 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
         for i in speaking:
             branches[i].append([rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))])
         params = [SamplingParams(max_new_tokens=rng.randint(1, 24)) for _ in speaking]
-        started = [(i, len(branches[i]), engine.start(branches[i], p)) for i, p in zip(speaking, params, strict=True)]
+        started = [
+            (i, len(branches[i]), engine.start(branches[i], p)) for i, p in zip(speaking, params, strict=True)
+        ]
         engine.run()
         for i, at, request in started:
             spans[i].append((at, request.completion.logprobs))
@@ -83,7 +95,9 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
             part = range(start, min(start + 32, batch))
             for i, exact in zip(part, score(model, [branches[i].token_ids for i in part]), strict=True):
                 for at, logprobs in spans[i]:
-                    tally.differing += int((torch.tensor(logprobs) != exact[at - 1 : at - 1 + len(logprobs)]).sum())
+                    tally.differing += int(
+                        (torch.tensor(logprobs) != exact[at - 1 : at - 1 + len(logprobs)]).sum()
+                    )
                     tally.tokens += len(logprobs)
     tally.rounds += 1
     tally.preemptions += engine.stats.preemptions
@@ -92,7 +106,9 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
@@ -103,10 +119,17 @@ def main() -> int:
     while tally.tokens < args.tokens:
         play_round(model, rng, tally)
         if not args.json:
-            print(f"{tally.tokens:,} tokens, {tally.differing} differ, {tally.preemptions} preemptions", flush=True)
+            print(
+                f"{tally.tokens:,} tokens, {tally.differing} differ, {tally.preemptions} preemptions",
+                flush=True,
+            )
     found = {name: getattr(tally, name) for name in Tally.__slots__}
     seconds = round(time.perf_counter() - began, 1)
-    print(json.dumps({"bench": "exact", "backend": cpu.describe(), "dtype": args.dtype, **found, "seconds": seconds}))
+    print(
+        json.dumps(
+            {"bench": "exact", "backend": cpu.describe(), "dtype": args.dtype, **found, "seconds": seconds}
+        )
+    )
     return int(tally.differing > 0)
 
 

@@ -33,12 +33,32 @@ class Shape:
     batches: tuple[int, ...]  # of decode
 
 
-COMMON: dict[str, Any] = {"rows": 16_384, "kv_heads": 8, "head_dim": 128, "vocab": 151_936, "context": 1024, "batches": (64, 256)}
+COMMON: dict[str, Any] = {
+    "rows": 16_384,
+    "kv_heads": 8,
+    "head_dim": 128,
+    "vocab": 151_936,
+    "context": 1024,
+    "batches": (64, 256),
+}
 SHAPES = (
     Shape(name="8B", hidden=4096, inner=12_288, heads=32, **COMMON),
     Shape(name="0.6B", hidden=1024, inner=3072, heads=16, **COMMON),
 )
-DRY = (Shape(name="dry", rows=24, hidden=32, inner=48, heads=4, kv_heads=2, head_dim=16, vocab=301, context=40, batches=(3,)),)
+DRY = (
+    Shape(
+        name="dry",
+        rows=24,
+        hidden=32,
+        inner=48,
+        heads=4,
+        kv_heads=2,
+        head_dim=16,
+        vocab=301,
+        context=40,
+        batches=(3,),
+    ),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +82,16 @@ def works(shape: Shape, device: str, dtype: torch.dtype, compiled: bool) -> Iter
     yield make.head
     for M in (1, 16, 64, 256, shape.rows // 4):
         yield lambda M=M: make.linear(M)
-    yield from (make.add_rms_norm, make.silu_mul, make.rope, make.logprob, make.sample, make.sparse, make.advantages, make.training)
+    yield from (
+        make.add_rms_norm,
+        make.silu_mul,
+        make.rope,
+        make.logprob,
+        make.sample,
+        make.sparse,
+        make.advantages,
+        make.training,
+    )
     for S in shape.batches:
         yield lambda S=S: make.decode(S)
         yield lambda S=S: make.decode(S, shared=True)
@@ -88,12 +117,18 @@ class Maker:
         hidden = self.randn(N, s.hidden).requires_grad_()
         weight = (self.randn(s.vocab, s.hidden) * s.hidden**-0.5).requires_grad_()
         targets = torch.randint(0, s.vocab, (N,), device=self.device, generator=self.generator)
-        advantage, config, total = self.randn(N, dtype=torch.float32), LossConfig(), Normaliser(tokens=float(N), rows=1.0)
+        advantage, config, total = (
+            self.randn(N, dtype=torch.float32),
+            LossConfig(),
+            Normaliser(tokens=float(N), rows=1.0),
+        )
         segments = torch.zeros(N, dtype=torch.int64, device=self.device)
 
         def loss(logp: Tensor, entropy: Tensor, rows: Any = slice(None)) -> Tensor:
             old = logp.detach() + 0.01
-            return policy_loss(config, logp, old, advantage[rows], segments[rows], 1, total, entropy=entropy)[0]
+            return policy_loss(config, logp, old, advantage[rows], segments[rows], 1, total, entropy=entropy)[
+                0
+            ]
 
         def run(logprob: Callable[[], Tensor]) -> Tensor:
             hidden.grad = weight.grad = None
@@ -113,7 +148,9 @@ class Maker:
         sides: dict[str, Callable[[], Any]] = {
             "ours": lambda: ours(False),
             "ours exact": lambda: ours(True),
-            "ours linear_logprob": lambda: run(lambda: ops.linear_logprob(hidden, weight, targets, exact=False)[0]),
+            "ours linear_logprob": lambda: run(
+                lambda: ops.linear_logprob(hidden, weight, targets, exact=False)[0]
+            ),
             "torch": lambda: run(lambda: plain(hidden, weight)),
             **{k: lambda f=f: run(lambda: f(hidden, weight)) for k, f in self.compile(plain).items()},
         }
@@ -122,7 +159,9 @@ class Maker:
             from trl.kernels import ChunkedLogProbFunction
 
             sides["trl chunked"] = lambda: run(
-                lambda: ChunkedLogProbFunction.apply(hidden, weight, None, targets, 1.0, 32_768, None, 1.0, ())[0]
+                lambda: ChunkedLogProbFunction.apply(
+                    hidden, weight, None, targets, 1.0, 32_768, None, 1.0, ()
+                )[0]
             )
         else:
             missing.append("trl")
@@ -136,13 +175,22 @@ class Maker:
         flops = 6.0 * N * s.hidden * s.vocab
         moved = self.size * (2 * N * s.hidden + 3 * s.vocab * s.hidden)
         return Work(
-            op="head forward and backward", shape=f"N={N} H={s.hidden} V={s.vocab}", sides=sides, flops=flops, bytes_=moved,
-            error=lambda logp: float((logp[some].double() - exact).abs().max()), missing=tuple(missing),
-        )  # fmt: skip
+            op="head forward and backward",
+            shape=f"N={N} H={s.hidden} V={s.vocab}",
+            sides=sides,
+            flops=flops,
+            bytes_=moved,
+            error=lambda logp: float((logp[some].double() - exact).abs().max()),
+            missing=tuple(missing),
+        )
 
-    def _liger_head(self, hidden: Tensor, weight: Tensor, targets: Tensor, advantage: Tensor, run: Any) -> dict[str, Any]:
+    def _liger_head(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, advantage: Tensor, run: Any
+    ) -> dict[str, Any]:
         from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
-        from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
+        from liger_kernel.ops.fused_linear_scaled_cross_entropy import (
+            LigerFusedLinearScaledCrossEntropyFunction,
+        )
         from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
         S = max(1, len(hidden) // 1024)
@@ -163,7 +211,11 @@ class Maker:
             logits = torch.nn.functional.pad((hidden @ weight.t()).view(S, L, -1), (0, 0, 0, 1))
             triton_grpo_loss(logits, None, None, ids, each, temperature=1.0, beta=0.0)[0].sum().backward()
 
-        return {"liger FLSCE": lambda: run(flsce), "liger fused linear GRPO": grpo, "liger Triton GRPO": triton_grpo}
+        return {
+            "liger FLSCE": lambda: run(flsce),
+            "liger fused linear GRPO": grpo,
+            "liger Triton GRPO": triton_grpo,
+        }
 
     # ---- row-wise and linear -------------------------------------------------------------------------------------
 
@@ -172,16 +224,26 @@ class Maker:
         x, weight = self.randn(M, s.hidden), self.randn(s.inner, s.hidden)
         exact = (x.double() @ weight.double().t()) if M <= 64 else None
         return Work(
-            op="linear", shape=f"M={M} K={s.hidden} O={s.inner}",
-            sides={"ours": lambda: ops.linear(x, weight), "torch": lambda: torch.nn.functional.linear(x, weight)},
-            flops=2.0 * M * s.hidden * s.inner, bytes_=self.size * float(M * s.hidden + s.inner * s.hidden + M * s.inner),
+            op="linear",
+            shape=f"M={M} K={s.hidden} O={s.inner}",
+            sides={
+                "ours": lambda: ops.linear(x, weight),
+                "torch": lambda: torch.nn.functional.linear(x, weight),
+            },
+            flops=2.0 * M * s.hidden * s.inner,
+            bytes_=self.size * float(M * s.hidden + s.inner * s.hidden + M * s.inner),
             error=None if exact is None else lambda out: float((out.double() - exact).norm() / exact.norm()),
-        )  # fmt: skip
+        )
 
     def _rows(self, op: str, args: tuple[Any, ...], moved: float, shape: str) -> Work:
         ours, plain = getattr(ops, op), getattr(reference, op)
         compiled = {k: lambda f=f: f(*args) for k, f in self.compile(plain).items()}
-        return Work(op=op, shape=shape, sides={"ours": lambda: ours(*args), "torch": lambda: plain(*args), **compiled}, bytes_=moved)
+        return Work(
+            op=op,
+            shape=shape,
+            sides={"ours": lambda: ours(*args), "torch": lambda: plain(*args), **compiled},
+            bytes_=moved,
+        )
 
     def add_rms_norm(self) -> Work:
         s, N = self.shape, self.shape.rows
@@ -197,13 +259,22 @@ class Maker:
         s, N = self.shape, self.shape.rows
         angles = torch.rand(2 * s.context, s.head_dim // 2, device=self.device, generator=self.generator)
         positions = torch.arange(N, device=self.device) % s.context
-        args = (self.randn(N, s.heads, s.head_dim), self.randn(N, s.kv_heads, s.head_dim), angles.cos(), angles.sin(), positions)
+        args = (
+            self.randn(N, s.heads, s.head_dim),
+            self.randn(N, s.kv_heads, s.head_dim),
+            angles.cos(),
+            angles.sin(),
+            positions,
+        )
         moved = 2.0 * self.size * N * (s.heads + s.kv_heads) * s.head_dim
         return self._rows("rope", args, moved, f"N={N} heads={s.heads}+{s.kv_heads}")
 
     def logprob(self) -> Work:
         s, N = self.shape, max(1, self.shape.rows // 16)
-        logits, targets = self.randn(N, s.vocab, dtype=torch.float32), torch.arange(N, device=self.device) % s.vocab
+        logits, targets = (
+            self.randn(N, s.vocab, dtype=torch.float32),
+            torch.arange(N, device=self.device) % s.vocab,
+        )
         return self._rows("logprob", (logits, targets, 0.9), 4.0 * N * s.vocab, f"N={N} V={s.vocab}")
 
     def sample(self) -> Work:
@@ -211,14 +282,22 @@ class Maker:
         ones, ids = torch.ones(N, device=self.device), torch.arange(N, device=self.device)
         args = (self.randn(N, s.vocab, dtype=torch.float32), ones, (0 * ids).int(), ones, 0 * ones, ids, ids)
         return Work(
-            op="sample", shape=f"N={N} V={s.vocab}", bytes_=4.0 * N * s.vocab,
-            sides={"ours": lambda: ops.sample(*args), "torch": lambda: torch.multinomial(args[0].softmax(-1), 1)},
-        )  # fmt: skip
+            op="sample",
+            shape=f"N={N} V={s.vocab}",
+            bytes_=4.0 * N * s.vocab,
+            sides={
+                "ours": lambda: ops.sample(*args),
+                "torch": lambda: torch.multinomial(args[0].softmax(-1), 1),
+            },
+        )
 
     def sparse(self) -> Work:
         """Supports of 8 ids, forward and backward."""
         s, N, kept = self.shape, self.shape.rows, 8
-        hidden, weight = self.randn(N, s.hidden).requires_grad_(), self.randn(s.vocab, s.hidden).requires_grad_()
+        hidden, weight = (
+            self.randn(N, s.hidden).requires_grad_(),
+            self.randn(s.vocab, s.hidden).requires_grad_(),
+        )
         starts = torch.randint(0, s.vocab - kept, (N, 1), device=self.device, generator=self.generator)
         ids = (starts + torch.arange(kept, device=self.device)).int()
         offsets, targets = torch.arange(N + 1, device=self.device) * kept, ids[:, 3].long()
@@ -234,7 +313,9 @@ class Maker:
 
         moved = self.size * (3.0 * N * s.hidden + 2 * N * kept * s.hidden + s.vocab * s.hidden)
         sides = {"ours": ours, "torch": plain}
-        return Work(op="sparse_linear_logprob", shape=f"N={N} kept={kept} H={s.hidden}", sides=sides, bytes_=moved)
+        return Work(
+            op="sparse_linear_logprob", shape=f"N={N} kept={kept} H={s.hidden}", sides=sides, bytes_=moved
+        )
 
     def advantages(self) -> Work:
         N, groups = self.shape.rows, max(1, self.shape.rows // 8)
@@ -248,9 +329,14 @@ class Maker:
             return centred / (variance.sqrt()[ids] + 1e-4)
 
         return Work(
-            op="group_advantages", shape=f"N={N} G=8", bytes_=4.0 * 2 * N + 8.0 * N,
-            sides={"ours": lambda: ops.group_advantages(rewards, ids, scored, method="std", n_groups=groups), "torch": plain},
-        )  # fmt: skip
+            op="group_advantages",
+            shape=f"N={N} G=8",
+            bytes_=4.0 * 2 * N + 8.0 * N,
+            sides={
+                "ours": lambda: ops.group_advantages(rewards, ids, scored, method="std", n_groups=groups),
+                "torch": plain,
+            },
+        )
 
     # ---- attention -----------------------------------------------------------------------------------------------
 
@@ -258,7 +344,9 @@ class Maker:
         """Causal attention on packed rows, forward and backward."""
         s = self.shape
         S, L = max(1, s.rows // s.context), s.context
-        q, k, v = (self.randn(S * L, h, s.head_dim).requires_grad_() for h in (s.heads, s.kv_heads, s.kv_heads))
+        q, k, v = (
+            self.randn(S * L, h, s.head_dim).requires_grad_() for h in (s.heads, s.kv_heads, s.kv_heads)
+        )
         cu, scale = (torch.arange(S + 1, device=self.device) * L).int(), s.head_dim**-0.5
 
         def run(fn: Callable[[], Tensor]) -> None:
@@ -267,7 +355,9 @@ class Maker:
 
         def torch_sdpa() -> Tensor:
             split = (x.view(S, L, -1, s.head_dim).transpose(1, 2) for x in (q, k, v))
-            return torch.nn.functional.scaled_dot_product_attention(*split, is_causal=True, scale=scale, enable_gqa=True)
+            return torch.nn.functional.scaled_dot_product_attention(
+                *split, is_causal=True, scale=scale, enable_gqa=True
+            )
 
         sides = {
             "ours exact": lambda: run(lambda: ops.packed_attention(q, k, v, cu, scale)),
@@ -275,7 +365,12 @@ class Maker:
             "torch": lambda: run(torch_sdpa),
         }
         flops = 7.0 * S * L * (L + 1) * s.heads * s.head_dim
-        return Work(op="attention forward and backward", shape=f"S={S} L={L} heads={s.heads}/{s.kv_heads}", sides=sides, flops=flops)
+        return Work(
+            op="attention forward and backward",
+            shape=f"S={S} L={L} heads={s.heads}/{s.kv_heads}",
+            sides=sides,
+            flops=flops,
+        )
 
     def decode(self, S: int, shared: bool = False) -> Work:
         """One query for each of S sequences; with `shared`, groups of 8 that have half of their pages in common."""
@@ -288,15 +383,25 @@ class Maker:
                 table[row, : count // 2] = table[row // 8 * 8, : count // 2]
         q, cu = self.randn(S, s.heads, s.head_dim), torch.arange(S + 1, device=self.device).int()
         lengths, scale = torch.full((S,), s.context, dtype=torch.int32, device=self.device), s.head_dim**-0.5
-        whole = (table[:, :, None] * page + torch.arange(page, device=self.device)).flatten(1)[:, : s.context].long()
+        whole = (
+            (table[:, :, None] * page + torch.arange(page, device=self.device))
+            .flatten(1)[:, : s.context]
+            .long()
+        )
 
         def plain() -> Tensor:
             keys, values = (x.flatten(0, 1)[whole].transpose(1, 2) for x in pages)
-            return torch.nn.functional.scaled_dot_product_attention(q[:, :, None], keys, values, scale=scale, enable_gqa=True)
+            return torch.nn.functional.scaled_dot_product_attention(
+                q[:, :, None], keys, values, scale=scale, enable_gqa=True
+            )
 
         n_keys = (S * s.context + -(-S // 8) * s.context) // 2 if shared else S * s.context
         return Work(
-            op="paged_attention decode" + (", shared halves" if shared else ""), shape=f"S={S} context={s.context}",
-            sides={"ours": lambda: ops.paged_attention(q, pages[0], pages[1], table, cu, lengths, scale), "torch gather": plain},
+            op="paged_attention decode" + (", shared halves" if shared else ""),
+            shape=f"S={S} context={s.context}",
+            sides={
+                "ours": lambda: ops.paged_attention(q, pages[0], pages[1], table, cu, lengths, scale),
+                "torch gather": plain,
+            },
             bytes_=2.0 * self.size * n_keys * s.kv_heads * s.head_dim,
-        )  # fmt: skip
+        )

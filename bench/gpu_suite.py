@@ -36,7 +36,9 @@ def find_package() -> None:
     for layer in ("kernels", "model", "rollout", "grpo"):
         (package / layer).symlink_to(ROOT / layer)
     sys.path.insert(0, str(package.parent))
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(package.parent), os.environ.get("PYTHONPATH")]))
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(package.parent), os.environ.get("PYTHONPATH")])
+    )
 
 
 sys.path.insert(0, str(ROOT))
@@ -58,7 +60,10 @@ def run_tests(seconds: float, dry: bool) -> dict[str, Any]:
         text, failed = done.stdout + done.stderr, done.returncode != 0
     except subprocess.TimeoutExpired as late:
         text, failed = f"{late.stdout!r}\nnot finished after {seconds:.0f} s", True
-    counts = {word: int(n) for n, word in re.findall(r"(\d+)(?:/\d+)? (passed|failed|skipped|errors?|tests collected)\b", text)}
+    counts = {
+        word: int(n)
+        for n, word in re.findall(r"(\d+)(?:/\d+)? (passed|failed|skipped|errors?|tests collected)\b", text)
+    }
     if failed:
         print(text[-6000:])
     return {"failed": failed, **counts, "seconds": round(time.perf_counter() - began, 1)}
@@ -100,7 +105,9 @@ def measure(work: Work, device: str, bandwidth: float, rate: float, budget: floa
     rows = []
     for provider, run in work.sides.items():
         row: dict[str, Any] = {"op": work.op, "provider": provider, "shape": work.shape, "dtype": "bfloat16"}
-        row |= dict.fromkeys(("p20_us", "p50_us", "p80_us", "share_of_roofline", "extra_mb", "error", "failed"), "")
+        row |= dict.fromkeys(
+            ("p20_us", "p50_us", "p80_us", "share_of_roofline", "extra_mb", "error", "failed"), ""
+        )
         rows.append(row)
         try:
             if device != "cpu":
@@ -118,7 +125,9 @@ def measure(work: Work, device: str, bandwidth: float, rate: float, budget: floa
         except Exception as error:  # a peer's failure is a result too
             row["failed"] = f"{type(error).__name__}: {str(error)[:160]}".replace("\n", " ")
             continue
-        row |= {name: round(value * 1e6, 1) for name, value in (("p20_us", p20), ("p50_us", p50), ("p80_us", p80))}
+        row |= {
+            name: round(value * 1e6, 1) for name, value in (("p20_us", p20), ("p50_us", p50), ("p80_us", p80))
+        }
         row["share_of_roofline"] = round(floor / p50, 3)
     return rows
 
@@ -126,15 +135,43 @@ def measure(work: Work, device: str, bandwidth: float, rate: float, budget: floa
 def run_engine(dry: bool, ends: float) -> list[dict[str, Any]]:
     """The common rollout workload with Qwen3-0.6B's shape, exact and fast; bench/workload.py in a process of its own."""
     found = []
-    sizes = ["--model", "4.2M", "--sequences", "3", "--shortest", "2", "--longest", "6"] if dry else [
-        "--device", "cuda", "--model", "0.6B", "--sequences", "256", "--shortest", "100", "--longest", "1024",
-    ]  # fmt: skip
+    sizes = (
+        ["--model", "4.2M", "--sequences", "3", "--shortest", "2", "--longest", "6"]
+        if dry
+        else [
+            "--device",
+            "cuda",
+            "--model",
+            "0.6B",
+            "--sequences",
+            "256",
+            "--shortest",
+            "100",
+            "--longest",
+            "1024",
+        ]
+    )
     for more in ([], ["--fast"]):
         left = ends - time.perf_counter()
-        command = [sys.executable, "-m", "bench.workload", "--only", "ours", "--json", "--repeats", "1", *sizes, *more]
+        command = [
+            sys.executable,
+            "-m",
+            "bench.workload",
+            "--only",
+            "ours",
+            "--json",
+            "--repeats",
+            "1",
+            *sizes,
+            *more,
+        ]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(left, 1))
-            row = json.loads(done.stdout.splitlines()[-1])["rows"][0] if done.returncode == 0 else {"failed": done.stderr[-1500:]}
+            row = (
+                json.loads(done.stdout.splitlines()[-1])["rows"][0]
+                if done.returncode == 0
+                else {"failed": done.stderr[-1500:]}
+            )
         except subprocess.TimeoutExpired:
             row = {"failed": "no time left"}
         print("\nrollout  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -143,7 +180,10 @@ def run_engine(dry: bool, ends: float) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], missing: tuple[str, ...]) -> None:
-    print(f"\n{rows[0]['op']}  {rows[0]['shape']}" + (f"   (not installed: {', '.join(missing)})" if missing else ""))
+    print(
+        f"\n{rows[0]['op']}  {rows[0]['shape']}"
+        + (f"   (not installed: {', '.join(missing)})" if missing else "")
+    )
     for row in rows:
         if row["failed"]:
             print(f"  {row['provider']:26} failed: {row['failed']}")
@@ -155,8 +195,15 @@ def show(rows: list[dict[str, Any]], missing: tuple[str, ...]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=440, help="for tests and kernels; what does not fit is left out and named")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=440,
+        help="for tests and kernels; what does not fit is left out and named",
+    )
     parser.add_argument("--save", action="store_true", help="append to bench/results/gpu.csv")
     parser.add_argument("--no-tests", action="store_true", help="benches only")
     parser.add_argument("--only", default="", help="works whose op holds this")
@@ -164,7 +211,10 @@ def main() -> int:
     args = parser.parse_args()
     device = "cpu" if args.dry else "cuda"
     if not args.dry and not torch.cuda.is_available():
-        print("gpu_suite: there is no CUDA device; --dry runs the suite on the CPU with tiny sizes", file=sys.stderr)
+        print(
+            "gpu_suite: there is no CUDA device; --dry runs the suite on the CPU with tiny sizes",
+            file=sys.stderr,
+        )
         return 2
     ends = time.perf_counter() + args.seconds
     tests = {} if args.no_tests else run_tests(0.45 * args.seconds, args.dry)
@@ -188,13 +238,26 @@ def main() -> int:
             if device != "cpu":
                 torch.cuda.empty_cache()
     if left_out:
-        print(f"\nleft out after {args.seconds:.0f} s: {len(left_out)} works of {', '.join(sorted(set(left_out)))}")
+        print(
+            f"\nleft out after {args.seconds:.0f} s: {len(left_out)} works of {', '.join(sorted(set(left_out)))}"
+        )
     if args.save and rows:
         append_rows("gpu", rows)
     broken = [row for row in rows if row["failed"] and row["provider"].startswith("ours")]
     engine = run_engine(args.dry, ends + 60) if not args.only else []
     ceiling = {"bytes_per_s": bandwidth, "flops_per_s": rate}
-    print(json.dumps({"bench": "gpu_suite", "tests": tests, **ceiling, "left_out": len(left_out), "rows": rows, "rollout": engine}))
+    print(
+        json.dumps(
+            {
+                "bench": "gpu_suite",
+                "tests": tests,
+                **ceiling,
+                "left_out": len(left_out),
+                "rows": rows,
+                "rollout": engine,
+            }
+        )
+    )
     return int(bool(broken or tests.get("failed") or any("failed" in row for row in engine)))
 
 

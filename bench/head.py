@@ -48,12 +48,16 @@ def make(H: int, V: int, active: float) -> dict[str, Tensor]:
 def loss(x: dict[str, Tensor], logp: Tensor, entropy: Tensor, rows: slice, config: LossConfig) -> Tensor:
     total = Normaliser(tokens=float(N), rows=1.0)
     old = logp.detach() + 0.01  # on policy but for a hair, so that nothing is clipped
-    return policy_loss(config, logp, old, x["advantage"][rows], x["segments"][rows], 1, total, entropy=entropy)[0]
+    return policy_loss(
+        config, logp, old, x["advantage"][rows], x["segments"][rows], 1, total, entropy=entropy
+    )[0]
 
 
 def ours(x: dict[str, Tensor], config: LossConfig) -> None:
     args = x["hidden"], x["weight"], x["targets"]
-    ops.linear_policy_loss(*args, lambda logp, entropy, rows: loss(x, logp, entropy, rows, config)).loss.backward()
+    ops.linear_policy_loss(
+        *args, lambda logp, entropy, rows: loss(x, logp, entropy, rows, config)
+    ).loss.backward()
 
 
 def plain(x: dict[str, Tensor], config: LossConfig) -> None:
@@ -67,11 +71,17 @@ def trl(x: dict[str, Tensor], config: LossConfig) -> None:
 
     outputs = ("entropy",) if config.entropy_coef else ()
     chunk = 32768  # as its trainer calls it
-    got = ChunkedLogProbFunction.apply(x["hidden"], x["weight"], None, x["targets"], 1.0, chunk, None, 1.0, outputs)
+    got = ChunkedLogProbFunction.apply(
+        x["hidden"], x["weight"], None, x["targets"], 1.0, chunk, None, 1.0, outputs
+    )
     loss(x, got[0], got[1] if config.entropy_coef else got[0], slice(0, N), config).backward()
 
 
-SIDES: dict[str, Callable[[dict[str, Tensor], LossConfig], None]] = {"ours": ours, "pytorch": plain, "trl_chunked": trl}
+SIDES: dict[str, Callable[[dict[str, Tensor], LossConfig], None]] = {
+    "ours": ours,
+    "pytorch": plain,
+    "trl_chunked": trl,
+}
 
 
 def _grow(side: str, H: int, V: int, config: LossConfig, threads: int, out: Any) -> None:
@@ -107,7 +117,9 @@ def memory(side: str, H: int, V: int, config: LossConfig) -> float:
     return float(grown) / 2**20
 
 
-def bench(H: int, V: int, sides: list[str], repeats: int, config: LossConfig, active: float) -> dict[str, Any]:
+def bench(
+    H: int, V: int, sides: list[str], repeats: int, config: LossConfig, active: float
+) -> dict[str, Any]:
     x = make(H, V, active)
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     for turn in range(repeats + 1):
@@ -118,8 +130,15 @@ def bench(H: int, V: int, sides: list[str], repeats: int, config: LossConfig, ac
             SIDES[side](x, config)
             if turn:
                 seconds[side].append(time.perf_counter() - began)
-    row: dict[str, Any] = {"op": "linear_policy_loss", "N": N, "H": H, "V": V, "dtype": "float32",
-                           "entropy": config.entropy_coef > 0, "active": active}  # fmt: skip
+    row: dict[str, Any] = {
+        "op": "linear_policy_loss",
+        "N": N,
+        "H": H,
+        "V": V,
+        "dtype": "float32",
+        "entropy": config.entropy_coef > 0,
+        "active": active,
+    }
     for side in sides:
         p20, p50, p80 = quantiles(sorted(seconds[side]))
         row |= {f"{side}_p20_s": round(p20, 4), f"{side}_s": round(p50, 4), f"{side}_p80_s": round(p80, 4)}
@@ -130,7 +149,9 @@ def bench(H: int, V: int, sides: list[str], repeats: int, config: LossConfig, ac
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["ours"], help="leave the others out")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="add the rows to bench/results/head.csv")

@@ -37,17 +37,27 @@ def measure(case: Case, dtype: torch.dtype, only_ours: bool, bandwidth: float) -
     for provider, seconds in found.items():
         p20, p50, p80 = quantiles(seconds)
         moved = case.elements * torch.empty(0, dtype=dtype).element_size()
-        rows.append({
-            "op": case.op, "provider": provider, "shape": case.name, "dtype": str(dtype).removeprefix("torch."),
-            "p20_us": round(p20 * 1e6, 1), "p50_us": round(p50 * 1e6, 1), "p80_us": round(p80 * 1e6, 1),
-            "gbytes_per_s": round(moved / p50 / 1e9, 1), "gflops_per_s": round(case.flops / p50 / 1e9, 1),
-            "share_of_bandwidth": round(moved / p50 / bandwidth, 3),
-        })  # fmt: skip
+        rows.append(
+            {
+                "op": case.op,
+                "provider": provider,
+                "shape": case.name,
+                "dtype": str(dtype).removeprefix("torch."),
+                "p20_us": round(p20 * 1e6, 1),
+                "p50_us": round(p50 * 1e6, 1),
+                "p80_us": round(p80 * 1e6, 1),
+                "gbytes_per_s": round(moved / p50 / 1e9, 1),
+                "gflops_per_s": round(case.flops / p50 / 1e9, 1),
+                "share_of_bandwidth": round(moved / p50 / bandwidth, 3),
+            }
+        )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["ours"], help="leave PyTorch out")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="append to bench/results/kernels_cpu.csv")
@@ -59,11 +69,17 @@ def main() -> None:
             for dtype in (torch.float32, torch.bfloat16):
                 rows += (found := measure(case, dtype, args.only == "ours", bandwidth))
                 if not args.json:
-                    ratio = f"  {found[1]['p50_us'] / found[0]['p50_us']:.2f}x torch" if len(found) > 1 else ""
+                    ratio = (
+                        f"  {found[1]['p50_us'] / found[0]['p50_us']:.2f}x torch" if len(found) > 1 else ""
+                    )
                     print("  ".join(f"{k}={v}" for k, v in found[0].items() if v) + ratio, flush=True)
     if args.save:
         append_rows("kernels_cpu", rows)
-    print(json.dumps({"bench": "kernels", "backend": cpu.describe(), "copy_bytes_per_s": bandwidth, "rows": rows}))
+    print(
+        json.dumps(
+            {"bench": "kernels", "backend": cpu.describe(), "copy_bytes_per_s": bandwidth, "rows": rows}
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def memory(device: str, peak: bool) -> int:
     if device != "cpu":
         return torch.cuda.max_memory_allocated(device) if peak else torch.cuda.memory_allocated(device)
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:" if peak else "VmRSS:")) * 1024
+    return (
+        next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:" if peak else "VmRSS:")) * 1024
+    )
 
 
 def forget_peak(device: str) -> None:
@@ -63,7 +65,11 @@ def size(tensors: Any) -> int:
 
 def held() -> int:
     """Bytes of the storages of all tensors."""
-    storages = (t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type != "meta")
+    storages = (
+        t.untyped_storage()
+        for t in gc.get_objects()
+        if issubclass(type(t), torch.Tensor) and t.device.type != "meta"
+    )
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
@@ -71,11 +77,18 @@ def build(name: str, device: str) -> Decoder:
     s = SHAPES[name]
     model = Decoder(
         ModelConfig(
-            model_type="qwen3", vocab_size=s["vocab_size"], hidden_size=s["hidden_size"], intermediate_size=s["intermediate_size"],
-            num_layers=s["num_hidden_layers"], num_heads=s["num_attention_heads"], num_kv_heads=s["num_key_value_heads"], head_dim=64,
-            max_position_embeddings=512, tie_word_embeddings=True,
+            model_type="qwen3",
+            vocab_size=s["vocab_size"],
+            hidden_size=s["hidden_size"],
+            intermediate_size=s["intermediate_size"],
+            num_layers=s["num_hidden_layers"],
+            num_heads=s["num_attention_heads"],
+            num_kv_heads=s["num_key_value_heads"],
+            head_dim=64,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
         )
-    )  # fmt: skip
+    )
     model.init_weights(0)
     return model.to(device=device, dtype=parse_dtype(s["dtype"]))
 
@@ -92,7 +105,9 @@ def measure(name: str, rank: int, trains: str, partner: bool, device: str) -> di
         engine.use_adapters([None])
     elif partner:
         other = Engine(copy.deepcopy(model).requires_grad_(False), cache_tokens=CACHE)
-    prompts = torch.randint(10, model.config.vocab_size, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(
+        10, model.config.vocab_size, (ROWS, PROMPT), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     params = SamplingParams(max_new_tokens=NEW)
     own = [engine.start(engine.open(prompt), params) for prompt in prompts]
     for prompt in prompts:
@@ -102,24 +117,37 @@ def measure(name: str, rank: int, trains: str, partner: bool, device: str) -> di
     optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0)
     rows = [
         Row(
-            token_ids=request.branch.token_ids, loss_mask=[False] * PROMPT + [True] * NEW, advantage=(-1.0) ** i, dialogue_id=i, role=0,
-            logprobs=[0.0] * PROMPT + request.completion.logprobs, kept=None,
+            token_ids=request.branch.token_ids,
+            loss_mask=[False] * PROMPT + [True] * NEW,
+            advantage=(-1.0) ** i,
+            dialogue_id=i,
+            role=0,
+            logprobs=[0.0] * PROMPT + request.completion.logprobs,
+            kept=None,
         )
         for i, request in enumerate(own)
-    ]  # fmt: skip
+    ]
     began, held_bytes = time.perf_counter(), held()
-    accumulate_policy_gradient(model, rows, LossConfig(), temperature=1.0, max_tokens=4096, after_part=optimizer.accumulate)
+    accumulate_policy_gradient(
+        model, rows, LossConfig(), temperature=1.0, max_tokens=4096, after_part=optimizer.accumulate
+    )
     optimizer.step(1e-5)
     return {
-        "trains": trains, "partner": partner, "weights_bytes": size(model.parameters()),
+        "trains": trains,
+        "partner": partner,
+        "weights_bytes": size(model.parameters()),
         "trained_bytes": size(p for p in model.parameters() if p.requires_grad),
-        "optimizer_bytes": size(optimizer.state_dict().values()), "held_bytes": held_bytes,
-        "peak_bytes": memory(device, peak=True) - before, "update_seconds": round(time.perf_counter() - began, 3),
-    }  # fmt: skip
+        "optimizer_bytes": size(optimizer.state_dict().values()),
+        "held_bytes": held_bytes,
+        "peak_bytes": memory(device, peak=True) - before,
+        "update_seconds": round(time.perf_counter() - began, 3),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", choices=list(SHAPES), default="91M")
@@ -131,18 +159,48 @@ def main() -> None:
         return
     if not args.json:
         print(f"{args.model}, {SHAPES[args.model]['dtype']}, rank {args.rank}; MB")
-        print(f"{'trains':12} {'frozen partner':14} " + "".join(f"{key:>10}" for key in SIZES) + f"{'update s':>10}")
+        print(
+            f"{'trains':12} {'frozen partner':14} "
+            + "".join(f"{key:>10}" for key in SIZES)
+            + f"{'update s':>10}"
+        )
     rows = []
     for case in range(len(CASES)):
-        words = ["--case", str(case), "--device", args.device, "--model", args.model, "--rank", str(args.rank)]
-        done = subprocess.run([sys.executable, "-m", "bench.lora", *words], stdout=subprocess.PIPE, text=True, check=True)
+        words = [
+            "--case",
+            str(case),
+            "--device",
+            args.device,
+            "--model",
+            args.model,
+            "--rank",
+            str(args.rank),
+        ]
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.lora", *words], stdout=subprocess.PIPE, text=True, check=True
+        )
         rows.append(row := json.loads(done.stdout))
         if not args.json:
             sizes = "".join(f"{row[f'{key}_bytes'] / 1e6:10.1f}" for key in SIZES)
-            print(f"{row['trains']:12} {'yes' if row['partner'] else 'no':14} {sizes}{row['update_seconds']:10.2f}", flush=True)
-    added = {trains: with_it["held_bytes"] - without["held_bytes"] for trains, without, with_it in
-             (("all weights", *rows[:2]), ("adapter", *rows[2:]))}  # fmt: skip
-    print(json.dumps({"bench": "lora", "model": args.model, "rank": args.rank, "partner_adds_bytes": added, "rows": rows}))
+            print(
+                f"{row['trains']:12} {'yes' if row['partner'] else 'no':14} {sizes}{row['update_seconds']:10.2f}",
+                flush=True,
+            )
+    added = {
+        trains: with_it["held_bytes"] - without["held_bytes"]
+        for trains, without, with_it in (("all weights", *rows[:2]), ("adapter", *rows[2:]))
+    }
+    print(
+        json.dumps(
+            {
+                "bench": "lora",
+                "model": args.model,
+                "rank": args.rank,
+                "partner_adds_bytes": added,
+                "rows": rows,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

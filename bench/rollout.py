@@ -27,11 +27,25 @@ from duologue.rollout.engine.sequence import SamplingParams
 from bench.common import append_rows
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "4.2M": {"hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-             "intermediate_size": 768, "vocab_size": 4096, "dtype": "float32"},
-    "91M": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 4,
-            "intermediate_size": 2304, "vocab_size": 8192, "dtype": "bfloat16"},
-}  # fmt: skip
+    "4.2M": {
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 768,
+        "vocab_size": 4096,
+        "dtype": "float32",
+    },
+    "91M": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "intermediate_size": 2304,
+        "vocab_size": 8192,
+        "dtype": "bfloat16",
+    },
+}
 PROMPT, NEW = 64, 64
 
 
@@ -42,7 +56,11 @@ def make_checkpoint(shape: dict[str, Any], folder: Path, max_positions: int = 51
     sizes = {k: v for k, v in shape.items() if k != "dtype"}
     torch.manual_seed(0)
     config = transformers.Qwen3Config(
-        **sizes, head_dim=64, max_position_embeddings=max_positions, tie_word_embeddings=True, initializer_range=0.02
+        **sizes,
+        head_dim=64,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
+        initializer_range=0.02,
     )
     model = transformers.Qwen3ForCausalLM(config).to(parse_dtype(shape["dtype"])).eval()
     model.generation_config.eos_token_id = None
@@ -84,7 +102,12 @@ def ceiling(model: Decoder, batch: int) -> float:
     best_copy = max(2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) for _ in range(3))
     w = max(weights, key=lambda p: p.numel()).detach()
     x = torch.randn(512, w.shape[1], dtype=w.dtype, device=w.device)
-    rate = 2 * x.shape[0] * w.numel() / min(_best_seconds(lambda: cpu.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
+    rate = (
+        2
+        * x.shape[0]
+        * w.numel()
+        / min(_best_seconds(lambda: cpu.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
+    )
     flops = 2 * sum(p.numel() for p in weights) * batch
     return batch / max(size / best_copy, flops / rate)
 
@@ -99,7 +122,9 @@ def _best_seconds(run: Callable[[], Any]) -> float:
     return best
 
 
-def bench(name: str, batch: int, repeats: int, only_ours: bool, theirs: Any, model: Decoder) -> dict[str, Any]:
+def bench(
+    name: str, batch: int, repeats: int, only_ours: bool, theirs: Any, model: Decoder
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(0, model.config.vocab_size, (batch, PROMPT), generator=generator)
     engine = Engine(model, cache_tokens=max(batch, 4) * (PROMPT + NEW + 16))
@@ -112,9 +137,16 @@ def bench(name: str, batch: int, repeats: int, only_ours: bool, theirs: Any, mod
         mask = torch.ones_like(prompts)
         with torch.no_grad():
             out = theirs.generate(
-                prompts, attention_mask=mask, max_new_tokens=NEW, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
-                pad_token_id=0, eos_token_id=None,
-            )  # fmt: skip
+                prompts,
+                attention_mask=mask,
+                max_new_tokens=NEW,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
         return int(out[:, PROMPT:].numel())
 
     runs: dict[str, Callable[[], int]] = {"ours": ours}
@@ -131,7 +163,9 @@ def bench(name: str, batch: int, repeats: int, only_ours: bool, theirs: Any, mod
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--only", choices=["ours"], help="leave transformers out")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="add the rows to bench/results/rollout.csv")

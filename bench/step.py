@@ -45,12 +45,23 @@ def make_checkpoint(folder: Path) -> list[list[int]]:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=64, vocab_size=VOCAB, tie_word_embeddings=True, max_position_embeddings=512,
-        bos_token_id=0, eos_token_id=1, pad_token_id=2,
-    )  # fmt: skip
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        vocab_size=VOCAB,
+        tie_word_embeddings=True,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+    )
     Qwen3ForCausalLM(config).save_pretrained(folder)
-    core = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w3"))
+    core = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w3")
+    )
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w2"}
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
@@ -78,7 +89,9 @@ def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) ->
         completions = rollout(engine, prompts, params)
         rolled = time.perf_counter()
         rewards = torch.tensor([reward(c.token_ids) for c in completions])
-        found = group_advantages(rewards, group_ids, torch.ones_like(group_ids, dtype=torch.bool)).value.tolist()
+        found = group_advantages(
+            rewards, group_ids, torch.ones_like(group_ids, dtype=torch.bool)
+        ).value.tolist()
         rows = [
             Row(
                 token_ids=prompts[i // GROUP] + c.token_ids,
@@ -136,15 +149,34 @@ def run_trl(folder: Path, prompts: list[list[int]], steps: int, device: str) -> 
         processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
         callbacks=[Clock()],
         args=trl.GRPOConfig(
-            output_dir=str(folder / "trl"), use_cpu=device == "cpu", bf16=False, report_to=[], save_strategy="no",
-            disable_tqdm=True, logging_steps=10_000, max_steps=WARMUP + 1 + steps, seed=0,
-            per_device_train_batch_size=PROMPTS * GROUP, num_generations=GROUP, gradient_accumulation_steps=1,
-            max_completion_length=NEW_TOKENS, generation_kwargs={"min_new_tokens": NEW_TOKENS}, temperature=1.0,
-            top_k=0, top_p=1.0, beta=0.0, loss_type="dapo", epsilon=CLIP, learning_rate=RATE,
-            lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1], max_grad_norm=1.0,
+            output_dir=str(folder / "trl"),
+            use_cpu=device == "cpu",
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=10_000,
+            max_steps=WARMUP + 1 + steps,
+            seed=0,
+            per_device_train_batch_size=PROMPTS * GROUP,
+            num_generations=GROUP,
+            gradient_accumulation_steps=1,
+            max_completion_length=NEW_TOKENS,
+            generation_kwargs={"min_new_tokens": NEW_TOKENS},
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            beta=0.0,
+            loss_type="dapo",
+            epsilon=CLIP,
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            adam_beta1=BETAS[0],
+            adam_beta2=BETAS[1],
+            max_grad_norm=1.0,
             gradient_checkpointing=False,
         ),
-    )  # fmt: skip
+    )
     with contextlib.redirect_stdout(sys.stderr):
         trainer.train()
     return {"step": [b - a for a, b in pairwise(ends)][WARMUP:]}
@@ -165,13 +197,19 @@ def main() -> None:
         prompts = make_checkpoint(folder)
         chosen = [p for p in PROVIDERS if args.only in (None, p)]
         times = {p: PROVIDERS[p](folder, prompts, args.steps, args.device) for p in chosen}
-    medians = {p: {part: statistics.median(values) for part, values in parts.items()} for p, parts in times.items()}
+    medians = {
+        p: {part: statistics.median(values) for part, values in parts.items()} for p, parts in times.items()
+    }
     speeds = {p: SAMPLED / parts["step"] for p, parts in medians.items()}
     if not args.json:
-        print(f"{'':6}{'s / step':>10}{'fastest':>10}{'slowest':>10}{'rollout':>10}{'update':>10}{'tokens/s':>10}")
+        print(
+            f"{'':6}{'s / step':>10}{'fastest':>10}{'slowest':>10}{'rollout':>10}{'update':>10}{'tokens/s':>10}"
+        )
         for p, parts in medians.items():
             spread = (parts["step"], min(times[p]["step"]), max(times[p]["step"]))
-            split = "".join(f"{parts[part]:10.3f}" if part in parts else f"{'':10}" for part in ("rollout", "update"))
+            split = "".join(
+                f"{parts[part]:10.3f}" if part in parts else f"{'':10}" for part in ("rollout", "update")
+            )
             print(f"{p:6}{''.join(f'{x:10.3f}' for x in spread)}{split}{speeds[p]:10.0f}")
     result: dict[str, Any] = {
         "bench": "step",

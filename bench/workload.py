@@ -34,17 +34,27 @@ from bench.common import append_rows
 from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint, timed
 
 QWEN3 = {  # name: hidden, inner, layers, heads
-    "0.6B": (1024, 3072, 28, 16), "1.7B": (2048, 6144, 28, 16), "8B": (4096, 12_288, 36, 32),
-}  # fmt: skip
+    "0.6B": (1024, 3072, 28, 16),
+    "1.7B": (2048, 6144, 28, 16),
+    "8B": (4096, 12_288, 36, 32),
+}
 
 
 def qwen3(name: str, device: str) -> Decoder:
     """Random weights in one of Qwen3's shapes, bf16."""
     hidden, inner, layers, heads = QWEN3[name]
     config = ModelConfig(
-        model_type="qwen3", vocab_size=151_936, hidden_size=hidden, intermediate_size=inner, num_layers=layers, num_heads=heads,
-        num_kv_heads=8, head_dim=128, max_position_embeddings=4096, tie_word_embeddings=name != "8B",
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=151_936,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_layers=layers,
+        num_heads=heads,
+        num_kv_heads=8,
+        head_dim=128,
+        max_position_embeddings=4096,
+        tie_word_embeddings=name != "8B",
+    )
     with torch.device(device):
         model = Decoder(config).bfloat16()
     with torch.no_grad():
@@ -77,16 +87,25 @@ def run_generate(theirs: Any, prompts: list[list[int]], out: list[int], batch: i
             mask[r, width - len(prompts[i]) :] = 1
         with torch.no_grad():
             theirs.generate(
-                ids.to(theirs.device), attention_mask=mask.to(theirs.device), max_new_tokens=max(out[i] for i in rows), do_sample=True,
-                top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0, eos_token_id=None,
-            )  # fmt: skip
+                ids.to(theirs.device),
+                attention_mask=mask.to(theirs.device),
+                max_new_tokens=max(out[i] for i in rows),
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
     return sum(out)
 
 
 def run_continuous(theirs: Any, prompts: list[list[int]], out: list[int]) -> int:
     from transformers import GenerationConfig
 
-    settings = GenerationConfig(max_new_tokens=max(out), do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0)
+    settings = GenerationConfig(
+        max_new_tokens=max(out), do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0
+    )
     asked = {}
     with theirs.continuous_batching_context_manager(generation_config=settings, warmup=False) as manager:
         for ids, n in zip(prompts, out, strict=True):
@@ -103,9 +122,15 @@ def run_continuous(theirs: Any, prompts: list[list[int]], out: list[int]) -> int
     return tokens
 
 
-def ideal_seconds(model: Decoder, prompts: list[list[int]], out: list[int], bandwidth: float, rate: float) -> float:
+def ideal_seconds(
+    model: Decoder, prompts: list[list[int]], out: list[int], bandwidth: float, rate: float
+) -> float:
     """All sequences at once: prompts at the rate of a product, then one step for each token of the longest output."""
-    weights = [p for name, p in model.named_parameters() if p.dim() == 2 and ("embed" not in name or model.lm_head is None)]
+    weights = [
+        p
+        for name, p in model.named_parameters()
+        if p.dim() == 2 and ("embed" not in name or model.lm_head is None)
+    ]
     size, count, kv = sum(p.nbytes for p in weights), sum(p.numel() for p in weights), token_bytes(model)
     seconds = 2 * count * sum(map(len, prompts)) / rate
     for step in range(max(out)):
@@ -130,46 +155,68 @@ def rates(device: str) -> tuple[float, float]:
     source = torch.ones(2**29 if device != "cpu" else 2**26, device=device)
     target, n = torch.empty_like(source), 8192 if device != "cpu" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
-    product = min(best(lambda: a @ a), best(lambda: cpu.linear(a, a, None, None)) if device == "cpu" else float("inf"))
+    product = min(
+        best(lambda: a @ a), best(lambda: cpu.linear(a, a, None, None)) if device == "cpu" else float("inf")
+    )
     return 2 * source.nbytes / best(lambda: target.copy_(source)), 2 * n**3 / product
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--model", choices=[*SHAPES, *QWEN3], default="4.2M")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--shortest", type=int, default=12)
     parser.add_argument("--longest", type=int, default=128)
     parser.add_argument("--batch", type=int, default=16, help="of transformers' generate")
-    parser.add_argument("--fast", action="store_true", help="exact = false: libraries instead of our kernels, on a GPU")
+    parser.add_argument(
+        "--fast", action="store_true", help="exact = false: libraries instead of our kernels, on a GPU"
+    )
     parser.add_argument("--only", choices=["ours"], help="leave transformers out")
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="add the row to bench/results/workload.csv")
     parser.add_argument("--repeats", type=int, default=3)
     args = parser.parse_args()
     if not 1 <= args.shortest <= args.longest:
-        parser.error(f"--shortest {args.shortest} --longest {args.longest}: accepted is 1 <= shortest <= longest")
+        parser.error(
+            f"--shortest {args.shortest} --longest {args.longest}: accepted is 1 <= shortest <= longest"
+        )
     theirs = None
     if args.model in QWEN3:
         if args.only is None:
-            parser.error(f"--model {args.model}: its weights are made here, without transformers; add --only ours")
+            parser.error(
+                f"--model {args.model}: its weights are made here, without transformers; add --only ours"
+            )
         model = qwen3(args.model, args.device)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            theirs = make_checkpoint(SHAPES[args.model], Path(folder), max_positions=2 * args.longest + 64).to(args.device)
+            theirs = make_checkpoint(
+                SHAPES[args.model], Path(folder), max_positions=2 * args.longest + 64
+            ).to(args.device)
             model = load_ours(SHAPES[args.model], Path(folder), args.device)
     model.use_exact(not args.fast)
     n_in, out = lengths(args.sequences, args.shortest, args.longest)
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, model.config.vocab_size, (n,), generator=generator).tolist() for n in n_in]
-    engine = Engine(model, cache_tokens=sum(n_in) + sum(out) + 32 * args.sequences, max_batch=args.sequences, max_step_tokens=2048)
+    engine = Engine(
+        model,
+        cache_tokens=sum(n_in) + sum(out) + 32 * args.sequences,
+        max_batch=args.sequences,
+        max_step_tokens=2048,
+    )
     runs: dict[str, Any] = {"ours": lambda: run_ours(engine, prompts, out)}
     if theirs is not None and args.only is None:
         runs["generate"] = lambda: run_generate(theirs, prompts, out, args.batch)
         runs["continuous"] = lambda: run_continuous(theirs, prompts, out)
     bandwidth, rate = rates(args.device)
-    row: dict[str, Any] = {"model": args.model, "device_type": args.device, "exact": not args.fast, "sequences": args.sequences}
+    row: dict[str, Any] = {
+        "model": args.model,
+        "device_type": args.device,
+        "exact": not args.fast,
+        "sequences": args.sequences,
+    }
     row |= {"shortest": args.shortest, "longest": args.longest}
     continuous = runs.pop("continuous", None)
     found = alternate(runs, args.repeats)
@@ -179,13 +226,21 @@ def main() -> int:
         row[f"{side}_tokens_per_s"] = round(speeds[len(speeds) // 2], 1)
         if side != "ours":
             row[f"of_{side}"] = round(row["ours_tokens_per_s"] / row[f"{side}_tokens_per_s"], 2)
-    bandwidth, rate = map(max, zip((bandwidth, rate), rates(args.device), strict=True))  # the machine may have been slow at first
-    row["share_of_ideal"] = round(row["ours_tokens_per_s"] * ideal_seconds(model, prompts, out, bandwidth, rate) / sum(out), 3)
+    bandwidth, rate = map(
+        max, zip((bandwidth, rate), rates(args.device), strict=True)
+    )  # the machine may have been slow at first
+    row["share_of_ideal"] = round(
+        row["ours_tokens_per_s"] * ideal_seconds(model, prompts, out, bandwidth, rate) / sum(out), 3
+    )
     stats = engine.stats
-    if args.device != "cpu":  # nearly all is decoding: what is not spent waiting for the device is the host's own work
+    if (
+        args.device != "cpu"
+    ):  # nearly all is decoding: what is not spent waiting for the device is the host's own work
         began, before = time.perf_counter(), engine.stats.waited_seconds
         run_ours(engine, prompts, out)
-        row["host_share"] = round(1 - (engine.stats.waited_seconds - before) / (time.perf_counter() - began), 3)
+        row["host_share"] = round(
+            1 - (engine.stats.waited_seconds - before) / (time.perf_counter() - began), 3
+        )
     row["idle_slot_share"] = round(stats.idle_slot_steps / max(stats.slot_steps, 1), 3)
     if not args.json:
         print("\n".join(f"{key:24} {value}" for key, value in row.items()), flush=True)

@@ -62,11 +62,22 @@ def group_advantages(
     if method == "running":
         assert baseline is not None
         assert roles is not None, "a running baseline is kept per role"
-        means = torch.tensor([baseline.means.get(role, math.nan) for role in range(n_roles)], dtype=torch.float64)
+        means = torch.tensor(
+            [baseline.means.get(role, math.nan) for role in range(n_roles)], dtype=torch.float64
+        )
     value, counts, flat, after = ops.group_advantages(
-        rewards, group_ids, scored, method=method, n_groups=n_groups, roles=roles, n_roles=n_roles, baseline=means,
+        rewards,
+        group_ids,
+        scored,
+        method=method,
+        n_groups=n_groups,
+        roles=roles,
+        n_roles=n_roles,
+        baseline=means,
         decay=baseline.decay if baseline is not None else 0.0,
-    )  # fmt: skip
+    )
     if baseline is not None:
-        baseline.means.update({role: mean for role, mean in enumerate(after.tolist()) if not math.isnan(mean)})
+        baseline.means.update(
+            {role: mean for role, mean in enumerate(after.tolist()) if not math.isnan(mean)}
+        )
     return Advantages(value=value, no_variance=int(flat.sum()), groups=int((counts > 0).sum()))

@@ -49,9 +49,13 @@ class Batch:
     advantages: Tensor  # [T] fp32
     dialogue_id: Tensor  # [S] int64
     role: Tensor  # [S] int64
-    nodes: Tensor  # [T] int64: positions with the same prefix in different rows have the same node, 0 .. U - 1
+    nodes: (
+        Tensor  # [T] int64: positions with the same prefix in different rows have the same node, 0 .. U - 1
+    )
     first: Tensor  # [U] int64: where in T each node occurs first
-    kept_ids: Tensor  # int32: the supports of the trained tokens whose draw was truncated, one after the other
+    kept_ids: (
+        Tensor  # int32: the supports of the trained tokens whose draw was truncated, one after the other
+    )
     kept_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
 
     @property
@@ -70,7 +74,9 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
     """Lay rows one after the other. ValueError for a row whose first token is marked: nothing predicts it."""
     for row in rows:
         if row.loss_mask and row.loss_mask[0]:
-            raise ValueError(f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training")
+            raise ValueError(
+                f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training"
+            )
         assert len(row.token_ids) == len(row.loss_mask) == len(row.logprobs)
     lengths = [len(row.token_ids) for row in rows]
     nodes, first = _prefix_tree(rows)
@@ -80,8 +86,12 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         positions=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int64, device=device),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
         loss_mask=torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.bool, device=device),
-        behaviour_logprobs=torch.tensor([x for row in rows for x in row.logprobs], dtype=torch.float32, device=device),
-        advantages=torch.tensor([row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device),
+        behaviour_logprobs=torch.tensor(
+            [x for row in rows for x in row.logprobs], dtype=torch.float32, device=device
+        ),
+        advantages=torch.tensor(
+            [row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device
+        ),
         dialogue_id=torch.tensor([row.dialogue_id for row in rows], dtype=torch.int64, device=device),
         role=torch.tensor([row.role for row in rows], dtype=torch.int64, device=device),
         nodes=torch.tensor(nodes, dtype=torch.int64, device=device),
@@ -96,7 +106,9 @@ def _supports(rows: Sequence[Row]) -> tuple[array[int], list[int]]:
     sizes: list[int] = []
     for row in rows:
         start = 0
-        for size, trained in zip(row.kept.sizes if row.kept else [0] * len(row.token_ids), row.loss_mask, strict=True):
+        for size, trained in zip(
+            row.kept.sizes if row.kept else [0] * len(row.token_ids), row.loss_mask, strict=True
+        ):
             sizes.append(size if trained else 0)
             if row.kept and sizes[-1]:
                 ids += row.kept.ids[start : start + size]
@@ -132,7 +144,9 @@ class TreeAttention:
         if not self.shared:
             return ops.packed_attention(q_TAD, k_TGD, v_TGD, batch.cu_seqlens, self.scale, self.exact)
         q, k, v = (x.index_select(0, batch.nodes) for x in (q_TAD, k_TGD, v_TGD))
-        return ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale, self.exact).index_select(0, batch.first)
+        return ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale, self.exact).index_select(
+            0, batch.first
+        )
 
 
 def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:

@@ -32,9 +32,13 @@ class Chart:
     strips: list[tuple[float, float, str]]  # (x, width, what the pointer is shown there)
 
 
-def chart(title: str, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str], percent: bool = False) -> Chart | None:
+def chart(
+    title: str, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str], percent: bool = False
+) -> Chart | None:
     """Metrics over `step`; `keys` maps metric to label. None when no row has a value of any of them."""
-    lines = {label: _thin([(r["step"], r[k]) for r in rows if r.get(k) is not None]) for k, label in keys.items()}
+    lines = {
+        label: _thin([(r["step"], r[k]) for r in rows if r.get(k) is not None]) for k, label in keys.items()
+    }
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
         return None
@@ -52,7 +56,14 @@ def chart(title: str, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str]
     for label, points in lines.items():
         mean = _running_mean(points)
         smooth = _path([place(p) for p in mean]) if len(points) >= 12 else ""
-        series.append(Series(label=label, raw=_path([place(p) for p in points]), smooth=smooth, last=_exact(mean[-1][1], percent)))
+        series.append(
+            Series(
+                label=label,
+                raw=_path([place(p) for p in points]),
+                smooth=smooth,
+                last=_exact(mean[-1][1], percent),
+            )
+        )
     return Chart(
         title=title,
         series=series,
@@ -88,7 +99,9 @@ def _exact(value: float, percent: bool) -> str:
 
 def _thin(points: list[Point]) -> list[Point]:
     size = math.ceil(len(points) / MOST_POINTS)
-    buckets = [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
+    buckets = (
+        [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
+    )
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
 
 
@@ -121,6 +134,5 @@ def _strips(lines: Mapping[str, list[Point]], place: Any, percent: bool) -> list
     spots = [place((x, 0.0))[0] for x in xs]
     edges = [LEFT, *((a + b) / 2 for a, b in pairwise(spots)), WIDTH - RIGHT]
     return [
-        (edges[i], edges[i + 1] - edges[i], f"step {x:,.0f}: " + ", ".join(at[x]))
-        for i, x in enumerate(xs)
-    ]  # fmt: skip
+        (edges[i], edges[i + 1] - edges[i], f"step {x:,.0f}: " + ", ".join(at[x])) for i, x in enumerate(xs)
+    ]

@@ -79,19 +79,34 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="duologue", description="Self-play trainer for negotiating policies")
-    parser.add_argument("--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}")
+    parser = argparse.ArgumentParser(
+        prog="duologue", description="Self-play trainer for negotiating policies"
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}"
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = commands.add_parser("train", help="train by a recipe or a TOML file", epilog=SETTINGS)
-    train.add_argument("recipe", help="a recipe's name (deal, collective-agency and so on) or the path of a .toml file")
+    train.add_argument(
+        "recipe", help="a recipe's name (deal, collective-agency and so on) or the path of a .toml file"
+    )
     train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
-    train.add_argument("--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint")
+    train.add_argument(
+        "--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint"
+    )
     evaluate = commands.add_parser("eval", help="hold dialogues with a checkpoint, measured", epilog=SETTINGS)
     evaluate.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
     evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
     evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
-    evaluate.add_argument("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    evaluate.add_argument("--against", type=Path, metavar="CHECKPOINT", help="with dilemmas: another one, whose answers are compared")
+    evaluate.add_argument(
+        "--greedy", action="store_true", help="take the likeliest token instead of sampling"
+    )
+    evaluate.add_argument(
+        "--against",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="with dilemmas: another one, whose answers are compared",
+    )
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
     for command in (train, evaluate):
         command.add_argument("--device", help="cpu, cuda or cuda:N (model.device)")
@@ -101,15 +116,27 @@ def _parser() -> argparse.ArgumentParser:
     data_command.add_parser(commands)
     play = commands.add_parser("play", help="negotiate with a checkpoint in the terminal", epilog=SETTINGS)
     play.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
-    play.add_argument("--game", metavar="RECIPE", help="the recipe or TOML file that names it (default: that of the checkpoint's run)")
+    play.add_argument(
+        "--game",
+        metavar="RECIPE",
+        help="the recipe or TOML file that names it (default: that of the checkpoint's run)",
+    )
     play.add_argument("--side", choices=("first", "second"), default="first", help="yours")
     play.add_argument("--seed", type=int, default=0, help="of the scenario and of what the policy says")
-    play.add_argument("--temperature", type=float, help="of the policy's words, 0 for the likeliest (default: dialogue.temperature)")
+    play.add_argument(
+        "--temperature",
+        type=float,
+        help="of the policy's words, 0 for the likeliest (default: dialogue.temperature)",
+    )
     export = commands.add_parser("export", help="write a checkpoint of a run for other programs")
     export.add_argument("source", type=Path, help="a checkpoint, or a run directory for its last one")
     export.add_argument("out", type=Path, help="a new folder")
     export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
-    export.add_argument("--merge", action="store_true", help="an adapter into its base, so that transformers loads it without peft")
+    export.add_argument(
+        "--merge",
+        action="store_true",
+        help="an adapter into its base, so that transformers loads it without peft",
+    )
     export.add_argument("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
     commands.add_parser("doctor", help="show the device, the back ends in use and a self-check")
     return parser
@@ -158,7 +185,9 @@ def _config(recipe: str, overrides: list[str], shortcuts: dict[str, Any]) -> Con
     device = torch.device(config.model.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         found = torch.cuda.device_count()
-        raise ValueError(f"model.device = {config.model.device!r}: accepted is cpu or one of {found} CUDA devices here")
+        raise ValueError(
+            f"model.device = {config.model.device!r}: accepted is cpu or one of {found} CUDA devices here"
+        )
     return config
 
 
@@ -233,7 +262,9 @@ def _eval(options: argparse.Namespace) -> int:
     if config.game.name in DILEMMAS:
         return _eval_dilemmas(options, config)
     if options.against is not None:
-        raise ValueError(f"--against {options.against}: accepted with dilemmas, which a judge compares; {config.game.name} has rules")
+        raise ValueError(
+            f"--against {options.against}: accepted with dilemmas, which a judge compares; {config.game.name} has rules"
+        )
     model, tokenizer = load_policy(options.checkpoint, config)
     game = build_game(config)
     judge = build_judge(config, game, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
@@ -241,7 +272,11 @@ def _eval(options: argparse.Namespace) -> int:
     judge.close()
     Progress().results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
-        origin = {"checkpoint": str(options.checkpoint), "split": config.eval.split, "seed": config.train.seed}
+        origin = {
+            "checkpoint": str(options.checkpoint),
+            "split": config.eval.split,
+            "seed": config.train.seed,
+        }
         row = {**origin, "temperature": config.eval.temperature, **metrics}
         write_file(options.json, json.dumps(row, indent=2).encode())
     return 0
@@ -258,12 +293,17 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
         raise ValueError("--greedy: dilemmas are always measured both greedy and sampled (eval.temperature)")
     paths = [options.checkpoint, *([options.against] if options.against else [])]
     if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
-        raise ValueError(f"--against {options.against}: accepted is another checkpoint than the one that is measured")
+        raise ValueError(
+            f"--against {options.against}: accepted is another checkpoint than the one that is measured"
+        )
     result = compare(config, {str(path): load_policy(path, config) for path in paths})
     Console(highlight=False).print(table(result, [str(path) for path in paths]))
     if options.json:
         against = str(options.against) if options.against else None
-        write_file(options.json, json.dumps({"checkpoint": str(paths[0]), "against": against, **result}, indent=2).encode())
+        write_file(
+            options.json,
+            json.dumps({"checkpoint": str(paths[0]), "against": against, **result}, indent=2).encode(),
+        )
     return 0
 
 
@@ -293,8 +333,14 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
-    "train": _train, "eval": _eval, "play": _play, "report": _report, "data": data_command.run, "export": _export, "doctor": _doctor,
-}  # fmt: skip
+    "train": _train,
+    "eval": _eval,
+    "play": _play,
+    "report": _report,
+    "data": data_command.run,
+    "export": _export,
+    "doctor": _doctor,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

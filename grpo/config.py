@@ -152,7 +152,9 @@ class JudgeSection:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutSection:
     page_size: int = 16
-    cache_tokens: int = 65_536  # 0: 85 % of the GPU memory that is free when the engine is made, given back during updates
+    cache_tokens: int = (
+        65_536  # 0: 85 % of the GPU memory that is free when the engine is made, given back during updates
+    )
     max_batch: int = 256
     exact: bool = True
     release_memory: bool = False  # give the KV pool's memory back during each update
@@ -307,11 +309,27 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
             not scratch or m.num_heads % m.num_kv_heads == 0,
         ),
         ("model.head_dim", size, not scratch or (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0),
-        ("lora.rank", "0 without model.path, the frozen weights that an adapter needs", not (c.lora.rank and scratch)),
+        (
+            "lora.rank",
+            "0 without model.path, the frozen weights that an adapter needs",
+            not (c.lora.rank and scratch),
+        ),
         ("lora.targets", "at least one linear", bool(c.lora.targets)),
-        ("lora.quantize", "'' with lora.rank = 0, where all weights are trained", not c.lora.quantize or c.lora.rank > 0),
-        ("game.walk_away", walk_away, not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value)),
-        ("game.name", deal, game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)),
+        (
+            "lora.quantize",
+            "'' with lora.rank = 0, where all weights are trained",
+            not c.lora.quantize or c.lora.rank > 0,
+        ),
+        (
+            "game.walk_away",
+            walk_away,
+            not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
+        ),
+        (
+            "game.name",
+            deal,
+            game.name == "deal" or (game.item_types, game.total_value, game.walk_away) == (3, 10, 0),
+        ),
         *judged_rules(c),
         *opponent_rules(c),
         ("dialogue.top_p", "above 0 and up to 1", 0 < c.dialogue.top_p <= 1),
@@ -322,7 +340,11 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
         ),
         ("rollout.page_size", "a multiple of 16", r.page_size % 16 == 0),
         ("rollout.exact", "true on cpu, where the kernels are always exact", r.exact or m.device != "cpu"),
-        ("grpo.tis_cap", "0 while rollout.exact = true, where the weight would be 1", not (g.tis_cap and r.exact)),
+        (
+            "grpo.tis_cap",
+            "0 while rollout.exact = true, where the weight would be 1",
+            not (g.tis_cap and r.exact),
+        ),
         ("grpo.updates_per_rollout", "1 with grpo.tis_cap", not g.tis_cap or g.updates_per_rollout == 1),
         (
             "grpo.betas",
@@ -387,5 +409,7 @@ def from_dict(raw: dict[str, Any]) -> Config:
         for key in values:
             if key not in fields:
                 raise ValueError(f"unknown key {name}.{key}: {meant(key, list(fields))}")
-        built[name] = kind(**{key: typed(f"{name}.{key}", value, fields[key]) for key, value in values.items()})
+        built[name] = kind(
+            **{key: typed(f"{name}.{key}", value, fields[key]) for key, value in values.items()}
+        )
     return Config(**built)

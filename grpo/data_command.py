@@ -26,7 +26,9 @@ Answer with the text of the dilemma alone."""
 
 
 def add_parser(commands: Any) -> None:
-    parser = commands.add_parser("data", help="list, check or extend the dilemmas, personas, tasks and questions")
+    parser = commands.add_parser(
+        "data", help="list, check or extend the dilemmas, personas, tasks and questions"
+    )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     show = verbs.add_parser("list", help="show texts")
     show.add_argument("--kind", choices=list(NEEDS), default="dilemmas")
@@ -44,7 +46,9 @@ def add_parser(commands: Any) -> None:
     write.add_argument("--tier", choices=TIERS, required=True)
     write.add_argument("--count", type=int, required=True)
     write.add_argument("--out", type=Path, required=True, help="a .jsonl file; what is there stays")
-    write.add_argument("--key-env", default="DUOLOGUE_JUDGE_KEY", help="the environment variable that holds the API key")
+    write.add_argument(
+        "--key-env", default="DUOLOGUE_JUDGE_KEY", help="the environment variable that holds the API key"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -72,7 +76,10 @@ def _list(options: argparse.Namespace) -> int:
         for side in ("first", "second"):
             if side in row:
                 console.print(f"  {row[side]['name']}: {row[side]['instructions']}")
-    console.print(f"{len(shown)} of {len(rows)} {options.kind}" + ("" if len(shown) == len(rows) else "; --limit 0 shows all"))
+    console.print(
+        f"{len(shown)} of {len(rows)} {options.kind}"
+        + ("" if len(shown) == len(rows) else "; --limit 0 shows all")
+    )
     return 0
 
 
@@ -86,18 +93,28 @@ def _check(options: argparse.Namespace) -> int:
         rows = read(path, NEEDS[kind])
         held += [(f"{path.name}: {row['id']}", row) for row in rows if "text" in row]
         tiers = Counter(row["tier"] for row in rows if "tier" in row)
-        situations = {tier: len({row["situation"] for row in rows if row.get("tier") == tier and "situation" in row}) for tier in tiers}
-        parts = (f"{tier} {n}" + (f" ({situations[tier]})" if situations[tier] else "") for tier, n in tiers.items())
+        situations = {
+            tier: len({row["situation"] for row in rows if row.get("tier") == tier and "situation" in row})
+            for tier in tiers
+        }
+        parts = (
+            f"{tier} {n}" + (f" ({situations[tier]})" if situations[tier] else "")
+            for tier, n in tiers.items()
+        )
         table.add_row(path.name, kind, str(len(rows)), ", ".join(parts))
     console = Console(highlight=False, markup=False)
     console.print(table)
     pairs = sorted(likeness([row["text"] for _, row in held]), reverse=True)
-    console.print(f"likeness of texts (Jaccard index of three-word sequences): at most {pairs[0][0] if pairs else 0:.3f}")
+    console.print(
+        f"likeness of texts (Jaccard index of three-word sequences): at most {pairs[0][0] if pairs else 0:.3f}"
+    )
     for value, i, j in pairs[:3]:
         console.print(f"  {value:.3f}  {held[j][0]}  and  {held[i][0]}")
     alike = [(value, i, j) for value, i, j in pairs if value > MOST_ALIKE]
     for value, i, j in alike:
-        console.print(f"too much alike ({value:.3f}, accepted is up to {MOST_ALIKE}): {held[j][0]} and {held[i][0]}")
+        console.print(
+            f"too much alike ({value:.3f}, accepted is up to {MOST_ALIKE}): {held[j][0]} and {held[i][0]}"
+        )
     return int(bool(alike))
 
 
@@ -111,14 +128,20 @@ def _write(options: argparse.Namespace) -> int:
     written = refused = 0
     for turn in range(TRIES * options.count):
         same_tier = [row for row in (*known, *own) if row.get("tier") == options.tier]
-        examples = "\n\n".join(row["text"] for row in (same_tier[(turn * 7 + i * 31) % len(same_tier)] for i in range(3)))
-        text = " ".join(_ask(options, REQUEST.format(tier=options.tier.replace("_", " "), examples=examples)).split())
+        examples = "\n\n".join(
+            row["text"] for row in (same_tier[(turn * 7 + i * 31) % len(same_tier)] for i in range(3))
+        )
+        text = " ".join(
+            _ask(options, REQUEST.format(tier=options.tier.replace("_", " "), examples=examples)).split()
+        )
         texts = [*(row["text"] for row in (*known, *own)), text]
         nearest = max((value for value, i, _ in likeness(texts) if i == len(texts) - 1), default=0.0)
         if nearest > MOST_ALIKE or not WORDS[0] <= len(text.split()) <= WORDS[1]:
             refused += 1
             continue
-        name = next(f"{options.tier}/written/{n}" for n in range(1, 10**9) if f"{options.tier}/written/{n}" not in ids)
+        name = next(
+            f"{options.tier}/written/{n}" for n in range(1, 10**9) if f"{options.tier}/written/{n}" not in ids
+        )
         ids.add(name)
         own.append({"id": name, "tier": options.tier, "tags": ["written"], "text": text})
         write_file(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own).encode())
@@ -144,16 +167,29 @@ def _ask(options: argparse.Namespace, prompt: str) -> str:
 
     key = os.environ.get(options.key_env, "").strip()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body = {"model": options.model, "messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": 400}
+    body = {
+        "model": options.model,
+        "messages": [{"role": "user", "content": prompt}],
+        "temperature": 1.0,
+        "max_tokens": 400,
+    }
     url = options.url.rstrip("/") + "/chat/completions"
     waits = wait_exponential_jitter(initial=0.2, max=10)
     try:
-        for attempt in Retrying(stop=stop_after_attempt(6), wait=waits, retry=retry_if_exception(passing), reraise=True):
+        for attempt in Retrying(
+            stop=stop_after_attempt(6), wait=waits, retry=retry_if_exception(passing), reraise=True
+        ):
             with attempt:
                 response = httpx.post(url, json=body, headers=headers, timeout=120)
                 response.raise_for_status()
                 return str(response.json()["choices"][0]["message"]["content"])
     except (httpx.HTTPError, LookupError, ValueError) as error:
-        reason = f"HTTP {error.response.status_code}" if isinstance(error, httpx.HTTPStatusError) else type(error).__name__
-        raise RuntimeError(f"{url} gave no dilemma: {reason}; what was written before is in {options.out}") from None
+        reason = (
+            f"HTTP {error.response.status_code}"
+            if isinstance(error, httpx.HTTPStatusError)
+            else type(error).__name__
+        )
+        raise RuntimeError(
+            f"{url} gave no dilemma: {reason}; what was written before is in {options.out}"
+        ) from None
     raise AssertionError("tenacity raises when it gives up")

@@ -25,9 +25,16 @@ def version(name: str) -> str:
 def largest_mismatch(device: str) -> float:
     """Largest difference between the engine's log-probs and the training forward's, on a small random model."""
     config = ModelConfig(
-        model_type="qwen3", vocab_size=257, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=16, max_position_embeddings=128,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=257,
+        hidden_size=64,
+        intermediate_size=96,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=128,
+    )
     model = Decoder(config)
     model.init_weights(0)
     model.to(device)
@@ -50,7 +57,10 @@ def examine() -> int:
     table.add_row("torch", torch.__version__)
     for name in ("triton", "flash-attn", "liger-kernel"):
         table.add_row(name, version(name))
-    table.add_row("device", torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})")
+    table.add_row(
+        "device",
+        torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})",
+    )
     table.add_row("CPU tensors", cpu.describe())
     table.add_row("CUDA tensors", "PyTorch" if cuda else "no CUDA device")
     mismatch = largest_mismatch("cpu")
@@ -58,6 +68,8 @@ def examine() -> int:
     verdict = "exact" if mismatch == 0.0 else "NOT EXACT" if broken else "approximate, as PyTorch is"
     table.add_row("rollout against trainer, cpu", f"largest log-prob difference {mismatch:.1e}: {verdict}")
     if cuda:
-        table.add_row("rollout against trainer, cuda", f"largest log-prob difference {largest_mismatch('cuda'):.1e}")
+        table.add_row(
+            "rollout against trainer, cuda", f"largest log-prob difference {largest_mismatch('cuda'):.1e}"
+        )
     Console(highlight=False).print(table)
     return 1 if broken else 0

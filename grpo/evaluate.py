@@ -24,7 +24,9 @@ def evaluate(
     scenarios = [game.sample(rng, config.eval.split) for _ in range(config.eval.dialogues)]
     dialogues = []
     for start in range(0, len(scenarios), 256):  # bounds the pool that is needed
-        groups = arena.play(scenarios[start : start + 256], group_size=1, seed=derive_seed(config.train.seed, "eval", start))
+        groups = arena.play(
+            scenarios[start : start + 256], group_size=1, seed=derive_seed(config.train.seed, "eval", start)
+        )
         dialogues += [group.dialogues[0] for group in groups]
     judge.settle(dialogues)
     return game.summarise([d.outcome for d in dialogues if d.outcome is not None]), dialogues

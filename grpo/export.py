@@ -17,7 +17,9 @@ def find_checkpoint(path: Path) -> Path:
         return path
     steps = sorted((path / "checkpoints").glob("step_*"), key=lambda step: (len(step.name), step.name))
     if not steps:
-        raise ValueError(f"{path} is neither a checkpoint (it has no config.json) nor a run directory with checkpoints")
+        raise ValueError(
+            f"{path} is neither a checkpoint (it has no config.json) nor a run directory with checkpoints"
+        )
     return steps[-1]
 
 
@@ -26,14 +28,20 @@ def run(options: argparse.Namespace) -> int:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty; accepted is a new folder")
     source = find_checkpoint(options.source)
-    model, tokenizer = load_model(source, "cpu", parse_dtype(options.dtype) if options.dtype else None, options.base or "")
+    model, tokenizer = load_model(
+        source, "cpu", parse_dtype(options.dtype) if options.dtype else None, options.base or ""
+    )
     what = "weights"
     if isinstance(model, LoraDecoder):
-        what = "adapter, merged into its base" if options.merge else f"adapter of {model.adapter.settings.base}"
+        what = (
+            "adapter, merged into its base" if options.merge else f"adapter of {model.adapter.settings.base}"
+        )
         model = merged(model) if options.merge else model
     elif options.merge or options.base:
         option = "--merge" if options.merge else "--base"
-        raise ValueError(f"{option}: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0")
+        raise ValueError(
+            f"{option}: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0"
+        )
     try:
         write_folder(out, lambda folder: write_checkpoint(model, tokenizer, folder))
     except SafetensorError as error:  # a full disk, for one

@@ -45,7 +45,9 @@ class LossConfig:
         if self.variant not in VARIANTS:
             raise ValueError(f"grpo.loss = {self.variant!r}: accepted is one of {', '.join(VARIANTS)}")
         if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}")
+            raise ValueError(
+                f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}"
+            )
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise ValueError(f"grpo.dual_clip = {self.dual_clip}: accepted is 0 (off) or a number above 1")
 
@@ -86,7 +88,9 @@ def segment_sum(x: Tensor, segment_ids: Tensor, n_segments: int) -> Tensor:
     return x.new_zeros(n_segments).index_add(0, segment_ids, x)
 
 
-def token_weights(config: LossConfig, logp: Tensor, segment_ids: Tensor, n_segments: int, total: Normaliser) -> Tensor:
+def token_weights(
+    config: LossConfig, logp: Tensor, segment_ids: Tensor, n_segments: int, total: Normaliser
+) -> Tensor:
     """[N] weight of each token's term in the loss, of logp's dtype."""
     ones = torch.ones_like(logp)
     if config.variant in ("dapo", "bnpo", "cispo"):
@@ -97,7 +101,9 @@ def token_weights(config: LossConfig, logp: Tensor, segment_ids: Tensor, n_segme
     return 1.0 / (lengths[segment_ids] * total.rows)
 
 
-def log_ratio(config: LossConfig, logp: Tensor, old_logp: Tensor, segment_ids: Tensor, n_segments: int) -> Tensor:
+def log_ratio(
+    config: LossConfig, logp: Tensor, old_logp: Tensor, segment_ids: Tensor, n_segments: int
+) -> Tensor:
     """[N] log-ratios; for gspo the row's mean, whose gradient still reaches every token."""
     ratio = logp - old_logp
     if config.variant != "gspo":
@@ -141,7 +147,9 @@ def policy_loss(
         assert ref_logp is not None, "kl_coef needs ref_logp"
         kl = kl_estimate(logp, ref_logp, config.kl_estimator)
         if config.kl_estimator == "k1":
-            kl = kl * torch.exp(logp - old_logp)  # k1 alone has an expected gradient of zero (arXiv 2512.21852)
+            kl = kl * torch.exp(
+                logp - old_logp
+            )  # k1 alone has an expected gradient of zero (arXiv 2512.21852)
         term = term - config.kl_coef * kl
     loss = -(token_weights(config, logp, segment_ids, n_segments, total) * term).sum()
     if config.entropy_coef:

@@ -65,7 +65,9 @@ def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
 class Opponents:
     """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
-    def __init__(self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine) -> None:
+    def __init__(
+        self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine
+    ) -> None:
         self.config, self.folder = config, folder
         self.model, self.tokenizer, self.engine = model, tokenizer, engine
         self.ratings: dict[str, float] = {POLICY: START_RATING}
@@ -118,7 +120,9 @@ class Opponents:
         """Take a snapshot of the policy as it is before `step`, where one is due. It begins with the policy's rating."""
         o = self.config.opponent
         if o.lag or (o.kind == "pool" and step % o.pool_every == 0):
-            write_folder(self._path(step), lambda folder: write_checkpoint(self.model, self.tokenizer, folder))
+            write_folder(
+                self._path(step), lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
+            )
             self.ratings[_name(step)] = self.ratings[POLICY]
         named = {POLICY, START, SERVER, *map(_name, range(self.members(step)[0], step + 1))}
         self.ratings = {name: rating for name, rating in self.ratings.items() if name in named}
@@ -145,7 +149,9 @@ class Opponents:
         """The policy's engine, which then has the snapshots' adapters beside the policy's."""
         if steps != self._present:
             beside = [load_beside(self.model, self._path(step)) for step in steps]
-            adapters: list[Adapter | None] = [other.adapter if isinstance(other, LoraDecoder) else None for other in beside]
+            adapters: list[Adapter | None] = [
+                other.adapter if isinstance(other, LoraDecoder) else None for other in beside
+            ]
             self.engine.use_adapters(adapters)
             self._present = steps
         return self.engine
@@ -154,7 +160,9 @@ class Opponents:
     def _with_weights(self, step: int, reference: Decoder | None) -> Engine:
         """An engine on a second set of weights, which are written over where others were met before."""
         if self._own is None:
-            frozen = self.config.opponent.kind == "frozen"  # nothing is written over these, so a KL term's may serve
+            frozen = (
+                self.config.opponent.kind == "frozen"
+            )  # nothing is written over these, so a KL term's may serve
             other = (frozen and reference) or load_beside(self.model, self._path(step))
             self._own = build_engine(self.config, other, 65_536)  # the policy's pool took what was free
         elif self._present != [step]:

@@ -44,14 +44,38 @@ def opponent_rules(c: Config) -> list[tuple[str, str, bool]]:
     remote = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
     own = {"pool": ("pool_every", "pool_size", "pool_draw"), "endpoint": remote}
     return [
-        ("opponent.kind", "'self', 'frozen', 'lagged:k' with k of 1 or more, 'pool' or 'endpoint'",
-         re.fullmatch(r"self|frozen|lagged:[1-9]\d{0,8}|pool|endpoint", o.kind) is not None),
-        ("opponent.kind", "'self' where one answers alone", c.game.name != "dilemma_alone" or o.kind == "self"),
-        *((f"opponent.{key}", f"its default where opponent.kind is not '{kind}'",
-           o.kind == kind or getattr(o, key) == getattr(default, key)) for kind, keys in own.items() for key in keys),
-        ("opponent.url", "an address that begins with http:// or https://, and no credential or query (opponent.key_env names one)",
-         o.kind != "endpoint" or (re.match(r"https?://[^/]", o.url) is not None and not set("@?#") & set(o.url))),
+        (
+            "opponent.kind",
+            "'self', 'frozen', 'lagged:k' with k of 1 or more, 'pool' or 'endpoint'",
+            re.fullmatch(r"self|frozen|lagged:[1-9]\d{0,8}|pool|endpoint", o.kind) is not None,
+        ),
+        (
+            "opponent.kind",
+            "'self' where one answers alone",
+            c.game.name != "dilemma_alone" or o.kind == "self",
+        ),
+        *(
+            (
+                f"opponent.{key}",
+                f"its default where opponent.kind is not '{kind}'",
+                o.kind == kind or getattr(o, key) == getattr(default, key),
+            )
+            for kind, keys in own.items()
+            for key in keys
+        ),
+        (
+            "opponent.url",
+            "an address that begins with http:// or https://, and no credential or query (opponent.key_env names one)",
+            o.kind != "endpoint"
+            or (re.match(r"https?://[^/]", o.url) is not None and not set("@?#") & set(o.url)),
+        ),
         ("opponent.pool_draw", "'uniform' or 'recent'", o.pool_draw in ("uniform", "recent")),
-        *((f"opponent.{key}", "1 or more", getattr(o, key) >= 1) for key in ("pool_every", "pool_size", "concurrency")),
-        *((f"opponent.{key}", "0.01 or more", getattr(o, key) >= 0.01) for key in ("timeout_s", "deadline_s")),
-    ]  # fmt: skip
+        *(
+            (f"opponent.{key}", "1 or more", getattr(o, key) >= 1)
+            for key in ("pool_every", "pool_size", "concurrency")
+        ),
+        *(
+            (f"opponent.{key}", "0.01 or more", getattr(o, key) >= 0.01)
+            for key in ("timeout_s", "deadline_s")
+        ),
+    ]

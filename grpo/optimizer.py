@@ -17,7 +17,9 @@ SCHEDULES = ("constant", "cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-def learning_rate(step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1) -> float:
+def learning_rate(
+    step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1
+) -> float:
     """Of update `step` (from 0): linear warm-up, then constant, or a cosine down to `floor * peak` at the last step."""
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: accepted is one of {', '.join(SCHEDULES)}")
@@ -35,15 +37,21 @@ class Optimizer:
     bf16 and fp16 parameters get an fp32 master copy, and their gradients are summed in fp32 by `accumulate`.
     """
 
-    def __init__(self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
+    ) -> None:
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()}
+        self.masters: dict[str, Tensor] = {
+            n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()
+        }
         self.max_grad_norm = max_grad_norm  # 0 = no clipping
         groups = [
             {"params": [m for m in self.masters.values() if m.dim() >= 2], "weight_decay": weight_decay},
             {"params": [m for m in self.masters.values() if m.dim() < 2], "weight_decay": 0.0},
         ]
-        self._adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True)
+        self._adamw = torch.optim.AdamW(
+            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True
+        )
         for master in self.masters.values():
             moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
             step = torch.zeros((), device=master.device)
@@ -78,7 +86,9 @@ class Optimizer:
         """
         norm = math.sqrt(float(self.squared_grad_norm() if squared_norm is None else squared_norm))
         if not math.isfinite(norm):
-            raise RuntimeError(f"the gradient norm is {norm}; lower the learning rate or look at the last dialogues")
+            raise RuntimeError(
+                f"the gradient norm is {norm}; lower the learning rate or look at the last dialogues"
+            )
         scale = self.max_grad_norm / (norm + 1e-6)  # as torch.nn.utils.clip_grad_norm_
         if 0 < scale < 1:
             torch._foreach_mul_(self.gradients(), scale)
@@ -110,7 +120,9 @@ class Optimizer:
             raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
         for key, tensor in own.items():
             if state[key].shape != tensor.shape:
-                raise ValueError(f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}")
+                raise ValueError(
+                    f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}"
+                )
         for key, tensor in own.items():
             tensor.copy_(state[key])
         self._write_back()

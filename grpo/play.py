@@ -35,16 +35,22 @@ class Quit(Exception):
 class Terminal:
     """Where the person reads and types. Commands are answered here; `read` gives words, "" for /done, or raises Quit."""
 
-    def __init__(self, private: str, console: Console | None = None, ask: Callable[[str], str] = input) -> None:
+    def __init__(
+        self, private: str, console: Console | None = None, ask: Callable[[str], str] = input
+    ) -> None:
         self.private, self.ask = private, ask
         self.console = console or Console(highlight=False, markup=False)
 
     def say(self, text: str, style: str = "") -> None:
-        text = "".join(c for c in text if c.isprintable() or c == "\n")  # a policy can sample an escape sequence
+        text = "".join(
+            c for c in text if c.isprintable() or c == "\n"
+        )  # a policy can sample an escape sequence
         self.console.print(text, style=style, soft_wrap=True)
 
     def too_long(self, room: int) -> None:
-        self.say(f"That is too long for this policy, whose context holds {room} tokens. Say it shorter, or /done.")
+        self.say(
+            f"That is too long for this policy, whose context holds {room} tokens. Say it shorter, or /done."
+        )
 
     def read(self, prompt: str) -> str:
         while True:
@@ -79,7 +85,17 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     terminal.say(f"Told to you alone: {private.strip()}" if not scenario.shared_text else terminal.private)
     try:
         if isinstance(game, DilemmaGame):
-            return talk(engine, policy[1], game, rules, config.dialogue.context, scenario, side, options.seed, terminal)
+            return talk(
+                engine,
+                policy[1],
+                game,
+                rules,
+                config.dialogue.context,
+                scenario,
+                side,
+                options.seed,
+                terminal,
+            )
         return negotiate(engine, policy[1], game, rules, scenario, side, options.seed, terminal)
     except Quit:
         terminal.say("You left; nothing is agreed.")
@@ -93,7 +109,9 @@ def find_recipe(options: argparse.Namespace) -> str | Path:
     for folder in (options.checkpoint, *options.checkpoint.resolve().parents[:3]):
         if (folder / "config.toml").is_file():
             return Path(folder / "config.toml")
-    raise ValueError(f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, for example deal")
+    raise ValueError(
+        f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, for example deal"
+    )
 
 
 def rules_of(config: Config, temperature: float | None) -> Rules:
@@ -112,7 +130,14 @@ def room(engine: Engine) -> int:
 
 
 def negotiate(
-    engine: Engine, tokenizer: Tokenizer, game: Game, rules: Rules, scenario: Scenario, side: int, seed: int, terminal: Terminal
+    engine: Engine,
+    tokenizer: Tokenizer,
+    game: Game,
+    rules: Rules,
+    scenario: Scenario,
+    side: int,
+    seed: int,
+    terminal: Terminal,
 ) -> int:
     """A game with rules: talk until somebody closes, then both state their selection."""
     arena = Arena(engine, tokenizer, game, rules)
@@ -123,7 +148,9 @@ def negotiate(
         transcript.ask(1 - side, arena.final_prompt_ids if kind == FINAL else None)
         view = transcript.views[1 - side]
         branch.append(view.token_ids[len(branch) :])
-        found = branch.generate(arena.rules.sampling(kind, derive_seed(seed, len(transcript.turns)), arena.stop_token_ids))
+        found = branch.generate(
+            arena.rules.sampling(kind, derive_seed(seed, len(transcript.turns)), arena.stop_token_ids)
+        )
         text = tokenizer.decode(found.token_ids).strip()
         transcript.say(1 - side, found.token_ids, found.logprobs, kind, text, found.kept)
         terminal.say(f"policy> {text}" if kind == UTTERANCE else f"policy states> {text}", "cyan")
@@ -135,14 +162,18 @@ def negotiate(
         return text
 
     speaker, closed = rules.opener(seed, 0, 0), False
-    terminal.say(f"To close the talk, end what you say with {game.close}; then both state a selection: {game.selection_form}.")
+    terminal.say(
+        f"To close the talk, end what you say with {game.close}; then both state a selection: {game.selection_form}."
+    )
     while not closed and len(transcript.turns) < 2 * rules.max_rounds:
         if speaker != side:
             closed = game.closes(policy_says(UTTERANCE))
         else:
             words = terminal.read("you")
             rest = rules.max_tokens_per_turn + rules.max_tokens_final + FRAMES
-            if words and len(transcript.views[1 - side].token_ids) + len(tokenizer.encode(words)) + rest > room(engine):
+            if words and len(transcript.views[1 - side].token_ids) + len(
+                tokenizer.encode(words)
+            ) + rest > room(engine):
                 terminal.too_long(room(engine))
                 continue
             closed = game.closes(person_says(words or game.close, UTTERANCE))
@@ -154,8 +185,11 @@ def negotiate(
         other = policy_says(FINAL)
         finals = (own, other) if side == 0 else (other, own)
     outcome = game.judge(scenario, finals)
-    terminal.say(f"{'Agreed' if outcome.agreed else f'No deal ({outcome.failure})'}: you score {outcome.scores[side]:g}, "
-                 f"the policy {outcome.scores[1 - side]:g}.", "bold")  # fmt: skip
+    terminal.say(
+        f"{'Agreed' if outcome.agreed else f'No deal ({outcome.failure})'}: you score {outcome.scores[side]:g}, "
+        f"the policy {outcome.scores[1 - side]:g}.",
+        "bold",
+    )
     terminal.say("The policy was told: " + scenario.private_text[1 - side].strip())
     branch.close()
     return 0
@@ -171,13 +205,24 @@ def select(game: Game, scenario: Scenario, terminal: Terminal) -> str:
 
 
 def talk(
-    engine: Engine, tokenizer: Tokenizer, game: DilemmaGame, rules: Rules, context: str, scenario: Scenario, side: int,
-    seed: int, terminal: Terminal,
-) -> int:  # fmt: skip
+    engine: Engine,
+    tokenizer: Tokenizer,
+    game: DilemmaGame,
+    rules: Rules,
+    context: str,
+    scenario: Scenario,
+    side: int,
+    seed: int,
+    terminal: Terminal,
+) -> int:
     """A dilemma: both speak in turn, and at the end the policy writes the resolution. Nobody scores it."""
     if game.alone:
-        raise ValueError("--game: with dilemma_alone the policy answers alone, accepted is a game of two, e.g. collective-agency")
-    arena = Deliberation(engine, tokenizer, game, TalkRules(**dataclasses.asdict(rules), context=context), None)
+        raise ValueError(
+            "--game: with dilemma_alone the policy answers alone, accepted is a game of two, e.g. collective-agency"
+        )
+    arena = Deliberation(
+        engine, tokenizer, game, TalkRules(**dataclasses.asdict(rules), context=context), None
+    )
     turns: list[Turn] = []
     first = rules.opener(seed, 0, 0)
     rest = max(rules.max_tokens_per_turn, rules.max_tokens_final) + rules.max_tokens_per_turn + FRAMES
@@ -186,12 +231,22 @@ def talk(
         return turns if arena.grows else turns[-2:]
 
     def policy_says(kind: int) -> str:
-        view = arena.final_view(scenario, turns) if kind == FINAL else arena.recent_view(scenario, 1 - side, heard())
+        view = (
+            arena.final_view(scenario, turns)
+            if kind == FINAL
+            else arena.recent_view(scenario, 1 - side, heard())
+        )
         branch = engine.open(view.token_ids)
-        found = branch.generate(arena.rules.sampling(kind, derive_seed(seed, len(turns)), tuple(arena.chat.stop_token_ids)))
+        found = branch.generate(
+            arena.rules.sampling(kind, derive_seed(seed, len(turns)), tuple(arena.chat.stop_token_ids))
+        )
         branch.close()
         text = tokenizer.decode(found.token_ids).strip()
-        turns.append(Turn(role=1 - side, kind=KINDS[kind], text=text, token_ids=found.token_ids, logprobs=found.logprobs))
+        turns.append(
+            Turn(
+                role=1 - side, kind=KINDS[kind], text=text, token_ids=found.token_ids, logprobs=found.logprobs
+            )
+        )
         return text
 
     while len(turns) < 2 * rules.max_rounds:
@@ -201,7 +256,9 @@ def talk(
         words = terminal.read(scenario.personas[side].name)
         if not words:
             break
-        turns.append(Turn(role=side, kind="utterance", text=words, token_ids=tokenizer.encode(words), logprobs=None))
+        turns.append(
+            Turn(role=side, kind="utterance", text=words, token_ids=tokenizer.encode(words), logprobs=None)
+        )
         views = arena.final_view(scenario, turns), arena.recent_view(scenario, 1 - side, heard())
         if max(len(view.token_ids) for view in views) + rest > room(engine):
             turns.pop()

@@ -31,7 +31,9 @@ RESAMPLES = 2000
 def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed: int) -> Interval:
     """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of which NaN are left out."""
     rng, n = np.random.default_rng(seed), len(values)
-    found = np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]) if n else np.array([])
+    found = (
+        np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]) if n else np.array([])
+    )
     found = found[~np.isnan(found)]
     value = statistic(values) if n else float("nan")
     if np.isnan(value):
@@ -52,10 +54,14 @@ def win_rate(verdicts: np.ndarray) -> float:
     return wins / (wins + losses) if wins + losses else float("nan")
 
 
-def hold(policy: Policy, game: DilemmaGame, config: Config, judge: FeedbackJudge, temperature: float) -> list[Dialogue]:
+def hold(
+    policy: Policy, game: DilemmaGame, config: Config, judge: FeedbackJudge, temperature: float
+) -> list[Dialogue]:
     """One dialogue, or answer, per held-out task, in their order."""
     arena = build_arena(config, *policy, game, judge, temperature=temperature)
-    scenarios = [game.scenario(item, "heldout", item[2]) for item in game.items["heldout"][: config.eval.dialogues]]
+    scenarios = [
+        game.scenario(item, "heldout", item[2]) for item in game.items["heldout"][: config.eval.dialogues]
+    ]
     groups = arena.play(scenarios, group_size=1, seed=derive_seed(config.train.seed, "eval"))
     return [group.dialogues[0] for group in groups]
 
@@ -64,9 +70,15 @@ def measures(dialogues: Sequence[Dialogue], alone: bool, seed: int) -> dict[str,
     """Score, and for talks agreement and rounds to it, each with its interval."""
     outcomes = [d.outcome for d in dialogues if d.outcome is not None]
     scores = np.array([np.nan if o.failure == UNSCORED else o.scores[0] for o in outcomes])
-    found: dict[str, Any] = {"tasks": len(outcomes), "unscored": int(np.isnan(scores).sum()), "score": bootstrap(mean, scores, seed)}
+    found: dict[str, Any] = {
+        "tasks": len(outcomes),
+        "unscored": int(np.isnan(scores).sum()),
+        "score": bootstrap(mean, scores, seed),
+    }
     if not alone:
-        judged = np.array([float(o.agreed) if o.agreed or o.failure != UNSCORED else np.nan for o in outcomes])
+        judged = np.array(
+            [float(o.agreed) if o.agreed or o.failure != UNSCORED else np.nan for o in outcomes]
+        )
         rounds = np.array([float(o.rounds or 0) if o.agreed else np.nan for o in outcomes])
         found |= {"agreement": bootstrap(mean, judged, seed), "rounds": bootstrap(mean, rounds, seed)}
     return found
@@ -76,7 +88,9 @@ def final_text(dialogue: Dialogue) -> str:
     return "".join(turn.text for turn in dialogue.turns if turn.kind == "final")
 
 
-def prefer(judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dialogue], seed: int) -> dict[str, Any]:
+def prefer(
+    judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dialogue], seed: int
+) -> dict[str, Any]:
     """Pairwise preference for our answers, asked in both orders."""
     said: dict[tuple[int, int], str | None] = {}
     for i, pair in enumerate(zip(ours, theirs, strict=True)):
@@ -98,8 +112,17 @@ def prefer(judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dial
             inconsistent += 1
         else:
             verdicts[i] = value[one]
-    counts = {"wins": int((verdicts == 1).sum()), "losses": int((verdicts == -1).sum()), "ties": int((verdicts == 0).sum())}
-    return {"win_rate": bootstrap(win_rate, verdicts, seed), **counts, "inconsistent": inconsistent, "unscored": unscored}
+    counts = {
+        "wins": int((verdicts == 1).sum()),
+        "losses": int((verdicts == -1).sum()),
+        "ties": int((verdicts == 0).sum()),
+    }
+    return {
+        "win_rate": bootstrap(win_rate, verdicts, seed),
+        **counts,
+        "inconsistent": inconsistent,
+        "unscored": unscored,
+    }
 
 
 def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJudge, FeedbackJudge]:
@@ -111,7 +134,9 @@ def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJ
     e = config.eval
     if not (e.judge_url or e.judge_model):
         return scorer, scorer
-    other = dataclasses.replace(config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model)
+    other = dataclasses.replace(
+        config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model
+    )
     second = build_judge(dataclasses.replace(config, judge=other), game, ledger, start)
     assert isinstance(second, FeedbackJudge)
     return scorer, second
@@ -124,16 +149,28 @@ def compare(config: Config, policies: dict[str, Policy]) -> dict[str, Any]:
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
     talks = DilemmaGame(dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
     alone = DilemmaGame(
-        alone=True, dilemmas=c.dilemmas, personas=c.personas, tasks=config.eval.questions or str(talks.questions), prompts=c.prompts
+        alone=True,
+        dilemmas=c.dilemmas,
+        personas=c.personas,
+        tasks=config.eval.questions or str(talks.questions),
+        prompts=c.prompts,
     )
     scorer, second = judges(config, talks, next(iter(policies.values())))
-    result: dict[str, Any] = {"judge": scorer.backend.name, "preference_judge": second.backend.name, "seed": config.train.seed}
+    result: dict[str, Any] = {
+        "judge": scorer.backend.name,
+        "preference_judge": second.backend.name,
+        "seed": config.train.seed,
+    }
     try:
         for mode, temperature in (("greedy", 0.0), ("sampled", config.eval.temperature)):
             result[mode] = {}
             for name, game in (("conflicts", talks), ("questions", alone)):
-                held = {policy: hold(pair, game, config, scorer, temperature) for policy, pair in policies.items()}
-                row: dict[str, Any] = {policy: measures(d, game.alone, config.train.seed) for policy, d in held.items()}
+                held = {
+                    policy: hold(pair, game, config, scorer, temperature) for policy, pair in policies.items()
+                }
+                row: dict[str, Any] = {
+                    policy: measures(d, game.alone, config.train.seed) for policy, d in held.items()
+                }
                 if len(held) == 2:
                     ours, theirs = held.values()
                     row["preference"] = prefer(second, ours, theirs, config.train.seed)
@@ -148,7 +185,9 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
     """What `compare` found, for people."""
 
     def cell(x: Interval, form: str) -> str:
-        return "none" if x["value"] is None else f"{x['value']:{form}}  [{x['low']:{form}}, {x['high']:{form}}]"
+        return (
+            "none" if x["value"] is None else f"{x['value']:{form}}  [{x['low']:{form}}, {x['high']:{form}}]"
+        )
 
     found = Table(title=f"held-out tasks, judged by {result['judge']}, 95 % intervals", title_justify="left")
     for heading in ("", "measure", *policies):
@@ -157,9 +196,18 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
         for name, row in result[mode].items():
             for key, form in (("agreement", ".1%"), ("rounds", ".2f"), ("score", ".2f")):
                 if key in row[policies[0]]:
-                    found.add_row(f"{mode} {name}", key, *(cell(row[policy][key], form) for policy in policies))
+                    found.add_row(
+                        f"{mode} {name}", key, *(cell(row[policy][key], form) for policy in policies)
+                    )
             if "preference" in row:
                 p = row["preference"]
-                rest = ", ".join(f"{p[key]} {key}" for key in ("wins", "losses", "ties", "inconsistent", "unscored"))
-                found.add_row(f"{mode} {name}", f"preferred by {result['preference_judge']}", cell(p["win_rate"], ".1%"), rest)
+                rest = ", ".join(
+                    f"{p[key]} {key}" for key in ("wins", "losses", "ties", "inconsistent", "unscored")
+                )
+                found.add_row(
+                    f"{mode} {name}",
+                    f"preferred by {result['preference_judge']}",
+                    cell(p["win_rate"], ".1%"),
+                    rest,
+                )
     return found

@@ -101,12 +101,20 @@ class Progress:
                 self.console.print(last)
 
     def _cells(self) -> list[tuple[str, str]]:
-        return [(title, form.format(self._latest[key])) for key, (title, form) in SHOWN.items() if key in self._latest]
+        return [
+            (title, form.format(self._latest[key]))
+            for key, (title, form) in SHOWN.items()
+            if key in self._latest
+        ]
 
     def _view(self, step: int) -> Group:
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=60)
-        head = Text.assemble((self._stage, "bold"), f"  step {step} of {self._total}, {self._left(step)} left")
-        numbers = Text("   ").join(Text.assemble((f"{title} ", "dim"), value) for title, value in self._cells())
+        head = Text.assemble(
+            (self._stage, "bold"), f"  step {step} of {self._total}, {self._left(step)} left"
+        )
+        numbers = Text("   ").join(
+            Text.assemble((f"{title} ", "dim"), value) for title, value in self._cells()
+        )
         return Group(head, Padding(bar, 0), numbers)
 
     def _left(self, step: int) -> str:

@@ -32,8 +32,18 @@ CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
     ("selfplay", "Entropy per token", {"entropy": "nats"}, False),
     ("selfplay", "KL to the start", {"kl_start": "nats per token"}, False),
     ("selfplay", "Rollout against trainer", {"mismatch": "largest log-prob difference"}, False),
-    ("selfplay", "Tokens per second", {"rollout_tokens_per_s": "rollout", "update_tokens_per_s": "update"}, False),
-    ("selfplay", "Groups without variance", {"no_variance_share": "of all", "clip_share": "clipped tokens"}, True),
+    (
+        "selfplay",
+        "Tokens per second",
+        {"rollout_tokens_per_s": "rollout", "update_tokens_per_s": "update"},
+        False,
+    ),
+    (
+        "selfplay",
+        "Groups without variance",
+        {"no_variance_share": "of all", "clip_share": "clipped tokens"},
+        True,
+    ),
     ("selfplay", "Gradient norm", {"grad_norm": "before clipping"}, False),
     ("imitation", "Imitation loss", {"loss": "nats per token"}, False),
 )
@@ -139,8 +149,12 @@ def _tokenizer(run_dir: Path) -> Tokenizer | None:
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def _facts(config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    imitation, selfplay = (sum(row["stage"] == stage for row in metrics) for stage in ("imitation", "selfplay"))
+def _facts(
+    config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
+) -> list[tuple[str, str]]:
+    imitation, selfplay = (
+        sum(row["stage"] == stage for row in metrics) for stage in ("imitation", "selfplay")
+    )
     seconds = summary.get("train_seconds") or sum(row.get("seconds") or 0 for row in metrics)
     facts = [
         ("game", f"{config['game']['name']}, {config['game']['objective']}"),
@@ -173,7 +187,9 @@ def _results(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
         change = ""
         if len(columns) == 2 and key != "dialogues":
             change = _change(summary["trained"][key] - summary["warm_start"][key], form)
-        rows.append((heading, values, change, [form.format(o[key]) if key in o else "" for o in others.values()]))
+        rows.append(
+            (heading, values, change, [form.format(o[key]) if key in o else "" for o in others.values()])
+        )
     return {"columns": list(columns), "others": list(others), "rows": rows if columns else []}
 
 
@@ -184,8 +200,13 @@ def _change(difference: float, form: str) -> str:
 def _failures(summary: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
     """(kind in words, share of all dialogues for each policy) of the kinds that occurred."""
     columns = [summary[key] for key in POLICIES if summary.get(key)]
-    kinds = [key.removeprefix("failure_") for key in (columns[0] if columns else {}) if key.startswith("failure_")]
-    rows = [(FAILURES.get(kind, kind), [column.get(f"failure_{kind}", 0.0) for column in columns]) for kind in kinds]
+    kinds = [
+        key.removeprefix("failure_") for key in (columns[0] if columns else {}) if key.startswith("failure_")
+    ]
+    rows = [
+        (FAILURES.get(kind, kind), [column.get(f"failure_{kind}", 0.0) for column in columns])
+        for kind in kinds
+    ]
     return [row for row in rows if any(row[1])]
 
 
@@ -201,11 +222,15 @@ def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
 # ---- dialogues -------------------------------------------------------------------------------------------------------
 
 
-def _sections(policies: Mapping[str, list[dict[str, Any]]], recent: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def _sections(
+    policies: Mapping[str, list[dict[str, Any]]], recent: list[dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
     """Heading -> rows; a row is a scenario with the dialogue of each policy on it."""
     before, after = policies.get("warm_start", []), policies.get("trained", [])
     if not before and not after:
-        return {"The latest of self-play": [_row({"self-play": record}) for record in recent]} if recent else {}
+        return (
+            {"The latest of self-play": [_row({"self-play": record}) for record in recent]} if recent else {}
+        )
     pairs = list(zip_longest(before, after))
     first = [row for pair in pairs[:SHOWN] for row in _rows(*pair)]
     failed = [pair for pair in pairs[SHOWN:] if pair[1] and not pair[1]["outcome"]["agreed"]][:FAILED_SHOWN]
@@ -224,7 +249,12 @@ def _rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[d
 
 def _row(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     scenario = next(iter(records.values()))["scenario"]
-    return {"id": scenario["id"], "shared": scenario.get("shared"), "private": scenario["private"], "columns": list(records.items())}
+    return {
+        "id": scenario["id"],
+        "shared": scenario.get("shared"),
+        "private": scenario["private"],
+        "columns": list(records.items()),
+    }
 
 
 def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
@@ -232,13 +262,19 @@ def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[st
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
     judged = bool(record["personas"])  # a dilemma: one side writes a resolution, and a judge scores it
     if outcome.get("agreed") and not outcome["failure"]:
-        verdict = ("agreed, the judge gives {:g} of 5" if judged else "deal, {:g} and {:g} points").format(*outcome["scores"])
+        verdict = ("agreed, the judge gives {:g} of 5" if judged else "deal, {:g} and {:g} points").format(
+            *outcome["scores"]
+        )
     else:
         kind = outcome.get("failure") or "unscored"
         verdict = f"{'no agreement' if judged else 'no deal'}: {FAILURES.get(kind, kind)}"
     measures = [_measure(name, value) for name, value in outcome.get("metrics", {}).items()]
     if reward is not None:
-        measures.append("reward {:.2f}".format(*reward) if reward[0] == reward[1] else "reward {:.2f}, {:.2f}".format(*reward))
+        measures.append(
+            "reward {:.2f}".format(*reward)
+            if reward[0] == reward[1]
+            else "reward {:.2f}, {:.2f}".format(*reward)
+        )
     return {
         "talk": [turn for turn in turns if turn["kind"] != "final"],
         "finals": sorted((turn for turn in turns if turn["kind"] == "final"), key=lambda turn: turn["side"]),

@@ -27,7 +27,9 @@ def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: 
     )
 
 
-def grpo_rows(groups: list[Group], config: GrpoSection, baseline: RunningBaseline) -> tuple[list[Row], dict[str, float]]:
+def grpo_rows(
+    groups: list[Group], config: GrpoSection, baseline: RunningBaseline
+) -> tuple[list[Row], dict[str, float]]:
     """A row per (dialogue, trained role that the policy has), or per turn of it where every turn has a context of its own, with the
     advantage of its group written into the dialogues too.
 
@@ -35,7 +37,9 @@ def grpo_rows(groups: list[Group], config: GrpoSection, baseline: RunningBaselin
     """
     roles = (0, 1) if config.train_roles == "both" else (0,)
     dialogues = [(g, d) for g, group in enumerate(groups) for d in group.dialogues]
-    members = [(g, i, d, role) for i, (g, d) in enumerate(dialogues) for role in roles if d.players[role] == POLICY]
+    members = [
+        (g, i, d, role) for i, (g, d) in enumerate(dialogues) for role in roles if d.players[role] == POLICY
+    ]
     scored = torch.tensor([d.reward is not None for _, _, d, _ in members])
     found = group_advantages(
         torch.tensor([d.reward[role] if d.reward else 0.0 for _, _, d, role in members]),

@@ -22,7 +22,12 @@ from safetensors import SafetensorError
 
 LINES = ("metrics.jsonl", "dialogues.jsonl")
 LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved
-MAY_DIFFER = {("train", "steps"), ("train", "max_seconds"), ("train", "save_every"), ("train", "keep_checkpoints")}
+MAY_DIFFER = {
+    ("train", "steps"),
+    ("train", "max_seconds"),
+    ("train", "save_every"),
+    ("train", "keep_checkpoints"),
+}
 
 
 class Interrupted(Exception):
@@ -39,7 +44,9 @@ class RunDir:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
-            raise ValueError(f"{path} is in use by process {self._lock.read().strip() or 'unknown'}") from None
+            raise ValueError(
+                f"{path} is in use by process {self._lock.read().strip() or 'unknown'}"
+            ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
@@ -49,7 +56,9 @@ class RunDir:
         """A new run in a directory that is empty or does not exist; ValueError when it holds something."""
         if path.exists() and (not path.is_dir() or any(p.name != ".lock" for p in path.iterdir())):
             what = "holds another run or other files" if path.is_dir() else "is a file"
-            raise ValueError(f"{path} exists and {what}: go on with a run by --resume, or choose another --run-dir")
+            raise ValueError(
+                f"{path} exists and {what}: go on with a run by --resume, or choose another --run-dir"
+            )
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         write_file(path / "config.toml", config_toml.encode())
@@ -138,7 +147,9 @@ class RunDir:
         return steps[-1] if steps else None
 
     def _steps(self) -> list[Path]:
-        found = [p for p in (self.path / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)]
+        found = [
+            p for p in (self.path / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)
+        ]
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
     def _clean_up(self) -> None:
@@ -187,14 +198,18 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _check_same(old: str, new: str, path: Path) -> None:
     before, after = tomllib.loads(old), tomllib.loads(new)
-    keys = sorted({(section, key) for config in (before, after) for section in config for key in config[section]})
+    keys = sorted(
+        {(section, key) for config in (before, after) for section in config for key in config[section]}
+    )
     differ = []
     for section, key in keys:
         a, b = before.get(section, {}).get(key), after.get(section, {}).get(key)
         if a != b and (section, key) not in MAY_DIFFER:
             differ.append(f"{section}.{key} = {a!r}, not {b!r}")
     if differ:
-        raise ValueError(f"{path} was started with {'; '.join(differ)}: resume it as it was, or start another run")
+        raise ValueError(
+            f"{path} was started with {'; '.join(differ)}: resume it as it was, or start another run"
+        )
 
 
 def _finite(value: Any) -> Any:

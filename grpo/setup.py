@@ -48,13 +48,19 @@ def build_game(config: Config) -> AnyGame:
     c = config.game
     if c.name in DILEMMAS:
         alone = c.name == "dilemma_alone"
-        return DilemmaGame(alone=alone, dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
-    options: dict[str, Any] = {"types": c.item_types, "total": c.total_value, "walk_away": c.walk_away} if c.name == "deal" else {}
+        return DilemmaGame(
+            alone=alone, dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts
+        )
+    options: dict[str, Any] = (
+        {"types": c.item_types, "total": c.total_value, "walk_away": c.walk_away} if c.name == "deal" else {}
+    )
     game: Game = GAMES[c.name][0](**options)
     return game
 
 
-def build_judge(config: Config, game: AnyGame, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]) -> AnyJudge:
+def build_judge(
+    config: Config, game: AnyGame, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]
+) -> AnyJudge:
     """The judge that the configuration names. `start` loads the starting weights; `ledger` is the file where none is named."""
     j = config.judge
     if not isinstance(game, DilemmaGame):
@@ -63,19 +69,31 @@ def build_judge(config: Config, game: AnyGame, ledger: Path, start: Callable[[],
     backend: Backend
     if j.backend == "endpoint":
         if not j.url:
-            raise ValueError("judge.url = '': accepted is an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1")
+            raise ValueError(
+                "judge.url = '': accepted is an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
+            )
         try:
             from duologue.rollout.judge.endpoint import Endpoint
         except ModuleNotFoundError as error:
-            raise ValueError(f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'") from None
+            raise ValueError(
+                f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
+            ) from None
         key = os.environ.get(j.key_env, "").strip()
-        limits: dict[str, Any] = {"concurrency": j.concurrency, "deadline_s": j.deadline_s, "timeout_s": j.timeout_s}
+        limits: dict[str, Any] = {
+            "concurrency": j.concurrency,
+            "deadline_s": j.deadline_s,
+            "timeout_s": j.timeout_s,
+        }
         backend = Endpoint(j.url, j.model, api_key=key, **limits, **answers)
     else:
         if (j.backend == "model") != bool(j.model):
-            raise ValueError(f"judge.model = {j.model!r}: accepted is a checkpoint with judge.backend = 'model', '' with 'policy'")
+            raise ValueError(
+                f"judge.model = {j.model!r}: accepted is a checkpoint with judge.backend = 'model', '' with 'policy'"
+            )
         if not config.model.path:
-            raise ValueError(f"model.path = '': judge.backend = {j.backend!r} needs a checkpoint that the policy starts from")
+            raise ValueError(
+                f"model.path = '': judge.backend = {j.backend!r} needs a checkpoint that the policy starts from"
+            )
         load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config)
 
         def engine() -> tuple[Engine, Tokenizer]:
@@ -85,9 +103,13 @@ def build_judge(config: Config, game: AnyGame, ledger: Path, start: Callable[[],
         backend = ModelJudge(engine, **answers)
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
     return FeedbackJudge(
-        backend, Ledger(Path(j.ledger) if j.ledger else ledger), prompts,
-        show_dialogue=j.show_dialogue, max_unscored_share=j.max_unscored_share, offline=j.offline,
-    )  # fmt: skip
+        backend,
+        Ledger(Path(j.ledger) if j.ledger else ledger),
+        prompts,
+        show_dialogue=j.show_dialogue,
+        max_unscored_share=j.max_unscored_share,
+        offline=j.offline,
+    )
 
 
 def add_server(config: Config, arena: Arena | Deliberation, ledger: Path) -> None:
@@ -99,8 +121,14 @@ def add_server(config: Config, arena: Arena | Deliberation, ledger: Path) -> Non
     try:
         from duologue.rollout.selfplay.remote import ChatEndpoint, Remote
     except ModuleNotFoundError as error:
-        raise ValueError(f"opponent.kind = 'endpoint' needs {error.name}: pip install 'duologue[judge]'") from None
-    limits: dict[str, Any] = {"concurrency": o.concurrency, "deadline_s": o.deadline_s, "timeout_s": o.timeout_s}
+        raise ValueError(
+            f"opponent.kind = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
+        ) from None
+    limits: dict[str, Any] = {
+        "concurrency": o.concurrency,
+        "deadline_s": o.deadline_s,
+        "timeout_s": o.timeout_s,
+    }
     endpoint = ChatEndpoint(o.url, o.model, api_key=os.environ.get(o.key_env, "").strip(), **limits)
     speakers.server = Remote(endpoint, Ledger(ledger), arena.tokenizer)
 
@@ -121,8 +149,14 @@ def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tupl
         loaded, known_tokenizer = load_policy(Path(config.model.path), config)
         return with_adapter(loaded, config), known_tokenizer
     if not demonstrations:
-        raise ValueError("model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to learn from")
-    texts = [line for d in demonstrations[:5000] for line in (*d.scenario.private_text, *(text for _, text, _ in d.turns))]
+        raise ValueError(
+            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to learn from"
+        )
+    texts = [
+        line
+        for d in demonstrations[:5000]
+        for line in (*d.scenario.private_text, *(text for _, text, _ in d.turns))
+    ]
     m = config.model
     tokenizer = train_tokenizer(texts, m.vocab_size)
     sizes = ModelConfig(
@@ -158,13 +192,17 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
     c = config.lora
     if isinstance(model, LoraDecoder):
         if c.rank not in (0, model.adapter.settings.rank):
-            raise ValueError(f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank {model.adapter.settings.rank}")
+            raise ValueError(
+                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank {model.adapter.settings.rank}"
+            )
         return model if c.rank else merged(model)
     if not c.rank:
         return model
     base = str(Path(config.model.path).resolve())
     model = quantize(model) if c.quantize else model
-    settings = LoraSettings(rank=c.rank, alpha=c.alpha, targets=tuple(c.targets), dropout=c.dropout, base=base)
+    settings = LoraSettings(
+        rank=c.rank, alpha=c.alpha, targets=tuple(c.targets), dropout=c.dropout, base=base
+    )
     return LoraDecoder(model, new_adapter(model, settings, derive_seed(config.train.seed, "adapter")))
 
 
@@ -175,24 +213,36 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
         wanted, found = getattr(config.model, key), getattr(model.config, key)
         if wanted != found:
-            raise ValueError(f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}")
+            raise ValueError(
+                f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}"
+            )
 
 
 def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:
     r = config.rollout
     model.use_exact(r.exact)
-    return Engine(model, page_size=r.page_size, cache_tokens=r.cache_tokens or cache_tokens, max_batch=r.max_batch)
+    return Engine(
+        model, page_size=r.page_size, cache_tokens=r.cache_tokens or cache_tokens, max_batch=r.max_batch
+    )
 
 
 def build_arena(
-    config: Config, model: Decoder, tokenizer: Tokenizer, game: AnyGame, judge: AnyJudge | None = None, temperature: float | None = None
+    config: Config,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    game: AnyGame,
+    judge: AnyJudge | None = None,
+    temperature: float | None = None,
 ) -> Arena | Deliberation:
     """An arena on a new engine; `temperature` replaces the one of training, and a final is then always written."""
     d = config.dialogue
     engine = build_engine(config, model)
     rules = {field.name: getattr(d, field.name) for field in dataclasses.fields(Rules)}
     if temperature is not None:
-        rules |= {"temperature": temperature, "final_temperature": d.final_temperature if temperature else 0.0}
+        rules |= {
+            "temperature": temperature,
+            "final_temperature": d.final_temperature if temperature else 0.0,
+        }
     arena: Arena | Deliberation
     if isinstance(game, DilemmaGame):
         assert isinstance(judge, FeedbackJudge)

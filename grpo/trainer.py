@@ -56,7 +56,9 @@ class Trainer:
         self.progress = progress
         self.stop = stop
         self.game = setup.build_game(config)
-        self.judge = setup.build_judge(config, self.game, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer))
+        self.judge = setup.build_judge(
+            config, self.game, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
+        )
         self.corpus = setup.build_corpus(config, self.game)
         self.baseline = RunningBaseline()
         self.step = 0  # steps done, both stages together
@@ -72,15 +74,23 @@ class Trainer:
         self.arena = setup.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
         setup.add_server(config, self.arena, run.path / "opponent.sqlite")
         self.reference: Decoder | None = None
-        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine)
+        self.opponents = Opponents(
+            config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine
+        )
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
         g = config.grpo
         self.loss = LossConfig(
-            variant=g.loss, clip_low=g.clip_low, clip_high=g.clip_high, dual_clip=g.dual_clip, kl_coef=g.kl_coef,
-            kl_estimator=g.kl_estimator, entropy_coef=g.entropy_coef, tis_cap=g.tis_cap,
-        )  # fmt: skip
+            variant=g.loss,
+            clip_low=g.clip_low,
+            clip_high=g.clip_high,
+            dual_clip=g.dual_clip,
+            kl_coef=g.kl_coef,
+            kl_estimator=g.kl_estimator,
+            entropy_coef=g.entropy_coef,
+            tis_cap=g.tis_cap,
+        )
 
     def run(self) -> dict[str, Any]:
         imitation, selfplay = self.config.imitation.steps, self.config.train.steps
@@ -104,11 +114,27 @@ class Trainer:
         c = self.config.imitation
         rows = demonstration_batch(self.corpus, self.tokenizer, c.dialogues_per_step, self._seed("imitation"))
         stats = accumulate_imitation_gradient(
-            self.model, rows, max_tokens=self.config.train.tokens_per_microbatch, dropout_seed=self._seed("dropout")
+            self.model,
+            rows,
+            max_tokens=self.config.train.tokens_per_microbatch,
+            dropout_seed=self._seed("dropout"),
         )
-        lr = learning_rate(self.step, peak=c.learning_rate, warmup_steps=c.warmup_steps, total_steps=c.steps, schedule="cosine")
+        lr = learning_rate(
+            self.step,
+            peak=c.learning_rate,
+            warmup_steps=c.warmup_steps,
+            total_steps=c.steps,
+            schedule="cosine",
+        )
         norm = self.optimizer.step(lr)
-        return {"stage": "imitation", "loss": stats.loss, "entropy": stats.entropy, "grad_norm": norm, "lr": lr, "tokens": stats.tokens}
+        return {
+            "stage": "imitation",
+            "loss": stats.loss,
+            "entropy": stats.entropy,
+            "grad_norm": norm,
+            "lr": lr,
+            "tokens": stats.tokens,
+        }
 
     def _selfplay_step(self) -> dict[str, Any]:
         c = self.config.grpo
@@ -116,11 +142,23 @@ class Trainer:
         groups, judge_stats = self._play()
         rows, row_stats = grpo_rows(groups, c, self.baseline)
         played = time.monotonic()
-        metrics: dict[str, Any] = {"stage": "selfplay", **self._outcome_metrics(groups), **judge_stats, **row_stats}
+        metrics: dict[str, Any] = {
+            "stage": "selfplay",
+            **self._outcome_metrics(groups),
+            **judge_stats,
+            **row_stats,
+        }
         metrics |= self.opponents.score(groups)
-        if self.reference is not None and self.config.train.kl_every and self._selfplay_index % self.config.train.kl_every == 0:
+        if (
+            self.reference is not None
+            and self.config.train.kl_every
+            and self._selfplay_index % self.config.train.kl_every == 0
+        ):
             metrics["kl_start"] = kl_to_reference(
-                self.reference, rows, temperature=self.config.dialogue.temperature, max_tokens=self.config.train.tokens_per_microbatch
+                self.reference,
+                rows,
+                temperature=self.config.dialogue.temperature,
+                max_tokens=self.config.train.tokens_per_microbatch,
             )
         if self.config.rollout.release_memory or not self.config.rollout.cache_tokens:
             for engine in self.opponents.engines:
@@ -132,12 +170,20 @@ class Trainer:
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="selfplay") for group in groups for d in group.dialogues
         )
-        sampled = sum(len(turn.logprobs or ()) for group in groups for d in group.dialogues for turn in d.turns)
+        sampled = sum(
+            len(turn.logprobs or ()) for group in groups for d in group.dialogues for turn in d.turns
+        )
         return metrics | {
-            "loss": stats.loss, "entropy": stats.entropy, "clip_share": stats.clip_share, "mismatch": stats.mismatch,
-            "grad_norm": norm, "lr": lr, "sampled_tokens": sampled,
-            "rollout_tokens_per_s": sampled / (played - began), "update_tokens_per_s": stats.tokens / max(update_seconds, 1e-9),
-        }  # fmt: skip
+            "loss": stats.loss,
+            "entropy": stats.entropy,
+            "clip_share": stats.clip_share,
+            "mismatch": stats.mismatch,
+            "grad_norm": norm,
+            "lr": lr,
+            "sampled_tokens": sampled,
+            "rollout_tokens_per_s": sampled / (played - began),
+            "update_tokens_per_s": stats.tokens / max(update_seconds, 1e-9),
+        }
 
     def _play(self) -> tuple[list[Group], dict[str, float]]:
         rng = random.Random(self._seed("scenarios"))
@@ -145,7 +191,9 @@ class Trainer:
         guests = self.opponents.guests(self._selfplay_index, self._seed("opponents"), self.reference)
         for engine in self.opponents.engines:
             engine.name_weights(self.step)  # the same in a resumed run
-        groups = self.arena.play(scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"), guests=guests)
+        groups = self.arena.play(
+            scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"), guests=guests
+        )
         return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
 
     def _update(self, rows: list[Any]) -> tuple[UpdateStats, float, float]:
@@ -154,20 +202,36 @@ class Trainer:
         first: UpdateStats | None = None
         for epoch in range(c.updates_per_rollout):
             stats = accumulate_policy_gradient(
-                self.model, rows, self.loss, temperature=self.config.dialogue.temperature,
-                max_tokens=t.tokens_per_microbatch, reference=self.reference, after_part=self.optimizer.accumulate,
-                budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final, dropout_seed=self._seed("dropout", epoch),
-            )  # fmt: skip
+                self.model,
+                rows,
+                self.loss,
+                temperature=self.config.dialogue.temperature,
+                max_tokens=t.tokens_per_microbatch,
+                reference=self.reference,
+                after_part=self.optimizer.accumulate,
+                budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final,
+                dropout_seed=self._seed("dropout", epoch),
+            )
             if c.imitation_coef:
                 demonstrations = demonstration_batch(
-                    self.corpus, self.tokenizer, self.config.imitation.dialogues_per_step, self._seed("mixed", epoch)
+                    self.corpus,
+                    self.tokenizer,
+                    self.config.imitation.dialogues_per_step,
+                    self._seed("mixed", epoch),
                 )
                 accumulate_imitation_gradient(
-                    self.model, demonstrations, max_tokens=t.tokens_per_microbatch, coefficient=c.imitation_coef,
+                    self.model,
+                    demonstrations,
+                    max_tokens=t.tokens_per_microbatch,
+                    coefficient=c.imitation_coef,
                     dropout_seed=self._seed("mixed dropout", epoch),
-                )  # fmt: skip
+                )
             lr = learning_rate(
-                self._selfplay_index, peak=c.learning_rate, warmup_steps=c.warmup_steps, total_steps=t.steps, schedule=c.schedule
+                self._selfplay_index,
+                peak=c.learning_rate,
+                warmup_steps=c.warmup_steps,
+                total_steps=t.steps,
+                schedule=c.schedule,
             )
             norm = self.optimizer.step(lr)
             first = first or stats
@@ -198,7 +262,9 @@ class Trainer:
         if "tokens" in metrics:
             metrics["update_tokens_per_s"] = metrics.pop("tokens") / seconds
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.run_dir.append_metrics({"step": self.step, **metrics, "seconds": seconds, "peak_memory_bytes": peak})
+        self.run_dir.append_metrics(
+            {"step": self.step, **metrics, "seconds": seconds, "peak_memory_bytes": peak}
+        )
         self.step += 1
         in_stage = self.step if metrics["stage"] == "imitation" else self._selfplay_index
         self.progress.update(in_stage, metrics)
@@ -209,15 +275,21 @@ class Trainer:
 
     def _end_of_imitation(self) -> None:
         """Keep the starting policy as `warm_start`, evaluate it, and begin self-play with a fresh optimizer."""
-        self.run_dir.save_checkpoint("warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder))
+        self.run_dir.save_checkpoint(
+            "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
+        )
         self.warm_start = self._evaluate("warm_start")
         self.optimizer = self._new_optimizer()
         self._save()
 
     def _evaluate(self, policy: str) -> dict[str, float]:
-        self.progress.log(f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} dialogues")
+        self.progress.log(
+            f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} dialogues"
+        )
         metrics, dialogues = evaluate(self.model, self.tokenizer, self.game, self.config, self.judge)
-        self.run_dir.append_dialogues(d.record(step=self.step, stage="eval", policy=policy) for d in dialogues)
+        self.run_dir.append_dialogues(
+            d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
+        )
         return metrics
 
     def _finish(self) -> dict[str, Any]:
@@ -238,7 +310,12 @@ class Trainer:
 
     def _new_optimizer(self) -> Optimizer:
         g = self.config.grpo
-        return Optimizer(self.model, betas=(g.betas[0], g.betas[1]), weight_decay=g.weight_decay, max_grad_norm=g.max_grad_norm)
+        return Optimizer(
+            self.model,
+            betas=(g.betas[0], g.betas[1]),
+            weight_decay=g.weight_decay,
+            max_grad_norm=g.max_grad_norm,
+        )
 
     def _load_reference(self) -> Decoder | None:
         if not (self.config.grpo.kl_coef or self.config.train.kl_every):
@@ -256,7 +333,9 @@ class Trainer:
             self._save()
 
     def _save(self) -> None:
-        self.run_dir.save_checkpoint(f"step_{self.step:06d}", self._write, keep=self.config.train.keep_checkpoints)
+        self.run_dir.save_checkpoint(
+            f"step_{self.step:06d}", self._write, keep=self.config.train.keep_checkpoints
+        )
         self.opponents.forget_before(max(self._selfplay_index, 0))
 
     def _write(self, folder: Path) -> None:
@@ -276,7 +355,9 @@ class Trainer:
         self.step, self.seconds, self.warm_start = state["step"], state["seconds"], state["warm_start"]
         self.baseline.load_state_dict(state["baseline"])
         self.opponents.load_state_dict(state["opponents"])
-        self.optimizer.load_state_dict(torch.load(folder / OPTIMIZER, map_location=self.config.model.device, weights_only=True))
+        self.optimizer.load_state_dict(
+            torch.load(folder / OPTIMIZER, map_location=self.config.model.device, weights_only=True)
+        )
 
 
 def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> dict[str, Any]:

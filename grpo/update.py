@@ -33,19 +33,33 @@ def trained_hidden(model: Decoder, batch: Batch, dropout_seed: int | None = None
     return hidden_nodes(model, batch, dropout_seed).index_select(0, batch.nodes[batch.targets - 1])
 
 
-def truncated_logprobs(model: Decoder, batch: Batch, hidden_NH: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def truncated_logprobs(
+    model: Decoder, batch: Batch, hidden_NH: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     """(log-probs [N], entropies [N]) of truncated draws, by the distributions that they were drawn from."""
-    offsets = torch.cat((batch.kept_offsets[batch.targets], batch.kept_offsets[-1:]))  # between targets there are none
+    offsets = torch.cat(
+        (batch.kept_offsets[batch.targets], batch.kept_offsets[-1:])
+    )  # between targets there are none
     targets = batch.token_ids[batch.targets]
-    return ops.sparse_linear_logprob(hidden_NH, model.head_weight, targets, batch.kept_ids, offsets, temperature)
+    return ops.sparse_linear_logprob(
+        hidden_NH, model.head_weight, targets, batch.kept_ids, offsets, temperature
+    )
 
 
-def head_loss(model: Decoder, batch: Batch, hidden_NH: Tensor, loss_fn: LossFn, temperature: float, level: str = "token") -> PolicyLoss:
+def head_loss(
+    model: Decoder, batch: Batch, hidden_NH: Tensor, loss_fn: LossFn, temperature: float, level: str = "token"
+) -> PolicyLoss:
     """The loss of the batch's trained tokens, from the hidden states before them."""
     if len(batch.kept_ids) == 0:
         targets = batch.token_ids[batch.targets]
         return ops.linear_policy_loss(
-            hidden_NH, model.head_weight, targets, loss_fn, level=level, temperature=temperature, exact=model.exact
+            hidden_NH,
+            model.head_weight,
+            targets,
+            loss_fn,
+            level=level,
+            temperature=temperature,
+            exact=model.exact,
         )
     logp, entropy = truncated_logprobs(model, batch, hidden_NH, temperature)
     loss, sums = loss_fn(logp, entropy, slice(None))
@@ -65,19 +79,32 @@ def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:
     )
 
 
-def packed_loss(config: LossConfig, batch: Batch, n_rows: int, total: Normaliser, ref_logp: Tensor | None) -> LossFn:
+def packed_loss(
+    config: LossConfig, batch: Batch, n_rows: int, total: Normaliser, ref_logp: Tensor | None
+) -> LossFn:
     """The policy loss of some of a batch's trained tokens, as the head asks for it."""
     targets = batch.targets
-    sampler_logp, advantage, segment_ids = batch.behaviour_logprobs[targets], batch.advantages[targets], batch.segment_ids[targets]
+    sampler_logp, advantage, segment_ids = (
+        batch.behaviour_logprobs[targets],
+        batch.advantages[targets],
+        batch.segment_ids[targets],
+    )
 
     def loss_fn(logp: Tensor, entropy: Tensor, rows: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler, capped. On the
         # first update of a rollout the old policy is the present one.
         loss, parts = policy_loss(
-            config, logp, logp.detach() if config.tis_cap else sampler_logp[rows], advantage[rows], segment_ids[rows], n_rows, total,
-            ref_logp=None if ref_logp is None else ref_logp[rows], entropy=entropy,
+            config,
+            logp,
+            logp.detach() if config.tis_cap else sampler_logp[rows],
+            advantage[rows],
+            segment_ids[rows],
+            n_rows,
+            total,
+            ref_logp=None if ref_logp is None else ref_logp[rows],
+            entropy=entropy,
             sampler_logp=sampler_logp[rows] if config.tis_cap else None,
-        )  # fmt: skip
+        )
         return loss, {"clipped": parts.clipped_low + parts.clipped_high, "kl_old": parts.kl_old}
 
     return loss_fn
@@ -89,7 +116,9 @@ def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> Tensor
     hidden_NH = trained_hidden(model, batch)
     if len(batch.kept_ids):
         return truncated_logprobs(model, batch, hidden_NH, temperature)[0]
-    return ops.linear_logprob(hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature, exact=model.exact)[0]
+    return ops.linear_logprob(
+        hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature, exact=model.exact
+    )[0]
 
 
 def accumulate_policy_gradient(
@@ -120,8 +149,12 @@ def accumulate_policy_gradient(
             assert reference is not None
             ref_logp = trained_logprobs(reference, batch, temperature)
         loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
-        level = "sequence" if config.variant in ("grpo", "gspo") else "token"  # these need a row's tokens together
-        found = head_loss(model, batch, trained_hidden(model, batch, dropout_seed + i), loss_fn, temperature, level)
+        level = (
+            "sequence" if config.variant in ("grpo", "gspo") else "token"
+        )  # these need a row's tokens together
+        found = head_loss(
+            model, batch, trained_hidden(model, batch, dropout_seed + i), loss_fn, temperature, level
+        )
         torch.autograd.backward(found.loss)
         if after_part is not None:
             after_part()
@@ -129,7 +162,9 @@ def accumulate_policy_gradient(
         stats.entropy += float(found.entropy.sum())
         stats.clip_share += float(found.sums["clipped"])
         stats.kl_old += float(found.sums["kl_old"])
-        stats.mismatch = max(stats.mismatch, float((found.logprob - batch.behaviour_logprobs[batch.targets]).abs().max()))
+        stats.mismatch = max(
+            stats.mismatch, float((found.logprob - batch.behaviour_logprobs[batch.targets]).abs().max())
+        )
         stats.tokens += len(batch.token_ids)
         stats.trained_tokens += len(found.logprob)
     n = max(stats.trained_tokens, 1)
@@ -146,7 +181,11 @@ def accumulate_imitation_gradient(
     for i, part in enumerate(split_rows(rows, max_tokens)):
         batch = pack(part, model.head_weight.device)
         found = head_loss(
-            model, batch, trained_hidden(model, batch, dropout_seed + i), lambda logp, *_: (imitation_loss(logp, total.tokens), {}), 1.0
+            model,
+            batch,
+            trained_hidden(model, batch, dropout_seed + i),
+            lambda logp, *_: (imitation_loss(logp, total.tokens), {}),
+            1.0,
         )
         torch.autograd.backward(found.loss * coefficient)
         stats.loss += float(found.loss.detach())

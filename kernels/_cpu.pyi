@@ -1,19 +1,58 @@
 """Types of the C++ library; pointers are integers (tensor.data_ptr()). Call it through duologue.kernels.ops."""
 
 def linear(x: int, w: int, b: int, out: int, M: int, O: int, K: int, dtype: int, out_dtype: int) -> None: ...
-def matmul(a: int, b: int, c: int, I: int, R: int, C: int, stride_i: int, stride_r: int, add: bool) -> None: ...
-def rms_norm(x: int, residual: int, weight: int, out: int, total: int, rows: int, K: int, eps: float, dtype: int) -> None: ...
+def matmul(
+    a: int, b: int, c: int, I: int, R: int, C: int, stride_i: int, stride_r: int, add: bool
+) -> None: ...
+def rms_norm(
+    x: int, residual: int, weight: int, out: int, total: int, rows: int, K: int, eps: float, dtype: int
+) -> None: ...
 def rms_norm_backward(
-    x: int, weight: int, grad: int, grad_total: int, grad_x: int, grad_weight: int, rows: int, K: int, eps: float, dtype: int
+    x: int,
+    weight: int,
+    grad: int,
+    grad_total: int,
+    grad_x: int,
+    grad_weight: int,
+    rows: int,
+    K: int,
+    eps: float,
+    dtype: int,
 ) -> None: ...
 def silu_mul(gate: int, up: int, out: int, rows: int, K: int, dtype: int) -> None: ...
-def silu_mul_backward(gate: int, up: int, grad: int, grad_gate: int, grad_up: int, rows: int, K: int, dtype: int) -> None: ...
+def silu_mul_backward(
+    gate: int, up: int, grad: int, grad_gate: int, grad_up: int, rows: int, K: int, dtype: int
+) -> None: ...
 def rope(
-    x: int, out: int, cos: int, sin: int, positions: int, T: int, H: int, D: int, max_position: int, sign: float, dtype: int
+    x: int,
+    out: int,
+    cos: int,
+    sin: int,
+    positions: int,
+    T: int,
+    H: int,
+    D: int,
+    max_position: int,
+    sign: float,
+    dtype: int,
 ) -> int: ...
-def write_kv(k: int, v: int, k_pages: int, v_pages: int, slots: int, T: int, n_slots: int, row_bytes: int) -> int: ...
+def write_kv(
+    k: int, v: int, k_pages: int, v_pages: int, slots: int, T: int, n_slots: int, row_bytes: int
+) -> int: ...
 def packed_attention(
-    q: int, k: int, v: int, out: int, stats: int, cu_seqlens: int, T: int, S: int, Hq: int, Hk: int, D: int, scale: float, dtype: int
+    q: int,
+    k: int,
+    v: int,
+    out: int,
+    stats: int,
+    cu_seqlens: int,
+    T: int,
+    S: int,
+    Hq: int,
+    Hk: int,
+    D: int,
+    scale: float,
+    dtype: int,
 ) -> int: ...
 def paged_attention(
     q: int,

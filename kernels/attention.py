@@ -45,17 +45,34 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) ->
     if on_triton(q):
         return triton("attention").forward(q, k, v, out, stats, cu_seqlens, scale), stats
     bad = lib().packed_attention(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), cu_seqlens.data_ptr(),
-        T, len(cu_seqlens) - 1, Hq, Hk, D, scale, DTYPES[q.dtype],
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        stats.data_ptr(),
+        cu_seqlens.data_ptr(),
+        T,
+        len(cu_seqlens) - 1,
+        Hq,
+        Hk,
+        D,
+        scale,
+        DTYPES[q.dtype],
+    )
     _check_lengths(op, bad, T)
     return out, stats
 
 
 def paged(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
     groups: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     op = "paged_attention"
     q, block_table = q.contiguous(), block_table.contiguous()
     cu_seqlens, context_lens = cu_seqlens.contiguous(), context_lens.contiguous()
@@ -75,16 +92,36 @@ def paged(
         raise ValueError(f"{op}: k_pages and v_pages must be contiguous, copying them is dear")
     out = torch.empty_like(q)
     if on_triton(q):
-        return triton("attention").forward(q, k_pages, v_pages, out, None, cu_seqlens, scale, block_table, context_lens, groups)
+        return triton("attention").forward(
+            q, k_pages, v_pages, out, None, cu_seqlens, scale, block_table, context_lens, groups
+        )
     bad = lib().paged_attention(
-        q.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), out.data_ptr(), block_table.data_ptr(),
-        cu_seqlens.data_ptr(), context_lens.data_ptr(), T, S, Hq, Hk, D, B, block_table.shape[1], P, scale,
+        q.data_ptr(),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        out.data_ptr(),
+        block_table.data_ptr(),
+        cu_seqlens.data_ptr(),
+        context_lens.data_ptr(),
+        T,
+        S,
+        Hq,
+        Hk,
+        D,
+        B,
+        block_table.shape[1],
+        P,
+        scale,
         DTYPES[q.dtype],
-    )  # fmt: skip
+    )
     _check_lengths(op, bad, T)
     if bad:
         s = bad - 1
-        n, length, pages = int(cu_seqlens[s + 1] - cu_seqlens[s]), int(context_lens[s]), block_table[s].tolist()
+        n, length, pages = (
+            int(cu_seqlens[s + 1] - cu_seqlens[s]),
+            int(context_lens[s]),
+            block_table[s].tolist(),
+        )
         raise ValueError(
             f"{op}: sequence {s} has {n} queries, context_lens {length} and the pages {pages} of {B} tokens; accepted "
             f"are at least as many tokens as queries, and a page from 0 to {P - 1} for each {B} of them"
@@ -99,7 +136,9 @@ def library(q: Tensor) -> Callable[..., Tensor] | None:
     if importlib.util.find_spec("flash_attn"):
         from flash_attn import flash_attn_varlen_func as run
 
-        return lambda q, k, v, cu, scale, most: run(q, k, v, cu, cu, most, most, softmax_scale=scale, causal=True)
+        return lambda q, k, v, cu, scale, most: run(
+            q, k, v, cu, cu, most, most, softmax_scale=scale, causal=True
+        )
     if not importlib.util.find_spec("torch.nn.attention.varlen"):
         return None
     from torch.nn.attention.varlen import varlen_attn
@@ -130,23 +169,52 @@ def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tupl
 
 @torch.library.custom_op("duologue::packed_attention_backward", mutates_args=())
 def packed_backward_op(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    out: Tensor,
+    stats: Tensor,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad, cu_seqlens = (x.contiguous() for x in (q, k, v, grad, cu_seqlens))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if on_triton(q):
-        return triton("attention").backward(q, k, v, cu_seqlens, scale, out, stats, grad, grad_q, grad_k, grad_v)
+        return triton("attention").backward(
+            q, k, v, cu_seqlens, scale, out, stats, grad, grad_q, grad_k, grad_v
+        )
     lib().attention_backward(
-        q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), stats.data_ptr(), grad.data_ptr(), grad_q.data_ptr(),
-        grad_k.data_ptr(), grad_v.data_ptr(), cu_seqlens.data_ptr(), len(cu_seqlens) - 1,
-        q.shape[1], k.shape[1], q.shape[2], scale, DTYPES[q.dtype],
-    )  # fmt: skip
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        out.data_ptr(),
+        stats.data_ptr(),
+        grad.data_ptr(),
+        grad_q.data_ptr(),
+        grad_k.data_ptr(),
+        grad_v.data_ptr(),
+        cu_seqlens.data_ptr(),
+        len(cu_seqlens) - 1,
+        q.shape[1],
+        k.shape[1],
+        q.shape[2],
+        scale,
+        DTYPES[q.dtype],
+    )
     return grad_q, grad_k, grad_v
 
 
 @packed_backward_op.register_fake
 def _(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    out: Tensor,
+    stats: Tensor,
+    grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return _like(q), _like(k), _like(v)
 
@@ -167,13 +235,25 @@ packed_op.register_autograd(_backward, setup_context=_setup)
 
 @torch.library.custom_op("duologue::paged_attention", mutates_args=())
 def paged_op(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
     return paged(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
 
 
 @paged_op.register_fake
 def _(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
     return _like(q)

@@ -12,7 +12,9 @@ from torch import Tensor
 
 
 @torch.library.custom_op("duologue::linear", mutates_args=())
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, exact: bool = True) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, exact: bool = True
+) -> Tensor:
     return cpu.linear(x, weight, bias, out_dtype, exact)
 
 
@@ -22,14 +24,20 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, ex
 
 
 @torch.library.custom_op("duologue::linear_backward", mutates_args=())
-def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = cpu.linear_backward(x.flatten(0, -2), weight, grad.flatten(0, -2), need_x, need_weight)
+def linear_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_weight = cpu.linear_backward(
+        x.flatten(0, -2), weight, grad.flatten(0, -2), need_x, need_weight
+    )
     return grad_x.view(x.shape) if need_x else grad_x, grad_weight
 
 
 @linear_backward.register_fake
 def _(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x if need_x else x.new_empty(0)), torch.empty_like(weight if need_weight else x.new_empty(0))
+    return torch.empty_like(x if need_x else x.new_empty(0)), torch.empty_like(
+        weight if need_weight else x.new_empty(0)
+    )
 
 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -80,7 +88,9 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, 
 
 
 @rms_norm_backward.register_fake
-def _(total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(
+    total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(total, memory_format=torch.contiguous_format), torch.empty_like(weight)
 
 
@@ -127,7 +137,13 @@ def _rope_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _rope_grad(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return rope(grad, *ctx.saved_tensors, -ctx.sign), None, None, None, None  # a rotation's transpose is the rotation back
+    return (
+        rope(grad, *ctx.saved_tensors, -ctx.sign),
+        None,
+        None,
+        None,
+        None,
+    )  # a rotation's transpose is the rotation back
 
 
 rope.register_autograd(_rope_grad, setup_context=_rope_setup)

@@ -34,7 +34,9 @@ def use(isa: str) -> None:
     if _lib is None:
         raise ValueError(f"DUOLOGUE_CPU = {isa!r}: the C++ kernels are not built, nothing can be chosen")
     if not _lib.use(isa):
-        raise ValueError(f"DUOLOGUE_CPU = {isa!r}: accepted is one of {', '.join(ISAS)} that this machine can run")
+        raise ValueError(
+            f"DUOLOGUE_CPU = {isa!r}: accepted is one of {', '.join(ISAS)} that this machine can run"
+        )
 
 
 if os.environ.get("DUOLOGUE_CPU"):
@@ -83,10 +85,17 @@ def triton(family: str) -> Any:
 
 
 def check(
-    op: str, name: str, x: Tensor, shape: tuple[int | None, ...], dtype: torch.dtype | None, device: str = "cpu"
+    op: str,
+    name: str,
+    x: Tensor,
+    shape: tuple[int | None, ...],
+    dtype: torch.dtype | None,
+    device: str = "cpu",
 ) -> None:
     """Raise ValueError unless `x` has this shape (None = any size), dtype (None = any) and type of device."""
-    if len(x.shape) != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape, strict=True)):
+    if len(x.shape) != len(shape) or any(
+        want is not None and want != got for want, got in zip(shape, x.shape, strict=True)
+    ):
         wanted = ", ".join("*" if s is None else str(s) for s in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, accepted is ({wanted})")
     if dtype is not None and x.dtype != dtype:
@@ -96,7 +105,12 @@ def check(
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, exact: bool = True, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    exact: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """`out`, contiguous, is written where it is given."""
     x = x.contiguous()
@@ -112,9 +126,16 @@ def linear(
     if on_triton(x):
         return triton("linear").forward(x, weight, bias, out, exact)
     lib().linear(
-        x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr(),
-        x.numel() // K if K else 0, O, K, DTYPES[dtype], DTYPES[out.dtype],
-    )  # fmt: skip
+        x.data_ptr(),
+        weight.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        x.numel() // K if K else 0,
+        O,
+        K,
+        DTYPES[dtype],
+        DTYPES[out.dtype],
+    )
     return out
 
 
@@ -123,7 +144,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
     lib().matmul(*pointers(a, b, out), *sizes, add)
 
 
-def linear_backward(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+def linear_backward(
+    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
     """(grad [M, O] @ weight [O, K], grad^T @ x [M, K]); what is not needed is empty.
 
     Not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the workers of these kernels.
@@ -155,9 +178,16 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     if on_triton(x):
         return triton("rows").rms_norm(x, residual, weight, eps, out, total)
     lib().rms_norm(
-        x.data_ptr(), 0 if residual is None else residual.data_ptr(), weight.data_ptr(), out.data_ptr(), total.data_ptr(),
-        x.numel() // K if K else 0, K, eps, DTYPES[x.dtype],
-    )  # fmt: skip
+        x.data_ptr(),
+        0 if residual is None else residual.data_ptr(),
+        weight.data_ptr(),
+        out.data_ptr(),
+        total.data_ptr(),
+        x.numel() // K if K else 0,
+        K,
+        eps,
+        DTYPES[x.dtype],
+    )
     return out, total
 
 
@@ -174,9 +204,17 @@ def rms_norm_backward(
         return triton("rows").rms_norm_backward(total, weight, eps, grad, grad_total, grad_x)
     partial = torch.empty((-(-rows // 32), K), dtype=torch.float32)
     lib().rms_norm_backward(
-        total.data_ptr(), weight.data_ptr(), grad.data_ptr(), 0 if grad_total is None else grad_total.data_ptr(),
-        grad_x.data_ptr(), partial.data_ptr(), rows, K, eps, DTYPES[total.dtype],
-    )  # fmt: skip
+        total.data_ptr(),
+        weight.data_ptr(),
+        grad.data_ptr(),
+        0 if grad_total is None else grad_total.data_ptr(),
+        grad_x.data_ptr(),
+        partial.data_ptr(),
+        rows,
+        K,
+        eps,
+        DTYPES[total.dtype],
+    )
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
@@ -187,7 +225,9 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     if on_triton(gate):
         return triton("rows").silu_mul(gate, up, None, out, out)[0]
     K = gate.shape[-1]
-    lib().silu_mul(gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, DTYPES[gate.dtype])
+    lib().silu_mul(
+        gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, DTYPES[gate.dtype]
+    )
     return out
 
 
@@ -198,9 +238,15 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, T
         return triton("rows").silu_mul(gate, up, grad, grad_gate, grad_up)
     K = gate.shape[-1]
     lib().silu_mul_backward(
-        gate.data_ptr(), up.data_ptr(), grad.data_ptr(), grad_gate.data_ptr(), grad_up.data_ptr(),
-        gate.numel() // K if K else 0, K, DTYPES[gate.dtype],
-    )  # fmt: skip
+        gate.data_ptr(),
+        up.data_ptr(),
+        grad.data_ptr(),
+        grad_gate.data_ptr(),
+        grad_up.data_ptr(),
+        gate.numel() // K if K else 0,
+        K,
+        DTYPES[gate.dtype],
+    )
     return grad_gate, grad_up
 
 
@@ -223,11 +269,22 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) ->
     if on_triton(x):
         return triton("rows").rotary(x, out, (), cos, sin, positions, sign, positions)
     bad = lib().rope(
-        x.data_ptr(), out.data_ptr(), cos.data_ptr(), sin.data_ptr(), positions.data_ptr(),
-        T, H, D, cos.shape[0], sign, DTYPES[x.dtype],
-    )  # fmt: skip
+        x.data_ptr(),
+        out.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        positions.data_ptr(),
+        T,
+        H,
+        D,
+        cos.shape[0],
+        sign,
+        DTYPES[x.dtype],
+    )
     if bad:
-        raise ValueError(f"rope: positions[{bad - 1}] = {int(positions[bad - 1])}, accepted is 0 to {cos.shape[0] - 1}")
+        raise ValueError(
+            f"rope: positions[{bad - 1}] = {int(positions[bad - 1])}, accepted is 0 to {cos.shape[0] - 1}"
+        )
     return out
 
 
@@ -252,21 +309,39 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
         return
     n_slots = k_pages.shape[0] * k_pages.shape[1]
     bad = lib().write_kv(
-        k.data_ptr(), v.data_ptr(), k_pages.data_ptr(), v_pages.data_ptr(), slots.data_ptr(),
-        T, n_slots, Hk * D * k.element_size(),
-    )  # fmt: skip
+        k.data_ptr(),
+        v.data_ptr(),
+        k_pages.data_ptr(),
+        v_pages.data_ptr(),
+        slots.data_ptr(),
+        T,
+        n_slots,
+        Hk * D * k.element_size(),
+    )
     if bad:
-        raise ValueError(f"write_kv: slots[{bad - 1}] = {int(slots[bad - 1])}, accepted is 0 to {n_slots - 1}")
+        raise ValueError(
+            f"write_kv: slots[{bad - 1}] = {int(slots[bad - 1])}, accepted is 0 to {n_slots - 1}"
+        )
 
 
 def rope_write_kv(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
 ) -> Tensor:
     """One launch on Triton; the contracts are those of rope and write_kv."""
     if on_triton(q):
         check_kv(k, v, k_pages, v_pages, slots)
         check_rope(q, cos, sin, positions)
         q, k, v, cos, sin, positions, slots = (x.contiguous() for x in (q, k, v, cos, sin, positions, slots))
-        return triton("rows").rotary(q, torch.empty_like(q), (k, v, k_pages, v_pages), cos, sin, positions, 1.0, slots)
+        return triton("rows").rotary(
+            q, torch.empty_like(q), (k, v, k_pages, v_pages), cos, sin, positions, 1.0, slots
+        )
     write_kv(rope(k, cos, sin, positions, 1.0), v, k_pages, v_pages, slots)
     return rope(q, cos, sin, positions, 1.0)

@@ -47,9 +47,17 @@ def wide(x: Tensor) -> torch.dtype:
 
 
 def prepare(
-    op: str, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor, bias: Tensor | None,
-    softcap: float | None, mask: Tensor | None, exact: bool, chunk_bytes: int | None,
-) -> Inputs:  # fmt: skip
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    mask: Tensor | None,
+    exact: bool,
+    chunk_bytes: int | None,
+) -> Inputs:
     """The arguments of `op` as its kernels take them; ValueError for a shape, dtype, device or setting that they do not."""
     device, dtype = hidden.device.type, hidden.dtype
     cpu.check(op, "hidden", hidden, (None, None), None, device)
@@ -66,9 +74,11 @@ def prepare(
         temperature = torch.full((N,), temperature, dtype=wide(hidden), device=hidden.device)
     temperature = temperature.to(wide(hidden))
     for name, given, shape, wanted in (
-        ("targets", targets, (N,), torch.int64), ("temperature", temperature, (N,), None), ("bias", bias, (V,), dtype),
+        ("targets", targets, (N,), torch.int64),
+        ("temperature", temperature, (N,), None),
+        ("bias", bias, (V,), dtype),
         ("mask", mask, (N,), torch.bool),
-    ):  # fmt: skip
+    ):
         if given is not None:
             cpu.check(op, name, given, shape, wanted, device)
     if softcap is not None and not 0 < softcap < float("inf"):
@@ -102,7 +112,9 @@ class Compaction:
         k = active.sum()
         stays, gaps, moves = active & (place < k), ~active & (place < k), active & (place >= k)
         movers = place.new_zeros(n + 1).scatter_(0, torch.where(moves, moves.cumsum(0) - 1, n), place)
-        self.source = torch.where(stays, place, torch.where(gaps, movers[(gaps.cumsum(0) - 1).clamp_min(0)], -1))
+        self.source = torch.where(
+            stays, place, torch.where(gaps, movers[(gaps.cumsum(0) - 1).clamp_min(0)], -1)
+        )
         self._k, self._sent = k, None
         if k.is_cuda:
             self._k = torch.empty((), dtype=k.dtype, pin_memory=True).copy_(k, non_blocking=True)
@@ -123,10 +135,20 @@ class Head:
         self.hidden, self.weight = inputs.hidden.contiguous(), inputs.weight.contiguous()
         self.bias = None if inputs.bias is None else inputs.bias.contiguous()
         self.N, self.V, self.H = len(self.hidden), *self.weight.shape
-        self.kernels, self.cpp, self.triton = cpu.takes(self.hidden), cpu.serves(self.hidden), cpu.on_triton(self.hidden)
-        self.in_place = self.cpp or self.hidden.dtype == self.wide  # the gradient of logits, in hidden's dtype
-        row = self.V * ((4 if self.in_place else 6 if self.kernels else 16) + (4 if inputs.softcap else 0))  # bytes
-        budget = inputs.chunk_bytes or max(CPU_BYTES if self.hidden.device.type == "cpu" else GPU_BYTES, LEAST_ROWS * row)
+        self.kernels, self.cpp, self.triton = (
+            cpu.takes(self.hidden),
+            cpu.serves(self.hidden),
+            cpu.on_triton(self.hidden),
+        )
+        self.in_place = (
+            self.cpp or self.hidden.dtype == self.wide
+        )  # the gradient of logits, in hidden's dtype
+        row = self.V * (
+            (4 if self.in_place else 6 if self.kernels else 16) + (4 if inputs.softcap else 0)
+        )  # bytes
+        budget = inputs.chunk_bytes or max(
+            CPU_BYTES if self.hidden.device.type == "cpu" else GPU_BYTES, LEAST_ROWS * row
+        )
         self.step = max(1, min(self.N, budget // row))
         self.buffer = self.new(self.step, self.V) if self.kernels else None
         self.grad_hidden = torch.zeros_like(self.hidden) if need[0] else None
@@ -147,7 +169,9 @@ class Head:
         """The chunk's logits [n, V]."""
         x, softcap = self.hidden[rows], self.inputs.softcap
         if self.buffer is not None:
-            logits = cpu.linear(x, self.weight, self.bias, self.wide, self.inputs.exact, self.buffer[: len(x)])
+            logits = cpu.linear(
+                x, self.weight, self.bias, self.wide, self.inputs.exact, self.buffer[: len(x)]
+            )
         else:
             logits = torch.nn.functional.linear(x.to(self.wide), self.weight.to(self.wide), self.bias)
         return logits.div_(softcap).tanh_().mul_(softcap) if softcap else logits
@@ -165,10 +189,16 @@ class Head:
             return softmax.logprob(logits, targets, temperature, 1.0, keep_stats=True)
         return *reference.logprob(logits, targets, temperature), self.new(len(logits), 2)
 
-    def gradient(self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor) -> None:
+    def gradient(
+        self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor
+    ) -> None:
         """Turn logits into their gradient, given those of log-prob and entropy [n], and add what it gives to those needed."""
         moved = Compaction((g != 0) | (h != 0))
-        softcap, targets, temperature = self.inputs.softcap, self.inputs.targets[rows], self.inputs.temperature[rows]
+        softcap, targets, temperature = (
+            self.inputs.softcap,
+            self.inputs.targets[rows],
+            self.inputs.temperature[rows],
+        )
         slope = 1 - (logits / softcap).square_() if softcap else None
         if self.triton:  # the rows' gradients are on their way while their number is
             dz = logits if self.in_place else self.hidden.new_empty(logits.shape)
@@ -257,10 +287,16 @@ def linear_logprob(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     hidden: Tensor = args[0]
     N, dtype = hidden.shape[0], wide(hidden)
-    return hidden.new_empty(N, dtype=dtype), hidden.new_empty(N, dtype=dtype), hidden.new_empty((N, 2), dtype=dtype)
+    return (
+        hidden.new_empty(N, dtype=dtype),
+        hidden.new_empty(N, dtype=dtype),
+        hidden.new_empty((N, 2), dtype=dtype),
+    )
 
 
-@torch.library.custom_op("duologue::linear_logprob_backward", mutates_args=(), schema=f"({_ARGS}, {_GRADS}) -> {_OUT}")
+@torch.library.custom_op(
+    "duologue::linear_logprob_backward", mutates_args=(), schema=f"({_ARGS}, {_GRADS}) -> {_OUT}"
+)
 def linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:
     inputs, (entropy, stats, g, h, need) = Inputs(*args[:9]), args[9:]
     head = Head(inputs, tuple(need))
@@ -274,7 +310,9 @@ def linear_logprob_backward(*args: Any) -> tuple[Tensor, ...]:
 def _(*args: Any) -> tuple[Tensor, ...]:
     hidden, weight, need = args[0], args[1], args[-1]
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return tuple(hidden.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True))
+    return tuple(
+        hidden.new_empty(shape if wanted else (0,)) for shape, wanted in zip(shapes, need, strict=True)
+    )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -298,19 +336,25 @@ linear_logprob.register_autograd(_backward, setup_context=_setup)
 # ---- policy_loss -----------------------------------------------------------------------------------------------------
 
 
-def _loss_and_sums(loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows, sums: dict[str, Tensor]) -> Tensor:
+def _loss_and_sums(
+    loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows, sums: dict[str, Tensor]
+) -> Tensor:
     """The loss; what loss_fn gives beside it is added to `sums`."""
     loss: Tensor
     found = loss_fn(logprob, entropy, rows)
     loss, more = found if isinstance(found, tuple) else (found, {})
     if loss.dim():
-        raise ValueError(f"linear_policy_loss: loss_fn returned shape {tuple(loss.shape)}, accepted is a scalar")
+        raise ValueError(
+            f"linear_policy_loss: loss_fn returned shape {tuple(loss.shape)}, accepted is a scalar"
+        )
     for name, value in more.items():
         sums[name] = sums.get(name, 0.0) + value.detach()
     return loss
 
 
-def _coefficients(loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows, sums: dict[str, Tensor], need: bool) -> list[Tensor]:
+def _coefficients(
+    loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows, sums: dict[str, Tensor], need: bool
+) -> list[Tensor]:
     """[loss, its derivative by each log-prob, by each entropy]."""
     with torch.set_grad_enabled(need):
         inputs = [x.detach().requires_grad_(need) for x in (logprob, entropy)]
@@ -322,7 +366,9 @@ def _coefficients(loss_fn: LossFn, logprob: Tensor, entropy: Tensor, rows: Rows,
 
 class _PolicyLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
         inputs, loss_fn, by_sequence, sums = rest
         need = ctx.needs_input_grad[:3]
         head, index = Head(inputs, need), kept(inputs.mask)
@@ -349,7 +395,9 @@ class _PolicyLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
-            raise RuntimeError("linear_policy_loss: the first backward handed the gradients over, a second has none")
+            raise RuntimeError(
+                "linear_policy_loss: the first backward handed the gradients over, a second has none"
+            )
         grads, ctx.grads = ctx.grads, None
         if grad_loss.device.type != "cpu" or float(grad_loss) != 1.0:
             grads = [None if x is None else x.mul_(grad_loss) for x in grads]
@@ -360,7 +408,9 @@ def policy_loss(inputs: Inputs, loss_fn: LossFn, level: str) -> PolicyLoss:
     if level not in ("token", "sequence"):
         raise ValueError(f"linear_policy_loss: level = {level!r}, accepted is 'token' or 'sequence'")
     sums: dict[str, Tensor] = {}
-    if torch.compiler.is_compiling() and inputs.mask is None:  # loss_fn is traced too: one call of it, and a fourth product
+    if (
+        torch.compiler.is_compiling() and inputs.mask is None
+    ):  # loss_fn is traced too: one call of it, and a fourth product
         logprob, entropy, _ = linear_logprob(*inputs)
         loss = _loss_and_sums(loss_fn, logprob, entropy, slice(0, len(logprob)), sums)
         return PolicyLoss(loss, logprob.detach(), entropy.detach(), sums)
@@ -369,7 +419,9 @@ def policy_loss(inputs: Inputs, loss_fn: LossFn, level: str) -> PolicyLoss:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _chunked_policy_loss(inputs: Inputs, loss_fn: LossFn, by_sequence: bool, sums: dict[str, Tensor]) -> PolicyLoss:
+def _chunked_policy_loss(
+    inputs: Inputs, loss_fn: LossFn, by_sequence: bool, sums: dict[str, Tensor]
+) -> PolicyLoss:
     check_values("linear_policy_loss", inputs)
     found = _PolicyLoss.apply(inputs.hidden, inputs.weight, inputs.bias, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
     return PolicyLoss(found[0], found[1], found[2], sums)

@@ -47,15 +47,40 @@ class PagedDecoder:
     """Embedding [V, H], layers and final norm [H], checked once. They stay the caller's: each call reads them as they are then."""
 
     def __init__(
-        self, embedding: Tensor, layers: Sequence[LayerTensors], final_norm: Tensor, head_dim: int, eps: float, scale: float
+        self,
+        embedding: Tensor,
+        layers: Sequence[LayerTensors],
+        final_norm: Tensor,
+        head_dim: int,
+        eps: float,
+        scale: float,
     ) -> None:
         op, first, D = "PagedDecoder", layers[0], head_dim
         H, I, Q, G = len(final_norm), len(first.gate), len(first.q), len(first.k)
         if first.q.dtype not in DTYPES or Q % D or G % D or Q % G:
-            raise ValueError(f"{op}: {first.q.dtype}, {Q} and {G} query and key rows for a head dim of {D} are no decoder")
-        shapes = {"q": (Q, H), "k": (G, H), "v": (G, H), "o": (H, Q), "gate": (I, H), "up": (I, H), "down": (H, I),
-                  "input_norm": (H,), "post_norm": (H,), "q_norm": (D,), "k_norm": (D,), "q_bias": (Q,), "k_bias": (G,),
-                  "v_bias": (G,), "o_bias": (H,), "gate_bias": (I,), "up_bias": (I,), "down_bias": (H,)}  # fmt: skip
+            raise ValueError(
+                f"{op}: {first.q.dtype}, {Q} and {G} query and key rows for a head dim of {D} are no decoder"
+            )
+        shapes = {
+            "q": (Q, H),
+            "k": (G, H),
+            "v": (G, H),
+            "o": (H, Q),
+            "gate": (I, H),
+            "up": (I, H),
+            "down": (H, I),
+            "input_norm": (H,),
+            "post_norm": (H,),
+            "q_norm": (D,),
+            "k_norm": (D,),
+            "q_bias": (Q,),
+            "k_bias": (G,),
+            "v_bias": (G,),
+            "o_bias": (H,),
+            "gate_bias": (I,),
+            "up_bias": (I,),
+            "down_bias": (H,),
+        }
         self._weights: list[Tensor | None] = []
         for i, layer in enumerate(layers):
             for field in fields(layer):
@@ -63,19 +88,36 @@ class PagedDecoder:
                 if tensor is not None:
                     check(op, f"layers[{i}].{field.name}", tensor, shapes[field.name], first.q.dtype)
                     if not tensor.is_contiguous():
-                        raise ValueError(f"{op}: layers[{i}].{field.name} must be contiguous, it is read where it lies")
+                        raise ValueError(
+                            f"{op}: layers[{i}].{field.name} must be contiguous, it is read where it lies"
+                        )
                 self._weights.append(tensor)
         check(op, "final_norm", final_norm, (H,), first.q.dtype)
         check(op, "embedding", embedding, (None, H), first.q.dtype)
         if not embedding.is_contiguous():
             raise ValueError(f"{op}: embedding must be contiguous, it is read where it lies")
-        self._embedding, self._final_norm, self._eps, self._scale, self._dtype = embedding, final_norm, eps, scale, first.q.dtype
+        self._embedding, self._final_norm, self._eps, self._scale, self._dtype = (
+            embedding,
+            final_norm,
+            eps,
+            scale,
+            first.q.dtype,
+        )
         self._n_layers, self._sizes = len(layers), (H, I, Q // D, G // D, D)
 
     def __call__(
-        self, token_ids: Tensor, wanted: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, kv: Tensor, slots: Tensor,
-        block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor,
-    ) -> Tensor:  # fmt: skip
+        self,
+        token_ids: Tensor,
+        wanted: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        positions: Tensor,
+        kv: Tensor,
+        slots: Tensor,
+        block_table: Tensor,
+        cu_seqlens: Tensor,
+        context_lens: Tensor,
+    ) -> Tensor:
         """token_ids [T] int64 -> the final norm's output [N, H] of the rows wanted [N] int64, which rise.
 
         cos, sin [max_position, D / 2] fp32, positions and slots [T] int64, kv [L, 2, P, B, Hk, D] (written at the slots),
@@ -89,9 +131,17 @@ class PagedDecoder:
         return out
 
     def decode(
-        self, weight: Tensor, settings: Settings, token_ids: Tensor, cos: Tensor, sin: Tensor, kv: Tensor, block_table: Tensor,
-        stops: Sequence[Collection[int]], steps: int,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        self,
+        weight: Tensor,
+        settings: Settings,
+        token_ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        kv: Tensor,
+        block_table: Tensor,
+        stops: Sequence[Collection[int]],
+        steps: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Up to `steps` tokens for each of N sequences that lack the KV of one token each, drawn from the logits of `weight` [V, H].
 
         As many calls of this decoder and `ops.linear_sample`, without a look in between. token_ids [N] int64 are the tokens to
@@ -104,9 +154,17 @@ class PagedDecoder:
         N = len(token_ids)
         check("PagedDecoder.decode", "weight", weight, (len(self._embedding), self._sizes[0]), self._dtype)
         *heat, position = check_settings("PagedDecoder.decode", settings, N, "cpu")
-        weight, token_ids, position, rows = weight.contiguous(), token_ids.clone(), position.clone(), torch.arange(N)
+        weight, token_ids, position, rows = (
+            weight.contiguous(),
+            token_ids.clone(),
+            position.clone(),
+            torch.arange(N),
+        )
         at, slots, lens = position - 1, torch.zeros_like(position), position.to(torch.int32)
-        hidden, cu_seqlens = torch.empty((N, self._sizes[0]), dtype=self._dtype), torch.arange(N + 1, dtype=torch.int32)
+        hidden, cu_seqlens = (
+            torch.empty((N, self._sizes[0]), dtype=self._dtype),
+            torch.arange(N + 1, dtype=torch.int32),
+        )
         arrays = (hidden, token_ids, rows, cos, sin, at, slots, block_table, cu_seqlens, lens)
         sizes, weights = self._check(arrays, kv), self._pointers(kv)
         ids = torch.tensor([token for row in stops for token in row], dtype=torch.int64)
@@ -128,26 +186,40 @@ class PagedDecoder:
         T, N, S, L = len(token_ids), len(wanted), len(context_lens), self._n_layers
         P, B = kv.shape[2:4]
         for name, tensor, shape, dtype in (
-            ("positions", positions, (T,), torch.int64), ("slots", slots, (T,), torch.int64),
-            ("cos", cos, (None, D // 2), torch.float32), ("sin", sin, (len(cos), D // 2), torch.float32),
-            ("block_table", block_table, (S, None), torch.int32), ("cu_seqlens", cu_seqlens, (S + 1,), torch.int32),
-            ("context_lens", context_lens, (S,), torch.int32), ("kv", kv, (L, 2, P, B, Hk, D), self._dtype),
-            ("token_ids", token_ids, (T,), torch.int64), ("wanted", wanted, (N,), torch.int64),
-        ):  # fmt: skip
+            ("positions", positions, (T,), torch.int64),
+            ("slots", slots, (T,), torch.int64),
+            ("cos", cos, (None, D // 2), torch.float32),
+            ("sin", sin, (len(cos), D // 2), torch.float32),
+            ("block_table", block_table, (S, None), torch.int32),
+            ("cu_seqlens", cu_seqlens, (S + 1,), torch.int32),
+            ("context_lens", context_lens, (S,), torch.int32),
+            ("kv", kv, (L, 2, P, B, Hk, D), self._dtype),
+            ("token_ids", token_ids, (T,), torch.int64),
+            ("wanted", wanted, (N,), torch.int64),
+        ):
             check(op, name, tensor, shape, dtype)
             if not tensor.is_contiguous():
                 raise ValueError(f"{op}: {name} must be contiguous")
         if B % 16:
             raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
-        return torch.tensor((len(self._embedding), L, T, N, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos)))
+        return torch.tensor(
+            (len(self._embedding), L, T, N, S, H, I, Hq, Hk, D, B, block_table.shape[1], P, len(cos))
+        )
 
     def _addresses(self, weights: Tensor, arrays: tuple[Tensor, ...], sizes: Tensor) -> list[int | float]:
-        return [*pointers(weights, self._embedding, self._final_norm, *arrays, sizes), self._eps, self._scale, DTYPES[self._dtype]]
+        return [
+            *pointers(weights, self._embedding, self._final_norm, *arrays, sizes),
+            self._eps,
+            self._scale,
+            DTYPES[self._dtype],
+        ]
 
     def _refusal(self, arrays: tuple[Tensor, ...], kv: Tensor) -> ValueError:
         limits = f"token ids reach to {len(self._embedding) - 1}, positions to {len(arrays[3]) - 1}"
         slots = f"slots to {kv.shape[2] * kv.shape[3] - 1}, pages to {kv.shape[2] - 1}"
-        return ValueError(f"PagedDecoder: {limits}, {slots}, wanted rows rise to {len(arrays[1]) - 1}; one is not in its range")
+        return ValueError(
+            f"PagedDecoder: {limits}, {slots}, wanted rows rise to {len(arrays[1]) - 1}; one is not in its range"
+        )
 
     def _pointers(self, kv: Tensor) -> Tensor:
         """[L, 20] int64, taken anew for each call: a parameter's storage may have been replaced."""

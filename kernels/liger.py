@@ -25,7 +25,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
 
-    normed, total = LigerFusedAddRMSNormFunction.apply(x.contiguous(), residual.contiguous(), weight, eps, 0.0, "llama", False)
+    normed, total = LigerFusedAddRMSNormFunction.apply(
+        x.contiguous(), residual.contiguous(), weight, eps, 0.0, "llama", False
+    )
     return normed, total
 
 

@@ -31,7 +31,11 @@ def _plain(*tensors: Tensor | None) -> bool:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None, exact: bool = True
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """x [..., K] @ weight [O, K]^T + bias [O] -> [..., O], in x's dtype or `out_dtype` (fp32, for logits)."""
     if not cpu.takes(x):
@@ -54,7 +58,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, exact: bool = True) -> Tenso
     return out
 
 
-def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, exact: bool = True) -> tuple[Tensor, Tensor]:
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, exact: bool = True
+) -> tuple[Tensor, Tensor]:
     """(rms_norm(x + residual), x + residual); x and residual [..., K], weight [K]."""
     if not exact and liger.serves(x):
         return liger.add_rms_norm(x, residual, weight, eps)
@@ -89,7 +95,13 @@ def silu_mul(gate: Tensor, up: Tensor, exact: bool = True) -> Tensor:
 
 
 def packed_attention(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, exact: bool = True, max_seqlen: int | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    exact: bool = True,
+    max_seqlen: int | None = None,
 ) -> Tensor:
     """Causal attention within each packed sequence: q [T, Hq, D], k and v [T, Hk, D], cu_seqlens [S + 1] int32 -> [T, Hq, D].
 
@@ -112,7 +124,15 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
 
 
 def rope_write_kv(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
 ) -> Tensor:
     """`rope` of q (returned) and k, and `write_kv` of that k and v: one launch on CUDA. Not differentiable."""
     if cpu.takes(q):
@@ -123,9 +143,15 @@ def rope_write_kv(
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
     groups: tuple[Tensor, Tensor] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Causal attention of new tokens over paged keys: q [T, Hq, D] -> [T, Hq, D].
 
     Sequence s has the queries cu_seqlens[s] to cu_seqlens[s + 1] ([S + 1] int32); they are the last of its context_lens[s]
@@ -156,25 +182,43 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None,
-    softcap: float | None = None, mask: Tensor | None = None, exact: bool = True, chunk_bytes: int | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    exact: bool = True,
+    chunk_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """`logprob` of softcap * tanh(linear(hidden [N, H], weight [V, H], bias [V]) / softcap), whose [N, V] is never stored.
 
     The same (log-prob [N], entropy [N]), fp32, on CPU bit for bit those of `linear` and `logprob`. Differentiable in hidden,
     weight and bias; weight gradients are summed in fp32. Rows where `mask` [N] bool is False are not computed and give 0.
     `chunk_bytes`: bytes for the logits that exist at a time (None: 16 MiB on CPU, 2 GiB on GPU, or what 256 rows need).
     """
-    inputs = fused.prepare("linear_logprob", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes)
+    inputs = fused.prepare(
+        "linear_logprob", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes
+    )
     out: tuple[Tensor, Tensor, Tensor] = fused.linear_logprob(*inputs)
     return out[:2]
 
 
 def linear_policy_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, loss_fn: fused.LossFn, *, level: str = "token",
-    temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None, mask: Tensor | None = None,
-    exact: bool = True, chunk_bytes: int | None = None,
-) -> fused.PolicyLoss:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    loss_fn: fused.LossFn,
+    *,
+    level: str = "token",
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    exact: bool = True,
+    chunk_bytes: int | None = None,
+) -> fused.PolicyLoss:
     """The loss of the policy whose head this is, in three matrix products; other arguments as in `linear_logprob`.
 
     `loss_fn(logprob [n], entropy [n], rows) -> loss` or `(loss, {name: tensor})` is called on each chunk; `rows` (a slice or
@@ -186,14 +230,22 @@ def linear_policy_loss(
     the logits a second time for rows with a gradient. Skipped when one chunk holds all rows.
     Under torch.compile, without a mask, loss_fn is traced with all rows and differentiated as usual: four products, no break.
     """
-    inputs = fused.prepare("linear_policy_loss", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes)
+    inputs = fused.prepare(
+        "linear_policy_loss", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes
+    )
     out: fused.PolicyLoss = fused.policy_loss(inputs, loss_fn, level)
     return out
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
-) -> softmax.Drawn:  # fmt: skip
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> softmax.Drawn:
     """Draw a token per row of logits [N, V]: (token [N] int64, logprob [N] fp32, entropy [N] fp32, kept_ids int32, kept_offsets
     [N + 1] int64).
 
@@ -215,8 +267,15 @@ def sample(
 
 
 def sample_bounded(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor, most: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    most: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`sample` in outputs of fixed size, so that a CUDA graph can hold it: (token, logprob, entropy, kept [N, most] int32, n_kept
     [N] int32). Row n kept the ids kept[n, : n_kept[n]]; n_kept is 0 where all tokens were, and above `most` where there was no
     room for them all."""
@@ -233,7 +292,11 @@ def sample_bounded(
 
 
 def head(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None = None, softcap: float | None = None, exact: bool = True
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    exact: bool = True,
 ) -> Tensor:
     """fp32 logits hidden [N, H] @ weight [V, H]^T + bias [V], with softcap tanh(those / softcap)."""
     logits = linear(hidden, weight, bias, torch.float32, exact)
@@ -241,9 +304,19 @@ def head(
 
 
 def linear_sample(
-    hidden: Tensor, weight: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor,
-    bias: Tensor | None = None, softcap: float | None = None, exact: bool = True, whole: bool = False,
-) -> softmax.Drawn:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    exact: bool = True,
+    whole: bool = False,
+) -> softmax.Drawn:
     """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`, and of the logits only
     tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64 rows of all tokens.
 
@@ -259,9 +332,15 @@ def linear_sample(
 
 
 def sparse_linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
-    temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kept_ids: Tensor,
+    kept_offsets: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     """Log-prob of targets [N] int64 and entropy under softmax(logits / temperature) renormalised over each row's support.
 
     The logits are those of `head`. The support of row n is kept_ids[kept_offsets[n] : kept_offsets[n + 1]] (int32, ascending;
@@ -274,21 +353,35 @@ def sparse_linear_logprob(
     """
     sparse.check_head("sparse_linear_logprob", hidden, weight, bias, softcap)
     if not (cpu.serves(hidden) or hidden.is_cuda):
-        return reference.sparse_linear_logprob(hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap)
+        return reference.sparse_linear_logprob(
+            hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap
+        )
     if not isinstance(temperature, Tensor):
         temperature = torch.full((len(hidden),), float(temperature), device=hidden.device)
     sparse.check_support("sparse_linear_logprob", hidden, targets, kept_ids, kept_offsets, temperature)
-    out: tuple[Tensor, ...] = sparse.logprob_op(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature, softcap or 0.0)
-    if hidden.is_cuda and len(whole := (kept_offsets.diff() == 0).nonzero()[:, 0]):  # rows that the kernels leave alone
+    out: tuple[Tensor, ...] = sparse.logprob_op(
+        hidden, weight, bias, targets, kept_ids, kept_offsets, temperature, softcap or 0.0
+    )
+    if hidden.is_cuda and len(
+        whole := (kept_offsets.diff() == 0).nonzero()[:, 0]
+    ):  # rows that the kernels leave alone
         full = logprob(head(hidden[whole], weight, bias, softcap), targets[whole], temperature[whole])
         out = tuple(x.index_put((whole,), y) for x, y in zip(out, full, strict=False))
     return out[0], out[1]
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, scored: Tensor, *, method: str, n_groups: int, roles: Tensor | None = None, n_roles: int = 1,
-    baseline: Tensor | None = None, decay: float = 0.95,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rewards: Tensor,
+    group_ids: Tensor,
+    scored: Tensor,
+    *,
+    method: str,
+    n_groups: int,
+    roles: Tensor | None = None,
+    n_roles: int = 1,
+    baseline: Tensor | None = None,
+    decay: float = 0.95,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Advantages of rewards [N] (fp32, or float64) in groups group_ids [N] int64, split by roles [N] int64 when given.
 
     (advantage [N] fp32, scored members [n_groups, n_roles] int64, whether their rewards are all equal [n_groups, n_roles] bool,
@@ -299,5 +392,7 @@ def group_advantages(
     one is decay baseline + (1 - decay) mean. (Otherwise it is empty.) Sums are in double on CPU, in fp32 on CUDA.
     """
     out: tuple[Tensor, Tensor, Tensor, Tensor]
-    out = advantage.advantages_op(rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay)
+    out = advantage.advantages_op(
+        rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay
+    )
     return out

@@ -17,11 +17,15 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None) -> Tensor:
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+) -> Tensor:
     out_dtype = out_dtype or x.dtype
     if out_dtype == x.dtype:
         return torch.nn.functional.linear(x, weight, bias)
-    return torch.nn.functional.linear(x.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype))
+    return torch.nn.functional.linear(
+        x.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype)
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,7 +41,9 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
 def _rotate(x_THD: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
     first, second = _wide(x_THD).chunk(2, dim=-1)
-    return torch.cat((first * cos_T1d - second * sin_T1d, second * cos_T1d + first * sin_T1d), dim=-1).to(x_THD.dtype)
+    return torch.cat((first * cos_T1d - second * sin_T1d, second * cos_T1d + first * sin_T1d), dim=-1).to(
+        x_THD.dtype
+    )
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,9 +70,7 @@ def _attend(q_nHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scale: float) -> Tensor
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
     bounds = cu_seqlens.tolist()
-    parts = [
-        _attend(q[a:b], k[a:b], v[a:b], scale) for a, b in pairwise(bounds) if b > a
-    ]
+    parts = [_attend(q[a:b], k[a:b], v[a:b], scale) for a, b in pairwise(bounds) if b > a]
     return torch.cat(parts) if parts else torch.empty_like(q)
 
 
@@ -76,8 +80,14 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
 
 
 def paged_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens: Tensor, context_lens: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens: Tensor,
+    context_lens: Tensor,
+    scale: float,
+) -> Tensor:
     bounds = cu_seqlens.tolist()
     parts = []
     for s, length in enumerate(context_lens.tolist()):
@@ -101,9 +111,13 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
 
 
 def linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float | Tensor = 1.0, bias: Tensor | None = None,
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
     softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     logits = linear(hidden, weight, bias, _wide(hidden).dtype)
     return logprob(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, temperature)
 
@@ -118,7 +132,9 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     return (high >> 16) + (total_low >> 32), total_low & _MASK
 
 
-def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words (in int64) per counter; all arguments broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
@@ -138,7 +154,9 @@ def uniforms(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
     block = torch.arange(-(-vocab_size // 4), device=seed.device)
     seed, position = seed.unsqueeze(1), position.unsqueeze(1)
     zero = torch.zeros_like(block)
-    words = philox((block, zero, position & _MASK, (position >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK))
+    words = philox(
+        (block, zero, position & _MASK, (position >> 32) & _MASK), (seed & _MASK, (seed >> 32) & _MASK)
+    )
     shape = (len(seed), len(block))
     bits = torch.stack([word.expand(shape) for word in words], dim=-1).flatten(1)[:, :vocab_size]
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
@@ -167,7 +185,13 @@ def _renormalised(scaled: Tensor, keep: Tensor, targets: Tensor) -> tuple[Tensor
 
 
 def sample(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     greedy = temperature == 0
     scaled = _scaled(logits, torch.where(greedy, torch.ones_like(temperature), temperature))
@@ -184,20 +208,35 @@ def sample(
 
 
 def sparse_linear_logprob(
-    hidden: Tensor, weight: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
-    temperature: float | Tensor = 1.0, bias: Tensor | None = None, softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kept_ids: Tensor,
+    kept_offsets: Tensor,
+    temperature: float | Tensor = 1.0,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
     logits, counts = linear(hidden, weight, bias, _wide(hidden).dtype), kept_offsets.diff()
     scaled = _scaled(softcap * torch.tanh(logits / softcap) if softcap else logits, temperature)
     keep = (counts == 0).unsqueeze(1).repeat(1, scaled.shape[1])
-    keep[torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts), kept_ids.long()] = True
+    keep[
+        torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts), kept_ids.long()
+    ] = True
     return _renormalised(scaled, keep, targets)
 
 
 def group_advantages(
-    rewards: Tensor, group_ids: Tensor, scored: Tensor, roles: Tensor | None, baseline: Tensor | None,
-    method: str, n_groups: int, n_roles: int, decay: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rewards: Tensor,
+    group_ids: Tensor,
+    scored: Tensor,
+    roles: Tensor | None,
+    baseline: Tensor | None,
+    method: str,
+    n_groups: int,
+    n_roles: int,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     role = torch.zeros_like(group_ids) if roles is None else roles
     ids, r, new = group_ids * n_roles + role, rewards[scored], rewards.new_zeros
 
@@ -206,7 +245,9 @@ def group_advantages(
         least = torch.full_like(new(size), float("inf")).scatter_reduce(0, key, r, "amin")
         most = torch.full_like(new(size), float("-inf")).scatter_reduce(0, key, r, "amax")
         count = new(size).index_add(0, key, torch.ones_like(r))
-        mean = torch.where(count > 0, least, 0.0) + new(size).index_add(0, key, r - least[key]) / count.clamp(min=1)
+        mean = torch.where(count > 0, least, 0.0) + new(size).index_add(0, key, r - least[key]) / count.clamp(
+            min=1
+        )
         return count, mean, new(size).index_add(0, key, (r - mean[key]).square()), least == most
 
     count, mean, square, flat = moments(ids[scored], n_groups * n_roles)
@@ -219,7 +260,11 @@ def group_advantages(
         value = r - before[role[scored]]
     else:
         others = (count - 1).clamp(min=1)
-        scale = {"std": 1 / ((square / others).sqrt() + 1e-4), "mean": torch.ones_like(count), "leave_one_out": count / others}[method]
+        scale = {
+            "std": 1 / ((square / others).sqrt() + 1e-4),
+            "mean": torch.ones_like(count),
+            "leave_one_out": count / others,
+        }[method]
         value = torch.where(flat[key], 0.0, (r - mean[key]) * scale[key])
     out = torch.zeros(len(rewards), device=rewards.device).masked_scatter(scored, value.float())
     return out, count.long().view(shape), flat.view(shape), after

@@ -29,7 +29,12 @@ def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float
 
 
 def logprob(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, *, keep_stats: bool = False
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    *,
+    keep_stats: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [N], entropy [N], what the backward needs [N, 2] or nothing)."""
     logits, targets = logits.contiguous(), targets.contiguous()
@@ -43,18 +48,31 @@ def logprob(
         triton("softmax").logprob(logits, targets, temperatures, temperature, out, entropy, stats)
         return out, entropy, stats
     bad = lib().logprob(
-        logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
-        out.data_ptr(), entropy.data_ptr(), stats.data_ptr() if keep_stats else 0, N, V, DTYPES[logits.dtype],
-    )  # fmt: skip
+        logits.data_ptr(),
+        targets.data_ptr(),
+        0 if temperatures is None else temperatures.data_ptr(),
+        temperature,
+        out.data_ptr(),
+        entropy.data_ptr(),
+        stats.data_ptr() if keep_stats else 0,
+        N,
+        V,
+        DTYPES[logits.dtype],
+    )
     if bad:
-        target, used = int(targets[bad - 1]), temperature if temperatures is None else float(temperatures[bad - 1])
+        target, used = (
+            int(targets[bad - 1]),
+            temperature if temperatures is None else float(temperatures[bad - 1]),
+        )
         raise ValueError(
             f"logprob: row {bad - 1} has target {target} and temperature {used}, accepted is 0 to {V - 1} and above 0"
         )
     return out, entropy, stats
 
 
-Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seed, position
+Settings = tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
+]  # temperature, top_k, top_p, min_p, seed, position
 Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # token, log-prob, entropy, kept ids and their offsets
 
 
@@ -67,7 +85,9 @@ def check_settings(op: str, settings: Settings, N: int, device: str) -> Settings
     return a, b, c, d, e, f
 
 
-def draw(op: str, call: Callable[..., int], inputs: list[int], settings: Settings, N: int, *sizes: float) -> Drawn:
+def draw(
+    op: str, call: Callable[..., int], inputs: list[int], settings: Settings, N: int, *sizes: float
+) -> Drawn:
     """Call a sampler of the library: addresses of its inputs and settings, of the outputs, then sizes."""
     token, counts, stash = (torch.empty(N, dtype=torch.int64) for _ in range(3))
     out, entropy = torch.empty(N, dtype=torch.float32), torch.empty(N, dtype=torch.float32)
@@ -95,11 +115,19 @@ def sample(logits: Tensor, settings: Settings) -> Drawn:
         cuts = triton("softmax").sample(logits, settings, token, out, entropy).unsqueeze(1)
         kept = (logits > cuts) & (cuts > float("-inf"))
         kept &= ~kept.all(1, keepdim=True)
-        return token, out, entropy, kept.nonzero()[:, 1].int(), torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0))
+        return (
+            token,
+            out,
+            entropy,
+            kept.nonzero()[:, 1].int(),
+            torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)),
+        )
     return draw("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
 
 
-def sample_bounded(logits: Tensor, settings: Settings, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sample_bounded(
+    logits: Tensor, settings: Settings, most: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """On Triton only; see `ops.sample_bounded`. Launches and allocations alone, nothing that waits."""
     logits = logits.contiguous()
     N, _ = _check_logits("sample_bounded", logits)
@@ -107,43 +135,70 @@ def sample_bounded(logits: Tensor, settings: Settings, most: int) -> tuple[Tenso
     token, kept = logits.new_empty(N, dtype=torch.int64), logits.new_empty((N, most), dtype=torch.int32)
     out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     sizes = logits.new_empty(N, dtype=torch.int32)
-    triton("softmax").keep(logits, triton("softmax").sample(logits, list(settings), token, out, entropy), kept, sizes)
+    triton("softmax").keep(
+        logits, triton("softmax").sample(logits, list(settings), token, out, entropy), kept, sizes
+    )
     return token, out, entropy, kept, sizes
 
 
 def grad_logits(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
-    grad_logprob: Tensor, grad_entropy: Tensor, out: Tensor, source: Tensor | None = None,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    out: Tensor,
+    source: Tensor | None = None,
+) -> None:
     """Row i of `out` becomes the gradient of row source[i] (None: i) of the logits, given those of its log-prob and entropy.
 
     `out` may be the first rows of the logits, if a row that is written is the source of no other. On Triton a negative source leaves
     the row as it is.
     """
     logits, targets, stats = logits.contiguous(), targets.contiguous(), stats.contiguous()
-    entropy, grad_logprob, grad_entropy = entropy.contiguous(), grad_logprob.contiguous(), grad_entropy.contiguous()
+    entropy, grad_logprob, grad_entropy = (
+        entropy.contiguous(),
+        grad_logprob.contiguous(),
+        grad_entropy.contiguous(),
+    )
     assert out.is_contiguous()
     if on_triton(logits):
         rows = (entropy, stats, grad_logprob, grad_entropy)
         triton("softmax").logprob_backward(logits, targets, temperatures, temperature, *rows, source, out)
         return
     lib().logprob_backward(
-        logits.data_ptr(), targets.data_ptr(), 0 if temperatures is None else temperatures.data_ptr(), temperature,
-        entropy.data_ptr(), stats.data_ptr(), grad_logprob.data_ptr(), grad_entropy.data_ptr(), out.data_ptr(),
-        0 if source is None else source.data_ptr(), *out.shape, DTYPES[logits.dtype],
-    )  # fmt: skip
+        logits.data_ptr(),
+        targets.data_ptr(),
+        0 if temperatures is None else temperatures.data_ptr(),
+        temperature,
+        entropy.data_ptr(),
+        stats.data_ptr(),
+        grad_logprob.data_ptr(),
+        grad_entropy.data_ptr(),
+        out.data_ptr(),
+        0 if source is None else source.data_ptr(),
+        *out.shape,
+        DTYPES[logits.dtype],
+    )
 
 
 # ---- torch.library ops -----------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("duologue::logprob", mutates_args=())
-def _logprob_op(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _logprob_op(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return logprob(logits, targets, temperatures, temperature, keep_stats=True)
 
 
 @_logprob_op.register_fake
-def _(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     n = logits.shape[0]
     new = logits.new_empty
     return new(n, dtype=torch.float32), new(n, dtype=torch.float32), new((n, 2), dtype=torch.float32)
@@ -151,9 +206,15 @@ def _(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature:
 
 @torch.library.custom_op("duologue::logprob_backward", mutates_args=())
 def _logprob_backward_op(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
-    grad_logprob: Tensor, grad_entropy: Tensor,
-) -> Tensor:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
     grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
     return grad
@@ -172,7 +233,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, temperatures, entropy, stats = ctx.saved_tensors
-    grad = _logprob_backward_op(logits, targets, temperatures, ctx.temperature, entropy, stats, grad_logprob, grad_entropy)
+    grad = _logprob_backward_op(
+        logits, targets, temperatures, ctx.temperature, entropy, stats, grad_logprob, grad_entropy
+    )
     return grad, None, None, None
 
 
@@ -190,7 +253,13 @@ def logprob_now(logits: Tensor, targets: Tensor, temperature: float | Tensor) ->
 
 @torch.library.custom_op("duologue::sample", mutates_args=())
 def sample_op(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor, position: Tensor
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
 ) -> Drawn:
     return sample(logits, (temperature, top_k, top_p, min_p, seed, position))
 

@@ -26,7 +26,9 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, sof
         raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
 
 
-def check_support(op: str, hidden: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor, temperature: Tensor) -> None:
+def check_support(
+    op: str, hidden: Tensor, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor, temperature: Tensor
+) -> None:
     N, device = len(hidden), hidden.device.type
     check(op, "targets", targets, (N,), torch.int64, device)
     check(op, "kept_ids", kept_ids, (None,), torch.int32, device)
@@ -40,9 +42,15 @@ def _contiguous(*tensors: Tensor | None) -> Any:
 
 @torch.library.custom_op("duologue::sparse_linear_logprob", mutates_args=())
 def logprob_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
-    temperature: Tensor, softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    kept_ids: Tensor,
+    kept_offsets: Tensor,
+    temperature: Tensor,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob [N], entropy [N], logits [E] and stats [N, 2] for the backward); temperature [N]."""
     N, inputs = len(hidden), _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
     if hidden.is_cuda:
@@ -60,27 +68,46 @@ def _sizes(hidden: Tensor, weight: Tensor, kept_ids: Tensor) -> tuple[int, ...]:
 
 
 @logprob_op.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kept_ids: Tensor, *_: Any) -> tuple[Tensor, ...]:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kept_ids: Tensor, *_: Any
+) -> tuple[Tensor, ...]:
     n = hidden.shape[0]
-    return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), kept_ids.shape, (n, 2)))
+    return tuple(
+        hidden.new_empty(shape, dtype=torch.float32) for shape in ((n,), (n,), kept_ids.shape, (n, 2))
+    )
 
 
 @torch.library.custom_op("duologue::sparse_linear_logprob_backward", mutates_args=())
 def backward_op(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, kept_ids: Tensor, kept_offsets: Tensor,
-    temperature: Tensor, softcap: float, saved: list[Tensor], need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    kept_ids: Tensor,
+    kept_offsets: Tensor,
+    temperature: Tensor,
+    softcap: float,
+    saved: list[Tensor],
+    need_weight: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, the last two empty unless needed. `saved` as in triton_sparse.backward."""
-    inputs, saved = _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature), list(_contiguous(*saved))
+    inputs, saved = (
+        _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature),
+        list(_contiguous(*saved)),
+    )
     grad_hidden = torch.empty_like(inputs[0])
-    grad_weight, grad_bias = (torch.zeros_like(x) if need_weight and x is not None else None for x in inputs[1:3])
+    grad_weight, grad_bias = (
+        torch.zeros_like(x) if need_weight and x is not None else None for x in inputs[1:3]
+    )
     if hidden.is_cuda:
         from duologue.kernels import triton_sparse
 
         triton_sparse.backward(inputs, softcap, saved, (grad_hidden, grad_weight, grad_bias))
     else:
         outputs = pointers(grad_hidden, grad_weight, grad_bias)
-        lib().sparse_backward(*pointers(*inputs, *saved), *outputs, *_sizes(hidden, weight, kept_ids), softcap)
+        lib().sparse_backward(
+            *pointers(*inputs, *saved), *outputs, *_sizes(hidden, weight, kept_ids), softcap
+        )
     gone = [weight.new_empty(0) if x is None else x for x in (grad_weight, grad_bias)]
     return grad_hidden, gone[0], gone[1]
 
@@ -106,24 +133,38 @@ def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
 logprob_op.register_autograd(_backward, setup_context=_setup)
 
 
-def linear_sample(hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float) -> softmax.Drawn:
+def linear_sample(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float
+) -> softmax.Drawn:
     """`settings` are those of `sample`."""
-    head, settings = _contiguous(hidden, weight, bias), softmax.check_settings("linear_sample", settings, len(hidden), "cpu")
+    head, settings = (
+        _contiguous(hidden, weight, bias),
+        softmax.check_settings("linear_sample", settings, len(hidden), "cpu"),
+    )
     sizes = (*hidden.shape, len(weight), DTYPES[hidden.dtype], softcap)
     return softmax.draw("linear_sample", lib().linear_sample, pointers(*head), settings, *sizes)
 
 
 def linear_sample_whole(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, settings: softmax.Settings, softcap: float, exact: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: softmax.Settings,
+    softcap: float,
+    exact: bool,
 ) -> softmax.Drawn:
     """On Triton, no row truncated: launches alone, nothing that waits. Logits are stored if `exact`."""
     hidden, weight, bias = _contiguous(hidden, weight, bias)
-    heat, top_k, top_p, min_p, seed, position = softmax.check_settings("linear_sample", settings, len(hidden), hidden.device.type)
+    heat, top_k, top_p, min_p, seed, position = softmax.check_settings(
+        "linear_sample", settings, len(hidden), hidden.device.type
+    )
     none = seed.new_empty(0, dtype=torch.int32), seed.new_zeros(len(hidden) + 1)
     if exact:
         logits = linear(hidden, weight, bias, torch.float32)
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         off = (heat, torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p), seed, position)
         return *softmax.sample_bounded(logits, off, 1)[:3], *none
-    found: tuple[Tensor, Tensor, Tensor] = triton("head").linear_sample(hidden, weight, bias, heat, seed, position, softcap)
+    found: tuple[Tensor, Tensor, Tensor] = triton("head").linear_sample(
+        hidden, weight, bias, heat, seed, position, softcap
+    )
     return *found, *none

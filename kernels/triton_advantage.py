@@ -15,7 +15,19 @@ BLOCK = 1024
 
 
 @triton.jit
-def _members(rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES: tl.constexpr, BLOCK: tl.constexpr):
+def _members(
+    rewards,
+    group_ids,
+    roles,
+    scored,
+    start,
+    N,
+    R,
+    mine,
+    by_role,
+    HAS_ROLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     at = start + tl.arange(0, BLOCK)
     role = tl.load(roles + at, at < N, 0) if HAS_ROLES else tl.zeros((BLOCK,), tl.int64)
     key = tl.where(by_role, role, tl.load(group_ids + at, at < N, 0) * R + role)
@@ -25,9 +37,22 @@ def _members(rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_
 
 @triton.jit
 def group_advantages(
-    rewards, group_ids, roles, scored, baseline, value, counts, flat, new_baseline, N, R, decay,
-    METHOD: tl.constexpr, HAS_ROLES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    rewards,
+    group_ids,
+    roles,
+    scored,
+    baseline,
+    value,
+    counts,
+    flat,
+    new_baseline,
+    N,
+    R,
+    decay,
+    METHOD: tl.constexpr,
+    HAS_ROLES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program s: segment s = group * R + role; with running baselines (METHOD 3) the last R programs: all members of a role."""
     s = tl.program_id(0).to(tl.int64)
     segments = tl.num_programs(0) - (R if METHOD == 3 else 0)
@@ -35,14 +60,24 @@ def group_advantages(
     mine = tl.where(by_role, s - segments, s)
     low, high = float("inf"), -float("inf")
     for start in range(0, N, BLOCK):
-        _, member, r = _members(rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES, BLOCK)
+        _, member, r = _members(
+            rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES, BLOCK
+        )
         low = tl.minimum(low, tl.min(tl.where(member, r, float("inf")), 0))
         high = tl.maximum(high, tl.max(tl.where(member, r, -float("inf")), 0))
     count, total, square = 0, 0.0, 0.0
-    for start in range(0, N, BLOCK):  # from the lowest, so that equal rewards have exactly their own value as mean
-        _, member, r = _members(rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES, BLOCK)
+    for start in range(
+        0, N, BLOCK
+    ):  # from the lowest, so that equal rewards have exactly their own value as mean
+        _, member, r = _members(
+            rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES, BLOCK
+        )
         above = tl.where(member, r - low, 0.0)
-        count, total, square = count + tl.sum(member.to(tl.int32), 0), total + tl.sum(above, 0), square + tl.sum(above * above, 0)
+        count, total, square = (
+            count + tl.sum(member.to(tl.int32), 0),
+            total + tl.sum(above, 0),
+            square + tl.sum(above * above, 0),
+        )
     n, others = tl.maximum(count, 1).to(tl.float32), tl.maximum(count - 1, 1).to(tl.float32)
     mean, scale = low + total / n, 1.0
     if METHOD == 0:
@@ -52,7 +87,10 @@ def group_advantages(
     if by_role:
         kept = tl.load(baseline + mine)
         before = tl.where(kept != kept, mean.to(tl.float64), kept)
-        tl.store(new_baseline + mine, tl.where(count > 0, decay * before + (1.0 - decay) * mean.to(tl.float64), kept))
+        tl.store(
+            new_baseline + mine,
+            tl.where(count > 0, decay * before + (1.0 - decay) * mean.to(tl.float64), kept),
+        )
         mean = before.to(tl.float32)
     else:
         tl.store(counts + s, count.to(tl.int64))
@@ -60,7 +98,9 @@ def group_advantages(
         scale = tl.where(low == high, 0.0, scale)
     if by_role or METHOD < 3:
         for start in range(0, N, BLOCK):
-            at, member, r = _members(rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES, BLOCK)
+            at, member, r = _members(
+                rewards, group_ids, roles, scored, start, N, R, mine, by_role, HAS_ROLES, BLOCK
+            )
             tl.store(value + at, (r - mean) * scale, member)
 
 
@@ -72,14 +112,27 @@ def launch(inputs: Sequence[Tensor | None], out: Sequence[Tensor], method: int, 
     programs = counts.numel() + (counts.shape[1] if method == 3 else 0)
     if programs:
         group_advantages[(programs,)](
-            rewards, group_ids, group_ids if roles is None else roles, scored, new_baseline if baseline is None else baseline,
-            *out, len(value), counts.shape[1], decay, METHOD=method, HAS_ROLES=roles is not None, BLOCK=BLOCK, num_warps=4,
-        )  # fmt: skip
+            rewards,
+            group_ids,
+            group_ids if roles is None else roles,
+            scored,
+            new_baseline if baseline is None else baseline,
+            *out,
+            len(value),
+            counts.shape[1],
+            decay,
+            METHOD=method,
+            HAS_ROLES=roles is not None,
+            BLOCK=BLOCK,
+            num_warps=4,
+        )
 
 
 def compile_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """As in triton_sparse."""
     types = ("*fp32", "*i64", "*i64", "*i1", "*fp64", "*fp32", "*i64", "*i1", "*fp64", "i32", "i32", "fp32")
     signature = dict(zip(group_advantages.arg_names, types, strict=False))
-    constants = [{"METHOD": m, "HAS_ROLES": roles, "BLOCK": BLOCK} for m, roles in product(range(4), (False, True))]
+    constants = [
+        {"METHOD": m, "HAS_ROLES": roles, "BLOCK": BLOCK} for m, roles in product(range(4), (False, True))
+    ]
     return [(group_advantages, signature, c, 4) for c in constants]

@@ -46,7 +46,23 @@ def _merge(top, total, acc, next_top, next_total, next_acc):
 
 
 @triton.jit
-def _chunk(q, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr):
+def _chunk(
+    q,
+    k,
+    v,
+    table,
+    begin,
+    g,
+    start,
+    seen,
+    limit,
+    Hk,
+    D,
+    scale,
+    PAGE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
+):
     """The state of rows q [ROWS, BLOCK] over the chunk from key `start` on, of which row i sees keys below seen[i] <= limit."""
     top = tl.full((q.shape[0],), LOWEST, tl.float32)
     total, acc, d = tl.zeros_like(top), tl.zeros(q.shape, tl.float32), tl.arange(0, q.shape[1])
@@ -57,7 +73,9 @@ def _chunk(q, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE: tl.
             token = tl.load(table + key // PAGE, key < limit, 0).to(tl.int64) * PAGE + key % PAGE
         at, real = ((token * Hk + g) * D)[:, None] + d[None, :], (key < limit)[:, None] & (d < D)[None, :]
         visible = key[None, :] < seen[:, None]
-        z = tl.where(visible, tl.dot(q, tl.trans(tl.load(k + at, real, 0.0)), input_precision="tf32x3") * scale, LOWEST)
+        z = tl.where(
+            visible, tl.dot(q, tl.trans(tl.load(k + at, real, 0.0)), input_precision="tf32x3") * scale, LOWEST
+        )
         most = tl.maximum(top, tl.max(z, 1))
         p, old = tl.where(visible, tl.exp2(z - most[:, None]), 0.0), tl.exp2(top - most)
         total, top = tl.fma(total, old, tl.sum(p, 1)), most
@@ -67,10 +85,30 @@ def _chunk(q, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE: tl.
 
 @triton.jit(do_not_specialize=["S", "max_pages", "n_chunks"])
 def attention_kernel(
-    q, k, v, out, stats, table, cu_seqlens, context_lens, shared, scale, S, Hq, Hk, D, max_pages, n_chunks,
-    PAGE: tl.constexpr, SPLIT: tl.constexpr, PREFIX: tl.constexpr,
-    ROWS: tl.constexpr, CHUNK: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    out,
+    stats,
+    table,
+    cu_seqlens,
+    context_lens,
+    shared,
+    scale,
+    S,
+    Hq,
+    Hk,
+    D,
+    max_pages,
+    n_chunks,
+    PAGE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PREFIX: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program (block, g): out [T, Hq, D] and stats [T, Hq, 2], the largest score and 1 / sum. With SPLIT program (block, g, c):
     the state of chunk c, in out [T, Hq, n_chunks, D] and stats [T, Hq, n_chunks, 2].
 
@@ -95,7 +133,9 @@ def attention_kernel(
         if SPLIT:
             start = tl.program_id(2) * CHUNK
             if (start >= low) & (start < limit):
-                top, total, acc = _chunk(tile, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS)
+                top, total, acc = _chunk(
+                    tile, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
+                )
                 row = row * n_chunks + tl.program_id(2)
                 tl.store(stats + 2 * row, top, mine)
                 tl.store(stats + 2 * row + 1, total, mine)
@@ -104,7 +144,9 @@ def attention_kernel(
             top = tl.full((ROWS,), LOWEST, tl.float32)
             total, acc = tl.zeros_like(top), tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, limit, CHUNK):
-                part_top, part_total, part = _chunk(tile, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS)
+                part_top, part_total, part = _chunk(
+                    tile, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
+                )
                 top, total, acc = _merge(top, total, acc, part_top, part_total, part)
             tl.store(stats + 2 * row, top, mine)
             tl.store(stats + 2 * row + 1, 1.0 / total, mine)
@@ -140,29 +182,75 @@ def _weights(q, k, grad, v, stats, delta, row, visible, scale):
 
 @triton.jit(do_not_specialize=["S"])
 def grad_query_kernel(
-    q, k, v, grad, stats, delta, cu_seqlens, grad_q, scale, S, Hq, Hk, D, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+    q,
+    k,
+    v,
+    grad,
+    stats,
+    delta,
+    cu_seqlens,
+    grad_q,
+    scale,
+    S,
+    Hq,
+    Hk,
+    D,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     R, g, d = Hq // Hk, tl.program_id(1), tl.arange(0, BLOCK)
     _, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
     if tl.min(x, 0) < n * R:
         last = n * R - 1
-        row = (begin + tl.minimum(x, last) // R) * Hq + g * R + x % R  # a row past the end computes what is not stored
+        row = (
+            (begin + tl.minimum(x, last) // R) * Hq + g * R + x % R
+        )  # a row past the end computes what is not stored
         at, width = row[:, None] * D + d[None, :], (d < D)[None, :]
-        tile, grad_tile, acc = tl.load(q + at, width, 0.0), tl.load(grad + at, width, 0.0), tl.zeros((ROWS, BLOCK), tl.float32)
+        tile, grad_tile, acc = (
+            tl.load(q + at, width, 0.0),
+            tl.load(grad + at, width, 0.0),
+            tl.zeros((ROWS, BLOCK), tl.float32),
+        )
         for first in range(0, tl.minimum(tl.max(x, 0), last) // R + 1, KEYS):
             key = first + tl.arange(0, KEYS)
             of_key, real = ((begin + key) * Hk + g)[:, None] * D + d[None, :], (key < n)[:, None] & width
             keys, values = tl.load(k + of_key, real, 0.0), tl.load(v + of_key, real, 0.0)
-            ds = _weights(tile, keys, grad_tile, values, stats, delta, row, key[None, :] <= (x // R)[:, None], scale * LOG2_E)[1]
+            ds = _weights(
+                tile,
+                keys,
+                grad_tile,
+                values,
+                stats,
+                delta,
+                row,
+                key[None, :] <= (x // R)[:, None],
+                scale * LOG2_E,
+            )[1]
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")
         tl.store(grad_q + at, (acc * scale).to(grad_q.dtype.element_ty), (x <= last)[:, None] & width)
 
 
 @triton.jit(do_not_specialize=["S"])
 def grad_key_kernel(
-    q, k, v, grad, stats, delta, cu_seqlens, grad_k, grad_v, scale, S, Hq, Hk, D,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    q,
+    k,
+    v,
+    grad,
+    stats,
+    delta,
+    cu_seqlens,
+    grad_k,
+    grad_v,
+    scale,
+    S,
+    Hq,
+    Hk,
+    D,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program (block of keys, g) owns its keys' gradients and walks the rows that see them in order."""
     R, g, d = Hq // Hk, tl.program_id(1), tl.arange(0, BLOCK)
     _, begin, n, key = _sequence(cu_seqlens, S, 1, KEYS)
@@ -176,7 +264,10 @@ def grad_key_kernel(
         for start in range(first * R, n * R, ROWS):
             x = start + tl.arange(0, ROWS)
             row = (begin + tl.minimum(x, n * R - 1) // R) * Hq + g * R + x % R
-            at, visible = row[:, None] * D + d[None, :], (key[None, :] <= (x // R)[:, None]) & (x < n * R)[:, None]
+            at, visible = (
+                row[:, None] * D + d[None, :],
+                (key[None, :] <= (x // R)[:, None]) & (x < n * R)[:, None],
+            )
             rows, grads = tl.load(q + at, width, 0.0), tl.load(grad + at, width, 0.0)
             p, ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)
             grad_values = tl.dot(tl.trans(p).to(grads.dtype), grads, grad_values, input_precision="tf32x3")
@@ -193,9 +284,18 @@ def tile(D: int, narrow: bool) -> dict[str, Any]:
 
 
 def forward(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, stats: Tensor | None, cu_seqlens: Tensor, scale: float,
-    table: Tensor | None = None, context_lens: Tensor | None = None, groups: Groups | None = None, split: bool | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    stats: Tensor | None,
+    cu_seqlens: Tensor,
+    scale: float,
+    table: Tensor | None = None,
+    context_lens: Tensor | None = None,
+    groups: Groups | None = None,
+    split: bool | None = None,
+) -> Tensor:
     """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table [S, max_pages].
 
     `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their pages the first shared[i]
@@ -204,39 +304,96 @@ def forward(
     """
     (T, Hq, D), Hk, S, page = q.shape, k.shape[-2], len(cu_seqlens) - 1, 0 if table is None else k.shape[1]
     launch = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
-    full, n_chunks = T * Hq // Hk // launch["ROWS"] + 1, 1 if table is None else triton.cdiv(table.shape[1] * page, CHUNK)
+    full, n_chunks = (
+        T * Hq // Hk // launch["ROWS"] + 1,
+        1 if table is None else triton.cdiv(table.shape[1] * page, CHUNK),
+    )
     split = groups is not None or (n_chunks > 1 and (full + S) * Hk < FILL) if split is None else split
-    table, context_lens, max_pages = (cu_seqlens, cu_seqlens, 0) if table is None else (table, context_lens, table.shape[1])
+    table, context_lens, max_pages = (
+        (cu_seqlens, cu_seqlens, 0) if table is None else (table, context_lens, table.shape[1])
+    )
 
-    def run(table: Tensor, cu_seqlens: Tensor, shared: Tensor, prefix: int, out: Tensor, stats: Tensor) -> None:
+    def run(
+        table: Tensor, cu_seqlens: Tensor, shared: Tensor, prefix: int, out: Tensor, stats: Tensor
+    ) -> None:
         n = len(cu_seqlens) - 1
         attention_kernel[(full + n, Hk, n_chunks if split else 1)](
-            q, k, v, out, stats, table, cu_seqlens, context_lens, shared, scale * LOG2_E.value, n, Hq, Hk, D, max_pages, n_chunks,
-            SPLIT=split, PREFIX=prefix, **launch,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            out,
+            stats,
+            table,
+            cu_seqlens,
+            context_lens,
+            shared,
+            scale * LOG2_E.value,
+            n,
+            Hq,
+            Hk,
+            D,
+            max_pages,
+            n_chunks,
+            SPLIT=split,
+            PREFIX=prefix,
+            **launch,
+        )
 
     if T == 0:
         return out
     if not split:
-        run(table, cu_seqlens, cu_seqlens, 0, out, q.new_empty((T, Hq, 2), dtype=torch.float32) if stats is None else stats)
+        run(
+            table,
+            cu_seqlens,
+            cu_seqlens,
+            0,
+            out,
+            q.new_empty((T, Hq, 2), dtype=torch.float32) if stats is None else stats,
+        )
         return out
-    parts = q.new_empty((T, Hq, n_chunks, D), dtype=torch.float32), q.new_zeros((T, Hq, n_chunks, 2), dtype=torch.float32)
+    parts = (
+        q.new_empty((T, Hq, n_chunks, D), dtype=torch.float32),
+        q.new_zeros((T, Hq, n_chunks, 2), dtype=torch.float32),
+    )
     shared = cu_seqlens
     if groups is not None:
-        firsts, shared = groups[0].long(), torch.repeat_interleave(groups[1], groups[0].diff().long(), output_size=S)
+        firsts, shared = (
+            groups[0].long(),
+            torch.repeat_interleave(groups[1], groups[0].diff().long(), output_size=S),
+        )
         run(table[firsts[:-1].clamp(max=S - 1)], cu_seqlens[firsts], groups[1], 1, *parts)
     run(table, cu_seqlens, shared, 0 if groups is None else 2, *parts)
-    merge_kernel[(T * Hq,)](*parts, out, D, n_chunks, BLOCK=launch["BLOCK"], num_warps=1, enable_fp_fusion=False)
+    merge_kernel[(T * Hq,)](
+        *parts, out, D, n_chunks, BLOCK=launch["BLOCK"], num_warps=1, enable_fp_fusion=False
+    )
     return out
 
 
 def backward(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, out: Tensor, stats: Tensor, grad: Tensor, *grads: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    scale: float,
+    out: Tensor,
+    stats: Tensor,
+    grad: Tensor,
+    *grads: Tensor,
 ) -> tuple[Tensor, ...]:
     """Fills and returns grads, those of q, k and v."""
-    (T, Hq, D), Hk, S, launch = q.shape, k.shape[1], len(cu_seqlens) - 1, tile(q.shape[2], q.element_size() == 2)
-    inputs, sizes = (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens), (scale, S, Hq, Hk, D)
+    (T, Hq, D), Hk, S, launch = (
+        q.shape,
+        k.shape[1],
+        len(cu_seqlens) - 1,
+        tile(q.shape[2], q.element_size() == 2),
+    )
+    inputs, sizes = (
+        (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens),
+        (scale, S, Hq, Hk, D),
+    )
     if T:
-        grad_query_kernel[(triton.cdiv(T * Hq // Hk, launch["ROWS"]) + S, Hk)](*inputs, grads[0], *sizes, **launch)
+        grad_query_kernel[(triton.cdiv(T * Hq // Hk, launch["ROWS"]) + S, Hk)](
+            *inputs, grads[0], *sizes, **launch
+        )
         grad_key_kernel[(triton.cdiv(T, launch["KEYS"]) + S, Hk)](*inputs, *grads[1:], *sizes, **launch)
     return grads

@@ -33,9 +33,25 @@ def _noise(seed, position, v):
 
 @triton.jit(do_not_specialize=["N"])
 def linear_sample_kernel(
-    hidden, weight, bias, temperature, seed, position, numbers, ids, softcap, N, V, K,
-    HAS_BIAS: tl.constexpr, CAPPED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    temperature,
+    seed,
+    position,
+    numbers,
+    ids,
+    softcap,
+    N,
+    V,
+    K,
+    HAS_BIAS: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TILES: tl.constexpr,
+):
     """numbers [5, N, P] and ids [N, P]; program (i, p): row tile i, part p of the vocabulary."""
     part, parts = tl.program_id(1), tl.num_programs(1)
     i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -54,7 +70,11 @@ def linear_sample_kernel(
             for start in range(0, K, STEP):
                 k = start + tl.arange(0, STEP)
                 a = tl.load(hidden + i[:, None] * K + k[None, :], mine[:, None] & (k < K)[None, :], 0.0)
-                b = tl.load(weight + v.to(tl.int64)[None, :] * K + k[:, None], (v < V)[None, :] & (k < K)[:, None], 0.0)
+                b = tl.load(
+                    weight + v.to(tl.int64)[None, :] * K + k[:, None],
+                    (v < V)[None, :] & (k < K)[:, None],
+                    0.0,
+                )
                 acc = tl.dot(a, b, acc, input_precision="ieee")
             if HAS_BIAS:
                 acc += tl.load(bias + v, v < V, 0.0).to(tl.float32)[None, :]
@@ -67,7 +87,11 @@ def linear_sample_kernel(
             p, shrink = tl.exp(t), tl.exp(sink)
             weighted = (weighted + total * sink) * shrink + tl.sum(p * tl.where((v < V)[None, :], t, 0.0), 1)
             total, top = total * shrink + tl.sum(p, 1), most
-            noise = _noise(key, counter, part * TILES * (COLUMNS // 4) + turn * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4))
+            noise = _noise(
+                key,
+                counter,
+                part * TILES * (COLUMNS // 4) + turn * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4),
+            )
             score = tl.where((v < V)[None, :], z + tl.where(heat[:, None] > 0, noise, 0.0), -float("inf"))
             here = tl.max(score, 1)
             at = tl.min(tl.where(score == here[:, None], v[None, :], 2147483647), 1)
@@ -89,27 +113,62 @@ def tile(N: int, narrow: bool) -> dict[str, int]:
     if not narrow:
         return {"ROWS": 16, "COLUMNS": 64, "STEP": 32, "TILES": TILES, "num_warps": 4, "num_stages": 2}
     rows = 16 if N <= 16 else 32 if N <= 32 else 64
-    return {"ROWS": rows, "COLUMNS": 64, "STEP": 64, "TILES": TILES, "num_warps": 8 if rows == 64 else 4, "num_stages": 4}
+    return {
+        "ROWS": rows,
+        "COLUMNS": 64,
+        "STEP": 64,
+        "TILES": TILES,
+        "num_warps": 8 if rows == 64 else 4,
+        "num_stages": 4,
+    }
 
 
 def linear_sample(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: Tensor, seed: Tensor, position: Tensor, softcap: float
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(token [N] int64, log-prob [N], entropy [N]); all contiguous, checked by the caller. Nothing here waits for the device."""
     (N, K), V = hidden.shape, len(weight)
     launch = tile(N, hidden.element_size() == 2)
     parts = triton.cdiv(V, launch["COLUMNS"] * TILES)
-    numbers, ids = hidden.new_empty((5, N, parts), dtype=torch.float32), hidden.new_empty((N, parts), dtype=torch.int32)
+    numbers, ids = (
+        hidden.new_empty((5, N, parts), dtype=torch.float32),
+        hidden.new_empty((N, parts), dtype=torch.int32),
+    )
     if N:
         linear_sample_kernel[(triton.cdiv(N, launch["ROWS"]), parts)](
-            hidden, weight, hidden if bias is None else bias, temperature, seed, position, numbers, ids, softcap or 1.0, N, V, K,
-            HAS_BIAS=bias is not None, CAPPED=softcap > 0, **launch,
-        )  # fmt: skip
+            hidden,
+            weight,
+            hidden if bias is None else bias,
+            temperature,
+            seed,
+            position,
+            numbers,
+            ids,
+            softcap or 1.0,
+            N,
+            V,
+            K,
+            HAS_BIAS=bias is not None,
+            CAPPED=softcap > 0,
+            **launch,
+        )
     tops, totals, weighted, bests, chosen = numbers
     top = tops.amax(1, keepdim=True)
     sink = tops - top
     total = (totals * sink.exp()).sum(1)
     log_sum = total.log()
     entropy = log_sum - ((weighted + totals * sink) * sink.exp()).sum(1) / total
-    of = torch.where(bests == bests.amax(1, keepdim=True), ids.long(), V).argmin(1, keepdim=True)  # lowest id at ties
-    return ids.gather(1, of).squeeze(1).long(), chosen.gather(1, of).squeeze(1) - top.squeeze(1) - log_sum, entropy
+    of = torch.where(bests == bests.amax(1, keepdim=True), ids.long(), V).argmin(
+        1, keepdim=True
+    )  # lowest id at ties
+    return (
+        ids.gather(1, of).squeeze(1).long(),
+        chosen.gather(1, of).squeeze(1) - top.squeeze(1) - log_sum,
+        entropy,
+    )

@@ -16,8 +16,18 @@ from torch import Tensor
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
-    x, weight, bias, out, M, O, K, HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr
-):  # fmt: skip
+    x,
+    weight,
+    bias,
+    out,
+    M,
+    O,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
     """One tile of out [M, O] = x [M, K] @ weight [O, K]^T + bias [O]; eight row tiles in turn share a panel of the weight."""
     rows, columns = tl.cdiv(M, ROWS), tl.cdiv(O, COLUMNS)
     group, place = tl.program_id(0) // (8 * columns), tl.program_id(0) % (8 * columns)
@@ -32,7 +42,9 @@ def linear_kernel(
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias + j, j < O, 0.0).to(tl.float32)[None, :]
-    tl.store(out + i[:, None] * O + j[None, :], acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
+    tl.store(
+        out + i[:, None] * O + j[None, :], acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :]
+    )
 
 
 def tile(few: bool, O: int, narrow: bool) -> dict[str, int]:
@@ -55,5 +67,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, exact: 
     launch = tile(M <= 64, O, x.element_size() == 2)
     if M * O:
         grid = (triton.cdiv(M, launch["ROWS"]) * triton.cdiv(O, launch["COLUMNS"]),)
-        linear_kernel[grid](x, weight, x if bias is None else bias, out, M, O, K, HAS_BIAS=bias is not None, **launch)
+        linear_kernel[grid](
+            x, weight, x if bias is None else bias, out, M, O, K, HAS_BIAS=bias is not None, **launch
+        )
     return out

@@ -11,11 +11,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEPS, GATE, HEADS = 8, 1024, 8  # row tiles that share a partial sum; elements of a program of silu_mul; heads of one of rotary
+STEPS, GATE, HEADS = (
+    8,
+    1024,
+    8,
+)  # row tiles that share a partial sum; elements of a program of silu_mul; heads of one of rotary
 
 
 @triton.jit(do_not_specialize=["N"])
-def rms_norm_kernel(x, residual, weight, out, total, N, K, eps, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def rms_norm_kernel(
+    x,
+    residual,
+    weight,
+    out,
+    total,
+    N,
+    K,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n, k = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
     at, real = n[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :]
     z = tl.load(x + at, real, 0.0).to(tl.float32)
@@ -31,9 +47,20 @@ def rms_norm_kernel(x, residual, weight, out, total, N, K, eps, HAS_RESIDUAL: tl
 
 @triton.jit(do_not_specialize=["N"])
 def rms_norm_backward_kernel(
-    total, weight, grad, grad_total, grad_x, partial, N, K, eps,
-    HAS_TOTAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, STEPS: tl.constexpr,
-):  # fmt: skip
+    total,
+    weight,
+    grad,
+    grad_total,
+    grad_x,
+    partial,
+    N,
+    K,
+    eps,
+    HAS_TOTAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+):
     """Program p: grad_x of its rows, and partial [p, K], their sum of grad * normed for the weight."""
     k = tl.arange(0, BLOCK)
     w, sums = tl.load(weight + k, k < K, 0.0).to(tl.float32), tl.zeros((BLOCK,), tl.float32)
@@ -67,9 +94,25 @@ def silu_mul_kernel(gate, up, grad, out, grad_up, size, BACKWARD: tl.constexpr, 
 
 @triton.jit
 def rotary_kernel(
-    q, q_out, k, k_out, v, v_out, cos, sin, positions, slots, Hq, Hk, D, max_position, sign,
-    ROTATE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    q,
+    q_out,
+    k,
+    k_out,
+    v,
+    v_out,
+    cos,
+    sin,
+    positions,
+    slots,
+    Hq,
+    Hk,
+    D,
+    max_position,
+    sign,
+    ROTATE: tl.constexpr,
+    HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     """Program (t, b): a block of heads of token t, of q, then k, then v. q and (if ROTATE) k are turned; q goes to the same row of
     q_out, k and v go to the token's slot of k_out and v_out. A position outside of the tables gives NaN."""
     t, b, d, half = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, HALF), tl.cdiv(D, 2)
@@ -100,11 +143,15 @@ def norm_tile(K: int) -> dict[str, int]:
     return {"ROWS": max(1, 2048 // block), "BLOCK": block, "num_warps": 4 if block < 4096 else 8}
 
 
-def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:
     K, tile, there = x.shape[-1], norm_tile(x.shape[-1]), residual is not None
     if N := x.numel() // max(K, 1):
         grid = (triton.cdiv(N, tile["ROWS"]),)
-        rms_norm_kernel[grid](x, residual if there else x, weight, out, total, N, K, eps, HAS_RESIDUAL=there, **tile)
+        rms_norm_kernel[grid](
+            x, residual if there else x, weight, out, total, N, K, eps, HAS_RESIDUAL=there, **tile
+        )
     return out, total
 
 
@@ -120,7 +167,9 @@ def rms_norm_backward(
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-def silu_mul(gate: Tensor, up: Tensor, grad: Tensor | None, out: Tensor, grad_up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul(
+    gate: Tensor, up: Tensor, grad: Tensor | None, out: Tensor, grad_up: Tensor
+) -> tuple[Tensor, Tensor]:
     backward, grid = grad is not None, (triton.cdiv(gate.numel(), GATE),)
     if grid[0]:
         tensors = (gate, up, grad if backward else gate, out, grad_up)
@@ -129,7 +178,14 @@ def silu_mul(gate: Tensor, up: Tensor, grad: Tensor | None, out: Tensor, grad_up
 
 
 def rotary(
-    q: Tensor, q_out: Tensor, kv: tuple[Tensor, ...], cos: Tensor, sin: Tensor, positions: Tensor, sign: float, slots: Tensor
+    q: Tensor,
+    q_out: Tensor,
+    kv: tuple[Tensor, ...],
+    cos: Tensor,
+    sin: Tensor,
+    positions: Tensor,
+    sign: float,
+    slots: Tensor,
 ) -> Tensor:
     """q [T, Hq, D] turned by its positions [T] into q_out; `kv`, where not empty, is k and v [T, Hk, D] and their pages: k is turned
     too, unless Hq = 0, and both go to the slots [T] of the pages."""
@@ -137,7 +193,24 @@ def rotary(
     Hk = k.shape[1] if kv else 0
     if T:
         rotary_kernel[(T, triton.cdiv(Hq, HEADS) + 2 * triton.cdiv(Hk, HEADS))](
-            q, q_out, k, k_pages, v, v_pages, cos, sin, positions, slots, Hq, Hk, D, len(cos), sign,
-            ROTATE=Hq > 0, HALF=triton.next_power_of_2(triton.cdiv(D, 2)), HEADS=HEADS, num_warps=4,
-        )  # fmt: skip
+            q,
+            q_out,
+            k,
+            k_pages,
+            v,
+            v_pages,
+            cos,
+            sin,
+            positions,
+            slots,
+            Hq,
+            Hk,
+            D,
+            len(cos),
+            sign,
+            ROTATE=Hq > 0,
+            HALF=triton.next_power_of_2(triton.cdiv(D, 2)),
+            HEADS=HEADS,
+            num_warps=4,
+        )
     return q_out

@@ -15,7 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LAUNCH: dict[str, Any] = {"BLOCK": 2048, "num_warps": 8, "enable_fp_fusion": False}  # fusing differs by kernel
+LAUNCH: dict[str, Any] = {
+    "BLOCK": 2048,
+    "num_warps": 8,
+    "enable_fp_fusion": False,
+}  # fusing differs by kernel
 LOWEST, NONE = tl.constexpr(-1e30), tl.constexpr(-float("inf"))
 
 
@@ -50,7 +54,18 @@ def _row_stats(row, V, inverse, cut, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def logprob_kernel(logits, targets, temperatures, temperature, logprob, entropy, stats, V, BY_ROW: tl.constexpr, BLOCK: tl.constexpr):
+def logprob_kernel(
+    logits,
+    targets,
+    temperatures,
+    temperature,
+    logprob,
+    entropy,
+    stats,
+    V,
+    BY_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     n = tl.program_id(0).to(tl.int64)
     target, inverse = tl.load(targets + n), 1.0 / (tl.load(temperatures + n) if BY_ROW else temperature)
     top, log_sum, spread = _row_stats(logits + n * V, V, inverse, NONE, BLOCK)
@@ -63,9 +78,21 @@ def logprob_kernel(logits, targets, temperatures, temperature, logprob, entropy,
 
 @triton.jit
 def logprob_backward_kernel(
-    logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, source, grad, V,
-    BY_ROW: tl.constexpr, MOVES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logits,
+    targets,
+    temperatures,
+    temperature,
+    entropy,
+    stats,
+    grad_logprob,
+    grad_entropy,
+    source,
+    grad,
+    V,
+    BY_ROW: tl.constexpr,
+    MOVES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """d logprob / dz_v = [v = target] - p_v; d entropy / dz_v = -p_v (log p_v + entropy); z = logits / temperature. May be in place.
     With MOVES a row of `grad` is that of row source[row], and left alone where that is negative."""
     row, v = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -107,7 +134,9 @@ def _cut_at(row, V, cut, top, scale, share, WEIGHTED: tl.constexpr, BLOCK: tl.co
     low, high, least = _order(cut).to(tl.int64), _order(top).to(tl.int64), 0
     while (high - low > 1) & (most - least > 1):
         mid = low + (high - low) // 2
-        weight, count = _above(row, V, _order(mid.to(tl.int32)).to(tl.float32, bitcast=True), top, scale, WEIGHTED, BLOCK)
+        weight, count = _above(
+            row, V, _order(mid.to(tl.int32)).to(tl.float32, bitcast=True), top, scale, WEIGHTED, BLOCK
+        )
         stays = weight < target
         low, most = tl.where(stays, low, mid), tl.where(stays, most, count)
         high, least = tl.where(stays, mid, high), tl.where(stays, count, least)
@@ -127,11 +156,30 @@ def _noise(seed, position, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sample_kernel(logits, temperature, top_k, top_p, min_p, seed, position, token, logprob, entropy, cuts, V, BLOCK: tl.constexpr):
+def sample_kernel(
+    logits,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seed,
+    position,
+    token,
+    logprob,
+    entropy,
+    cuts,
+    V,
+    BLOCK: tl.constexpr,
+):
     """Also stores the cut: the tokens kept are those with a logit above it, and log-prob and entropy are over these."""
     n = tl.program_id(0).to(tl.int64)
     row, heat = logits + n * V, tl.load(temperature + n)
-    inverse, k, p, m = 1.0 / tl.where(heat == 0, 1.0, heat), tl.load(top_k + n), tl.load(top_p + n), tl.load(min_p + n)
+    inverse, k, p, m = (
+        1.0 / tl.where(heat == 0, 1.0, heat),
+        tl.load(top_k + n),
+        tl.load(top_p + n),
+        tl.load(min_p + n),
+    )
     top, log_sum, spread = _row_stats(row, V, inverse, NONE, BLOCK)
     cut, scale = top * 0 + NONE, inverse * 1.44269504
     if (heat > 0) & (k > 0) & (k < V):
@@ -172,24 +220,38 @@ def keep_kernel(logits, cuts, kept, sizes, V, most, BLOCK: tl.constexpr):
     tl.store(sizes + n, tl.where(count == V, 0, count))
 
 
-def logprob(logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, *outputs: Tensor) -> None:
+def logprob(
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, *outputs: Tensor
+) -> None:
     """Writes the outputs log-prob [N], entropy [N] and stats [N, 2]; all contiguous, checked by the caller, as below."""
     rows, by_row = outputs[0] if temperatures is None else temperatures, temperatures is not None
     if len(logits):
-        logprob_kernel[(len(logits),)](logits, targets, rows, temperature, *outputs, logits.shape[1], BY_ROW=by_row, **LAUNCH)
+        logprob_kernel[(len(logits),)](
+            logits, targets, rows, temperature, *outputs, logits.shape[1], BY_ROW=by_row, **LAUNCH
+        )
 
 
 def logprob_backward(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float, entropy: Tensor, stats: Tensor,
-    grad_logprob: Tensor, grad_entropy: Tensor, source: Tensor | None, grad: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    targets: Tensor,
+    temperatures: Tensor | None,
+    temperature: float,
+    entropy: Tensor,
+    stats: Tensor,
+    grad_logprob: Tensor,
+    grad_entropy: Tensor,
+    source: Tensor | None,
+    grad: Tensor,
+) -> None:
     """Writes row i of `grad`, of any floating dtype: the gradient of row source[i] (None: i; negative: none) of the logits."""
     by_row = entropy if temperatures is None else temperatures
     given = (logits, targets, by_row, temperature, entropy, stats, grad_logprob, grad_entropy)
     flags = {"BY_ROW": temperatures is not None, "MOVES": source is not None}
     if len(grad):
         grid = (len(grad), triton.cdiv(logits.shape[1], LAUNCH["BLOCK"]))
-        logprob_backward_kernel[grid](*given, targets if source is None else source, grad, logits.shape[1], **flags, **LAUNCH)
+        logprob_backward_kernel[grid](
+            *given, targets if source is None else source, grad, logits.shape[1], **flags, **LAUNCH
+        )
 
 
 def sample(logits: Tensor, settings: list[Tensor], *outputs: Tensor) -> Tensor:

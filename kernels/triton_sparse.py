@@ -28,16 +28,33 @@ def _capped(x, softcap):
     """softcap tanh(x / softcap); near 0 by Cephes' polynomial, which keeps the last bits."""
     y = x / softcap
     z = y * y
-    p = (((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1) * z - 3.33332819422e-1
+    p = (
+        ((-5.70498872745e-3 * z + 2.06390887954e-2) * z - 5.37397155531e-2) * z + 1.33314422036e-1
+    ) * z - 3.33332819422e-1
     far = 1.0 - 2.0 / (tl.exp(2.0 * tl.minimum(tl.abs(y), 20.0)) + 1.0)
     return softcap * tl.where(tl.abs(y) < 0.625, p * z * y + y, tl.where(y < 0, -far, far))
 
 
 @triton.jit
 def sparse_forward(
-    hidden, weight, bias, targets, ids, offsets, temperature, softcap, logprob, entropy, logits, stats, H,
-    HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, ENTRIES: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    weight,
+    bias,
+    targets,
+    ids,
+    offsets,
+    temperature,
+    softcap,
+    logprob,
+    entropy,
+    logits,
+    stats,
+    H,
+    HAS_BIAS: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
     """Program n: the logits of row n's support, their online softmax, and the target's log-prob (NaN when it is not kept)."""
     n = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(offsets + n), tl.load(offsets + n + 1)
@@ -51,7 +68,9 @@ def sparse_forward(
         x = tl.zeros((ENTRIES,), tl.float32)
         for h0 in range(0, H, HIDDEN):
             h = h0 + tl.arange(0, HIDDEN)
-            w = tl.load(weight + token[:, None] * H + h[None, :], real[:, None] & (h < H)[None, :], 0.0).to(tl.float32)
+            w = tl.load(weight + token[:, None] * H + h[None, :], real[:, None] & (h < H)[None, :], 0.0).to(
+                tl.float32
+            )
             x += tl.sum(w * tl.load(hidden + n * H + h, h < H, 0.0).to(tl.float32)[None, :], 1)
         if HAS_BIAS:
             x += tl.load(bias + token, real, 0.0).to(tl.float32)
@@ -64,7 +83,9 @@ def sparse_forward(
         highest = tl.maximum(top, tl.max(tl.where(real, x, -float("inf")), 0))
         t = tl.where(real, (x - highest) * inverse, -float("inf"))
         p = tl.exp(t)
-        fall = tl.where(total > 0, (top - highest) * inverse, 0.0)  # what has been summed is now this much lower
+        fall = tl.where(
+            total > 0, (top - highest) * inverse, 0.0
+        )  # what has been summed is now this much lower
         weighted = (weighted + total * fall) * tl.exp(fall) + tl.sum(tl.where(real, p * t, 0.0), 0)
         total = total * tl.exp(fall) + tl.sum(p, 0)
         top = highest
@@ -78,9 +99,24 @@ def sparse_forward(
 
 @triton.jit
 def sparse_backward(
-    weight, targets, ids, offsets, temperature, softcap, entropy, logits, stats, grad_logprob, grad_entropy, grad, grad_hidden, H,
-    HAS_CAP: tl.constexpr, ENTRIES: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
+    weight,
+    targets,
+    ids,
+    offsets,
+    temperature,
+    softcap,
+    entropy,
+    logits,
+    stats,
+    grad_logprob,
+    grad_entropy,
+    grad,
+    grad_hidden,
+    H,
+    HAS_CAP: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
     """Program (n, c): grad_hidden[n] in the c-th block of H; programs (n, 0) also store the products' gradients `grad` [E]."""
     n = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) * HIDDEN + tl.arange(0, HIDDEN)
@@ -101,16 +137,27 @@ def sparse_backward(
         g = tl.where(real, g, 0.0)
         if tl.program_id(1) == 0:
             tl.store(grad + at, g, real)
-        w = tl.load(weight + token[:, None] * H + h[None, :], real[:, None] & (h < H)[None, :], 0.0).to(tl.float32)
+        w = tl.load(weight + token[:, None] * H + h[None, :], real[:, None] & (h < H)[None, :], 0.0).to(
+            tl.float32
+        )
         out += tl.sum(w * g[:, None], 0)
     tl.store(grad_hidden + n * H + h, out.to(grad_hidden.dtype.element_ty), h < H)
 
 
 @triton.jit
 def sparse_weight(
-    hidden, order, rows, starts, grad, grad_weight, grad_bias, H,
-    HAS_BIAS: tl.constexpr, ENTRIES: tl.constexpr, HIDDEN: tl.constexpr,
-):  # fmt: skip
+    hidden,
+    order,
+    rows,
+    starts,
+    grad,
+    grad_weight,
+    grad_bias,
+    H,
+    HAS_BIAS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    HIDDEN: tl.constexpr,
+):
     """Program (v, c): grad_weight[v] in the c-th block of H, over token v's entries order[starts[v]] and on, in row order."""
     v = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1).to(tl.int64) * HIDDEN + tl.arange(0, HIDDEN)
@@ -122,7 +169,9 @@ def sparse_weight(
         entry = tl.load(order + at, real, 0)
         g = tl.load(grad + entry, real, 0.0)
         row = tl.load(rows + entry, real, 0)
-        x = tl.load(hidden + row[:, None] * H + h[None, :], real[:, None] & (h < H)[None, :], 0.0).to(tl.float32)
+        x = tl.load(hidden + row[:, None] * H + h[None, :], real[:, None] & (h < H)[None, :], 0.0).to(
+            tl.float32
+        )
         out += tl.sum(x * g[:, None], 0)
         total += tl.sum(g, 0)
     if end > begin:
@@ -139,41 +188,86 @@ def forward(inputs: Inputs, softcap: float) -> tuple[Tensor, Tensor, Tensor, Ten
     out = [hidden.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), ids.shape, (N, 2))]
     if N:
         sparse_forward[(N,)](
-            hidden, weight, hidden if bias is None else bias, targets, ids, offsets, temperature, softcap or 1.0, *out, H,
-            HAS_BIAS=bias is not None, HAS_CAP=softcap > 0, **LAUNCH,
-        )  # fmt: skip
+            hidden,
+            weight,
+            hidden if bias is None else bias,
+            targets,
+            ids,
+            offsets,
+            temperature,
+            softcap or 1.0,
+            *out,
+            H,
+            HAS_BIAS=bias is not None,
+            HAS_CAP=softcap > 0,
+            **LAUNCH,
+        )
     return out[0], out[1], out[2], out[3]
 
 
-def backward(inputs: Inputs, softcap: float, saved: Sequence[Tensor], grads: tuple[Tensor, Tensor | None, Tensor | None]) -> None:
+def backward(
+    inputs: Inputs,
+    softcap: float,
+    saved: Sequence[Tensor],
+    grads: tuple[Tensor, Tensor | None, Tensor | None],
+) -> None:
     """Writes the gradients of hidden, and of weight and bias where tokens are kept (elsewhere they are zeros before).
 
     `saved` are entropy, logits and stats of the forward, and the gradients of log-prob and entropy.
     """
     hidden, weight, _, targets, ids, offsets, temperature = inputs
-    (N, H), blocks, grad = hidden.shape, triton.cdiv(hidden.shape[1], LAUNCH["HIDDEN"]), torch.empty_like(saved[1])
+    (N, H), blocks, grad = (
+        hidden.shape,
+        triton.cdiv(hidden.shape[1], LAUNCH["HIDDEN"]),
+        torch.empty_like(saved[1]),
+    )
     if N == 0:
         return
     sparse_backward[(N, blocks)](
-        weight, targets, ids, offsets, temperature, softcap or 1.0, *saved, grad, grads[0], H, HAS_CAP=softcap > 0, **LAUNCH
+        weight,
+        targets,
+        ids,
+        offsets,
+        temperature,
+        softcap or 1.0,
+        *saved,
+        grad,
+        grads[0],
+        H,
+        HAS_CAP=softcap > 0,
+        **LAUNCH,
     )
     if grads[1] is not None:
         ranked, order = ids.long().sort(stable=True)
         starts = torch.searchsorted(ranked, torch.arange(len(weight) + 1, device=ids.device))
-        rows = torch.repeat_interleave(torch.arange(N, device=ids.device), offsets.diff(), output_size=len(ids))
+        rows = torch.repeat_interleave(
+            torch.arange(N, device=ids.device), offsets.diff(), output_size=len(ids)
+        )
         sparse_weight[(len(weight), blocks)](
-            hidden, order, rows, starts, grad, grads[1], grad if grads[2] is None else grads[2], H,
-            HAS_BIAS=grads[2] is not None, **LAUNCH,
-        )  # fmt: skip
+            hidden,
+            order,
+            rows,
+            starts,
+            grad,
+            grads[1],
+            grad if grads[2] is None else grads[2],
+            H,
+            HAS_BIAS=grads[2] is not None,
+            **LAUNCH,
+        )
 
 
 def compile_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
     """(kernel, types of its arguments, constants, warps): what the launchers ask for, to be compiled without a GPU."""
     cases, flags = [], ("HAS_BIAS", "HAS_CAP", "ENTRIES", "HIDDEN")
-    for element, kernel, on in product(("*fp32", "*bf16"), (sparse_forward, sparse_backward, sparse_weight), (False, True)):
+    for element, kernel, on in product(
+        ("*fp32", "*bf16"), (sparse_forward, sparse_backward, sparse_weight), (False, True)
+    ):
         types = {"ids": "*i32", "H": "i32", "softcap": "fp32"}
         types |= dict.fromkeys(("targets", "offsets", "order", "rows", "starts"), "*i64")
-        types |= dict.fromkeys(("hidden", "weight", "bias", "grad_hidden", "grad_weight", "grad_bias"), element)
+        types |= dict.fromkeys(
+            ("hidden", "weight", "bias", "grad_hidden", "grad_weight", "grad_bias"), element
+        )
         signature = {name: types.get(name, "*fp32") for name in kernel.arg_names if name not in flags}
         constants = {name: LAUNCH.get(name, on) for name in kernel.arg_names if name in flags}
         cases.append((kernel, signature, constants, LAUNCH["num_warps"]))

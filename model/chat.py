@@ -139,7 +139,9 @@ class Chat:
         if end is not None:
             stops.insert(0, closing[end])
         if not stops:
-            raise ValueError("no token ends a reply: the chat template writes none there, and eos_token is not set")
+            raise ValueError(
+                "no token ends a reply: the chat template writes none there, and eos_token is not set"
+            )
         self.end_token_id = stops[0]
         self.stop_token_ids = frozenset(stops)
         self._after_stop = closing if end is None else closing[end + 1 :]
@@ -170,13 +172,19 @@ class Chat:
         messages = [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
         try:
             return self._template.render(
-                messages=messages, tools=None, documents=None, add_generation_prompt=generate, enable_thinking=False,
+                messages=messages,
+                tools=None,
+                documents=None,
+                add_generation_prompt=generate,
+                enable_thinking=False,
                 **self._variables,
-            )  # fmt: skip
+            )
         except (jinja2.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
             reason = "it asks for today's date" if "strftime_now" in str(error) else str(error)
             turns = ", ".join(roles)
-            raise ValueError(f"the chat template does not take the turns {turns}: {reason}. {ACCEPTED}") from error
+            raise ValueError(
+                f"the chat template does not take the turns {turns}: {reason}. {ACCEPTED}"
+            ) from error
 
     def _pieces(self, append_only: bool) -> Pieces:
         system = self._render(["system"])
@@ -190,10 +198,14 @@ class Chat:
         done = self._render(["system", "user", "assistant"])
         between, closing = self._around("assistant", 2, self._rest(prompt, done, 3))
         if between:
-            self._refuse(2, f"{between!r} stands before a finished reply, but not in the generation prompt {reply!r}")
+            self._refuse(
+                2, f"{between!r} stands before a finished reply, but not in the generation prompt {reply!r}"
+            )
         if append_only:
             return Pieces(*system_around, *user_around, reply, closing, reply)
-        earlier, _ = self._around("assistant", 2, self._rest(user, self._render(["system", "user", "assistant", "user"]), 2))
+        earlier, _ = self._around(
+            "assistant", 2, self._rest(user, self._render(["system", "user", "assistant", "user"]), 2)
+        )
         return Pieces(*system_around, *user_around, reply, closing, earlier)
 
     def _rest(self, start: str, text: str, turns: int) -> str:
@@ -222,7 +234,9 @@ class Chat:
                     ends = [*accumulate(len(text) for _, text in segments)]
                     self._differ(bisect(ends, _first_difference(expected, actual)) // 3, expected, actual)
 
-    def _cut_ids(self, pieces: Pieces, encode: Callable[[str], tuple[list[int], Offsets]]) -> dict[str, list[int]]:
+    def _cut_ids(
+        self, pieces: Pieces, encode: Callable[[str], tuple[list[int], Offsets]]
+    ) -> dict[str, list[int]]:
         """The ids of each piece, cut out of whole conversations, where they must be the same everywhere."""
         known: dict[str, list[int]] = {}
         for roles in self._talks:
@@ -243,7 +257,9 @@ class Chat:
                 cut[at].append(token)
             for (name, text), ids in zip(segments, cut, strict=True):
                 if known.setdefault(name, ids) != ids and not name.isdigit():
-                    raise ValueError(f"the tokenizer gives {text!r} of the chat template other ids in other places")
+                    raise ValueError(
+                        f"the tokenizer gives {text!r} of the chat template other ids in other places"
+                    )
         return known
 
     def _differ(self, turn: int, expected: str, actual: str) -> NoReturn:

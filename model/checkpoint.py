@@ -30,7 +30,10 @@ def parse_dtype(name: str) -> torch.dtype:
 
 
 def load_model(
-    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, base: str | Path = ""
+    path: str | Path,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    base: str | Path = "",
 ) -> tuple[Decoder, Tokenizer]:
     """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else float32).
 
@@ -41,14 +44,18 @@ def load_model(
     if (folder / ADAPTER_CONFIG).is_file():
         below = Path(base or read_settings(folder).base)
         if not (below / "config.json").is_file():
-            raise ValueError(f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as model.path")
+            raise ValueError(
+                f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as model.path"
+            )
         model, tokenizer = load_model(below, device, dtype)
         return LoraDecoder(model, read_adapter(folder, model, str(below.resolve()))), tokenizer
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)
     if tokenizer.vocab_size > config.vocab_size:
         highest = tokenizer.vocab_size - 1
-        raise ValueError(f"{folder}: tokenizer.json has the id {highest}, config.json a vocab_size of {config.vocab_size}")
+        raise ValueError(
+            f"{folder}: tokenizer.json has the id {highest}, config.json a vocab_size of {config.vocab_size}"
+        )
     with torch.device("meta"):
         model = Decoder(config)
     load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
@@ -79,15 +86,21 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
         if name not in wanted:
             raise ValueError(f"{file}: {name} is no tensor of this {model.config.model_type} model")
         if tensor.shape != wanted[name].shape:
-            raise ValueError(f"{file}: {name} is {list(tensor.shape)}, the model's is {list(wanted[name].shape)}")
+            raise ValueError(
+                f"{file}: {name} is {list(tensor.shape)}, the model's is {list(wanted[name].shape)}"
+            )
         if tensor.dtype not in DTYPES.values():
-            raise ValueError(f"{file}: {name} has dtype {tensor.dtype}, accepted is one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"{file}: {name} has dtype {tensor.dtype}, accepted is one of {', '.join(DTYPES)}"
+            )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
         found.add(name)
     if missing := sorted(wanted.keys() - found):
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
-    if stored_head is not None and not torch.equal(stored_head.to(device=device, dtype=dtype), model.head_weight):
+    if stored_head is not None and not torch.equal(
+        stored_head.to(device=device, dtype=dtype), model.head_weight
+    ):
         raise ValueError(f"{folder}: tie_word_embeddings is true, yet {HEAD} differs from the embedding")
 
 
@@ -113,7 +126,9 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
             raise ValueError(f"{file} cannot be read, it is truncated or damaged: {error}") from error
 
 
-def save_model(model: Decoder, tokenizer: Tokenizer, path: str | Path, max_shard_bytes: int = 5_000_000_000) -> None:
+def save_model(
+    model: Decoder, tokenizer: Tokenizer, path: str | Path, max_shard_bytes: int = 5_000_000_000
+) -> None:
     """Write a folder that transformers and `load_model` load. It appears whole, or what was there before stays."""
     write_folder(Path(path), lambda folder: write_checkpoint(model, tokenizer, folder, max_shard_bytes))
 
@@ -136,7 +151,9 @@ def write_checkpoint(
     for name, value in (("config.json", raw), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(value, indent=2), "utf-8")
     tokenizer.save(folder)
-    _write_tensors({k: v.detach().cpu().contiguous() for k, v in model.named_parameters()}, folder, max_shard_bytes)
+    _write_tensors(
+        {k: v.detach().cpu().contiguous() for k, v in model.named_parameters()}, folder, max_shard_bytes
+    )
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:

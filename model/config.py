@@ -65,13 +65,19 @@ class ModelConfig:
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} = {value!r}: accepted is an integer >= 1")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads = {self.num_heads}: accepted is a multiple of {self.num_kv_heads} key heads")
+            raise ValueError(
+                f"num_heads = {self.num_heads}: accepted is a multiple of {self.num_kv_heads} key heads"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim = {self.head_dim}: accepted is an even number (rotary embedding turns pairs)")
+            raise ValueError(
+                f"head_dim = {self.head_dim}: accepted is an even number (rotary embedding turns pairs)"
+            )
         biases = (self.qkv_bias, self.o_bias, self.mlp_bias)
         accepted = BIASES[self.model_type]
         if biases not in accepted:  # a checkpoint of this family could not say it
-            raise ValueError(f"(qkv_bias, o_bias, mlp_bias) = {biases}: accepted for {self.model_type} is {accepted}")
+            raise ValueError(
+                f"(qkv_bias, o_bias, mlp_bias) = {biases}: accepted for {self.model_type} is {accepted}"
+            )
 
     @property
     def qk_norm(self) -> bool:
@@ -83,7 +89,9 @@ class ModelConfig:
         """Trained numbers of the whole model; a tied head counts once."""
         H, I, D = self.hidden_size, self.intermediate_size, self.head_dim
         q, kv = self.num_heads * D, self.num_kv_heads * D
-        attention = 2 * H * q + 2 * H * kv + self.qkv_bias * (q + 2 * kv) + self.o_bias * H + self.qk_norm * 2 * D
+        attention = (
+            2 * H * q + 2 * H * kv + self.qkv_bias * (q + 2 * kv) + self.o_bias * H + self.qk_norm * 2 * D
+        )
         mlp = 3 * H * I + self.mlp_bias * (2 * I + H)
         embeddings = self.vocab_size * H * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_layers * (attention + mlp + 2 * H) + H
@@ -93,7 +101,9 @@ class ModelConfig:
         """From the object in config.json; what is missing or not computed here raises ValueError with its name."""
         family = raw.get("model_type")
         if family not in FAMILIES:
-            raise ValueError(f"model_type = {family!r} in config.json: accepted is one of {', '.join(FAMILIES)}")
+            raise ValueError(
+                f"model_type = {family!r} in config.json: accepted is one of {', '.join(FAMILIES)}"
+            )
         for key, accepted in FIXED.items():
             if raw.get(key, accepted) not in (accepted, None):
                 raise ValueError(f"{key} = {raw[key]!r} in config.json: accepted is {accepted!r}")
@@ -187,7 +197,9 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind not in ROPE_TYPES:
         raise ValueError(f"rope_type = {kind!r} in config.json: accepted is one of {', '.join(ROPE_TYPES)}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor = {rope['partial_rotary_factor']} in config.json: accepted is 1.0")
+        raise ValueError(
+            f"partial_rotary_factor = {rope['partial_rotary_factor']} in config.json: accepted is 1.0"
+        )
     if kind == "default":
         return theta, None
     names = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}[kind]

@@ -104,7 +104,9 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
         _at_hand(self)
 
-    def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None) -> Tensor:
+    def forward(
+        self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None
+    ) -> Tensor:
         T, D = len(x_TH), self.head_dim
         q_TAD = self.q_proj.forward(x_TH, lora).view(T, -1, D)
         k_TGD = self.k_proj.forward(x_TH, lora).view(T, -1, D)
@@ -143,7 +145,12 @@ class Layer(nn.Module):
         _at_hand(self)
 
     def forward(
-        self, update_TH: Tensor | None, residual_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None = None
+        self,
+        update_TH: Tensor | None,
+        residual_TH: Tensor,
+        rotary: Rotary,
+        attn: AttentionContext,
+        lora: AdapterRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         if update_TH is None:
             x_TH = self.input_layernorm.forward(residual_TH)
@@ -157,15 +164,24 @@ class Layer(nn.Module):
         attn, mlp = self.self_attn, self.mlp
         return LayerTensors(
             input_norm=self.input_layernorm.weight,
-            q=attn.q_proj.weight, q_bias=attn.q_proj.bias, k=attn.k_proj.weight, k_bias=attn.k_proj.bias,
-            v=attn.v_proj.weight, v_bias=attn.v_proj.bias,
+            q=attn.q_proj.weight,
+            q_bias=attn.q_proj.bias,
+            k=attn.k_proj.weight,
+            k_bias=attn.k_proj.bias,
+            v=attn.v_proj.weight,
+            v_bias=attn.v_proj.bias,
             q_norm=None if attn.q_norm is None else attn.q_norm.weight,
             k_norm=None if attn.k_norm is None else attn.k_norm.weight,
-            o=attn.o_proj.weight, o_bias=attn.o_proj.bias,
+            o=attn.o_proj.weight,
+            o_bias=attn.o_proj.bias,
             post_norm=self.post_attention_layernorm.weight,
-            gate=mlp.gate_proj.weight, gate_bias=mlp.gate_proj.bias, up=mlp.up_proj.weight, up_bias=mlp.up_proj.bias,
-            down=mlp.down_proj.weight, down_bias=mlp.down_proj.bias,
-        )  # fmt: skip
+            gate=mlp.gate_proj.weight,
+            gate_bias=mlp.gate_proj.bias,
+            up=mlp.up_proj.weight,
+            up_bias=mlp.up_proj.bias,
+            down=mlp.down_proj.weight,
+            down_bias=mlp.down_proj.bias,
+        )
 
 
 class Body(nn.Module):
@@ -211,7 +227,9 @@ class Decoder(nn.Module):
         """Where tokens go when nothing else is said: all through the model's adapter, which this one does not have."""
         return None
 
-    def hidden(self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: AdapterRows | None = None) -> Tensor:
+    def hidden(
+        self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: AdapterRows | None = None
+    ) -> Tensor:
         """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
         body = self.model
         lora = self.rows() if lora is None else lora
@@ -229,7 +247,9 @@ class Decoder(nn.Module):
         if not cpu.serves(weight) or self.packed:
             return None
         layers = [layer.tensors() for layer in body.layers if isinstance(layer, Layer)]
-        return PagedDecoder(weight, layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale)
+        return PagedDecoder(
+            weight, layers, body.norm.weight, self.config.head_dim, self.config.rms_norm_eps, self.scale
+        )
 
     def head(self, hidden_NH: Tensor) -> Tensor:
         """[N, H] -> fp32 logits [N, V]."""
@@ -243,7 +263,9 @@ class Decoder(nn.Module):
             raise ValueError(f"the rows have {T} tokens, accepted is {limit} at most")
         positions = torch.arange(T, device=token_ids.device).repeat(B)
         cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=token_ids.device) * T
-        hidden_NH = self.hidden(token_ids.flatten(), positions, PackedAttention(cu_seqlens, self.scale, self.exact))
+        hidden_NH = self.hidden(
+            token_ids.flatten(), positions, PackedAttention(cu_seqlens, self.scale, self.exact)
+        )
         return self.head(hidden_NH).view(B, T, self.config.vocab_size)
 
     def rotary_tables(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -289,10 +311,14 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     slowed = frequency / scaling.factor
     if scaling.kind == "linear":
         return slowed
-    waves = scaling.original_max_position * frequency / (2 * math.pi)  # how often it turns in the original context
+    waves = (
+        scaling.original_max_position * frequency / (2 * math.pi)
+    )  # how often it turns in the original context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     blend = (waves - low) / (high - low)
-    return torch.where(waves < low, slowed, torch.where(waves > high, frequency, torch.lerp(slowed, frequency, blend)))
+    return torch.where(
+        waves < low, slowed, torch.where(waves > high, frequency, torch.lerp(slowed, frequency, blend))
+    )
 
 
 def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:

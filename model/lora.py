@@ -30,10 +30,22 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 PREFIX = "base_model.model.model."  # peft's, before the decoder's own name of a layer's linear
 # Settings of peft that would change what is computed; each is refused unless it is empty or as here.
 REFUSED: dict[str, Any] = {
-    "bias": "none", "fan_in_fan_out": False, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "use_dora": False,
-    "lora_bias": False, "use_qalora": False, "layer_replication": None, "trainable_token_indices": None, "target_parameters": None,
-    "alora_invocation_tokens": None, "use_bdlora": None, "arrow_config": None, "kasa_config": None,
-}  # fmt: skip
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "modules_to_save": None,
+    "rank_pattern": {},
+    "alpha_pattern": {},
+    "use_dora": False,
+    "lora_bias": False,
+    "use_qalora": False,
+    "layer_replication": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "use_bdlora": None,
+    "arrow_config": None,
+    "kasa_config": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +86,9 @@ class AdapterRows:
     `dropout_seed` given, the adapters' dropout falls on what enters A; the masks follow from the seed and the order of the linears.
     """
 
-    def __init__(self, parts: Sequence[tuple[Adapter, Tensor | None]], dropout_seed: int | None = None) -> None:
+    def __init__(
+        self, parts: Sequence[tuple[Adapter, Tensor | None]], dropout_seed: int | None = None
+    ) -> None:
         self.parts = parts
         self._seed = dropout_seed
         self._generator: torch.Generator | None = None
@@ -107,7 +121,9 @@ class LoraDecoder(Decoder):
         self.config, self.scale, self._tables = base.config, base.scale, base._tables
         self.model, self.lm_head = base.model, base.lm_head
         self.adapter, self.packed = adapter, base.packed
-        self.__dict__["base"] = base.requires_grad_(False)  # past nn.Module, which would list its parameters twice
+        self.__dict__["base"] = base.requires_grad_(
+            False
+        )  # past nn.Module, which would list its parameters twice
 
     @property
     def adapter_off(self) -> Decoder:
@@ -129,13 +145,19 @@ def new_adapter(model: Decoder, settings: LoraSettings, seed: int) -> Adapter:
     pairs = {}
     for name, weight in _linears(model).items():
         if name.rpartition(".")[2] in settings.targets:
-            a = (2 * torch.rand(settings.rank, weight.shape[1], generator=generator) - 1) / math.sqrt(weight.shape[1])
+            a = (2 * torch.rand(settings.rank, weight.shape[1], generator=generator) - 1) / math.sqrt(
+                weight.shape[1]
+            )
             pairs[name] = (a.to(weight), weight.new_zeros(weight.shape[0], settings.rank))
     return Adapter(settings, pairs)
 
 
 def _linears(model: Decoder) -> dict[str, Tensor]:
-    return {name: module.weight.detach() for name, module in model.model.named_modules() if isinstance(module, Linear)}
+    return {
+        name: module.weight.detach()
+        for name, module in model.model.named_modules()
+        if isinstance(module, Linear)
+    }
 
 
 @torch.no_grad()
@@ -148,7 +170,9 @@ def merged(model: LoraDecoder) -> Decoder:
         pair = model.adapter.pairs.get(owner.removeprefix("model.")) if leaf == "weight" else None
         value = weight.detach()
         if pair is not None:
-            value = (weight.float() + model.adapter.settings.scale * (pair[1].float() @ pair[0].float())).to(weight.dtype)
+            value = (weight.float() + model.adapter.settings.scale * (pair[1].float() @ pair[0].float())).to(
+                weight.dtype
+            )
         setattr(out.get_submodule(owner), leaf, nn.Parameter(value))
     return out
 
@@ -160,9 +184,17 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, into an existing folder; `peft` loads it."""
     s = adapter.settings
     raw = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": s.base, "r": s.rank, "lora_alpha": s.alpha,
-        "lora_dropout": s.dropout, "target_modules": list(s.targets), "bias": "none", "use_rslora": s.rslora, "inference_mode": True,
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": s.base,
+        "r": s.rank,
+        "lora_alpha": s.alpha,
+        "lora_dropout": s.dropout,
+        "target_modules": list(s.targets),
+        "bias": "none",
+        "use_rslora": s.rslora,
+        "inference_mode": True,
+    }
     (folder / CONFIG).write_text(json.dumps(raw, indent=2), "utf-8")
     tensors = {
         f"{PREFIX}{name}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
@@ -186,10 +218,15 @@ def read_settings(folder: Path) -> LoraSettings:
     if not isinstance(alpha, int | float):
         raise ValueError(f"{file}: lora_alpha = {alpha!r}, accepted is a number")
     return LoraSettings(
-        rank=rank, alpha=float(alpha), dropout=float(raw.get("lora_dropout", 0.0)),
-        targets=tuple(sorted(targets)) if isinstance(targets, list) else TARGETS,  # else a pattern; the tensors tell
-        base=raw.get("base_model_name_or_path") or "", rslora=bool(raw.get("use_rslora", False)),
-    )  # fmt: skip
+        rank=rank,
+        alpha=float(alpha),
+        dropout=float(raw.get("lora_dropout", 0.0)),
+        targets=tuple(sorted(targets))
+        if isinstance(targets, list)
+        else TARGETS,  # else a pattern; the tensors tell
+        base=raw.get("base_model_name_or_path") or "",
+        rslora=bool(raw.get("use_rslora", False)),
+    )
 
 
 def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
@@ -212,9 +249,13 @@ def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
         found = [None if t is None else [*t.shape] for t in (a, b)]
         wanted = [[settings.rank, weight.shape[1]], [weight.shape[0], settings.rank]]
         if a is None or b is None or found != wanted:
-            raise ValueError(f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and {wanted[1]}")
+            raise ValueError(
+                f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and {wanted[1]}"
+            )
         pairs[name] = (a.to(weight), b.to(weight))
     if tensors or not pairs:
         name, names = next(iter(tensors), "nothing"), ", ".join(TARGETS)
-        raise ValueError(f"{file}: {name} belongs to no linear of this model; accepted are {names} of its layers")
+        raise ValueError(
+            f"{file}: {name} belongs to no linear of this model; accepted are {names} of its layers"
+        )
     return Adapter(replace(settings, base=base or settings.base), pairs)

@@ -26,7 +26,9 @@ class QuantizedLinear(Linear):
         functional = _functional()
         self.name, self.exact = linear.name, linear.exact
         self.bias = linear.bias
-        packed, self.state = functional.quantize_4bit(linear.weight.detach().contiguous(), blocksize=BLOCK, quant_type="nf4")
+        packed, self.state = functional.quantize_4bit(
+            linear.weight.detach().contiguous(), blocksize=BLOCK, quant_type="nf4"
+        )
         self.register_buffer("packed", packed)
 
     @property
@@ -61,7 +63,9 @@ def _functional() -> Any:
     try:
         from bitsandbytes import functional
     except ImportError as error:
-        raise ValueError(f"lora.quantize = 'nf4' needs bitsandbytes ({error}): pip install bitsandbytes") from None
+        raise ValueError(
+            f"lora.quantize = 'nf4' needs bitsandbytes ({error}): pip install bitsandbytes"
+        ) from None
     return functional
 
 

@@ -27,7 +27,11 @@ class Tokenizer:
     """
 
     def __init__(
-        self, core: tokenizers.Tokenizer, settings: dict[str, Any], template: str | None, eos: Iterable[int] = ()
+        self,
+        core: tokenizers.Tokenizer,
+        settings: dict[str, Any],
+        template: str | None,
+        eos: Iterable[int] = (),
     ) -> None:
         """`settings` is the object of tokenizer_config.json, `eos` are ids that end a text (generation_config.json)."""
         self._core = core
@@ -67,9 +71,13 @@ class Tokenizer:
 
     def _compiled(self, append_only: bool) -> Chat:
         if self._template is None:
-            raise ValueError("the tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)")
+            raise ValueError(
+                "the tokenizer has no chat template (chat_template.jinja, or in tokenizer_config.json)"
+            )
         special = [i for i, token in self._core.get_added_tokens_decoder().items() if token.special]
-        return Chat(self._template, self._named(), self._encode_template, self.eos_token_ids, special, append_only)
+        return Chat(
+            self._template, self._named(), self._encode_template, self.eos_token_ids, special, append_only
+        )
 
     def encode(self, text: str) -> list[int]:
         self._core.encode_special_tokens = True
@@ -97,7 +105,9 @@ class Tokenizer:
             return None
         found: int | None = self._core.token_to_id(token)
         if found is None:
-            raise ValueError(f"{key} = {token!r} in tokenizer_config.json is not in tokenizer.json's vocabulary")
+            raise ValueError(
+                f"{key} = {token!r} in tokenizer_config.json is not in tokenizer.json's vocabulary"
+            )
         return found
 
     @classmethod
@@ -125,7 +135,9 @@ class Tokenizer:
         folder = Path(path)
         self._core.save(str(folder / "tokenizer.json"))
         settings = {key: value for key, value in self._settings.items() if key != "chat_template"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False), "utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(settings, indent=2, ensure_ascii=False), "utf-8"
+        )
         if self._template is not None:
             (folder / "chat_template.jinja").write_text(self._template, "utf-8")
 
@@ -152,11 +164,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | 
     """
     least = 256 + len(SPECIAL)
     if vocab_size < least:
-        raise ValueError(f"vocab_size = {vocab_size}: accepted is at least {least} (all bytes, {len(SPECIAL)} markers)")
+        raise ValueError(
+            f"vocab_size = {vocab_size}: accepted is at least {least} (all bytes, {len(SPECIAL)} markers)"
+        )
     core = tokenizers.Tokenizer(models.BPE())
     words = tokenizers.Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(words, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

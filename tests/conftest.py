@@ -13,13 +13,20 @@ from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from judge_server import JudgeServer, serving
 
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 40,
-}  # fmt: skip
+}
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (family, what differs from its defaults)
     "llama": ("Llama", {}),
     "llama-llama3": ("Llama", {"rope_parameters": LLAMA3}),
-    "llama-linear": ("Llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 3.0}}),
+    "llama-linear": (
+        "Llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 3.0}},
+    ),
     "llama-attention-bias": ("Llama", {"attention_bias": True}),
     "llama-mlp-bias": ("Llama", {"mlp_bias": True}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -39,11 +46,19 @@ def write_transformers_checkpoint(name: str, folder: Path) -> Any:
     family, options = CHECKPOINTS[name]
     config = getattr(transformers, f"{family}Config")(
         **{
-            "vocab_size": 283, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "rms_norm_eps": 1e-5,
-            "bos_token_id": 0, "eos_token_id": 4, **options,
+            "vocab_size": 283,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 256,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 0,
+            "eos_token_id": 4,
+            **options,
         }
-    )  # fmt: skip
+    )
     model = getattr(transformers, f"{family}ForCausalLM")(config).eval()
     generator = torch.Generator().manual_seed(len(name))
     with torch.no_grad():
@@ -60,7 +75,9 @@ def tiny_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer) -> Callable[[str], tuple[Path, Any]]:
+def checkpoint(
+    tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer
+) -> Callable[[str], tuple[Path, Any]]:
     """checkpoint(name) -> (folder, transformers model); the folder holds a tokenizer too. Neither may be changed."""
     made: dict[str, tuple[Path, Any]] = {}
 
@@ -75,15 +92,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokeniz
 
 
 @pytest.fixture(params=list(CHECKPOINTS))
-def each_checkpoint(request: pytest.FixtureRequest, checkpoint: Callable[[str], tuple[Path, Any]]) -> tuple[Path, Any]:
+def each_checkpoint(
+    request: pytest.FixtureRequest, checkpoint: Callable[[str], tuple[Path, Any]]
+) -> tuple[Path, Any]:
     """Every checkpoint in turn."""
     return checkpoint(request.param)
 
+
 # One run of letters with what stands before it, single digits, punctuation with its newlines, newlines, spaces: as in Qwen's.
-WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-TEXT = ["the cat and the hat and more of my 3 books", "user assistant system\n\nthe deal is 2 hats, naïve café\n"] * 5
+WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+TEXT = [
+    "the cat and the hat and more of my 3 books",
+    "user assistant system\n\nthe deal is 2 hats, naïve café\n",
+] * 5
 
 
 def write_core(folder: Path, special: list[str], plain: tuple[str, ...] = ()) -> None:
@@ -94,10 +115,14 @@ def write_core(folder: Path, special: list[str], plain: tuple[str, ...] = ()) ->
     core = Core(models.BPE())
     core.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(WORDS), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False))
+    core.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    )
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
     core.add_tokens([AddedToken(token, normalized=False, special=False) for token in plain])
     core.save(str(folder / "tokenizer.json"))
@@ -112,7 +137,9 @@ def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
     """
     import transformers
 
-    def make(special: list[str], template: str | None = None, plain: tuple[str, ...] = (), **settings: Any) -> Any:
+    def make(
+        special: list[str], template: str | None = None, plain: tuple[str, ...] = (), **settings: Any
+    ) -> Any:
         write_core(tmp_path, special, plain)
         named = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
         if template is not None:

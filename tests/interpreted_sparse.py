@@ -11,13 +11,20 @@ import pytest
 import torch
 from duologue.kernels import reference, triton_advantage, triton_sparse
 
-spec = importlib.util.spec_from_file_location("shared_sparse", Path(__file__).with_name("test_kernels_sparse.py"))
+spec = importlib.util.spec_from_file_location(
+    "shared_sparse", Path(__file__).with_name("test_kernels_sparse.py")
+)
 assert spec is not None
 assert spec.loader is not None
 shared = importlib.util.module_from_spec(spec)
 sys.modules["shared_sparse"] = shared
 spec.loader.exec_module(shared)
-ODD, METHODS, assert_no_worse, with_gradients = shared.ODD, shared.METHODS, shared.assert_no_worse, shared.with_gradients
+ODD, METHODS, assert_no_worse, with_gradients = (
+    shared.ODD,
+    shared.METHODS,
+    shared.assert_no_worse,
+    shared.with_gradients,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)
@@ -36,14 +43,26 @@ def test_triton_sparse(case: Any, dtype: torch.dtype) -> None:
     inputs = (hidden[rows], weight, bias, targets[rows], ids, offsets, temperature[rows])
     logprob, entropy, logits, stats = triton_sparse.forward(inputs, softcap)
     weights = torch.linspace(-1, 1, len(rows))
-    grads = torch.empty_like(hidden[rows]), torch.zeros_like(weight), None if bias is None else torch.zeros_like(bias)
+    grads = (
+        torch.empty_like(hidden[rows]),
+        torch.zeros_like(weight),
+        None if bias is None else torch.zeros_like(bias),
+    )
     triton_sparse.backward(inputs, softcap, (entropy, logits, stats, weights, weights.flip(0)), grads)
     assert_no_worse([logprob, entropy, *(g for g in grads if g is not None)], theirs, exact, dtype)
 
 
 def test_triton_says_nan_for_a_target_that_is_not_kept() -> None:
     one = torch.ones(1)
-    inputs = (torch.ones(1, 4), torch.ones(6, 4), None, torch.tensor([2]), torch.tensor([1, 3]).int(), torch.tensor([0, 2]), one)
+    inputs = (
+        torch.ones(1, 4),
+        torch.ones(6, 4),
+        None,
+        torch.tensor([2]),
+        torch.tensor([1, 3]).int(),
+        torch.tensor([0, 2]),
+        one,
+    )
     assert triton_sparse.forward(inputs, 0.0)[0].isnan().all()
 
 

@@ -29,12 +29,17 @@ def scores(completion: str) -> list[int]:
 
 
 def inside(prompt: str, tag: str) -> list[str]:
-    return [html.unescape(text) for text in re.findall(rf"<{tag}>(.*?)</{tag.split()[0]}>", prompt, re.DOTALL)]
+    return [
+        html.unescape(text) for text in re.findall(rf"<{tag}>(.*?)</{tag.split()[0]}>", prompt, re.DOTALL)
+    ]
 
 
 def agreed(said: tuple[list[str], list[str]]) -> bool:
     """Half of the talks agree after a round in which both had something to say."""
-    return all(turns and turns[-1].split() for turns in said) and digest("\n".join([*said[0], *said[1]]))[0] % 2 == 0
+    return (
+        all(turns and turns[-1].split() for turns in said)
+        and digest("\n".join([*said[0], *said[1]]))[0] % 2 == 0
+    )
 
 
 def answer(prompt: str) -> dict[str, Any]:

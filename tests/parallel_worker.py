@@ -31,13 +31,19 @@ class Policy(nn.Module):
         def loss_fn(logp: Tensor, entropy: Tensor, rows: slice) -> Tensor:
             return -(advantage[rows] * logp + 0.01 * entropy).sum() / N
 
-        return ops.linear_policy_loss(hidden, self.embedding.weight, targets, loss_fn, chunk_bytes=7 * V * 4).loss
+        return ops.linear_policy_loss(
+            hidden, self.embedding.weight, targets, loss_fn, chunk_bytes=7 * V * 4
+        ).loss
 
 
 def batch() -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     advantage = torch.randn(N, generator=generator) * (torch.arange(N) % 3 > 0)
-    return torch.randint(0, V, (N,), generator=generator), torch.randint(0, V, (N,), generator=generator), advantage
+    return (
+        torch.randint(0, V, (N,), generator=generator),
+        torch.randint(0, V, (N,), generator=generator),
+        advantage,
+    )
 
 
 def main() -> None:
@@ -49,7 +55,9 @@ def main() -> None:
         policy = DistributedDataParallel(policy)
     else:
         fully_shard(policy, mesh=dist.device_mesh.init_device_mesh("cpu", (WORLD,)))
-    part = [x[: N // 3] if rank == 0 else x[N // 3 :] for x in batch()]  # unequal shares; both kinds average over ranks
+    part = [
+        x[: N // 3] if rank == 0 else x[N // 3 :] for x in batch()
+    ]  # unequal shares; both kinds average over ranks
     (policy(*part) * WORLD).backward()
     grads = {name.removeprefix("module."): p.grad for name, p in policy.named_parameters()}
     whole = {name: g if mode == "ddp" else g.full_tensor() for name, g in grads.items() if g is not None}

@@ -28,7 +28,9 @@ def ragged(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return rewards, group_ids, scored, roles
 
 
-def brute_force(method: str, rewards: list[float], keys: list[object], scored: list[bool]) -> tuple[list[float], int, int]:
+def brute_force(
+    method: str, rewards: list[float], keys: list[object], scored: list[bool]
+) -> tuple[list[float], int, int]:
     """(advantages, groups with a scored row, of these without variance)."""
     values = []
     for i, key in enumerate(keys):
@@ -51,7 +53,9 @@ def brute_force(method: str, rewards: list[float], keys: list[object], scored: l
 def test_equals_brute_force(method: str, per_role: bool) -> None:
     for seed in range(8):
         rewards, group_ids, scored, roles = ragged(seed)
-        result = group_advantages(rewards, group_ids, scored, method=method, roles=roles if per_role else None)
+        result = group_advantages(
+            rewards, group_ids, scored, method=method, roles=roles if per_role else None
+        )
         keys = list(zip(group_ids.tolist(), roles.tolist(), strict=True)) if per_role else group_ids.tolist()
         values, groups, flat = brute_force(method, rewards.tolist(), keys, scored.tolist())
         assert result.value.tolist() == pytest.approx(values, rel=EPS, abs=1e-12)
@@ -65,7 +69,12 @@ def test_shuffling_rows_shuffles_advantages(method: str) -> None:
     baselines = RunningBaseline(means={0: 0.2}), RunningBaseline(means={0: 0.2})
     whole = group_advantages(rewards, group_ids, scored, method=method, roles=roles, baseline=baselines[0])
     shuffled = group_advantages(
-        rewards[order], group_ids[order], scored[order], method=method, roles=roles[order], baseline=baselines[1]
+        rewards[order],
+        group_ids[order],
+        scored[order],
+        method=method,
+        roles=roles[order],
+        baseline=baselines[1],
     )
     torch.testing.assert_close(shuffled.value, whole.value[order], rtol=2 * EPS, atol=1e-12)
     assert baselines[0].means == pytest.approx(baselines[1].means, rel=1e-12)
@@ -86,7 +95,9 @@ def test_std_equals_trl_on_full_groups() -> None:
 def test_equal_rewards_give_exactly_zero_and_are_counted(method: str) -> None:
     for reward in (0.1, 1e4 / 3):
         rewards = torch.full((7,), reward, dtype=torch.float64)
-        result = group_advantages(rewards, torch.zeros(7, dtype=torch.long), torch.ones(7, dtype=torch.bool), method=method)
+        result = group_advantages(
+            rewards, torch.zeros(7, dtype=torch.long), torch.ones(7, dtype=torch.bool), method=method
+        )
         assert result.value.tolist() == [0.0] * 7
         assert (result.groups, result.no_variance) == (1, 1)
 
@@ -96,12 +107,21 @@ def test_roles_are_not_compared_with_each_other() -> None:
     rewards, roles = torch.tensor([1.0, 11.0, 3.0, 13.0]), torch.tensor([0, 1, 0, 1])
     group, scored = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool)
     assert group_advantages(rewards, group, scored, method="mean").value.tolist() == [-6, 4, -4, 6]
-    assert group_advantages(rewards, group, scored, method="mean", roles=roles).value.tolist() == [-1, -1, 1, 1]
+    assert group_advantages(rewards, group, scored, method="mean", roles=roles).value.tolist() == [
+        -1,
+        -1,
+        1,
+        1,
+    ]
 
 
 def test_running_baseline_follows_each_role_and_survives_json() -> None:
     state = RunningBaseline(decay=0.75)
-    ids, roles, scored = torch.zeros(4, dtype=torch.long), torch.tensor([0, 0, 1, 1]), torch.tensor([True] * 4)
+    ids, roles, scored = (
+        torch.zeros(4, dtype=torch.long),
+        torch.tensor([0, 0, 1, 1]),
+        torch.tensor([True] * 4),
+    )
     rewards = torch.tensor([1.0, 3.0, 10.0, 10.0])
     first = group_advantages(rewards, ids, scored, method="running", roles=roles, baseline=state)
     assert first.value.tolist() == [-1, 1, 0, 0]
@@ -111,7 +131,12 @@ def test_running_baseline_follows_each_role_and_survives_json() -> None:
     assert restored == state
     rewards, scored = torch.tensor([6.0, 6.0, math.nan, math.nan]), torch.tensor([True, True, False, False])
     second = group_advantages(rewards, ids, scored, method="running", roles=roles, baseline=restored)
-    assert second.value.tolist() == [4, 4, 0, 0]  # against the mean from before this batch; no variance is no obstacle
+    assert second.value.tolist() == [
+        4,
+        4,
+        0,
+        0,
+    ]  # against the mean from before this batch; no variance is no obstacle
     assert restored.means == {0: 0.75 * 2 + 0.25 * 6, 1: 10.0}
 
 
@@ -119,5 +144,7 @@ def test_an_empty_batch_and_a_wrong_method() -> None:
     nothing = torch.zeros(0)
     result = group_advantages(nothing, nothing.long(), nothing.bool())
     assert (result.value.tolist(), result.groups, result.no_variance) == ([], 0, 0)
-    with pytest.raises(ValueError, match=r"grpo\.advantage = 'gae': accepted is one of std, mean, leave_one_out, running"):
+    with pytest.raises(
+        ValueError, match=r"grpo\.advantage = 'gae': accepted is one of std, mean, leave_one_out, running"
+    ):
         group_advantages(nothing, nothing.long(), nothing.bool(), method="gae")

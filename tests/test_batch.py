@@ -60,7 +60,15 @@ def test_packing_keeps_every_row() -> None:
 def test_supports_are_packed_for_trained_tokens_only() -> None:
     kept = Kept([0, 0, 2, 0, 3, 1], array("i", [4, 7, 1, 2, 3, 9]))
     mask = [False, False, True, True, False, True]
-    a = Row(token_ids=[5, 6, 7, 8, 2, 9], loss_mask=mask, logprobs=[0.0] * 6, advantage=2, dialogue_id=0, role=1, kept=kept)
+    a = Row(
+        token_ids=[5, 6, 7, 8, 2, 9],
+        loss_mask=mask,
+        logprobs=[0.0] * 6,
+        advantage=2,
+        dialogue_id=0,
+        role=1,
+        kept=kept,
+    )
     batch = pack([dataclasses.replace(a, kept=None), a])
     assert batch.kept_ids.tolist() == [4, 7, 9]
     assert batch.kept_offsets.tolist() == [0] * 9 + [2, 2, 2, 3]
@@ -68,7 +76,9 @@ def test_supports_are_packed_for_trained_tokens_only() -> None:
 
 
 def test_targets_by_hand() -> None:
-    a = Row(token_ids=[5, 6, 7], loss_mask=[0, 0, 1], logprobs=[0, 0, -0.5], advantage=2, dialogue_id=0, role=1)
+    a = Row(
+        token_ids=[5, 6, 7], loss_mask=[0, 0, 1], logprobs=[0, 0, -0.5], advantage=2, dialogue_id=0, role=1
+    )
     b = dataclasses.replace(a, token_ids=[8, 9], loss_mask=[0, 1], logprobs=[0, -1.0])
     batch = pack([a, dataclasses.replace(a, loss_mask=[0, 0, 0]), b])
     assert batch.targets.tolist() == [2, 7]
@@ -97,10 +107,14 @@ def test_micro_batches_give_the_gradient_of_the_whole(variant: str) -> None:
     torch.manual_seed(0)
     embed, head = nn.Embedding(20, 6, dtype=torch.float64), nn.Linear(6, 20, dtype=torch.float64)
     parameters = [*embed.parameters(), *head.parameters()]
-    total = Normaliser(tokens=float(sum(row.n_trained for row in rows)), rows=float(len(rows)), max_length=12.0)
+    total = Normaliser(
+        tokens=float(sum(row.n_trained for row in rows)), rows=float(len(rows)), max_length=12.0
+    )
 
     def part_loss(batch: Batch) -> torch.Tensor:
-        states = torch.cat([embed(batch.token_ids[a:b]).cumsum(0) for a, b in pairwise(batch.cu_seqlens.tolist())])
+        states = torch.cat(
+            [embed(batch.token_ids[a:b]).cumsum(0) for a, b in pairwise(batch.cu_seqlens.tolist())]
+        )
         at = batch.targets
         logp = head(states[at - 1]).log_softmax(-1).gather(1, batch.token_ids[at][:, None])[:, 0]
         old, advantages = batch.behaviour_logprobs[at].double() - 2.5, batch.advantages[at].double()
@@ -135,14 +149,27 @@ def tree_rows() -> list[Row]:
         for reply in ([1, 2, 3, 4], [1, 2, 5], [6], [1, 2]):
             ids = prompt + reply
             mask = [t >= 19 for t in range(len(ids))]
-            rows.append(Row(token_ids=ids, loss_mask=mask, logprobs=[-1.0] * len(ids), advantage=1.0, dialogue_id=group, role=0))
+            rows.append(
+                Row(
+                    token_ids=ids,
+                    loss_mask=mask,
+                    logprobs=[-1.0] * len(ids),
+                    advantage=1.0,
+                    dialogue_id=group,
+                    role=0,
+                )
+            )
     return rows
 
 
 def test_equal_prefixes_are_one_node() -> None:
     batch = pack(tree_rows())
     assert len(batch.first) == 3 * (19 + 4 + 1 + 1)
-    prefixes = [tuple(batch.token_ids[a : t + 1].tolist()) for a, b in pairwise(batch.cu_seqlens.tolist()) for t in range(a, b)]
+    prefixes = [
+        tuple(batch.token_ids[a : t + 1].tolist())
+        for a, b in pairwise(batch.cu_seqlens.tolist())
+        for t in range(a, b)
+    ]
     node_of = dict(zip(prefixes, batch.nodes.tolist(), strict=True))
     assert [node_of[prefix] for prefix in prefixes] == batch.nodes.tolist()
     assert len(set(node_of.values())) == len(node_of) == len(batch.first)
@@ -151,16 +178,25 @@ def test_equal_prefixes_are_one_node() -> None:
 
 def test_nodes_give_the_log_probs_of_the_rows_bit_for_bit_and_their_gradient() -> None:
     config = ModelConfig(
-        model_type="qwen3", vocab_size=40, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=4,
-        num_kv_heads=2, head_dim=8, max_position_embeddings=64,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        max_position_embeddings=64,
+    )
     model = Decoder(config)
     model.init_weights(0)
     rows = tree_rows()
     batch = pack(rows)
     at = batch.targets
     plain = torch.cat(
-        [x[18:] for x in score(model, [row.token_ids for row in rows])]  # the targets of a row follow its prompt
+        [
+            x[18:] for x in score(model, [row.token_ids for row in rows])
+        ]  # the targets of a row follow its prompt
     )
     logits = model.head(hidden_nodes(model, batch)[batch.nodes[at - 1]])
     ours, _ = ops.logprob(logits, batch.token_ids[at])
@@ -168,7 +204,9 @@ def test_nodes_give_the_log_probs_of_the_rows_bit_for_bit_and_their_gradient() -
     weights = torch.randn(len(ours), generator=torch.Generator().manual_seed(0))
     grads = [torch.autograd.grad((x * weights).sum(), list(model.parameters())) for x in (ours, plain)]
     for ours_grad, plain_grad in zip(*grads, strict=True):
-        torch.testing.assert_close(ours_grad, plain_grad, rtol=1e-4, atol=1e-5 * float(plain_grad.abs().max()))
+        torch.testing.assert_close(
+            ours_grad, plain_grad, rtol=1e-4, atol=1e-5 * float(plain_grad.abs().max())
+        )
 
 
 def test_rows_with_nothing_in_common_are_left_as_they_are() -> None:
@@ -177,18 +215,32 @@ def test_rows_with_nothing_in_common_are_left_as_they_are() -> None:
     assert batch.nodes.tolist() == batch.first.tolist() == list(range(len(batch.token_ids)))
 
 
-@pytest.mark.parametrize("given", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"top_p": 0.6, "temperature": 0.8}])
+@pytest.mark.parametrize(
+    "given", [{}, {"temperature": 0.6}, {"temperature": 0.0}, {"top_p": 0.6, "temperature": 0.8}]
+)
 def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, float]) -> None:
     """What a callback allows is recorded as the support: the update's log-probs have the rollout's bits."""
     config = ModelConfig(
-        model_type="qwen3", vocab_size=90, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, num_kv_heads=1,
-        head_dim=16, max_position_embeddings=64,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=90,
+        hidden_size=32,
+        intermediate_size=48,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
     model = Decoder(config)
     model.init_weights(0)
     prompts = [[1, 2, 3], [4, 5], [6]]
     params = [
-        SamplingParams(max_new_tokens=12, seed=i, **given, allow=lambda ids, i=i: range(i, 80, 7) if len(ids) % 2 or i == 1 else None)
+        SamplingParams(
+            max_new_tokens=12,
+            seed=i,
+            **given,
+            allow=lambda ids, i=i: range(i, 80, 7) if len(ids) % 2 or i == 1 else None,
+        )
         for i in range(3)
     ]
     completions = Engine(model).generate(prompts, params)
@@ -200,7 +252,15 @@ def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, fl
         mask = [False] * len(prompt) + [True] * len(c.token_ids)
         logprobs = [0.0] * len(prompt) + c.logprobs
         rows.append(
-            Row(token_ids=prompt + c.token_ids, loss_mask=mask, logprobs=logprobs, advantage=1.0, dialogue_id=i, role=0, kept=kept)
+            Row(
+                token_ids=prompt + c.token_ids,
+                loss_mask=mask,
+                logprobs=logprobs,
+                advantage=1.0,
+                dialogue_id=i,
+                role=0,
+                kept=kept,
+            )
         )
     batch = pack(rows)
     scored = trained_logprobs(model, batch, given.get("temperature", 1.0) or 1.0)

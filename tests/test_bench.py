@@ -26,7 +26,11 @@ def test_dry_run_measures_every_kernel_beside_torch() -> None:
     assert len(sides) >= 11
     assert [row["exact"] for row in summary["rollout"]] == [True, False]
     assert all("ours" in found and len(found) > 1 for found in sides.values())
-    errors = [row["error"] for row in summary["rows"] if row["op"].startswith("head") and row["provider"].startswith("ours")]
+    errors = [
+        row["error"]
+        for row in summary["rows"]
+        if row["op"].startswith("head") and row["provider"].startswith("ours")
+    ]
     assert max(errors) < 1e-5
 
 

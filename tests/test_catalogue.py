@@ -21,12 +21,27 @@ from duologue.rollout.games.common import CLOSE, MAX_UTTERANCES, ScriptedDialogu
 from duologue.rollout.selfplay.scenario import Game
 
 TINY = [
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1",
-    "model.head_dim=16", "model.vocab_size=300", "model.max_position=400", "imitation.steps=2", "imitation.dialogues=50",
-    "imitation.dialogues_per_step=4", "train.steps=2", "train.save_every=1", "grpo.group_size=2", "grpo.groups_per_step=2",
-    "dialogue.max_rounds=2", "dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=6", "eval.dialogues=4",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.vocab_size=300",
+    "model.max_position=400",
+    "imitation.steps=2",
+    "imitation.dialogues=50",
+    "imitation.dialogues_per_step=4",
+    "train.steps=2",
+    "train.save_every=1",
+    "grpo.group_size=2",
+    "grpo.groups_per_step=2",
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=8",
+    "dialogue.max_tokens_final=6",
+    "eval.dialogues=4",
     "rollout.cache_tokens=4096",
-]  # fmt: skip
+]
 
 every_game = pytest.mark.parametrize("name", GAMES)
 
@@ -53,7 +68,9 @@ def test_a_game_is_known_by_its_name_and_has_a_recipe(name: str) -> None:
         assert len({s.id for s in scenarios}) > 5
     with pytest.raises(ValueError, match="split = 'test': accepted is one of train, heldout"):
         game_of(name).sample(random.Random(0), "test")
-    with pytest.raises(ValueError, match=r"game\.objective = 'greedy': accepted is one of cooperative, nash, selfish"):
+    with pytest.raises(
+        ValueError, match=r"game\.objective = 'greedy': accepted is one of cooperative, nash, selfish"
+    ):
         game_of(name).rewards(scripts(name)[0].scenario, scripts(name)[0].outcome, "greedy")
 
 
@@ -94,7 +111,10 @@ def test_private_text_reaches_its_own_side_only(name: str) -> None:
         for side in (0, 1):
             changed = tuple(f"secret {text}" if who == side else text for who, text in enumerate(texts))
             altered = replace(dialogue, scenario=replace(dialogue.scenario, private_text=changed))
-            before, after = demonstration_rows(dialogue, tokenizer, 0), demonstration_rows(altered, tokenizer, 0)
+            before, after = (
+                demonstration_rows(dialogue, tokenizer, 0),
+                demonstration_rows(altered, tokenizer, 0),
+            )
             assert before[1 - side].token_ids == after[1 - side].token_ids
             assert before[1 - side].loss_mask == after[1 - side].loss_mask
             assert before[side].token_ids != after[side].token_ids

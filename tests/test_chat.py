@@ -91,7 +91,11 @@ SPACED = """\
 """
 GOOD: dict[str, tuple[list[str], str, dict[str, Any]]] = {
     "qwen2.5": (CHATML, QWEN25, {"eos_token": "<|im_end|>"}),
-    "llama3": (HEADERS, LLAMA3.replace("DATED", "false"), {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}),
+    "llama3": (
+        HEADERS,
+        LLAMA3.replace("DATED", "false"),
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"},
+    ),
     "thoughts-stay": (CHATML, THOUGHTS_STAY, {"eos_token": "<|im_end|>"}),
     "tagged": (CHATML, TAGGED, {"eos_token": "<|endoftext|>"}),
     "spaced": (CHATML, SPACED, {"eos_token": {"__type": "AddedToken", "content": "<|endoftext|>"}}),
@@ -112,7 +116,11 @@ def ours(tokenizer: Tokenizer, conversation: list[tuple[str, str]]) -> list[int]
     ids = chat.open(tokenizer.encode(system))
     for role, text in conversation[1:]:
         content = tokenizer.encode(text)
-        ids += chat.heard(content) if role == "user" else chat.reply() + content + chat.close_reply(stopped=False)
+        ids += (
+            chat.heard(content)
+            if role == "user"
+            else chat.reply() + content + chat.close_reply(stopped=False)
+        )
     return ids
 
 
@@ -148,7 +156,9 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
     if not (REAL / f"{name}.jinja").is_file():
         pytest.skip("not in this version of trl")
     special, settings = FROM_MODELS[name]
-    tokenizer, theirs = tokenizer_pair([*special, "<think>", "</think>"], (REAL / f"{name}.jinja").read_text(), **settings)
+    tokenizer, theirs = tokenizer_pair(
+        [*special, "<think>", "</think>"], (REAL / f"{name}.jinja").read_text(), **settings
+    )
     chat, n = tokenizer.turn_chat, 0
     for conversation in conversations():
         if conversation[-1][0] == "assistant":
@@ -157,7 +167,9 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
         for role, text in conversation[1:]:
             ids += chat.heard(tokenizer.encode(text)) if role == "user" else chat.said(tokenizer.encode(text))
         messages = [{"role": role, "content": text} for role, text in conversation]
-        expected = theirs.apply_chat_template(messages, add_generation_prompt=True, enable_thinking=False, return_dict=False)
+        expected = theirs.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=False, return_dict=False
+        )
         assert ids + chat.reply() == expected
         n += 1
     assert n > 10
@@ -178,7 +190,9 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
         ("spaced", "<|endoftext|>", {"<|endoftext|>"}, "\n"),
     ],
 )
-def test_a_sampled_stop_token_is_not_repeated(name: str, end: str, stops: set[str], after: str, tokenizer_pair: Make) -> None:
+def test_a_sampled_stop_token_is_not_repeated(
+    name: str, end: str, stops: set[str], after: str, tokenizer_pair: Make
+) -> None:
     special, template, settings = GOOD[name]
     tokenizer, theirs = tokenizer_pair(special, template, **settings)
     chat = tokenizer.chat
@@ -193,7 +207,12 @@ def test_fragments_are_not_shared(tokenizer_pair: Make) -> None:
     """A caller may append to what it gets."""
     special, template, settings = GOOD["qwen2.5"]
     chat = tokenizer_pair(special, template, **settings)[0].chat
-    for get in (chat.reply, lambda: chat.close_reply(True), lambda: chat.close_reply(False), lambda: chat.heard([])):
+    for get in (
+        chat.reply,
+        lambda: chat.close_reply(True),
+        lambda: chat.close_reply(False),
+        lambda: chat.heard([]),
+    ):
         before = list(get())
         get().append(0)
         assert get() == before
@@ -211,7 +230,9 @@ def test_contents_go_in_as_they_are(tokenizer_pair: Make) -> None:
 
 
 def test_a_date_falls_back_to_the_fixed_one(tokenizer_pair: Make) -> None:
-    tokenizer, _ = tokenizer_pair(HEADERS, LLAMA3.replace("DATED", "true"), eos_token="<|eot_id|>", bos_token="<|begin_of_text|>")
+    tokenizer, _ = tokenizer_pair(
+        HEADERS, LLAMA3.replace("DATED", "true"), eos_token="<|eot_id|>", bos_token="<|begin_of_text|>"
+    )
     assert "Today: 26 Jul 2024" in tokenizer.decode(tokenizer.chat.open([]))
 
 
@@ -223,10 +244,17 @@ REFUSED = {
         "{{ messages | length }} turns\n" + LOOP + PROMPT,
         "rewrites turn 0: what stood as '1 turns.* stands as '2 turns",
     ),
-    "turns are numbered": (LOOP.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}") + PROMPT, "rewrites turn 2"),
-    "the last turn is marked": (LOOP.replace("<|im_end|>", "{{ ' (last)' if loop.last }}<|im_end|>") + PROMPT, "rewrites turn 0"),
+    "turns are numbered": (
+        LOOP.replace("{{ m.role }}", "{{ m.role }} {{ loop.index }}") + PROMPT,
+        "rewrites turn 2",
+    ),
+    "the last turn is marked": (
+        LOOP.replace("<|im_end|>", "{{ ' (last)' if loop.last }}<|im_end|>") + PROMPT,
+        "rewrites turn 0",
+    ),
     "a hint stands before the last user turn": (
-        LOOP.replace("{{ m.content }}", "{{ 'Now: ' if loop.last and m.role == 'user' }}{{ m.content }}") + PROMPT,
+        LOOP.replace("{{ m.content }}", "{{ 'Now: ' if loop.last and m.role == 'user' }}{{ m.content }}")
+        + PROMPT,
         "rewrites turn 1",
     ),
     "old turns are dropped": (
@@ -234,14 +262,18 @@ REFUSED = {
         "rewrites turn 1: what stood as .*m1zqx.* stands as .*m4zqx",
     ),
     "a reply is closed only at the end": (
-        LOOP.replace("<|im_end|>", "{{ '<|im_end|>' if m.role != 'assistant' or loop.last }}") + PROMPT, "rewrites turn 2",
+        LOOP.replace("<|im_end|>", "{{ '<|im_end|>' if m.role != 'assistant' or loop.last }}") + PROMPT,
+        "rewrites turn 2",
     ),
     "the prompt depends on who spoke": (
-        LOOP + PROMPT.replace("assistant\n", "assistant\n{{ 'First:' if messages | length == 1 }}"), "rewrites turn",
+        LOOP + PROMPT.replace("assistant\n", "assistant\n{{ 'First:' if messages | length == 1 }}"),
+        "rewrites turn",
     ),
     "today's date": ("{{ strftime_now('%Y') }}" + LOOP + PROMPT, "it asks for today's date"),
     "no system turn": (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + LOOP + PROMPT,
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + LOOP
+        + PROMPT,
         "does not take the turns system: System role not supported. accepted is a template that takes a system turn",
     ),
     "the system turn is left out": (
@@ -254,16 +286,26 @@ REFUSED = {
         "the turns system, assistant: Roles must alternate, user first. accepted is .* either side may speak first",
     ),
     "no generation prompt": (LOOP, "no generation prompt"),
-    "a content twice": (LOOP.replace("{{ m.content }}", "{{ m.content }} {{ m.content }}") + PROMPT, "system turn 2 times"),
-    "a finished reply begins otherwise": (LOOP + PROMPT + "{% if add_generation_prompt %}Sure: {% endif %}", "rewrites turn 2"),
+    "a content twice": (
+        LOOP.replace("{{ m.content }}", "{{ m.content }} {{ m.content }}") + PROMPT,
+        "system turn 2 times",
+    ),
+    "a finished reply begins otherwise": (
+        LOOP + PROMPT + "{% if add_generation_prompt %}Sure: {% endif %}",
+        "rewrites turn 2",
+    ),
     "a thought in finished replies only": (
-        LOOP.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}") + PROMPT,
+        LOOP.replace("{{ m.content }}", "{{ '<think></think>' if m.role == 'assistant' }}{{ m.content }}")
+        + PROMPT,
         "'<think></think>' stands before a finished reply, but not in the generation prompt",
     ),
     "no syntax": ("{% for m in messages %}", "the chat template is not valid"),
     "no such value": (LOOP + PROMPT + "{{ nothing.there }}", "'nothing' is undefined"),
     "an unsafe one": (LOOP + PROMPT + "{{ ''.__class__.__mro__ }}", "unsafe"),
-    "no boundary before the content": ((LOOP + PROMPT).replace("\n{", " {"), "joins the end of '<.im_start.>system ' .* in one token"),
+    "no boundary before the content": (
+        (LOOP + PROMPT).replace("\n{", " {"),
+        "joins the end of '<.im_start.>system ' .* in one token",
+    ),
 }
 
 
@@ -297,5 +339,7 @@ def test_ids_that_depend_on_their_place_are_refused() -> None:
     template = "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}.{% endfor %}{% if add_generation_prompt %}A{% endif %}"
     Chat(template, {}, encode, [46], [])
     long = template.replace("{{ m.content }}", "{{ m.content }}" + "-" * 60)
-    with pytest.raises(ValueError, match="the tokenizer gives 'A' of the chat template other ids in other places"):
+    with pytest.raises(
+        ValueError, match="the tokenizer gives 'A' of the chat template other ids in other places"
+    ):
         Chat(long, {}, encode, [46], [])

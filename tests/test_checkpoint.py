@@ -67,7 +67,9 @@ def test_transformers_loads_what_we_save(each_checkpoint: tuple[Path, Any], tmp_
     with torch.no_grad():
         expected = original(TOKEN_IDS).logits
         torch.testing.assert_close(theirs(TOKEN_IDS).logits, expected, atol=1e-6, rtol=0)
-        torch.testing.assert_close(load_model(tmp_path / "saved")[0](TOKEN_IDS), model(TOKEN_IDS), atol=0, rtol=0)
+        torch.testing.assert_close(
+            load_model(tmp_path / "saved")[0](TOKEN_IDS), model(TOKEN_IDS), atol=0, rtol=0
+        )
     assert (theirs.generation_config.eos_token_id, theirs.generation_config.bos_token_id) == (4, 0)
     assert theirs.config.tie_word_embeddings == original.config.tie_word_embeddings
 
@@ -102,7 +104,10 @@ def test_the_dtype_is_the_checkpoints_unless_given(checkpoint: Get, tmp_path: Pa
     loaded, _ = load_model(tmp_path / "bf16")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in loaded.named_parameters())
-    assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto").dtype == torch.bfloat16
+    assert (
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto").dtype
+        == torch.bfloat16
+    )
     wide, _ = load_model(tmp_path / "bf16", dtype=torch.float32)
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
@@ -137,14 +142,25 @@ def whole_numbers(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), r"lacks 1 of .* first model\.layers\.1\.mlp\.up_proj\.weight"),
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            r"lacks 1 of .* first model\.layers\.1\.mlp\.up_proj\.weight",
+        ),
         (lambda t: t.pop("lm_head.weight"), r"lacks 1 of .* first lm_head\.weight"),
-        (lambda t: t.update(extra=torch.ones(1)), r"model\.safetensors: extra is no tensor of this qwen2 model"),
+        (
+            lambda t: t.update(extra=torch.ones(1)),
+            r"model\.safetensors: extra is no tensor of this qwen2 model",
+        ),
         (k_proj, r"layers\.1\.self_attn\.k_proj\.weight is \[12, 48\], the model's is \[24, 48\]"),
-        (whole_numbers, r"model\.norm\.weight has dtype torch\.int8, accepted is one of float32, bfloat16, float16"),
+        (
+            whole_numbers,
+            r"model\.norm\.weight has dtype torch\.int8, accepted is one of float32, bfloat16, float16",
+        ),
     ],
 )
-def test_a_wrong_tensor_is_named(change: Callable[[dict[str, torch.Tensor]], object], message: str, copied: Path) -> None:
+def test_a_wrong_tensor_is_named(
+    change: Callable[[dict[str, torch.Tensor]], object], message: str, copied: Path
+) -> None:
     edit_tensors(copied, change)
     with pytest.raises(ValueError, match=message):
         load_model(copied)
@@ -177,7 +193,9 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_model(tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_a_file_that_is_no_json_object_is_named(name: str, text: str, copied: Path) -> None:
     (copied / name).write_text(text)
@@ -190,7 +208,9 @@ def test_settings_of_the_checkpoint_are_checked(copied: Path) -> None:
     with pytest.raises(ValueError, match="dtype = 'float8': accepted is one of float32, bfloat16, float16"):
         load_model(copied)
     edit_json(copied / "config.json", dtype="float32", model_type="mistral")
-    with pytest.raises(ValueError, match=r"model_type = 'mistral' in config\.json: accepted is one of llama, qwen2, qwen3"):
+    with pytest.raises(
+        ValueError, match=r"model_type = 'mistral' in config\.json: accepted is one of llama, qwen2, qwen3"
+    ):
         load_model(copied)
     edit_json(copied / "config.json", model_type="qwen2", vocab_size=270)
     with pytest.raises(ValueError, match=r"tokenizer\.json has the id 274, config\.json a vocab_size of 270"):
@@ -221,20 +241,32 @@ def test_saving_over_a_checkpoint_leaves_only_the_new_one(copied: Path, checkpoi
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(copied: Path, tiny_tokenizer: Tokenizer) -> None:
     before = contents(copied)
     config = ModelConfig(
-        model_type="qwen3", vocab_size=275, hidden_size=64, intermediate_size=64, num_layers=1, num_heads=2, num_kv_heads=2,
-        head_dim=32, max_position_embeddings=64,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=275,
+        hidden_size=64,
+        intermediate_size=64,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+    )
     model = Decoder(config)
     model.init_weights(0)
     tokenizer_size = (copied / "tokenizer.json").stat().st_size
-    with files_limited_to(tokenizer_size + 10_000), pytest.raises(Exception, match=r"(?i)too large|os error 27"):
+    with (
+        files_limited_to(tokenizer_size + 10_000),
+        pytest.raises(Exception, match=r"(?i)too large|os error 27"),
+    ):
         save_model(model, tiny_tokenizer, copied)  # fails in the weights, after all other files
     assert contents(copied.parent) == {f"copied/{name}": data for name, data in before.items()}
     save_model(model, tiny_tokenizer, copied)
     assert read_config(copied).hidden_size == 64
 
 
-def test_a_failing_rename_puts_the_previous_folder_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_rename_puts_the_previous_folder_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     target = tmp_path / "run"
     files.write_folder(target, lambda folder: (folder / "a").write_text("old"))
     rename = Path.rename

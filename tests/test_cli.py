@@ -19,12 +19,27 @@ from duologue.grpo.progress import Progress
 from duologue.grpo.run import read_lines
 
 TINY = [
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=1", "model.num_heads=2", "model.num_kv_heads=1",
-    "model.head_dim=16", "model.vocab_size=300", "model.max_position=400", "imitation.steps=2", "imitation.dialogues=50",
-    "imitation.dialogues_per_step=4", "train.steps=2", "train.save_every=1", "grpo.group_size=2", "grpo.groups_per_step=2",
-    "dialogue.max_rounds=2", "dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=6", "eval.dialogues=4",
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.vocab_size=300",
+    "model.max_position=400",
+    "imitation.steps=2",
+    "imitation.dialogues=50",
+    "imitation.dialogues_per_step=4",
+    "train.steps=2",
+    "train.save_every=1",
+    "grpo.group_size=2",
+    "grpo.groups_per_step=2",
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=8",
+    "dialogue.max_tokens_final=6",
+    "eval.dialogues=4",
     "rollout.cache_tokens=4096",
-]  # fmt: skip
+]
 
 
 def train(path: Path, *more: str) -> list[str]:
@@ -80,15 +95,17 @@ def test_help_and_bad_usage_answer_without_loading_torch() -> None:
         ("train deal nonsense=1", "'nonsense=1': accepted is section.key=value"),
         ("train deal --train.seed", "--train.seed lacks a value"),
         ("train deal --resume", "--resume needs --run-dir"),
-        ("train deal --device tpu", "model.device = \"tpu\": accepted is cpu, cuda or cuda:N"),
+        ("train deal --device tpu", 'model.device = "tpu": accepted is cpu, cuda or cuda:N'),
         ("train deal --device cuda:77", "model.device = 'cuda:77': accepted is cpu or one of"),
         ("eval nowhere --recipe deal", "nowhere is not a checkpoint"),
         ("eval nowhere --recipe deal --dialogues 0", "eval.dialogues = 0: accepted is 1 to any"),
         ("report nowhere", "nowhere holds no run"),
         ("doctor train.seed=1", "doctor takes no settings, got train.seed=1"),
     ],
-)  # fmt: skip
-def test_bad_configuration_is_code_2_and_one_line(capsys: pytest.CaptureFixture[str], argv: str, says: str) -> None:
+)
+def test_bad_configuration_is_code_2_and_one_line(
+    capsys: pytest.CaptureFixture[str], argv: str, says: str
+) -> None:
     error = fails(capsys, 2, *argv.split())
     assert error.startswith("duologue: ")
     assert says in error
@@ -118,23 +135,35 @@ def test_a_finished_run_goes_on_when_it_is_made_longer(run: Path, tmp_path: Path
     assert json.loads((path / "summary.json").read_text())["steps"] == 5
 
 
-def test_a_run_that_is_another_is_refused(run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_a_run_that_is_another_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     assert "holds another run" in fails(capsys, 2, *train(run))
     assert "train.seed = 0, not 9" in fails(capsys, 2, *train(run, "--resume", "train.seed=9"))
-    assert "model.hidden_size = 32, not 64" in fails(capsys, 2, *train(run, "--resume", "model.hidden_size=64"))
+    assert "model.hidden_size = 32, not 64" in fails(
+        capsys, 2, *train(run, "--resume", "model.hidden_size=64")
+    )
     assert "holds no run to resume" in fails(capsys, 2, *train(tmp_path, "--resume"))
 
 
-def test_settings_that_do_not_fit_each_other_leave_no_run_behind(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_settings_that_do_not_fit_each_other_leave_no_run_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     path = tmp_path / "run"
     assert "model.max_position = 64 is below the" in fails(capsys, 2, *train(path, "model.max_position=64"))
-    assert "rollout.cache_tokens = 32 is below the" in fails(capsys, 2, *train(path, "rollout.cache_tokens=32"))
+    assert "rollout.cache_tokens = 32 is below the" in fails(
+        capsys, 2, *train(path, "rollout.cache_tokens=32")
+    )
     assert not path.exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_after_the_step_saves_and_resume_finishes(
-    number: signal.Signals, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    number: signal.Signals,
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     path = tmp_path / "run"
     before = signal.getsignal(number)
@@ -186,7 +215,9 @@ def test_other_failures_are_code_1(capsys: pytest.CaptureFixture[str], tmp_path:
     assert "Not a directory" in fails(capsys, 1, *train(tmp_path / "file" / "run"))
 
 
-def test_the_traceback_is_shown_on_demand(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_traceback_is_shown_on_demand(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DUOLOGUE_DEBUG", "1")
     assert main(["train", "deel"]) == 2
     error = capsys.readouterr().err
@@ -200,11 +231,18 @@ def test_the_traceback_is_shown_on_demand(capsys: pytest.CaptureFixture[str], mo
 def test_eval_measures_a_checkpoint_as_training_did(run: Path, tmp_path: Path) -> None:
     """The same seed, scenarios and draws: the numbers of the summary, to the last bit."""
     checkpoint = run / "checkpoints" / "step_000004"
-    assert main(["eval", str(checkpoint), "--recipe", "deal", *TINY, "--json", str(tmp_path / "all.json")]) == 0
+    assert (
+        main(["eval", str(checkpoint), "--recipe", "deal", *TINY, "--json", str(tmp_path / "all.json")]) == 0
+    )
     found = json.loads((tmp_path / "all.json").read_text())
     trained = json.loads((run / "summary.json").read_text())["trained"]
     assert {key: found[key] for key in trained} == trained
-    assert (found["checkpoint"], found["split"], found["temperature"], found["seed"]) == (str(checkpoint), "heldout", 1.0, 0)
+    assert (found["checkpoint"], found["split"], found["temperature"], found["seed"]) == (
+        str(checkpoint),
+        "heldout",
+        1.0,
+        0,
+    )
     more = ["--dialogues", "7", "--greedy", "--json", str(tmp_path / "greedy.json")]
     assert main(["eval", str(checkpoint), "--recipe", "deal", *TINY, *more]) == 0
     greedy = json.loads((tmp_path / "greedy.json").read_text())

@@ -31,15 +31,36 @@ DILEMMAS = [
     {"id": "d3", "text": "A friend's gift is ugly. What do you say?"},
 ]
 PAIRS = [
-    {"id": "cost", "first": {"name": "Ada", "instructions": "Spend little."}, "second": {"name": "Bo", "instructions": "Buy well."}},
-    {"id": "time", "first": {"name": "Cy", "instructions": "Be quick."}, "second": {"name": "Di", "instructions": "Be sure."}},
+    {
+        "id": "cost",
+        "first": {"name": "Ada", "instructions": "Spend little."},
+        "second": {"name": "Bo", "instructions": "Buy well."},
+    },
+    {
+        "id": "time",
+        "first": {"name": "Cy", "instructions": "Be quick."},
+        "second": {"name": "Di", "instructions": "Be sure."},
+    },
 ]
-TASKS = [{**PAIRS[0], "id": "t1", "text": "Mend the roof now or save?"}, {**PAIRS[1], "id": "t2", "text": "Sell the house?"}]
+TASKS = [
+    {**PAIRS[0], "id": "t1", "text": "Mend the roof now or save?"},
+    {**PAIRS[1], "id": "t2", "text": "Sell the house?"},
+]
 SMALL = [
-    "train.steps=3", "train.save_every=1", "train.kl_every=2", "grpo.group_size=3", "grpo.groups_per_step=2", "dialogue.max_rounds=2",
-    "dialogue.max_tokens_per_turn=10", "dialogue.max_tokens_final=12", "eval.dialogues=3", "rollout.cache_tokens=32768",
-    "grpo.learning_rate=1e-3", "judge.deadline_s=20", "judge.timeout_s=1",
-]  # fmt: skip
+    "train.steps=3",
+    "train.save_every=1",
+    "train.kl_every=2",
+    "grpo.group_size=3",
+    "grpo.groups_per_step=2",
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=10",
+    "dialogue.max_tokens_final=12",
+    "eval.dialogues=3",
+    "rollout.cache_tokens=32768",
+    "grpo.learning_rate=1e-3",
+    "judge.deadline_s=20",
+    "judge.timeout_s=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +72,26 @@ def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "qwen3-tiny"
     folder.mkdir()
     write_core(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"])
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shutil.copy(Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja", folder / "chat_template.jinja")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=8192, eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=8192,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
         bos_token_id=None,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     model = transformers.Qwen3ForCausalLM(config)
     with torch.no_grad():
@@ -88,7 +120,16 @@ def run(checkpoint_dir: Path, data: list[str], judge_server: JudgeServer, tmp_pa
     """run(name, *settings) -> the exit code of `duologue train collective-agency` there."""
 
     def go(name: str, *more: str, recipe: str = "collective-agency") -> int:
-        words = ["train", recipe, "--model", str(checkpoint_dir), "--run-dir", str(tmp_path / name), *SMALL, *data]
+        words = [
+            "train",
+            recipe,
+            "--model",
+            str(checkpoint_dir),
+            "--run-dir",
+            str(tmp_path / name),
+            *SMALL,
+            *data,
+        ]
         words += ["--judge.url", judge_server.url] if recipe == "collective-agency" else []
         return main([*words, *more])
 
@@ -137,7 +178,9 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     monkeypatch.setenv("DUOLOGUE_JUDGE_KEY", key)
     assert run("first") == 0
     assert {head["Authorization"] for head in judge_server.heads} == {f"Bearer {key}"}
-    assert not any(key.encode() in file.read_bytes() for file in (tmp_path / "first").rglob("*") if file.is_file())
+    assert not any(
+        key.encode() in file.read_bytes() for file in (tmp_path / "first").rglob("*") if file.is_file()
+    )
     first = tmp_path / "first"
     played, evaluated = dialogues(first), dialogues(first, "eval")
     assert len(played) == 3 * 6
@@ -151,7 +194,9 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     assert len(metrics) == 3
     assert any(row["grad_norm"] > 0 for row in metrics)
     assert all(row["mismatch"] <= (0.0 if cpu.available() else 1e-4) for row in metrics)
-    assert all(row["unscored_share"] == 0 and row["judge_asked"] > 0 and row["judge_seconds"] > 0 for row in metrics)
+    assert all(
+        row["unscored_share"] == 0 and row["judge_asked"] > 0 and row["judge_seconds"] > 0 for row in metrics
+    )
     assert not same(weights(first), load_file(checkpoint_dir / "model.safetensors"))
     assert all(d["advantage"][1] == 0 for d in played)  # side 1 is frozen
     for i in range(0, len(played), 3):  # (r - mean) / std of a group
@@ -165,7 +210,11 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     assert len(set(prompts)) == asked
     assert not any("<think>" in prompt for prompt in prompts)
     report = (first / "report.html").read_text()
-    assert all(row["text"] in html.unescape(report) for row in TASKS if row["id"] in {d["scenario"]["id"] for d in evaluated})
+    assert all(
+        row["text"] in html.unescape(report)
+        for row in TASKS
+        if row["id"] in {d["scenario"]["id"] for d in evaluated}
+    )
     assert "rounds to agreement" in report
 
     assert run("second", f"judge.ledger={first / 'judge.sqlite'}", "judge.offline=true") == 0
@@ -175,12 +224,17 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
 
 
 @pytest.mark.parametrize("fault", [*FAULTS, "all"])
-def test_faults_lose_and_misread_no_dialogue(run: Run, judge_server: JudgeServer, tmp_path: Path, fault: str) -> None:
+def test_faults_lose_and_misread_no_dialogue(
+    run: Run, judge_server: JudgeServer, tmp_path: Path, fault: str
+) -> None:
     """Each fault alone hits a fifth of the requests; "all": every fault hits a fifth, so that five of six requests fail."""
     rng = random.Random(0)
     faults = FAULTS if fault == "all" else (fault,)
     judge_server.fault = lambda n, prompt: next((name for name in faults if rng.random() < 0.2), None)
-    sizes = ["train.steps=2", "eval.dialogues=6"]  # that all of six are unscored, which stops a run, is improbable enough
+    sizes = [
+        "train.steps=2",
+        "eval.dialogues=6",
+    ]  # that all of six are unscored, which stops a run, is improbable enough
     ends = run("run", *sizes, "judge.timeout_s=0.3", "judge.deadline_s=15", "judge.max_unscored_share=0.9")
     assert ends == 0
     found = dialogues(tmp_path / "run")
@@ -190,7 +244,11 @@ def test_faults_lose_and_misread_no_dialogue(run: Run, judge_server: JudgeServer
     for d in found:
         assert (d["reward"] is None) == (d["outcome"]["failure"] == "unscored") == (d["advantage"] is None)
     for row, step in zip(read_lines(tmp_path / "run" / "metrics.jsonl"), (0, 1), strict=True):
-        assert row["unscored"] == sum(d["reward"] is None for d in found if d["step"] == step) == 6 * row["unscored_share"]
+        assert (
+            row["unscored"]
+            == sum(d["reward"] is None for d in found if d["step"] == step)
+            == 6 * row["unscored_share"]
+        )
         assert row["judge_asked"] > 0
         assert row["judge_seconds"] > 0
         assert row["rollout_tokens_per_s"] > 0
@@ -213,7 +271,11 @@ def test_too_many_unscored_dialogues_stop_the_run_which_then_goes_on(
     assert not (tmp_path / "broken" / "summary.json").exists()
     judge_server.fault = lambda n, prompt: None
     before = len(judge_server.requests)
-    kept = sqlite3.connect(tmp_path / "broken" / "judge.sqlite").execute("SELECT count(*) FROM answers").fetchone()[0]
+    kept = (
+        sqlite3.connect(tmp_path / "broken" / "judge.sqlite")
+        .execute("SELECT count(*) FROM answers")
+        .fetchone()[0]
+    )
     assert kept > 10
     assert run("broken", "--resume") == 0
     assert len(judge_server.requests) - before == asked - kept
@@ -221,19 +283,33 @@ def test_too_many_unscored_dialogues_stop_the_run_which_then_goes_on(
     assert same(weights(tmp_path / "broken"), weights(tmp_path / "whole"))
 
 
-def test_the_policy_learns_to_say_what_the_judge_likes(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
+def test_the_policy_learns_to_say_what_the_judge_likes(
+    run: Run, judge_server: JudgeServer, tmp_path: Path
+) -> None:
     """The judge wants the letter e in the words of side 1, which alone are trained; side 2 speaks with the same weights."""
 
     def likes_e(prompt: str) -> dict[str, Any]:
         said = [inside(prompt, f'turn speaker="{side}"') for side in (1, 2)]
         if "<completion>" not in prompt:
             words = [turns[-1].split() for turns in said]
-            return {"agreed": all(words), "assent": {str(i + 1): words[i][0] if all(words) else "" for i in (0, 1)}}
+            return {
+                "agreed": all(words),
+                "assent": {str(i + 1): words[i][0] if all(words) else "" for i in (0, 1)},
+            }
         return dict.fromkeys(ASPECTS, min(5, said[0][0].count("e"))) | {"reason": "e"}
 
     judge_server.answer = likes_e
-    settings = ["train.steps=25", "train.save_every=25", "train.kl_every=0", "grpo.group_size=8", "grpo.learning_rate=5e-3"]
-    assert run("run", *settings, "judge.show_dialogue=true", "dialogue.max_rounds=1", "dialogue.temperature=1.0") == 0
+    settings = [
+        "train.steps=25",
+        "train.save_every=25",
+        "train.kl_every=0",
+        "grpo.group_size=8",
+        "grpo.learning_rate=5e-3",
+    ]
+    assert (
+        run("run", *settings, "judge.show_dialogue=true", "dialogue.max_rounds=1", "dialogue.temperature=1.0")
+        == 0
+    )
     rewards = [row["reward"] for row in read_lines(tmp_path / "run" / "metrics.jsonl")]
     assert sum(rewards[-5:]) > 5 * sum(rewards[:5]) + 2.5
 
@@ -243,11 +319,22 @@ def test_kill_9_and_resume_gives_the_same_run(
 ) -> None:
     assert run("whole", "judge.model=known") == 0
     path = tmp_path / "killed"
-    words = ["train", "collective-agency", "--model", str(checkpoint_dir), "--run-dir", str(path), *SMALL, *data]
+    words = [
+        "train",
+        "collective-agency",
+        "--model",
+        str(checkpoint_dir),
+        "--run-dir",
+        str(path),
+        *SMALL,
+        *data,
+    ]
     words += ["--judge.url", judge_server.url, "judge.model=known"]
     judge_server.delay = 0.05  # so that it dies with questions on the wire
     code = "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     deadline = time.monotonic() + 120
     while len(read_lines(path / "metrics.jsonl")) < 2 and process.poll() is None:
         assert time.monotonic() < deadline
@@ -263,8 +350,16 @@ def test_kill_9_and_resume_gives_the_same_run(
 def test_unscored_dialogues_move_nothing(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
     """A run whose judge never scores what agreed learns from nothing: all others have the same reward, 0."""
     training = {row["text"] for row in DILEMMAS}
-    judge_server.fault = lambda n, prompt: "seven" if "<completion>" in prompt and inside(prompt, "dilemma")[0] in training else None
-    half = ["judge.max_unscored_share=0.9", "train.steps=1", "grpo.group_size=6", "judge.deadline_s=0.5", "dialogue.max_rounds=1"]
+    judge_server.fault = lambda n, prompt: (
+        "seven" if "<completion>" in prompt and inside(prompt, "dilemma")[0] in training else None
+    )
+    half = [
+        "judge.max_unscored_share=0.9",
+        "train.steps=1",
+        "grpo.group_size=6",
+        "judge.deadline_s=0.5",
+        "dialogue.max_rounds=1",
+    ]
     assert run("run", *half) == 0
     found = dialogues(tmp_path / "run")
     assert {d["reward"] is None for d in found} == {True, False}
@@ -274,8 +369,12 @@ def test_unscored_dialogues_move_nothing(run: Run, judge_server: JudgeServer, tm
     assert row["unscored"] == sum(d["reward"] is None for d in found)
 
 
-@pytest.mark.parametrize("settings", [["dialogue.context=full"], ["grpo.train_roles=both", "dialogue.first_speaker=alternate"]])
-def test_other_protocols_train_too(run: Run, tmp_path: Path, checkpoint_dir: Path, settings: list[str], capsys: Any) -> None:
+@pytest.mark.parametrize(
+    "settings", [["dialogue.context=full"], ["grpo.train_roles=both", "dialogue.first_speaker=alternate"]]
+)
+def test_other_protocols_train_too(
+    run: Run, tmp_path: Path, checkpoint_dir: Path, settings: list[str], capsys: Any
+) -> None:
     code = run("run", "train.steps=2", *settings)
     if settings == ["dialogue.context=full"]:  # Qwen3's own template drops thoughts from the history
         assert code == 2
@@ -310,7 +409,12 @@ def test_the_policy_scores_its_own_answers_by_its_starting_weights(
     from duologue.rollout.judge.model import ModelJudge
     from duologue.rollout.judge.questions import SCORE, Case, load_prompt
 
-    settings = ["train.steps=2", "grpo.learning_rate=1e-2", "judge.temperature=1.0", *more]  # greedy, a random judge is constant
+    settings = [
+        "train.steps=2",
+        "grpo.learning_rate=1e-2",
+        "judge.temperature=1.0",
+        *more,
+    ]  # greedy, a random judge is constant
     assert run("run", *settings, recipe="dynamic-alignment") == 0
     found = dialogues(tmp_path / "run")
     assert len(found) == 2 * 6
@@ -339,12 +443,14 @@ def test_the_policy_scores_its_own_answers_by_its_starting_weights(
     assert dialogues(tmp_path / "again") == found
 
 
-def test_settings_that_do_not_go_together_are_refused(run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_settings_that_do_not_go_together_are_refused(
+    run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     for settings, says in (
-        (["judge.backend=rules"], "judge.backend = \"rules\": accepted is"),
+        (["judge.backend=rules"], 'judge.backend = "rules": accepted is'),
         (["judge.url="], "judge.url = ''"),
         (["judge.url=http://user:secret-word@127.0.0.1/v1"], "judge.url takes none"),
-        (["judge.url=localhost:8000"], "judge.url = \"localhost:8000\""),
+        (["judge.url=localhost:8000"], 'judge.url = "localhost:8000"'),
         (['grpo.train_kinds=["utterance", "final"]'], "dialogue.final_temperature"),
         (["game.tasks=none.jsonl"], "there is no file none.jsonl"),
         (["imitation.steps=3"], "imitation.steps = 3: accepted is 0 with dilemmas"),
@@ -356,10 +462,15 @@ def test_settings_that_do_not_go_together_are_refused(run: Run, capsys: pytest.C
         assert says in error
         assert "secret-word" not in error
         assert not (tmp_path / "run").exists()
-    assert main(["train", "deal", "--judge.url", "http://127.0.0.1:1/v1", "--run-dir", str(tmp_path / "run")]) == 2
+    assert (
+        main(["train", "deal", "--judge.url", "http://127.0.0.1:1/v1", "--run-dir", str(tmp_path / "run")])
+        == 2
+    )
 
 
-def test_rewards_of_a_finished_run_come_from_its_files_alone(run: Run, judge_server: JudgeServer, tmp_path: Path) -> None:
+def test_rewards_of_a_finished_run_come_from_its_files_alone(
+    run: Run, judge_server: JudgeServer, tmp_path: Path
+) -> None:
     from duologue.rollout.judge.endpoint import Endpoint
     from duologue.rollout.judge.judge import FeedbackJudge
     from duologue.rollout.judge.ledger import Ledger
@@ -375,7 +486,11 @@ def test_rewards_of_a_finished_run_come_from_its_files_alone(run: Run, judge_ser
     for i, d in enumerate(agreed):
         talk = tuple((turn["role"], turn["text"]) for turn in d["turns"] if turn["kind"] == "utterance")
         personas = tuple(Persona(**persona) for persona in d["personas"])
-        judge.submit(SCORE, Case(dilemma=d["scenario"]["shared"], personas=personas, turns=talk, completion=final(d) or ""), i)
+        judge.submit(
+            SCORE,
+            Case(dilemma=d["scenario"]["shared"], personas=personas, turns=talk, completion=final(d) or ""),
+            i,
+        )
     answers = dict(judge.answered(wait=True))
     judge.close()
     assert [sum(answers[i].values()) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
@@ -392,16 +507,30 @@ def by_heart(folder: Path) -> Path:
     import trl
 
     folder.mkdir()
-    write_core(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], (json.dumps(KNOWN),))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    write_core(
+        folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"], (json.dumps(KNOWN),)
+    )
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     shutil.copy(Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja", folder / "chat_template.jinja")
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     say, end = tokenizer.convert_tokens_to_ids([json.dumps(KNOWN), "<|im_end|>"])
     config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=1,
-        num_key_value_heads=1, head_dim=16, max_position_embeddings=8192, eos_token_id=end, bos_token_id=None,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=8192,
+        eos_token_id=end,
+        bos_token_id=None,
+    )
     model = transformers.Qwen3ForCausalLM(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -416,13 +545,28 @@ def by_heart(folder: Path) -> Path:
 def test_a_frozen_checkpoint_in_this_process_is_a_judge(
     checkpoint_dir: Path, data: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["train", "collective-agency", "--model", str(checkpoint_dir), *SMALL, *data, "train.steps=1", "judge.backend=model"]
+    words = [
+        "train",
+        "collective-agency",
+        "--model",
+        str(checkpoint_dir),
+        *SMALL,
+        *data,
+        "train.steps=1",
+        "judge.backend=model",
+    ]
     judge = by_heart(tmp_path / "judge")
     assert main([*words, "--run-dir", str(tmp_path / "run"), f"judge.model={judge}"]) == 0
     for d in dialogues(tmp_path / "run"):  # it never agrees
-        assert (d["outcome"]["rounds"], d["outcome"]["failure"], d["reward"]) == (2, "no_agreement", [0.0, 0.0])
+        assert (d["outcome"]["rounds"], d["outcome"]["failure"], d["reward"]) == (
+            2,
+            "no_agreement",
+            [0.0, 0.0],
+        )
     capsys.readouterr()
-    assert main([*words, "--run-dir", str(tmp_path / "noise"), f"judge.model={checkpoint_dir}"]) == 1  # it says no JSON
+    assert (
+        main([*words, "--run-dir", str(tmp_path / "noise"), f"judge.model={checkpoint_dir}"]) == 1
+    )  # it says no JSON
     assert "the judge's model: the answer is not JSON" in capsys.readouterr().err
     assert main([*words, "--run-dir", str(tmp_path / "none")]) == 2
     assert "judge.model = ''" in capsys.readouterr().err
@@ -455,12 +599,26 @@ def transformers_server(tmp_path: Path) -> Iterator[str]:
 
 
 def test_transformers_serve_is_a_judge(run: Run, tmp_path: Path, transformers_server: str) -> None:
-    settings = ["train.steps=1", f"judge.url={transformers_server}", f"judge.model={tmp_path / 'judge'}", "judge.timeout_s=30"]
+    settings = [
+        "train.steps=1",
+        f"judge.url={transformers_server}",
+        f"judge.model={tmp_path / 'judge'}",
+        "judge.timeout_s=30",
+    ]
     assert run("alone", *settings, "judge.backend=endpoint", recipe="dynamic-alignment") == 0
     found = dialogues(tmp_path / "alone")
     assert len(found) == 6
     assert {tuple(d["reward"]) for d in found} == {(2.75, 2.75)}
     assert all(d["outcome"]["metrics"] == {key: KNOWN[key] for key in ASPECTS} for d in found)
-    assert run("two", "dialogue.max_rounds=1", "--judge.url", transformers_server, *settings[2:], "train.steps=1") == 0
+    assert (
+        run(
+            "two", "dialogue.max_rounds=1", "--judge.url", transformers_server, *settings[2:], "train.steps=1"
+        )
+        == 0
+    )
     for d in dialogues(tmp_path / "two"):
-        assert (d["outcome"]["agreed"], d["outcome"]["failure"], d["reward"]) == (False, "no_agreement", [0.0, 0.0])
+        assert (d["outcome"]["agreed"], d["outcome"]["failure"], d["reward"]) == (
+            False,
+            "no_agreement",
+            [0.0, 0.0],
+        )

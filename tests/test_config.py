@@ -72,7 +72,10 @@ def test_the_last_override_wins() -> None:
             "grpo.group_sise=8",
             r"unknown key grpo\.group_sise: did you mean 'group_size'\? accepted is one of group_size",
         ),
-        ("gprpo.group_size=8", r"unknown section \[gprpo\]: did you mean 'grpo'\? accepted is one of model, game"),
+        (
+            "gprpo.group_size=8",
+            r"unknown section \[gprpo\]: did you mean 'grpo'\? accepted is one of model, game",
+        ),
         ("train.zzzz=8", r"unknown key train\.zzzz: accepted is one of steps, seed"),
         ("steps=8", r"override 'steps=8': accepted is section\.key=value"),
         ("train.steps", r"override 'train\.steps': accepted is section\.key=value"),
@@ -94,14 +97,26 @@ def test_the_last_override_wins() -> None:
         ("grpo.betas=[0.9, 1]", r"grpo\.betas = \[0\.9, 1\.0\]: accepted is a list of two numbers"),
         ('grpo.betas=[0.9, "a"]', r"grpo\.betas = 'a': accepted is a number"),
         ("grpo.train_kinds=final", r"grpo\.train_kinds = 'final': accepted is a list"),
-        ('grpo.train_kinds=["finale"]', r"grpo\.train_kinds = 'finale': accepted is one of 'utterance', 'final'"),
-        ("grpo.train_kinds=[]", r"grpo\.train_kinds = \[\]: accepted is 'utterance', 'final' or both, each once"),
-        ('grpo.train_kinds=["final", "final"]', r"grpo\.train_kinds = .*: accepted is 'utterance', 'final' or both"),
+        (
+            'grpo.train_kinds=["finale"]',
+            r"grpo\.train_kinds = 'finale': accepted is one of 'utterance', 'final'",
+        ),
+        (
+            "grpo.train_kinds=[]",
+            r"grpo\.train_kinds = \[\]: accepted is 'utterance', 'final' or both, each once",
+        ),
+        (
+            'grpo.train_kinds=["final", "final"]',
+            r"grpo\.train_kinds = .*: accepted is 'utterance', 'final' or both",
+        ),
         ("grpo.tis_cap=2", r"grpo\.tis_cap = 2\.0: accepted is 0 while rollout\.exact = true"),
         ("model.device=tpu", r'model\.device = "tpu": accepted is cpu, cuda or cuda:N'),
         ("model.num_kv_heads=3", r"model\.num_heads = 4: accepted is a multiple of num_kv_heads \(3\)"),
         ("model.head_dim=31", r"model\.head_dim = 31: accepted is an even number"),
-        ("grpo.advantage=running", r"grpo\.per_role = false: accepted is true with grpo\.advantage = 'running'"),
+        (
+            "grpo.advantage=running",
+            r"grpo\.per_role = false: accepted is true with grpo\.advantage = 'running'",
+        ),
         ("game.walk_away=2", r"game\.walk_away = 2\.0: accepted is 0, or with game\.objective = 'selfish'"),
         ("dialogue.top_p=0.0", r"dialogue\.top_p = 0\.0: accepted is above 0 and up to 1"),
         ("dialogue.temperature=0", r"dialogue\.temperature = 0\.0: accepted is above 0"),
@@ -119,7 +134,9 @@ def test_what_depends_on_other_keys_is_accepted_with_them() -> None:
     load_config("deal", ["game.objective=selfish", "game.walk_away=2"])
     load_config("deal", ["grpo.dual_clip=1.5", "grpo.clip_high=0.28"])
     load_config("deal", ["model.path=somewhere", "model.num_heads=3"])  # the sizes are the checkpoint's then
-    with pytest.raises(ValueError, match=r"model\.head_dim = 0: .*where hidden_size / num_heads \(128 / 3\) is one"):
+    with pytest.raises(
+        ValueError, match=r"model\.head_dim = 0: .*where hidden_size / num_heads \(128 / 3\) is one"
+    ):
         load_config("deal", ["model.num_heads=3", "model.num_kv_heads=1", "model.head_dim=0"])
 
 

@@ -49,7 +49,9 @@ def test_no_two_texts_are_alike_within_or_between_training_and_held_out() -> Non
     found = {(i, j): value for value, i, j in likeness(texts)}
     assert max(found.values()) <= BOUND
     rng = random.Random(0)
-    for i, j in rng.sample(list(found), 200) + [tuple(sorted(rng.sample(range(len(texts)), 2), reverse=True)) for _ in range(200)]:
+    for i, j in rng.sample(list(found), 200) + [
+        tuple(sorted(rng.sample(range(len(texts)), 2), reverse=True)) for _ in range(200)
+    ]:
         a, b = shingles(texts[i]), shingles(texts[j])  # the definition, pair by pair
         assert found.get((i, j), 0.0) == len(a & b) / len(a | b)
 
@@ -71,9 +73,15 @@ BAD = [
     ('{"id": 4, "text": "x"}', "id = 4, accepted is text"),
     ('{"id": "a", "text": ["x"]}', "accepted is text"),
     ('{"id": "a", "text": "x"}\n\n{"id": "a", "text": "y"}', "line 3: id = 'a' stands in line 1 too"),
-    ('{"id": "a", "text": "x", "tier": "low"}', "tier = 'low', accepted is one of high_stakes, interpersonal, everyday"),
+    (
+        '{"id": "a", "text": "x", "tier": "low"}',
+        "tier = 'low', accepted is one of high_stakes, interpersonal, everyday",
+    ),
     ('{"id": "a", "text": "x", "tags": "money"}', "tags = 'money', accepted is a list of words"),
-    ('{"id": "a", "text": "x", "first": {"name": "A"}}', "first = .*, accepted is an object with name and instructions"),
+    (
+        '{"id": "a", "text": "x", "first": {"name": "A"}}',
+        "first = .*, accepted is an object with name and instructions",
+    ),
     ("\n", "is empty"),
 ]
 
@@ -91,7 +99,9 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
 def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "list", "--tier", "everyday", "--tag", "honesty", "--json", "--limit", "0"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert rows == [row for row in shipped("dilemmas") if row["tier"] == "everyday" and "honesty" in row["tags"]]
+    assert rows == [
+        row for row in shipped("dilemmas") if row["tier"] == "everyday" and "honesty" in row["tags"]
+    ]
     assert rows
     situation = rows[0]["situation"]
     assert main(["data", "list", "--situation", situation]) == 0
@@ -103,7 +113,13 @@ def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_check_from_a_shell(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys; from duologue.grpo.cli import main; sys.exit(main())", "data", "check"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from duologue.grpo.cli import main; sys.exit(main())",
+        "data",
+        "check",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={"COLUMNS": "200", "PATH": ""})
     assert done.returncode == 0, done.stderr
     assert "high_stakes 367 (133)" in done.stdout
@@ -160,7 +176,15 @@ def test_write_refuses_copies_and_keeps_what_was_there(
     out = tmp_path / "more.jsonl"
     out.write_text(json.dumps({"id": "mine", "text": "What I wrote.", "tier": "everyday"}) + "\n")
     known = shipped("dilemmas")[0]["text"]
-    replies = [(429, ""), (200, known), (200, story(1)), (200, story(1)), (200, "too short"), (500, ""), (200, story(2))]
+    replies = [
+        (429, ""),
+        (200, known),
+        (200, story(1)),
+        (200, story(1)),
+        (200, "too short"),
+        (500, ""),
+        (200, story(2)),
+    ]
     with model_server(replies) as (url, asked):
         command = ["data", "write", "--url", url, "--tier", "everyday", "--count", "2", "--out", str(out)]
         assert main(command) == 0

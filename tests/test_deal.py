@@ -212,14 +212,18 @@ def test_close_is_the_marker_at_the_end() -> None:
 
 
 def test_rewards_of_a_deal_and_of_none() -> None:
-    deal = GAME.judge(SCENARIO, ("book 1 hat 1 ball 3", "book 0 hat 1 ball 0"))  # 10 and 3; the best is 10 and 6
+    deal = GAME.judge(
+        SCENARIO, ("book 1 hat 1 ball 3", "book 0 hat 1 ball 0")
+    )  # 10 and 3; the best is 10 and 6
     none = GAME.judge(SCENARIO, None)
     assert GAME.rewards(SCENARIO, deal, "cooperative") == (13 / 16, 13 / 16)
     assert GAME.rewards(SCENARIO, deal, "nash") == (30 / 60, 30 / 60)
     assert GAME.rewards(SCENARIO, deal, "selfish") == (1.0, 0.3)
     for objective in ("cooperative", "nash", "selfish"):
         assert GAME.rewards(SCENARIO, none, objective) == (0.0, 0.0)
-    with pytest.raises(ValueError, match="objective = 'greedy': accepted is one of cooperative, nash, selfish"):
+    with pytest.raises(
+        ValueError, match="objective = 'greedy': accepted is one of cooperative, nash, selfish"
+    ):
         GAME.rewards(SCENARIO, deal, "greedy")
 
 
@@ -234,8 +238,12 @@ def test_walking_away_beats_a_deal_below_it() -> None:
 
 
 def test_summary_counts_the_failed_as_zero_only_where_it_says_so() -> None:
-    good = Outcome(agreed=True, scores=(10.0, 6.0), metrics={"pareto": 1.0, "joint_ratio": 1.0, "nash_ratio": 0.9})
-    poor = Outcome(agreed=True, scores=(2.0, 4.0), metrics={"pareto": 0.0, "joint_ratio": 0.5, "nash_ratio": 0.1})
+    good = Outcome(
+        agreed=True, scores=(10.0, 6.0), metrics={"pareto": 1.0, "joint_ratio": 1.0, "nash_ratio": 0.9}
+    )
+    poor = Outcome(
+        agreed=True, scores=(2.0, 4.0), metrics={"pareto": 0.0, "joint_ratio": 0.5, "nash_ratio": 0.1}
+    )
     none = [Outcome(agreed=False, scores=(0.0, 0.0), failure=kind) for kind in ("conflict", "no_close")]
     found = summarise([good, poor, *none])
     assert found == {
@@ -261,7 +269,9 @@ def test_larger_variants(types: int, total: int) -> None:
     assert len(set(train) | set(heldout)) == len(train) + len(heldout) == (13_131 if total == 8 else 20_000)
     assert not {class_of(d) for d in train} & {class_of(d) for d in heldout}
     for deal in heldout[::500]:
-        assert all(sum(v * c for v, c in zip(values, deal.counts, strict=True)) == total for values in deal.values)
+        assert all(
+            sum(v * c for v, c in zip(values, deal.counts, strict=True)) == total for values in deal.values
+        )
         assert all(a + b for a, b in zip(*deal.values, strict=True))
     assert DealGame(types=types, total=total).splits["train"] == train
     text = game.statement(train[0].counts)
@@ -275,7 +285,9 @@ def test_a_draw_is_even_over_the_contexts() -> None:
     assert len(set(drawn)) == 2000
 
     def share(deals: list[Deal]) -> float:
-        return fmean(deal.counts == (1, 1, 3) or deal.counts == (1, 3, 1) or deal.counts == (3, 1, 1) for deal in deals)
+        return fmean(
+            deal.counts == (1, 1, 3) or deal.counts == (1, 3, 1) or deal.counts == (3, 1, 1) for deal in deals
+        )
 
     assert share(drawn) == pytest.approx(share(EVERYTHING), abs=0.02)
 

@@ -44,7 +44,9 @@ def amounts(text: str) -> Vector:
 def read_offer(text: str, counts: Vector) -> tuple[Vector, Vector] | None:
     """(what the speaker takes, what the other takes) in an utterance."""
     by_item = BY_ITEM.findall(text)
-    compared = [(f"{c} {item}", who, "") for c, (item, _, _, who) in zip(counts, COMPARED.findall(text), strict=False)]
+    compared = [
+        (f"{c} {item}", who, "") for c, (item, _, _, who) in zip(counts, COMPARED.findall(text), strict=False)
+    ]
     for parts in (by_item, compared):
         if len(parts) == len(ITEMS):
             mine = amounts(" and ".join(amount for amount, who, _ in parts if who == "me"))
@@ -79,7 +81,9 @@ def test_finals_are_what_the_accepted_words_say() -> None:
             assert finals == {proposer: GAME.statement(read[0]), 1 - proposer: GAME.statement(read[1])}
             assert dialogue.outcome.agreed
             agreed += 1
-    assert agreed > 0.98 * sum(d.outcome.agreed for d in CORPUS)  # the rest closed in haste and happened to fit
+    assert agreed > 0.98 * sum(
+        d.outcome.agreed for d in CORPUS
+    )  # the rest closed in haste and happened to fit
 
 
 def test_every_offer_gives_away_everything() -> None:
@@ -131,7 +135,9 @@ def test_words_are_few_and_utterances_short() -> None:
     assert lengths[-1] <= 28
     assert lengths[int(0.99 * len(lengths))] <= 23
     assert 4 <= fmean(len(list(utterances(d))) for d in CORPUS) <= 6
-    assert max(Counter(text for d in CORPUS for _, text in list(utterances(d))[:1]).values()) < 0.02 * len(CORPUS)
+    assert max(Counter(text for d in CORPUS for _, text in list(utterances(d))[:1]).values()) < 0.02 * len(
+        CORPUS
+    )
 
 
 def test_the_mixture_leaves_much_to_gain() -> None:
@@ -188,7 +194,9 @@ def test_nobody_peeks() -> None:
     compared = changed = 0
     for _ in range(1500):
         deal = rng.choice(GAME.splits["train"])
-        others = [d for d in GAME.splits["train"] if d.counts == deal.counts and d.values[0] == deal.values[0]]
+        others = [
+            d for d in GAME.splits["train"] if d.counts == deal.counts and d.values[0] == deal.values[0]
+        ]
         twin = Deal(deal.counts, (deal.values[0], rng.choice(others).values[1]))
         seed = rng.getrandbits(32)
         held = [scripted_dialogue(GAME, GAME.scenario(d, "train"), random.Random(seed)) for d in (deal, twin)]
@@ -221,11 +229,20 @@ def test_words_for_every_act() -> None:
         return {utter(act, (1, 2, 3), Language(), rng, told=False, left=False) for _ in range(400)}
 
     for act in (
-        Act(accept=True), Act(confirm=True, close=True), Act(refuse=True), Act(refuse=True, want=1), Act(ask=True),
-        Act(reveal=(4, 0, 2)), Act(want=0), Act(spare=1), Act(take=(1, 0, 3)), Act(take=(1, 0, 3), best=True),
+        Act(accept=True),
+        Act(confirm=True, close=True),
+        Act(refuse=True),
+        Act(refuse=True, want=1),
+        Act(ask=True),
+        Act(reveal=(4, 0, 2)),
+        Act(want=0),
+        Act(spare=1),
+        Act(take=(1, 0, 3)),
+        Act(take=(1, 0, 3), best=True),
         Act(take=(1, 0, 3), best=True, reveal=(4, 0, 2), against=(1, 3, 1)),
-        Act(leave=True), Act(close=True),
-    ):  # fmt: skip
+        Act(leave=True),
+        Act(close=True),
+    ):
         assert len(say(act)) >= 6, act
     assert all(text.endswith(CLOSE) for text in say(Act(close=True)))
     assert all("hats" in text for text in say(Act(want=1)))

@@ -18,9 +18,13 @@ from duologue.model.decoder import Decoder, Linear, PackedAttention, rope_freque
 Get = Callable[[str], tuple[Path, Any]]
 LINEAR = {"rope_type": "linear", "rope_theta": 5_000.0, "factor": 3.0}
 LLAMA3 = {
-    "rope_type": "llama3", "rope_theta": 10_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "rope_theta": 10_000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 40,
-}  # fmt: skip
+}
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
@@ -63,7 +67,9 @@ def test_gradients_equal_transformers(name: str, checkpoint: Get) -> None:
     expected = torch.autograd.grad(logprobs.sum(), list(theirs.parameters()))
     for (parameter, _), gradient in zip(theirs.named_parameters(), expected, strict=True):
         actual = ours.get_parameter(parameter).grad
-        torch.testing.assert_close(actual, gradient, atol=2e-4 * gradient.abs().max().item(), rtol=1e-3, msg=parameter)
+        torch.testing.assert_close(
+            actual, gradient, atol=2e-4 * gradient.abs().max().item(), rtol=1e-3, msg=parameter
+        )
 
 
 def test_bf16_is_as_near_as_transformers_in_bf16(checkpoint: Get) -> None:
@@ -132,7 +138,9 @@ def test_rotary_frequencies_equal_transformers(rope: dict[str, Any], head_dim: i
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    theirs = LlamaConfig(num_attention_heads=2, head_dim=head_dim, max_position_embeddings=320, rope_parameters=dict(rope))
+    theirs = LlamaConfig(
+        num_attention_heads=2, head_dim=head_dim, max_position_embeddings=320, rope_parameters=dict(rope)
+    )
     frequencies = rope_frequencies(ModelConfig.from_hf(theirs.to_dict()))
     torch.testing.assert_close(frequencies, LlamaRotaryEmbedding(theirs).inv_freq, rtol=3e-7, atol=0)
 
@@ -195,9 +203,17 @@ def test_hidden_asks_the_context_layer_by_layer(checkpoint: Get) -> None:
 
 def test_init_weights() -> None:
     config = ModelConfig(
-        model_type="llama", vocab_size=499, hidden_size=96, intermediate_size=256, num_layers=8, num_heads=4, num_kv_heads=2,
-        head_dim=24, max_position_embeddings=64, mlp_bias=True,
-    )  # fmt: skip
+        model_type="llama",
+        vocab_size=499,
+        hidden_size=96,
+        intermediate_size=256,
+        num_layers=8,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=24,
+        max_position_embeddings=64,
+        mlp_bias=True,
+    )
     first, same, other = Decoder(config), Decoder(config), Decoder(config)
     for model, seed in ((first, 1), (same, 1), (other, 2)):
         model.init_weights(seed)
@@ -212,15 +228,22 @@ def test_init_weights() -> None:
 
 
 GOOD: dict[str, Any] = {
-    "model_type": "llama", "vocab_size": 10, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+    "model_type": "llama",
+    "vocab_size": 10,
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mamba"}, r"model_type = 'mamba' in config.json: accepted is one of llama, qwen2, qwen3"),
+        (
+            {"model_type": "mamba"},
+            r"model_type = 'mamba' in config.json: accepted is one of llama, qwen2, qwen3",
+        ),
         ({"model_type": None}, "model_type = None"),
         ({"hidden_size": None}, "hidden_size = None in config.json: accepted is an integer"),
         ({"vocab_size": "10"}, "vocab_size = '10'"),
@@ -231,10 +254,16 @@ GOOD: dict[str, Any] = {
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types = \['sliding_attention'\]"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'.*: accepted is one of default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_type = 'yarn'.*: accepted is one of default, linear, llama3",
+        ),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor, high_freq_factor"),
-        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
+        (
+            {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor = 0.5",
+        ),
     ],
 )
 def test_what_config_json_cannot_mean_here_is_refused(change: dict[str, Any], message: str) -> None:
@@ -250,7 +279,9 @@ def test_a_missing_key_is_named() -> None:
 
 def test_biases_that_the_family_cannot_store_are_refused() -> None:
     config = ModelConfig.from_hf(GOOD)
-    with pytest.raises(ValueError, match=r"\(qkv_bias, o_bias, mlp_bias\) = \(True, False, False\): accepted for llama"):
+    with pytest.raises(
+        ValueError, match=r"\(qkv_bias, o_bias, mlp_bias\) = \(True, False, False\): accepted for llama"
+    ):
         replace(config, qkv_bias=True)
 
 
@@ -267,8 +298,14 @@ def test_what_config_json_leaves_out_has_the_defaults_of_transformers(family: st
     ours, theirs = ModelConfig.from_hf(raw), getattr(transformers, f"{family}Config")(**raw)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert (ours.num_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, head_dim)
-    assert (ours.max_position_embeddings, ours.rms_norm_eps) == (theirs.max_position_embeddings, theirs.rms_norm_eps)
-    assert (ours.rope_theta, ours.tie_word_embeddings) == (theirs.rope_parameters["rope_theta"], theirs.tie_word_embeddings)
+    assert (ours.max_position_embeddings, ours.rms_norm_eps) == (
+        theirs.max_position_embeddings,
+        theirs.rms_norm_eps,
+    )
+    assert (ours.rope_theta, ours.tie_word_embeddings) == (
+        theirs.rope_parameters["rope_theta"],
+        theirs.tie_word_embeddings,
+    )
 
 
 def test_rope_settings_of_transformers_4_mean_the_same() -> None:

@@ -31,8 +31,16 @@ from duologue.rollout.selfplay.dialogue import FINAL, PROMPT, UTTERANCE, Dialogu
 from judge_server import answer, inside, scores
 from torch import Tensor
 
-ONE = {"id": "cost", "first": {"name": "Ada", "instructions": "spend little"}, "second": {"name": "Bo", "instructions": "buy well"}}
-TWO = {"id": "time", "first": {"name": "Cy", "instructions": "be quick"}, "second": {"name": "Di", "instructions": "be sure"}}
+ONE = {
+    "id": "cost",
+    "first": {"name": "Ada", "instructions": "spend little"},
+    "second": {"name": "Bo", "instructions": "buy well"},
+}
+TWO = {
+    "id": "time",
+    "first": {"name": "Cy", "instructions": "be quick"},
+    "second": {"name": "Di", "instructions": "be sure"},
+}
 RULES = {"max_rounds": 3, "max_tokens_per_turn": 9, "max_tokens_final": 11, "temperature": 0.7, "top_p": 0.9}
 TEMPLATE = (  # thoughts stand before a reply and leave the history, as in Qwen3
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
@@ -72,7 +80,11 @@ class Scripted:
 
 @pytest.fixture(scope="module", params=["plain", "rewriting"])
 def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
-    text = ["what is right and who pays for it", "I spend little and buy well", "(think) be quick be sure"] * 4
+    text = [
+        "what is right and who pays for it",
+        "I spend little and buy well",
+        "(think) be quick be sure",
+    ] * 4
     return train_tokenizer(text, 320, None if request.param == "plain" else TEMPLATE)
 
 
@@ -84,10 +96,17 @@ def plain() -> Tokenizer:
 def decoder(tokenizer: Tokenizer) -> Decoder:
     model = Decoder(
         ModelConfig(
-            model_type="qwen3", vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2,
-            num_kv_heads=1, head_dim=16, max_position_embeddings=2000,
+            model_type="qwen3",
+            vocab_size=tokenizer.vocab_size,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=1,
+            head_dim=16,
+            max_position_embeddings=2000,
         )
-    )  # fmt: skip
+    )
     model.init_weights(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -122,7 +141,9 @@ def refusing(kind: str, text: str) -> dict[str, Any]:
 class Table:
     """What a deliberation is made of, and the groups that it played."""
 
-    def __init__(self, game: DilemmaGame, tokenizer: Tokenizer, path: Path, judge: Any = by_known, **rules: Any) -> None:
+    def __init__(
+        self, game: DilemmaGame, tokenizer: Tokenizer, path: Path, judge: Any = by_known, **rules: Any
+    ) -> None:
         engine: dict[str, Any] = rules.pop("engine", {})
         delay = rules.pop("delay", 0)
         self.model, self.tokenizer, self.game = decoder(tokenizer), tokenizer, game
@@ -145,7 +166,9 @@ class Table:
 
 @pytest.fixture
 def table(game: Any, tmp_path: Path) -> Callable[..., Table]:
-    return lambda tokenizer, alone=False, **rules: Table(game(alone), tokenizer, tmp_path / "ledger.sqlite", **rules)
+    return lambda tokenizer, alone=False, **rules: Table(
+        game(alone), tokenizer, tmp_path / "ledger.sqlite", **rules
+    )
 
 
 def every(groups: list[Group]) -> list[Dialogue]:
@@ -153,7 +176,10 @@ def every(groups: list[Group]) -> list[Dialogue]:
 
 
 def facts(groups: list[Group]) -> list[Any]:
-    return [([(t.role, t.kind, t.token_ids, t.logprobs) for t in d.turns], d.outcome, d.reward) for d in every(groups)]
+    return [
+        ([(t.role, t.kind, t.token_ids, t.logprobs) for t in d.turns], d.outcome, d.reward)
+        for d in every(groups)
+    ]
 
 
 # ---- the protocol ----------------------------------------------------------------------------------------------------
@@ -177,9 +203,12 @@ def test_rounds_agreement_final_and_score(table: Any, tokenizer: Tokenizer, firs
         for rounds in range(1, d.outcome.rounds + 1):
             said = tuple([t.text for t in talk[: 2 * rounds] if t.role == role] for role in (0, 1))
             question = next(
-                text for kind, text in here.backend.asked
-                if kind == AGREEMENT and inside(text, 'turn speaker="1"') == said[0] and inside(text, 'turn speaker="2"') == said[1]
-            )  # fmt: skip
+                text
+                for kind, text in here.backend.asked
+                if kind == AGREEMENT
+                and inside(text, 'turn speaker="1"') == said[0]
+                and inside(text, 'turn speaker="2"') == said[1]
+            )
             assert answer(question)["agreed"] == (d.outcome.agreed and rounds == d.outcome.rounds)
         assert d.outcome.rounds == 3 or d.outcome.agreed
         assert d.reward == ((sum(scores(finals[0].text)) / 4,) * 2 if finals else (0.0, 0.0))
@@ -187,7 +216,9 @@ def test_rounds_agreement_final_and_score(table: Any, tokenizer: Tokenizer, firs
     assert len(endings) > 2
 
 
-def test_a_final_is_always_written_in_evaluation_but_scored_only_after_an_agreement(table: Any, plain: Tokenizer) -> None:
+def test_a_final_is_always_written_in_evaluation_but_scored_only_after_an_agreement(
+    table: Any, plain: Tokenizer
+) -> None:
     here = table(plain, always_final=True, judge=refusing)
     for d in every(here.play(split="heldout")):
         assert d.turns[-1].kind == "final"
@@ -222,13 +253,17 @@ def test_an_unanswered_question_is_unscored_and_enters_no_group(table: Any, plai
     rows, stats = grpo_rows(groups, config, RunningBaseline())
     assert stats["unscored"] == len(lost)
     assert all(d.advantage is None for d in unscored)
-    assert {row.dialogue_id for row in rows} == {i for i, d in enumerate(every(groups)) if d.reward is not None}
+    assert {row.dialogue_id for row in rows} == {
+        i for i, d in enumerate(every(groups)) if d.reward is not None
+    }
     for group in groups:  # the mean is over the scored alone
         values = [d.advantage[0] for d in group.dialogues if d.advantage]
         assert sum(values) == pytest.approx(0, abs=1e-4)
 
 
-def test_judging_overlaps_with_the_rollouts_and_its_order_changes_nothing(table: Any, plain: Tokenizer, tmp_path: Path) -> None:
+def test_judging_overlaps_with_the_rollouts_and_its_order_changes_nothing(
+    table: Any, plain: Tokenizer, tmp_path: Path
+) -> None:
     reference = facts(table(plain).play())
     assert facts(table(plain, engine={"max_batch": 3}, delay=7).play()) == reference
     (tmp_path / "ledger.sqlite").unlink()
@@ -279,13 +314,19 @@ def context(d: Dialogue, tokenizer: Tokenizer, game: DilemmaGame, role: int, sai
     return ids + chat.reply()
 
 
-def test_with_last_2_a_turn_sees_its_persona_the_dilemma_and_two_turns(table: Any, tokenizer: Tokenizer) -> None:
+def test_with_last_2_a_turn_sees_its_persona_the_dilemma_and_two_turns(
+    table: Any, tokenizer: Tokenizer
+) -> None:
     here = table(tokenizer, context="last_2", first_speaker="alternate")
     for d in every(here.play()):
         assert len(d.views) == len(d.turns)
         for i, (turn, view, role) in enumerate(zip(d.turns, d.views, d.view_roles, strict=True)):
             assert role == turn.role
-            marked = [(t, lp) for t, lp, kind in zip(view.token_ids, view.logprobs, view.kinds, strict=True) if kind != PROMPT]
+            marked = [
+                (t, lp)
+                for t, lp, kind in zip(view.token_ids, view.logprobs, view.kinds, strict=True)
+                if kind != PROMPT
+            ]
             assert marked == list(zip(turn.token_ids, turn.logprobs or [], strict=True))
             if turn.kind == "utterance":
                 before = context(d, tokenizer, here.game, role, d.turns[max(0, i - 2) : i])
@@ -303,15 +344,23 @@ def test_with_full_a_context_grows_and_keeps_its_kv(table: Any, plain: Tokenizer
             view = d.views[role]
             own = [i for i, t in enumerate(talk) if t.role == role]
             longest = context(d, plain, here.game, role, talk[: own[-1]])
-            assert view.token_ids[: len(longest) + len(talk[own[-1]].token_ids)] == longest + talk[own[-1]].token_ids
+            assert (
+                view.token_ids[: len(longest) + len(talk[own[-1]].token_ids)]
+                == longest + talk[own[-1]].token_ids
+            )
             marked = [t for t, kind in zip(view.token_ids, view.kinds, strict=True) if kind == UTTERANCE]
             assert marked == [t for i in own for t in talk[i].token_ids]
     views = [view for d in every(groups) for view in d.views]
     turns = sum(len(d.turns) for d in every(groups))  # the token before a turn may be computed again
-    assert here.engine.stats.prefill_tokens <= sum(kind == PROMPT for view in views for kind in view.kinds) + turns
+    assert (
+        here.engine.stats.prefill_tokens
+        <= sum(kind == PROMPT for view in views for kind in view.kinds) + turns
+    )
 
 
-def test_no_private_text_reaches_the_other_side_and_the_final_sees_both(table: Any, tokenizer: Tokenizer) -> None:
+def test_no_private_text_reaches_the_other_side_and_the_final_sees_both(
+    table: Any, tokenizer: Tokenizer
+) -> None:
     for rules in ({"context": "last_2"}, {"context": "full"}):
         if rules["context"] == "full" and "think" in tokenizer.decode(tokenizer.turn_chat.reply()):
             with pytest.raises(ValueError, match=r"rewrites turn 2.*append-only"):
@@ -320,7 +369,9 @@ def test_no_private_text_reaches_the_other_side_and_the_final_sees_both(table: A
         for d in every(table(tokenizer, **rules).play()):
             talk = [t for t in d.turns if t.kind == "utterance"]
             for view, role in zip(d.views, d.view_roles, strict=True):
-                prompt = tokenizer.decode([t for t, kind in zip(view.token_ids, view.kinds, strict=True) if kind == PROMPT])
+                prompt = tokenizer.decode(
+                    [t for t, kind in zip(view.token_ids, view.kinds, strict=True) if kind == PROMPT]
+                )
                 own, other = d.scenario.personas[role], d.scenario.personas[1 - role]
                 if FINAL in view.kinds:
                     assert own.instructions in prompt
@@ -334,7 +385,9 @@ def test_no_private_text_reaches_the_other_side_and_the_final_sees_both(table: A
                     assert other.name not in prompt
 
 
-@pytest.mark.skipif(not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built")
+@pytest.mark.skipif(
+    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+)
 @pytest.mark.parametrize("how", ["last_2", "full"])
 def test_recorded_logprobs_equal_the_training_forward(table: Any, plain: Tokenizer, how: str) -> None:
     here = table(plain, context=how, top_p=1.0, temperature=1.0)
@@ -370,15 +423,25 @@ def supports(rows: list[Row]) -> dict[tuple[int, ...], list[int]]:
 
 
 @pytest.mark.parametrize("how", ["last_2", "full"])
-@pytest.mark.parametrize(("roles", "kinds"), [("first", ("utterance",)), ("both", ("utterance",)), ("first", ("utterance", "final"))])
+@pytest.mark.parametrize(
+    ("roles", "kinds"),
+    [("first", ("utterance",)), ("both", ("utterance",)), ("first", ("utterance", "final"))],
+)
 def test_the_gradient_is_that_of_the_trained_kinds_and_zero_elsewhere(
-    table: Any, plain: Tokenizer, how: str, roles: str, kinds: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    table: Any,
+    plain: Tokenizer,
+    how: str,
+    roles: str,
+    kinds: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Against float64 autograd over contexts that are built here from the dialogues' turns alone, each token's softmax cut to its
     support. And token by token: the gradient on the hidden state before any token of another kind or side is exactly 0."""
     here = table(plain, context=how, max_rounds=2)
     groups = here.play()
-    rows, _ = grpo_rows(groups, GrpoSection(train_roles=roles, train_kinds=kinds, per_role=False), RunningBaseline())
+    rows, _ = grpo_rows(
+        groups, GrpoSection(train_roles=roles, train_kinds=kinds, per_role=False), RunningBaseline()
+    )
     packed: list[tuple[Batch, Tensor]] = []
 
     def watch(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
@@ -395,7 +458,12 @@ def test_the_gradient_is_that_of_the_trained_kinds_and_zero_elsewhere(
         moved = set(hidden.grad.abs().sum(1).nonzero().flatten().tolist())
         assert moved
         assert moved <= set(batch.nodes[batch.targets - 1].tolist())
-    wanted = [turn.token_ids for d in every(groups) for turn in d.turns if turn.role in trained and turn.kind in kinds]
+    wanted = [
+        turn.token_ids
+        for d in every(groups)
+        for turn in d.turns
+        if turn.role in trained and turn.kind in kinds
+    ]
     marked = [[t for t, m in zip(row.token_ids, row.loss_mask, strict=True) if m] for row in rows]
     assert sorted(t for ids in wanted for t in ids) == sorted(t for ids in marked for t in ids)
 
@@ -409,15 +477,23 @@ def test_the_gradient_is_that_of_the_trained_kinds_and_zero_elsewhere(
                 continue
             (final,) = [v.token_ids for v in d.views if FINAL in v.kinds] or [[]]
             said = talk[max(0, i - 2) if how == "last_2" else 0 : i]
-            before = final[: -len(turn.token_ids)] if turn.kind == "final" else context(d, plain, here.game, turn.role, said)
+            before = (
+                final[: -len(turn.token_ids)]
+                if turn.kind == "final"
+                else context(d, plain, here.game, turn.role, said)
+            )
             z = exact(torch.tensor([before + turn.token_ids]))[0].double() / 0.7
             assert d.advantage is not None
             for k, token in enumerate(turn.token_ids):
                 row = z[len(before) + k - 1]
-                logp = row[token] - row[drawn_from[(*before, *turn.token_ids[:k])] or slice(None)].logsumexp(0)
+                logp = row[token] - row[drawn_from[(*before, *turn.token_ids[:k])] or slice(None)].logsumexp(
+                    0
+                )
                 loss = loss - d.advantage[turn.role] * torch.exp(logp - logp.detach()) / total
     torch.autograd.backward(loss)
-    for (name, parameter), (_, other) in zip(here.model.named_parameters(), exact.named_parameters(), strict=True):
+    for (name, parameter), (_, other) in zip(
+        here.model.named_parameters(), exact.named_parameters(), strict=True
+    ):
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=2e-3, atol=2e-6)
     assert max(float(p.grad.abs().max()) for p in exact.parameters() if p.grad is not None) > 1e-3

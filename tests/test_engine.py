@@ -17,12 +17,22 @@ from duologue.rollout.engine.sequence import Completion, SamplingParams
 VOCAB = 101
 
 
-def make_model(family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 4.0) -> Decoder:
+def make_model(
+    family: str = "qwen3", seed: int = 0, dtype: torch.dtype = torch.float32, spread: float = 4.0
+) -> Decoder:
     """A tiny decoder whose logits are far enough apart that sampling is not uniform."""
     config = ModelConfig(
-        model_type=family, vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=16, max_position_embeddings=512, qkv_bias=family == "qwen2",
-    )  # fmt: skip
+        model_type=family,
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        qkv_bias=family == "qwen2",
+    )
     model = Decoder(config)
     model.init_weights(seed)
     with torch.no_grad():
@@ -47,7 +57,9 @@ def differing(model: Decoder, prompts: list[list[int]], completions: list[Comple
     )
 
 
-needs_cpp = pytest.mark.skipif(not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built")
+needs_cpp = pytest.mark.skipif(
+    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -64,10 +76,17 @@ def test_greedy_equals_transformers_generate(family: str, tmp_path: Path) -> Non
     torch.manual_seed(0)
     theirs = make(
         make_config(
-            vocab_size=VOCAB, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, **extra,
+            vocab_size=VOCAB,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            **extra,
         )
-    ).eval()  # fmt: skip
+    ).eval()
     theirs.save_pretrained(tmp_path)
     from duologue.model.checkpoint import read_config
 
@@ -78,7 +97,12 @@ def test_greedy_equals_transformers_generate(family: str, tmp_path: Path) -> Non
     for prompt, completion in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         expected = theirs.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=24,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
         )[0, len(prompt) :]
         assert completion.token_ids == expected.tolist()
 
@@ -90,7 +114,9 @@ def test_logprobs_equal_the_training_forward(dtype: torch.dtype, max_batch: int)
     model = make_model(dtype=dtype)
     prompts = make_prompts(20, seed=2)
     engine = Engine(model, max_batch=max_batch, max_step_tokens=37)  # chunked prefill among decodes
-    completions = engine.generate(prompts, SamplingParams(max_new_tokens=21, temperature=1.0, stop_token_ids=(3,)))
+    completions = engine.generate(
+        prompts, SamplingParams(max_new_tokens=21, temperature=1.0, stop_token_ids=(3,))
+    )
     assert differing(model, prompts, completions) == 0
 
 
@@ -149,7 +175,9 @@ def test_a_seeded_draw_does_not_depend_on_its_batch() -> None:
 
 def test_unseeded_requests_differ_and_stop_tokens_end_them() -> None:
     model = make_model(spread=0.1)  # nearly uniform, so that every stop token comes soon
-    completions = Engine(model).generate([[1]] * 8, SamplingParams(max_new_tokens=200, stop_token_ids=(3, 4, 5)))
+    completions = Engine(model).generate(
+        [[1]] * 8, SamplingParams(max_new_tokens=200, stop_token_ids=(3, 4, 5))
+    )
     assert len({tuple(c.token_ids) for c in completions}) == 8
     for c in completions:
         assert c.stopped
@@ -192,7 +220,9 @@ def test_forks_share_full_pages() -> None:
     used = engine.pool.n_pages - engine.pool.n_free
     base.fork(8)
     assert used == 3
-    assert engine.pool.n_pages - engine.pool.n_free == used + 8  # two pages shared, the partly filled third copied
+    assert (
+        engine.pool.n_pages - engine.pool.n_free == used + 8
+    )  # two pages shared, the partly filled third copied
 
 
 def test_random_life_of_branches_leaks_no_page() -> None:
@@ -230,9 +260,18 @@ def test_random_life_of_branches_leaks_no_page() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda e: e.generate([[1, 2]], SamplingParams(max_new_tokens=511)), "2 tokens and max_new_tokens 511 exceed the model's"),
-        (lambda e: e.generate([[1] * 300], SamplingParams(max_new_tokens=9)), r"the KV pool \(rollout.cache_tokens\), which holds 256"),
-        (lambda e: e.generate([[1, VOCAB]], SamplingParams()), f"token id {VOCAB} is outside the vocabulary: accepted is 0 to 100"),
+        (
+            lambda e: e.generate([[1, 2]], SamplingParams(max_new_tokens=511)),
+            "2 tokens and max_new_tokens 511 exceed the model's",
+        ),
+        (
+            lambda e: e.generate([[1] * 300], SamplingParams(max_new_tokens=9)),
+            r"the KV pool \(rollout.cache_tokens\), which holds 256",
+        ),
+        (
+            lambda e: e.generate([[1, VOCAB]], SamplingParams()),
+            f"token id {VOCAB} is outside the vocabulary: accepted is 0 to 100",
+        ),
         (lambda e: e.generate([[]], SamplingParams()), "an empty branch cannot generate"),
         (lambda e: e.generate([[1]], [SamplingParams()] * 2), "1 prompts but 2 SamplingParams"),
         (lambda e: e.open([1]).rewind(2), "n_tokens = 2, accepted is 0 to 1"),
@@ -273,8 +312,11 @@ def test_equal_prompts_are_computed_once() -> None:
     engine = Engine(model)
     params = SamplingParams(max_new_tokens=20, seed=7)
     together = engine.generate([prompt, [5, 6], prompt[:50] + [1] * 9], params, n=4)
-    alone = [Engine(model).generate([p], SamplingParams(max_new_tokens=20, seed=7 + i))[0]
-             for p in (prompt, [5, 6], prompt[:50] + [1] * 9) for i in range(4)]  # fmt: skip
+    alone = [
+        Engine(model).generate([p], SamplingParams(max_new_tokens=20, seed=7 + i))[0]
+        for p in (prompt, [5, 6], prompt[:50] + [1] * 9)
+        for i in range(4)
+    ]
     assert [(c.token_ids, c.logprobs) for c in together] == [(c.token_ids, c.logprobs) for c in alone]
     # of the long prompt four pages, and of its variant the three that agree
     assert engine.stats.shared_tokens == 3 * 64 + 4 * 48

@@ -31,9 +31,16 @@ def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
 
 def make_model() -> Decoder:
     config = ModelConfig(
-        model_type="qwen3", vocab_size=V, hidden_size=48, intermediate_size=64, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=16, max_position_embeddings=256,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=V,
+        hidden_size=48,
+        intermediate_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=256,
+    )
     model = Decoder(config)
     model.init_weights(0)
     return model
@@ -44,10 +51,16 @@ def work(seed: int, n: int = 24) -> tuple[list[list[int]], list[SamplingParams]]
     prompts, params = [], []
     for i in range(n):
         prompts.append([rng.randrange(V) for _ in range(rng.randint(1, 70))])
-        given: dict[str, Any] = {"max_new_tokens": rng.randint(1, 40), "seed": i, "temperature": rng.choice([0.0, 0.6, 1.0])}
+        given: dict[str, Any] = {
+            "max_new_tokens": rng.randint(1, 40),
+            "seed": i,
+            "temperature": rng.choice([0.0, 0.6, 1.0]),
+        }
         if i % 3 == 0 and given["temperature"]:
             given |= rng.choice([{"top_p": 0.4}, {"top_k": 9}, {"min_p": 0.2}, {"top_p": 0.9, "top_k": 50}])
-        params.append(SamplingParams(**given, stop_token_ids=tuple(rng.sample(range(V), rng.choice([0, 4, 16])))))
+        params.append(
+            SamplingParams(**given, stop_token_ids=tuple(rng.sample(range(V), rng.choice([0, 4, 16]))))
+        )
     return prompts, params
 
 
@@ -74,7 +87,9 @@ def test_a_support_without_room_is_drawn_by_a_plain_step(monkeypatch: pytest.Mon
     monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
     model = make_model()
     prompts = [[1, 2, 3], [4], [5, 6]]
-    params = [SamplingParams(max_new_tokens=30, seed=i, top_p=0.5) for i in range(3)]  # about half of 307 ids, never 5
+    params = [
+        SamplingParams(max_new_tokens=30, seed=i, top_p=0.5) for i in range(3)
+    ]  # about half of 307 ids, never 5
     ahead = Engine(model, decode_steps=8).generate(prompts, params)
     assert drawn(ahead) == drawn(Engine(model, decode_steps=1).generate(prompts, params))
     assert min(min(c.kept.sizes) for c in ahead) > 5
@@ -96,7 +111,9 @@ def test_dialogues_go_on_where_a_loop_ended() -> None:
         twins[0].append([7, 8, 9])
         twins[1].rewind(5)
         results += [twins[i].generate(SamplingParams(max_new_tokens=9, seed=5 + i)) for i in range(2)]
-        results.append(twins[2].generate(SamplingParams(max_new_tokens=9, seed=7, allow=lambda ids: [3, 4, 5])))
+        results.append(
+            twins[2].generate(SamplingParams(max_new_tokens=9, seed=7, allow=lambda ids: [3, 4, 5]))
+        )
         engine.release_memory()
         with torch.no_grad():
             model.head_weight.mul_(1.01)
@@ -128,14 +145,25 @@ def test_one_call_ends_with_the_first_stop_and_says_what_is_out_of_range() -> No
     settings = ones, none, ones, torch.zeros(1), torch.tensor([3]), torch.tensor([17])
     table = torch.zeros(1, 1, dtype=torch.int32)  # one page, and the token is the seventeenth
     with pytest.raises(ValueError, match="one is not in its range"):
-        layers.decode(model.head_weight, settings, torch.tensor([5]), *model.rotary_tables(torch.tensor([17])), kv, table, [()], 4)
+        layers.decode(
+            model.head_weight,
+            settings,
+            torch.tensor([5]),
+            *model.rotary_tables(torch.tensor([17])),
+            kv,
+            table,
+            [()],
+            4,
+        )
 
 
 def test_rows_of_one_adapter_go_ahead_and_mixed_ones_do_not() -> None:
     found = []
     for steps in (1, 5):
         base = make_model()
-        policy = LoraDecoder(base, new_adapter(base, LoraSettings(rank=3, alpha=6.0, targets=("q_proj", "up_proj")), 0))
+        policy = LoraDecoder(
+            base, new_adapter(base, LoraSettings(rank=3, alpha=6.0, targets=("q_proj", "up_proj")), 0)
+        )
         for p in policy.adapter.parameters():
             p.data.normal_(generator=torch.Generator().manual_seed(p.numel()), std=0.2)
         engine = Engine(policy, decode_steps=steps)
@@ -166,12 +194,16 @@ def test_a_measured_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda:0")
 
     weight = SimpleNamespace(device=cuda, element_size=lambda: 4)
-    fake: Any = SimpleNamespace(config=model.config, model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)))
+    fake: Any = SimpleNamespace(
+        config=model.config, model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     for free, tokens in ((10**6, int(0.85 * 10**6) // of_token // 16 * 16), (9_000, None)):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2 * free))
         if tokens is None:
-            with pytest.raises(MemoryError, match=r"GiB are free on cuda:0, not enough for one page .* rollout.cache_tokens"):
+            with pytest.raises(
+                MemoryError, match=r"GiB are free on cuda:0, not enough for one page .* rollout.cache_tokens"
+            ):
                 runner.measured_tokens(fake, 16)
         else:
             assert runner.measured_tokens(fake, 16) == tokens
@@ -208,6 +240,8 @@ def test_shared_groups_are_what_the_tables_say() -> None:
 
 def test_neighbours_that_share_two_chunks_are_one_group() -> None:
     common = list(range(32))
-    starts, shared = shared_groups([[*common, 40], [*common, 41], [50], [*common, 42]], [520, 600, 3, 520], 16, 6) or ([], [])
+    starts, shared = shared_groups(
+        [[*common, 40], [*common, 41], [50], [*common, 42]], [520, 600, 3, 520], 16, 6
+    ) or ([], [])
     assert list(starts) == [0, 2, 3, 4, 5, 6, 6]
     assert list(shared) == [512, 0, 0, 0, 0, 0]

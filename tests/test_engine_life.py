@@ -17,10 +17,17 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 VOCAB, PAGE, PAGES = 101, 16, 24
 MODEL = Decoder(
     ModelConfig(
-        model_type="qwen3", vocab_size=VOCAB, hidden_size=48, intermediate_size=80, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=16, max_position_embeddings=512,
+        model_type="qwen3",
+        vocab_size=VOCAB,
+        hidden_size=48,
+        intermediate_size=80,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
     )
-)  # fmt: skip
+)
 MODEL.init_weights(0)
 
 
@@ -98,7 +105,13 @@ class EngineLife(RuleBasedStateMachine):
         for branch, request in list(self.requests.items()):
             if request.done:
                 completion = request.completion
-                self.scored.append((self.expected[branch] + completion.token_ids, len(self.expected[branch]), completion.logprobs))
+                self.scored.append(
+                    (
+                        self.expected[branch] + completion.token_ids,
+                        len(self.expected[branch]),
+                        completion.logprobs,
+                    )
+                )
                 self.expected[branch] += completion.token_ids
                 del self.requests[branch]
 
@@ -124,7 +137,9 @@ class EngineLife(RuleBasedStateMachine):
         for branch in self.expected:
             for i, page in enumerate(branch.pages[: branch.n_cached // PAGE]):
                 before = branch.pages[i - 1] if i else -1
-                found.setdefault(page, set()).add((before, tuple(branch.token_ids[i * PAGE : (i + 1) * PAGE])))
+                found.setdefault(page, set()).add(
+                    (before, tuple(branch.token_ids[i * PAGE : (i + 1) * PAGE]))
+                )
         for page, keys in found.items():
             assert len(keys) == 1
             key = self.engine.pool._keys.get(page)
@@ -137,12 +152,17 @@ class EngineLife(RuleBasedStateMachine):
         assert self.engine.pool.n_free == PAGES
         assert not self.engine.pool._keys
         scored = [s for s in self.scored if s[2]]
-        for (_, start, logprobs), exact in zip(scored, score(MODEL, [ids for ids, _, _ in scored]) if scored else [], strict=True):
+        for (_, start, logprobs), exact in zip(
+            scored, score(MODEL, [ids for ids, _, _ in scored]) if scored else [], strict=True
+        ):
             got, want = torch.tensor(logprobs), exact.detach()[start - 1 :]
             assert torch.equal(got, want) if cpu.available() else torch.allclose(got, want, atol=1e-4)
 
 
 TestEngineLife = EngineLife.TestCase
 TestEngineLife.settings = settings(
-    max_examples=40, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    max_examples=40,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )

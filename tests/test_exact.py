@@ -13,7 +13,9 @@ from duologue.kernels import cpu
 SCRIPT = Path(__file__).parent.parent / "bench" / "exact.py"
 
 
-@pytest.mark.skipif(not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built")
+@pytest.mark.skipif(
+    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_logprob_differs(dtype: str) -> None:
     command = [sys.executable, str(SCRIPT), "--tokens", "25000", "--dtype", dtype, "--seed", "3", "--json"]

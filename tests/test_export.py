@@ -48,7 +48,9 @@ def logits(model: Any) -> torch.Tensor:
     return getattr(found, "logits", found)
 
 
-def test_full_weights_in_another_dtype(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_weights_in_another_dtype(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     import transformers
 
     assert main(["export", str(base), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
@@ -68,7 +70,9 @@ def test_an_adapter_merged_or_kept(base: Path, adapter: Path, tmp_path: Path) ->
     assert main(["export", str(adapter), str(tmp_path / "merged"), "--merge"]) == 0
     assert main(["export", str(adapter), str(tmp_path / "kept")]) == 0
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    kept = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "kept")
+    kept = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "kept"
+    )
     ours = load_model(adapter / "checkpoints" / "step_000002")[0]
     for found in (merged, kept):
         torch.testing.assert_close(logits(found), logits(ours), rtol=1e-4, atol=1e-4)
@@ -104,7 +108,9 @@ def test_mistakes_are_named_and_nothing_is_touched(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "moved", "new"]
 
 
-def test_the_last_checkpoint_is_the_one_of_most_steps(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_last_checkpoint_is_the_one_of_most_steps(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for step in ("step_999999", "step_1000000"):
         shutil.copytree(base, tmp_path / "run" / "checkpoints" / step)
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0

@@ -1,6 +1,6 @@
 """The kernels on a GPU: against float64, plain PyTorch's error in the same dtype, and the promise that bits do not depend on the batch.
 
-    python -m pytest -q -m gpu
+python -m pytest -q -m gpu
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import torch
 from duologue.kernels import cpu, ops, reference
 from torch import Tensor
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device"),
+]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -37,8 +40,14 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {  # name: (op, shapes of its fl
     "add_rms_norm": ("add_rms_norm", ((129, 1000), (129, 1000), (1000,), 1e-6)),
     "silu_mul": ("silu_mul", ((127, 3073), (127, 3073))),
     "rope": ("rope", ((129, 9, 128), (129, 3, 128), TABLES[0], TABLES[1], torch.arange(129) * 15)),
-    "packed_attention 128": ("packed_attention", (*[(sum(LENGTHS), heads, 128) for heads in (8, 2, 2)], LENGTHS, 0.09)),
-    "packed_attention 80": ("packed_attention", ((sum(LENGTHS), 4, 80), (sum(LENGTHS), 4, 80), (sum(LENGTHS), 4, 80), LENGTHS, 0.11)),
+    "packed_attention 128": (
+        "packed_attention",
+        (*[(sum(LENGTHS), heads, 128) for heads in (8, 2, 2)], LENGTHS, 0.09),
+    ),
+    "packed_attention 80": (
+        "packed_attention",
+        ((sum(LENGTHS), 4, 80), (sum(LENGTHS), 4, 80), (sum(LENGTHS), 4, 80), LENGTHS, 0.11),
+    ),
     "logprob": ("logprob", ((65, 50_257), torch.arange(65) * 700, 0.7)),
 }
 
@@ -54,7 +63,10 @@ def arguments(name: str, dtype: torch.dtype) -> list[Any]:
 
 
 def run(fn: Any, inputs: list[Any], shapes: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    cast = [x.to(dtype).detach().requires_grad_() if isinstance(s, tuple) else x for x, s in zip(inputs, shapes, strict=True)]
+    cast = [
+        x.to(dtype).detach().requires_grad_() if isinstance(s, tuple) else x
+        for x, s in zip(inputs, shapes, strict=True)
+    ]
     out = fn(*cast)
     outputs = list(out) if isinstance(out, tuple) else [out]
     grads = [randn(*o.shape, seed=7).to(o.dtype) for o in outputs]
@@ -73,7 +85,9 @@ def test_error_is_at_most_that_of_plain_torch(name: str, dtype: torch.dtype) -> 
     n_outputs = 2 if op in ("add_rms_norm", "rope", "logprob") else 1
     for i, (a, b, e) in enumerate(zip(ours, theirs, exact, strict=True)):
         assert a.dtype == b.dtype
-        limit = (2 if i < n_outputs else 3) * float((b.double() - e).norm()) + float(e.norm()) * torch.finfo(dtype).eps
+        limit = (2 if i < n_outputs else 3) * float((b.double() - e).norm()) + float(e.norm()) * torch.finfo(
+            dtype
+        ).eps
         assert float((a.double() - e).norm()) <= limit, i
 
 
@@ -82,7 +96,9 @@ def test_fast_forms_are_close(op: str) -> None:
     name = next(n for n in CASES if n.startswith(op))
     inputs, shapes = arguments(name, torch.bfloat16), CASES[name][1]
     exact = run(getattr(reference, op), inputs, shapes, torch.float64)
-    for a, e in zip(run(lambda *x: getattr(ops, op)(*x, exact=False), inputs, shapes, torch.bfloat16), exact, strict=True):
+    for a, e in zip(
+        run(lambda *x: getattr(ops, op)(*x, exact=False), inputs, shapes, torch.bfloat16), exact, strict=True
+    ):
         assert float((a.double() - e).norm()) <= 0.02 * float(e.norm())
 
 
@@ -111,14 +127,19 @@ def test_rows_keep_their_bits_in_any_company(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("D", "ratio", "B"), [(128, 4, 16), (64, 2, 32), (80, 1, 16)])
-def test_decode_prefill_and_training_have_one_set_of_bits(dtype: torch.dtype, D: int, ratio: int, B: int) -> None:
+def test_decode_prefill_and_training_have_one_set_of_bits(
+    dtype: torch.dtype, D: int, ratio: int, B: int
+) -> None:
     from duologue.kernels import triton_attention
 
     rng, T = random.Random(D), sum(LENGTHS)
     q, k, v = (randn(T, heads, D, dtype=dtype, seed=heads) for heads in (2 * ratio, 2, 2))
     packed = ops.packed_attention(q, k, v, offsets(LENGTHS), 0.1)
     counts = [-(-n // B) for n in LENGTHS]
-    order, pages = torch.randperm(sum(counts)).int().cuda(), torch.zeros(2, sum(counts), B, 2, D, dtype=dtype, device="cuda")
+    order, pages = (
+        torch.randperm(sum(counts)).int().cuda(),
+        torch.zeros(2, sum(counts), B, 2, D, dtype=dtype, device="cuda"),
+    )
     table = torch.zeros(len(LENGTHS), max(counts), dtype=torch.int32, device="cuda")
     bounds = [0, *itertools.accumulate(LENGTHS)]
     for s, count in enumerate(counts):
@@ -129,15 +150,22 @@ def test_decode_prefill_and_training_have_one_set_of_bits(dtype: torch.dtype, D:
     for most, split in ((1, True), (1, False), (1, None), (300, True), (300, False), (2000, None)):
         ends = [rng.randint(max(1, n // 2), n) for n in LENGTHS]
         new = [rng.randint(1, min(most, end)) for end in ends]
-        token = torch.cat([torch.arange(bounds[s] + ends[s] - new[s], bounds[s] + ends[s]) for s in range(len(LENGTHS))]).cuda()
+        token = torch.cat(
+            [torch.arange(bounds[s] + ends[s] - new[s], bounds[s] + ends[s]) for s in range(len(LENGTHS))]
+        ).cuda()
         out, context = torch.empty_like(q[token]), torch.tensor(ends, dtype=torch.int32, device="cuda")
-        triton_attention.forward(q[token], pages[0], pages[1], out, None, offsets(new), 0.1, table, context, split=split)
+        triton_attention.forward(
+            q[token], pages[0], pages[1], out, None, offsets(new), 0.1, table, context, split=split
+        )
         assert torch.equal(out, packed[token]), (most, split)
     table[5, :32] = table[4, :32]
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
     arguments = (pages[0], pages[1], out[:6], None, offsets([1] * 6), 0.1, table, lengths)
     alone = triton_attention.forward(q[:6].contiguous(), *arguments).clone()
-    groups = (torch.tensor([0, 4, 6], dtype=torch.int32, device="cuda"), torch.tensor([0, 512], dtype=torch.int32, device="cuda"))
+    groups = (
+        torch.tensor([0, 4, 6], dtype=torch.int32, device="cuda"),
+        torch.tensor([0, 512], dtype=torch.int32, device="cuda"),
+    )
     assert torch.equal(triton_attention.forward(q[:6].contiguous(), *arguments, groups), alone)
 
 
@@ -147,9 +175,13 @@ def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:
     temperature = torch.rand(N, generator=generator) + 0.3
     temperature[::9] = 0
     args = (
-        temperature, torch.where(torch.arange(N) % 2 == 0, 0, 40).int(), torch.where(torch.arange(N) % 3 == 0, 1.0, 0.9),
-        torch.where(torch.arange(N) % 4 == 0, 0.05, 0.0), torch.arange(N), torch.arange(N) * 3,
-    )  # fmt: skip
+        temperature,
+        torch.where(torch.arange(N) % 2 == 0, 0, 40).int(),
+        torch.where(torch.arange(N) % 3 == 0, 1.0, 0.9),
+        torch.where(torch.arange(N) % 4 == 0, 0.05, 0.0),
+        torch.arange(N),
+        torch.arange(N) * 3,
+    )
     token, logprob, entropy, kept, offsets = ops.sample(z.cuda(), *(x.cuda() for x in args))
     again = ops.logprob(z.cuda(), token, torch.where(temperature == 0, 1.0, temperature).cuda())
     whole = offsets.diff() == 0
@@ -171,15 +203,24 @@ def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int, decode
     from duologue.rollout.engine.sequence import SamplingParams
 
     config = ModelConfig(
-        model_type="qwen3", vocab_size=1003, hidden_size=256, intermediate_size=512, num_layers=2, num_heads=8, num_kv_heads=2,
-        head_dim=64, max_position_embeddings=2048,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=1003,
+        hidden_size=256,
+        intermediate_size=512,
+        num_layers=2,
+        num_heads=8,
+        num_kv_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+    )
     model = Decoder(config)
     model.init_weights(0)
     model = model.to("cuda", dtype)
     rng = random.Random(1)
     prompts = [[rng.randrange(1003) for _ in range(rng.randint(1, 700))] for _ in range(12)]
-    engine = Engine(model, max_batch=max_batch, max_step_tokens=160, cache_tokens=16_384, decode_steps=decode_steps)
+    engine = Engine(
+        model, max_batch=max_batch, max_step_tokens=160, cache_tokens=16_384, decode_steps=decode_steps
+    )
     params = [SamplingParams(max_new_tokens=24 - i, temperature=0.9, seed=i) for i in range(12)]
     first = engine.generate(prompts, params)
     engine.release_memory()
@@ -205,7 +246,15 @@ def test_fused_head_with_rows_that_move(dtype: torch.dtype, exact: bool) -> None
             return (logp * g[rows] - entropy * h[rows]).sum()
 
         found = ops.linear_policy_loss(
-            x[0], x[1], targets, loss_fn, temperature=0.8, bias=x[2], softcap=20.0, exact=exact, chunk_bytes=64 * V * 8
+            x[0],
+            x[1],
+            targets,
+            loss_fn,
+            temperature=0.8,
+            bias=x[2],
+            softcap=20.0,
+            exact=exact,
+            chunk_bytes=64 * V * 8,
         )
         return [found.logprob, found.entropy, *torch.autograd.grad(found.loss, x)]
 
@@ -221,7 +270,9 @@ def test_fused_head_with_rows_that_move(dtype: torch.dtype, exact: bool) -> None
     found = fused([x.clone().requires_grad_() for x in inputs])
     for i, (a, b, e) in enumerate(zip(found, theirs, exactly, strict=True)):
         floor = float(e.norm()) * (2e-6 if i < 2 else torch.finfo(dtype).eps)
-        assert float((a.double() - e).norm()) <= (2 if i < 2 else 3) * float((b.double() - e).norm()) + floor, i
+        assert (
+            float((a.double() - e).norm()) <= (2 if i < 2 else 3) * float((b.double() - e).norm()) + floor
+        ), i
 
 
 def test_fused_head_has_the_bits_of_linear_and_logprob() -> None:
@@ -237,7 +288,9 @@ def test_fused_head_has_the_bits_of_linear_and_logprob() -> None:
 def test_sparse_head_and_advantages(dtype: torch.dtype) -> None:
     N, H, V, kept = 257, 192, 4099, 9
     hidden, weight = randn(N, H, dtype=dtype), randn(V, H, dtype=dtype) / 8
-    ids = (torch.arange(N, device="cuda")[:, None] * 11 % (V - 100) + torch.arange(kept, device="cuda") * 7).int()
+    ids = (
+        torch.arange(N, device="cuda")[:, None] * 11 % (V - 100) + torch.arange(kept, device="cuda") * 7
+    ).int()
     offsets, targets = torch.arange(N + 1, device="cuda") * kept, ids[:, 4].long()
 
     def run(fn: Any, kind: torch.dtype) -> list[Tensor]:
@@ -245,9 +298,14 @@ def test_sparse_head_and_advantages(dtype: torch.dtype) -> None:
         logp, entropy = fn(x, w, targets, ids.flatten(), offsets, 0.7)
         return [logp.detach(), entropy.detach(), *torch.autograd.grad((logp - entropy).sum(), (x, w))]
 
-    exact, theirs = (run(lambda *a: reference.sparse_linear_logprob(*a, None, None), kind) for kind in (torch.float64, dtype))
+    exact, theirs = (
+        run(lambda *a: reference.sparse_linear_logprob(*a, None, None), kind)
+        for kind in (torch.float64, dtype)
+    )
     for i, (a, b, e) in enumerate(zip(run(ops.sparse_linear_logprob, dtype), theirs, exact, strict=True)):
-        limit = (2 if i < 2 else 3) * float((b.double() - e).norm()) + float(e.norm()) * torch.finfo(dtype).eps
+        limit = (2 if i < 2 else 3) * float((b.double() - e).norm()) + float(e.norm()) * torch.finfo(
+            dtype
+        ).eps
         assert float((a.double() - e).norm()) <= limit, i
     rewards, groups = randn(N), torch.arange(N, device="cuda") // 8
     scored = torch.arange(N, device="cuda") % 7 > 0
@@ -258,7 +316,11 @@ def test_sparse_head_and_advantages(dtype: torch.dtype) -> None:
 
 
 def test_compiled_is_eager() -> None:
-    x, weight, norm = randn(64, 256, dtype=torch.bfloat16), randn(256, 256, dtype=torch.bfloat16), randn(256, dtype=torch.bfloat16)
+    x, weight, norm = (
+        randn(64, 256, dtype=torch.bfloat16),
+        randn(256, 256, dtype=torch.bfloat16),
+        randn(256, dtype=torch.bfloat16),
+    )
     cu = offsets([64])
 
     def block(x: Tensor, weight: Tensor) -> Tensor:
@@ -267,7 +329,9 @@ def test_compiled_is_eager() -> None:
         return ops.packed_attention(y, y, y, cu, 0.1).flatten(1)
 
     shapes = ((64, 256), (256, 256))
-    both = [run(fn, [x, weight], shapes, torch.bfloat16) for fn in (block, torch.compile(block, fullgraph=True))]
+    both = [
+        run(fn, [x, weight], shapes, torch.bfloat16) for fn in (block, torch.compile(block, fullgraph=True))
+    ]
     assert torch.equal(both[0][0], both[1][0])
     for a, b in zip(*both, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)

@@ -36,7 +36,9 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     cpu.use(os.environ.get("DUOLOGUE_CPU", ""))
 
 
-def rows(lengths: list[int], Hq: int, Hk: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def rows(
+    lengths: list[int], Hq: int, Hk: int, D: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(D + Hq)
     q, k, v = (torch.randn(sum(lengths), heads, D, generator=generator).to(dtype) for heads in (Hq, Hk, Hk))
     return q, k, v, offsets(lengths)
@@ -50,11 +52,17 @@ def torch_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: 
     out = []
     for a, b in itertools.pairwise(cu_seqlens.tolist()):
         part = [x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v)]
-        out.append(scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(0, 1))
+        out.append(
+            scaled_dot_product_attention(*part, is_causal=True, scale=scale, enable_gqa=True)[0].transpose(
+                0, 1
+            )
+        )
     return torch.cat(out)
 
 
-def with_gradients(fn, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, grad: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def with_gradients(
+    fn, q: Tensor, k: Tensor, v: Tensor, cu: Tensor, grad: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
     out = fn(*inputs, cu, q.shape[-1] ** -0.5)
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(dtype))]
@@ -71,7 +79,9 @@ def test_reference_is_torch_attention() -> None:
 
 
 @functools.cache
-def with_torch_errors(D: int, ratio: int, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+def with_torch_errors(
+    D: int, ratio: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """(q, k, v, cu_seqlens, output gradient; exact output and gradients; the norms of torch's errors in these)."""
     inputs = rows(LENGTHS, 2 * ratio, 2, D, dtype)
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -85,7 +95,9 @@ def with_torch_errors(D: int, ratio: int, dtype: torch.dtype) -> tuple[list[Tens
 def test_error_is_no_larger_than_torch(isa: str, dtype: torch.dtype, D: int, ratio: int) -> None:
     inputs, exact, errors = with_torch_errors(D, ratio, dtype)
     ours = with_gradients(ops.packed_attention, *inputs, dtype)
-    for name, factor, x, truth, error in zip(("out", "q", "k", "v"), (2, 3, 3, 3), ours, exact, errors, strict=True):
+    for name, factor, x, truth, error in zip(
+        ("out", "q", "k", "v"), (2, 3, 3, 3), ours, exact, errors, strict=True
+    ):
         assert x.dtype == dtype
         assert (x - truth).norm() <= factor * error, name
 
@@ -124,9 +136,14 @@ def test_paged_is_packed_bit_for_bit(isa: str, dtype: torch.dtype, D: int, ratio
         order = rng.sample(range(len(LENGTHS)), k=rng.randint(1, len(LENGTHS)))
         token = torch.cat([torch.arange(cu[s] + ends[s] - new[s], cu[s] + ends[s]) for s in order])
         out = ops.paged_attention(
-            q[token], k_pages, v_pages, table[order], offsets([new[s] for s in order]),
-            torch.tensor([ends[s] for s in order], dtype=torch.int32), 0.2,
-        )  # fmt: skip
+            q[token],
+            k_pages,
+            v_pages,
+            table[order],
+            offsets([new[s] for s in order]),
+            torch.tensor([ends[s] for s in order], dtype=torch.int32),
+            0.2,
+        )
         assert torch.equal(out, packed[token])
 
 
@@ -136,7 +153,9 @@ def test_a_sequence_keeps_its_bits_in_any_company(isa: str, dtype: torch.dtype) 
     grad = torch.randn(q.shape).to(dtype)
     together = with_gradients(ops.packed_attention, q, k, v, cu, grad, dtype)
     for a, b in itertools.pairwise(cu.tolist()):
-        alone = with_gradients(ops.packed_attention, q[a:b], k[a:b], v[a:b], offsets([b - a]), grad[a:b], dtype)
+        alone = with_gradients(
+            ops.packed_attention, q[a:b], k[a:b], v[a:b], offsets([b - a]), grad[a:b], dtype
+        )
         for x, y in zip(together, alone, strict=True):
             assert torch.equal(x[a:b], y)
 
@@ -176,7 +195,9 @@ def test_strided_inputs_are_copied() -> None:
     q, k, v, cu = rows([9, 21], 4, 2, 32, torch.float32)
     wide = torch.cat((q, k, v), dim=1)  # as a fused projection leaves them
     q_view, k_view, v_view = wide.split((4, 2, 2), dim=1)
-    assert torch.equal(ops.packed_attention(q_view, k_view, v_view, cu, 0.1), ops.packed_attention(q, k, v, cu, 0.1))
+    assert torch.equal(
+        ops.packed_attention(q_view, k_view, v_view, cu, 0.1), ops.packed_attention(q, k, v, cu, 0.1)
+    )
 
 
 def test_library_ops_are_sound() -> None:
@@ -213,7 +234,10 @@ def test_compiled_is_eager() -> None:
     [
         ({"k": torch.zeros(5, 3, 16), "v": torch.zeros(5, 3, 16)}, "4 query heads are no multiple of 3"),
         ({"k": torch.zeros(4, 2, 16)}, r"k has shape \(4, 2, 16\)"),
-        ({"v": torch.zeros(5, 2, 16, dtype=torch.bfloat16)}, "v is torch.bfloat16, accepted is torch.float32"),
+        (
+            {"v": torch.zeros(5, 2, 16, dtype=torch.bfloat16)},
+            "v is torch.bfloat16, accepted is torch.float32",
+        ),
         ({"cu_seqlens": torch.tensor([0, 5])}, "cu_seqlens is torch.int64"),
         ({"cu_seqlens": torch.tensor([0, 4], dtype=torch.int32)}, "rise from 0 to T = 5, its entry 1 "),
         ({"cu_seqlens": torch.tensor([0, 9, 5], dtype=torch.int32)}, "its entry 2 "),
@@ -234,7 +258,10 @@ def test_packed_refuses(change: dict[str, Tensor], message: str) -> None:
     [
         ({"block_table": torch.tensor([[0, 4]], dtype=torch.int32)}, r"pages \[0, 4\].*from 0 to 3"),
         ({"block_table": torch.tensor([[0, -1]], dtype=torch.int32)}, r"pages \[0, -1\]"),
-        ({"block_table": torch.tensor([[0]], dtype=torch.int32)}, r"context_lens 20 and the pages \[0\] of 16"),
+        (
+            {"block_table": torch.tensor([[0]], dtype=torch.int32)},
+            r"context_lens 20 and the pages \[0\] of 16",
+        ),
         ({"context_lens": torch.tensor([1], dtype=torch.int32)}, "2 queries, context_lens 1 "),
         ({"cu_seqlens": offsets([3])}, "rise from 0 to T = 2"),
         ({"k_pages": torch.zeros(4, 8, 2, 16), "v_pages": torch.zeros(4, 8, 2, 16)}, "page size is 8"),
@@ -259,7 +286,9 @@ def test_paged_refuses(change: dict[str, Tensor], message: str) -> None:
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 20), (3, 3, 128)])
-def test_a_shared_prefix_changes_no_bit(heads: int, kv_heads: int, dim: int, dtype: torch.dtype, isa: str) -> None:
+def test_a_shared_prefix_changes_no_bit(
+    heads: int, kv_heads: int, dim: int, dtype: torch.dtype, isa: str
+) -> None:
     """Decoding rows whose tables begin with the same pages, against the same keys in pages of their own."""
     if not cpu.lib().use(isa):
         pytest.skip(f"this machine cannot run {isa}")
@@ -287,7 +316,11 @@ def test_a_shared_prefix_changes_no_bit(heads: int, kv_heads: int, dim: int, dty
         assert not torch.equal(apart, together)
         out = [ops.paged_attention(q, k, v, table, cu, lens, dim**-0.5) for table in (apart, together)]
         assert torch.equal(*out)
-        expected = reference.paged_attention(q.double(), k.double(), v.double(), together, cu, lens, dim**-0.5)
-        torch.testing.assert_close(out[1].double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2)
+        expected = reference.paged_attention(
+            q.double(), k.double(), v.double(), together, cu, lens, dim**-0.5
+        )
+        torch.testing.assert_close(
+            out[1].double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+        )
     finally:
         cpu.use("")

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-CASES = [(1, 8, 7), (7, 16, 129), (127, 33, 1000), (129, 64, 8191), (5, 16, 50257), (3, 8, 151936), (64, 48, 4096)]  # N, H, V
+CASES = [
+    (1, 8, 7),
+    (7, 16, 129),
+    (127, 33, 1000),
+    (129, 64, 8191),
+    (5, 16, 50257),
+    (3, 8, 151936),
+    (64, 48, 4096),
+]  # N, H, V
 
 
 def inputs(N: int, H: int, V: int, dtype: torch.dtype, bias: bool = False, seed: int = 0) -> dict[str, Any]:
@@ -24,16 +32,27 @@ def inputs(N: int, H: int, V: int, dtype: torch.dtype, bias: bool = False, seed:
         "weight": (torch.randn(V, H, generator=g) * 2 * H**-0.5).to(dtype),
         "bias": torch.randn(V, generator=g).to(dtype) if bias else None,
     }
-    return {k: None if v is None else v.requires_grad_() for k, v in made.items()} | {"targets": torch.randint(0, V, (N,), generator=g)}
+    return {k: None if v is None else v.requires_grad_() for k, v in made.items()} | {
+        "targets": torch.randint(0, V, (N,), generator=g)
+    }
 
 
-def plain(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Any, bias: Tensor | None, softcap: float | None) -> Any:
+def plain(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Any,
+    bias: Tensor | None,
+    softcap: float | None,
+) -> Any:
     """Log-prob and entropy by PyTorch, in the dtype of hidden up to the logits, then at least fp32."""
     logits = torch.nn.functional.linear(hidden, weight, bias)
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    logp = (logits / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature)).log_softmax(-1)
+    logp = (
+        logits / (temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature)
+    ).log_softmax(-1)
     return logp.gather(1, targets.unsqueeze(1)).squeeze(1), -(logp.exp() * logp).sum(1)
 
 
@@ -42,7 +61,9 @@ def grads(x: dict[str, Any], loss: Tensor) -> list[Tensor]:
 
 
 def doubled(x: dict[str, Any]) -> dict[str, Any]:
-    return {k: v if v is None or k == "targets" else v.detach().double().requires_grad_() for k, v in x.items()}
+    return {
+        k: v if v is None or k == "targets" else v.detach().double().requires_grad_() for k, v in x.items()
+    }
 
 
 def error(got: Tensor, exact: Tensor) -> float:
@@ -61,7 +82,12 @@ def test_no_less_accurate_than_pytorch(N: int, H: int, V: int, extra: str, dtype
     weights = torch.linspace(-1, 1, N), torch.linspace(0.3, -0.2, N)
     results = []
     for fn, y in (
-        (lambda y: ops.linear_logprob(**y, temperature=temperature, softcap=softcap, chunk_bytes=16 * V * 4), x),
+        (
+            lambda y: ops.linear_logprob(
+                **y, temperature=temperature, softcap=softcap, chunk_bytes=16 * V * 4
+            ),
+            x,
+        ),
         (lambda y: plain(**y, temperature=temperature, softcap=softcap), x),
         (lambda y: plain(**y, temperature=temperature, softcap=softcap), doubled(x)),
     ):
@@ -81,7 +107,9 @@ def test_bits_are_those_of_linear_and_logprob_in_any_batch(dtype: torch.dtype) -
     with torch.no_grad():
         expected = ops.logprob(ops.linear(x["hidden"], x["weight"], None, torch.float32), x["targets"], 0.9)
         for rows in (slice(0, 129), slice(3, 4), slice(17, 50)):
-            got = ops.linear_logprob(x["hidden"][rows], x["weight"], x["targets"][rows], 0.9, chunk_bytes=7 * 4000)
+            got = ops.linear_logprob(
+                x["hidden"][rows], x["weight"], x["targets"][rows], 0.9, chunk_bytes=7 * 4000
+            )
             assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True))
 
 
@@ -116,29 +144,53 @@ def test_every_loss_has_its_autograd_gradient(variant: str) -> None:
     total = Normaliser(tokens=float(N), rows=float(S), max_length=20.0)
     for (estimator, kl), clip, bonus, tis in itertools.product(KL, CLIPS, (0.0, 0.05), (0.0, 1.2)):
         config = LossConfig(
-            variant=variant, kl_coef=kl, kl_estimator=estimator if kl else "k3", entropy_coef=bonus, tis_cap=tis, **clip
+            variant=variant,
+            kl_coef=kl,
+            kl_estimator=estimator if kl else "k3",
+            entropy_coef=bonus,
+            tis_cap=tis,
+            **clip,
         )
         x = doubled(inputs(N, H, V, torch.float32))
         logp, _ = plain(**x, temperature=0.7, softcap=None)
         old, ref, sampler = (logp.detach() + 0.3 * torch.randn(N, generator=g).double() for _ in range(3))
 
         def loss_fn(
-            logp: Tensor, entropy: Tensor, rows: slice, config: LossConfig = config, old: Tensor = old, ref: Tensor = ref,
+            logp: Tensor,
+            entropy: Tensor,
+            rows: slice,
+            config: LossConfig = config,
+            old: Tensor = old,
+            ref: Tensor = ref,
             sampler: Tensor = sampler,
-        ) -> Tensor:  # fmt: skip
+        ) -> Tensor:
             d = logp.dtype
             return policy_loss(
-                config, logp, old[rows].to(d), advantage[rows].to(d), segments[rows], S, total, ref_logp=ref[rows].to(d),
-                entropy=entropy, sampler_logp=sampler[rows].to(d),
-            )[0]  # fmt: skip
+                config,
+                logp,
+                old[rows].to(d),
+                advantage[rows].to(d),
+                segments[rows],
+                S,
+                total,
+                ref_logp=ref[rows].to(d),
+                entropy=entropy,
+                sampler_logp=sampler[rows].to(d),
+            )[0]
 
         exact = loss_fn(*plain(**x, temperature=0.7, softcap=None), slice(0, N))
         expected = grads(x, exact)
         coupled = variant in ("grpo", "gspo")  # their weights need the length of whole rows
-        single = {k: v.detach().float().requires_grad_() if k in ("hidden", "weight") else v for k, v in x.items()}
+        single = {
+            k: v.detach().float().requires_grad_() if k in ("hidden", "weight") else v for k, v in x.items()
+        }
         for y, tolerance in ((x, 1e-11), (single, 2e-4)):
             loss = ops.linear_policy_loss(
-                **y, loss_fn=loss_fn, temperature=0.7, level="sequence" if coupled else "token", chunk_bytes=5 * V * 8
+                **y,
+                loss_fn=loss_fn,
+                temperature=0.7,
+                level="sequence" if coupled else "token",
+                chunk_bytes=5 * V * 8,
             ).loss
             assert float(loss.detach()) == pytest.approx(float(exact.detach()), rel=1e-4, abs=1e-6)
             for a, b in zip(grads(y, loss * 2.5), expected, strict=True):
@@ -179,19 +231,29 @@ def test_compaction_moves_only_into_gaps() -> None:
 def test_library_checks_and_compile() -> None:
     x = inputs(9, 16, 50, torch.float32, bias=True)
     op = torch.ops.duologue.linear_logprob.default
-    torch.library.opcheck(op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.9), x["bias"], 2.0, None, True, 4000))
+    torch.library.opcheck(
+        op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.9), x["bias"], 2.0, None, True, 4000)
+    )
     mask = torch.arange(9) % 2 > 0
-    torch.library.opcheck(op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.5), None, 0.0, mask, True, 600))
+    torch.library.opcheck(
+        op, (x["hidden"], x["weight"], x["targets"], torch.full((9,), 0.5), None, 0.0, mask, True, 600)
+    )
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
         logp, entropy = ops.linear_logprob(hidden, weight, targets, 0.9, bias)
         return (logp - 0.1 * entropy).sum()
 
     y = dict(x)
-    def policy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
-        return ops.linear_policy_loss(hidden, weight, targets, lambda logp, entropy, rows: (logp - 0.1 * entropy).sum(), bias=bias).loss
 
-    one, other = grads(x, policy(**x)), grads(y, torch.compile(policy, fullgraph=True, backend="aot_eager")(**y))
+    def policy(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        return ops.linear_policy_loss(
+            hidden, weight, targets, lambda logp, entropy, rows: (logp - 0.1 * entropy).sum(), bias=bias
+        ).loss
+
+    one, other = (
+        grads(x, policy(**x)),
+        grads(y, torch.compile(policy, fullgraph=True, backend="aot_eager")(**y)),
+    )
     assert all(error(a, b.double()) < 1e-6 for a, b in zip(one, other, strict=True))
     eager = grads(x, run(**x))
     compiled = grads(y, torch.compile(run, fullgraph=True, backend="aot_eager")(**y))
@@ -199,7 +261,10 @@ def test_library_checks_and_compile() -> None:
 
 
 def _good() -> dict[str, Any]:
-    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in inputs(6, 8, 20, torch.float32, bias=True).items()}
+    return {
+        k: v.detach() if isinstance(v, Tensor) else v
+        for k, v in inputs(6, 8, 20, torch.float32, bias=True).items()
+    }
 
 
 BAD: list[tuple[str, Callable[[dict[str, Any]], Any], str]] = [
@@ -251,13 +316,28 @@ def test_no_rows() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    N=st.integers(0, 9), H=st.integers(1, 9), V=st.integers(1, 40),
+    N=st.integers(0, 9),
+    H=st.integers(1, 9),
+    V=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int32]),
-    wdtype=st.sampled_from([torch.float32, torch.bfloat16]), tdtype=st.sampled_from([torch.int64, torch.int32, torch.float32]),
-    low=st.integers(-1, 3), off=st.integers(0, 2), stride=st.booleans(), budget=st.integers(1, 500),
-)  # fmt: skip
+    wdtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    tdtype=st.sampled_from([torch.int64, torch.int32, torch.float32]),
+    low=st.integers(-1, 3),
+    off=st.integers(0, 2),
+    stride=st.booleans(),
+    budget=st.integers(1, 500),
+)
 def test_fuzzed_arguments_work_or_are_refused(
-    N: int, H: int, V: int, dtype: Any, wdtype: Any, tdtype: Any, low: int, off: int, stride: bool, budget: int
+    N: int,
+    H: int,
+    V: int,
+    dtype: Any,
+    wdtype: Any,
+    tdtype: Any,
+    low: int,
+    off: int,
+    stride: bool,
+    budget: int,
 ) -> None:
     hidden = torch.ones(N, H).to(dtype)
     weight = torch.ones(V, H + off).to(wdtype)

@@ -28,9 +28,18 @@ LENGTHS = {  # (new tokens, tokens before them) of each sequence of a step
 
 def decoder(family: str, dtype: torch.dtype) -> Decoder:
     config = ModelConfig(
-        model_type=family, vocab_size=97, hidden_size=48, intermediate_size=100, num_layers=3, num_heads=6, num_kv_heads=2,
-        head_dim=20, max_position_embeddings=512, tie_word_embeddings=True, **FAMILIES[family],
-    )  # fmt: skip
+        model_type=family,
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=100,
+        num_layers=3,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=20,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        **FAMILIES[family],
+    )
     model = Decoder(config)
     model.init_weights(0)
     with torch.no_grad():
@@ -64,11 +73,21 @@ def step(model: Decoder, lengths: list[tuple[int, int]]) -> tuple[Tensor, Tensor
     return torch.randint(0, config.vocab_size, (len(row),), generator=generator), positions, context
 
 
-def run(model: Decoder, ids: Tensor, positions: Tensor, at: PagedAttention, wanted: Tensor) -> tuple[Tensor, Tensor]:
+def run(
+    model: Decoder, ids: Tensor, positions: Tensor, at: PagedAttention, wanted: Tensor
+) -> tuple[Tensor, Tensor]:
     kv, layers = at.kv.clone(), model.paged_layers()
     assert layers is not None
     out = layers(
-        ids, wanted, *model.rotary_tables(positions), positions, kv, at.slots, at.block_table, at.cu_seqlens, at.context_lens
+        ids,
+        wanted,
+        *model.rotary_tables(positions),
+        positions,
+        kv,
+        at.slots,
+        at.block_table,
+        at.cu_seqlens,
+        at.context_lens,
     )
     return out, kv
 

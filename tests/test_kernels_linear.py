@@ -15,7 +15,9 @@ import torch
 from duologue.kernels import cpu, ops, reference
 from torch import Tensor
 
-spec = importlib.util.spec_from_file_location("bench_cases", Path(__file__).parent.parent / "bench" / "cases.py")
+spec = importlib.util.spec_from_file_location(
+    "bench_cases", Path(__file__).parent.parent / "bench" / "cases.py"
+)
 assert spec is not None
 assert spec.loader is not None
 cases = importlib.util.module_from_spec(spec)
@@ -38,7 +40,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def outputs_and_gradients(fn: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     """The op's outputs and the gradients of a fixed random projection of them; tables and positions stay as they are."""
-    floats = [isinstance(a, Tensor) and a.is_floating_point() and not (a.dim() == 2 and a.shape[0] == 256) for a in arguments]
+    floats = [
+        isinstance(a, Tensor) and a.is_floating_point() and not (a.dim() == 2 and a.shape[0] == 256)
+        for a in arguments
+    ]
     cast = [a.to(dtype).detach().requires_grad_() if f else a for a, f in zip(arguments, floats, strict=True)]
     found = fn(*cast)
     outputs = list(found) if isinstance(found, tuple) else [found]
@@ -135,18 +140,35 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5)), r"linear: weight has shape \(4, 5\), accepted is \(\*, 3\)"),
-        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3).bfloat16()), "weight is torch.bfloat16, accepted is torch.float32"),
-        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)), r"linear: bias has shape \(3,\), accepted is \(4\)"),
+        (
+            lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5)),
+            r"linear: weight has shape \(4, 5\), accepted is \(\*, 3\)",
+        ),
+        (
+            lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3).bfloat16()),
+            "weight is torch.bfloat16, accepted is torch.float32",
+        ),
+        (
+            lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3), torch.ones(3)),
+            r"linear: bias has shape \(3,\), accepted is \(4\)",
+        ),
         (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 3, device="meta")), "linear: weight is on meta"),
         (lambda: ops.rms_norm(torch.ones(2, 3), torch.ones(4), 1e-6), r"rms_norm: weight has shape \(4,\)"),
         (lambda: ops.silu_mul(torch.ones(2, 3), torch.ones(2, 4)), r"silu_mul: up has shape \(2, 4\)"),
         (
-            lambda: ops.rope(torch.ones(1, 1, 4), torch.ones(1, 1, 4), torch.ones(8, 2), torch.ones(8, 2), torch.tensor([8])),
+            lambda: ops.rope(
+                torch.ones(1, 1, 4),
+                torch.ones(1, 1, 4),
+                torch.ones(8, 2),
+                torch.ones(8, 2),
+                torch.tensor([8]),
+            ),
             r"rope: positions\[0\] = 8, accepted is 0 to 7",
         ),
         (
-            lambda: ops.write_kv(*[torch.ones(1, 1, 4)] * 2, *[torch.ones(2, 16, 1, 4)] * 2, torch.tensor([32])),
+            lambda: ops.write_kv(
+                *[torch.ones(1, 1, 4)] * 2, *[torch.ones(2, 16, 1, 4)] * 2, torch.tensor([32])
+            ),
             r"write_kv: slots\[0\] = 32, accepted is 0 to 31",
         ),
     ],
@@ -166,7 +188,10 @@ def test_empty_batches_work() -> None:
 @needs_cpp
 def test_an_unknown_instruction_set_is_refused(value: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import duologue.kernels.ops"], env={**os.environ, "DUOLOGUE_CPU": value}, capture_output=True, text=True
+        [sys.executable, "-c", "import duologue.kernels.ops"],
+        env={**os.environ, "DUOLOGUE_CPU": value},
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0
     assert f"DUOLOGUE_CPU = '{value}': accepted is one of generic, avx2, avx512" in done.stderr

@@ -49,7 +49,9 @@ def plain_logprob(logits: Tensor, targets: Tensor, temperature: Tensor) -> tuple
     return logp.gather(1, targets.unsqueeze(1)).squeeze(1), -(logp.exp() * logp).sum(-1)
 
 
-def with_gradient(fn, logits: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype) -> list[Tensor]:
+def with_gradient(
+    fn, logits: Tensor, targets: Tensor, temperature: Tensor, dtype: torch.dtype
+) -> list[Tensor]:
     logits = logits.to(dtype).requires_grad_()
     logprob, entropy = fn(logits, targets, temperature)
     weight = torch.linspace(-1, 1, len(logits), dtype=logprob.dtype)
@@ -68,7 +70,9 @@ def test_error_is_no_larger_than_torch(isa: str, dtype: torch.dtype, N: int, V: 
     theirs = with_gradient(plain_logprob, logits.float(), targets, temperature, torch.float32)
     theirs[2] = theirs[2].to(dtype)  # what autograd hands to bf16 logits
     ours = with_gradient(ops.logprob, logits, targets, temperature, dtype)
-    for name, factor, a, b, c in zip(("logprob", "entropy", "grad"), (2, 2, 3), ours, theirs, exact, strict=True):
+    for name, factor, a, b, c in zip(
+        ("logprob", "entropy", "grad"), (2, 2, 3), ours, theirs, exact, strict=True
+    ):
         rounding = 2.0**-24 * c.norm()  # torch may be lucky on a few short rows
         assert (a - c).norm() <= factor * torch.maximum((b - c).norm(), rounding), name
     assert ours[2].dtype == dtype
@@ -77,7 +81,8 @@ def test_error_is_no_larger_than_torch(isa: str, dtype: torch.dtype, N: int, V: 
 def test_reference_and_float64_gradient() -> None:
     logits, targets, temperature = case(4, 7, torch.float64)
     torch.testing.assert_close(
-        reference.logprob(logits, targets, temperature.double()), plain_logprob(logits, targets, temperature.double())
+        reference.logprob(logits, targets, temperature.double()),
+        plain_logprob(logits, targets, temperature.double()),
     )
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda z: reference.logprob(z, targets, 0.7), logits)
@@ -104,7 +109,9 @@ def test_a_row_keeps_its_bits_in_any_company(isa: str, dtype: torch.dtype) -> No
 def test_temperature_is_a_number_or_one_per_row() -> None:
     logits, targets, _ = case(9, 127, torch.float32)
     by_row = with_gradient(ops.logprob, logits, targets, torch.full((9,), 0.7), torch.float32)
-    by_number = with_gradient(lambda z, t, _: ops.logprob(z, t, 0.7), logits, targets, torch.empty(0), torch.float32)
+    by_number = with_gradient(
+        lambda z, t, _: ops.logprob(z, t, 0.7), logits, targets, torch.empty(0), torch.float32
+    )
     assert all(torch.equal(a, b) for a, b in zip(by_row, by_number, strict=True))
 
 
@@ -113,7 +120,9 @@ def test_impossible_tokens_count_as_nothing(isa: str) -> None:
     allowed = torch.arange(0, 127, 3)
     masked = torch.full_like(logits, float("-inf")).index_copy(1, allowed, logits[:, allowed])
     targets = allowed[torch.arange(9)]
-    exact = with_gradient(plain_logprob, logits[:, allowed].double(), torch.arange(9), torch.ones(9), torch.float64)
+    exact = with_gradient(
+        plain_logprob, logits[:, allowed].double(), torch.arange(9), torch.ones(9), torch.float64
+    )
     ours = with_gradient(ops.logprob, masked, targets, torch.ones(9), torch.float32)
     for a, b in zip((*ours[:2], ours[2][:, allowed]), exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6)
@@ -131,7 +140,14 @@ def settings(
     """The arguments of `sample` after the logits: n draws at positions 0 to n - 1 of one seed."""
     full = [torch.full((n,), x) for x in (temperature, top_p, min_p)]
     ids = torch.arange(n)
-    return full[0], torch.full((n,), top_k, dtype=torch.int32), full[1], full[2], torch.full_like(ids, seed), ids
+    return (
+        full[0],
+        torch.full((n,), top_k, dtype=torch.int32),
+        full[1],
+        full[2],
+        torch.full_like(ids, seed),
+        ids,
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +162,9 @@ def settings(
         ),
     ],
 )
-def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+def test_philox_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
     words = reference.philox(tuple(map(torch.tensor, counter)), tuple(map(torch.tensor, key)))  # of Random123
     assert tuple(int(w) for w in words) == expected
 
@@ -257,7 +275,9 @@ def test_kept_sets_are_those_of_transformers(top_k: int, top_p: float, min_p: fl
         seen = torch.zeros(V, dtype=torch.bool)
         seen[ops.sample(row.expand(draws, V), *settings(draws, temperature, top_k, top_p, min_p))[0]] = True
         assert not bool((seen & ~keeps).any())
-        likely = keeps & (torch.softmax(row / temperature, -1) > 0.02)  # missing one of these has odds below 1e-5
+        likely = keeps & (
+            torch.softmax(row / temperature, -1) > 0.02
+        )  # missing one of these has odds below 1e-5
         assert bool(seen[likely].all())
 
 
@@ -295,7 +315,9 @@ def test_compiled_is_eager() -> None:
 
     def both(z: Tensor, targets: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         _, logprob, entropy, _, _ = ops.sample(z.detach(), *args)
-        return tuple(a + b for a, b in zip(ops.logprob(z, targets, temperature), (logprob, entropy), strict=True))
+        return tuple(
+            a + b for a, b in zip(ops.logprob(z, targets, temperature), (logprob, entropy), strict=True)
+        )
 
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     for a, b in zip(

@@ -45,7 +45,9 @@ def wrong_imports(root: Path) -> list[str]:
         for module in imports(parse(file)):
             first, _, rest = module.partition(".")
             upward = first == "duologue" and rest and rest.split(".")[0] not in allowed
-            bare = first in LAYERS or first == ""  # `import kernels`, `from . import x`: the package is duologue
+            bare = (
+                first in LAYERS or first == ""
+            )  # `import kernels`, `from . import x`: the package is duologue
             if upward or bare or first in NOT_FOR_PRODUCT or (first == "torch" and name in NO_TORCH):
                 found.append(f"{name} imports {module}")
     return found
@@ -89,7 +91,12 @@ def long_function(n: int) -> str:
 @pytest.mark.parametrize(
     ("check", "name", "text", "n_found"),
     [
-        (wrong_imports, "model/a.py", "from duologue.kernels import ops\nfrom duologue.model.b import c\n", 0),
+        (
+            wrong_imports,
+            "model/a.py",
+            "from duologue.kernels import ops\nfrom duologue.model.b import c\n",
+            0,
+        ),
         (wrong_imports, "model/a.py", "import duologue\nimport torch, json\n", 0),
         (wrong_imports, "kernels/a.py", "from duologue.model import decoder\n", 1),
         (wrong_imports, "rollout/engine/a.py", "def f():\n    import duologue.grpo.loss as loss\n", 1),
@@ -105,7 +112,12 @@ def long_function(n: int) -> str:
         (clashing_names, "duologue/a.py", "", 1),
         (over_budget, "model/a.py", long_function(50), 0),
         (over_budget, "model/a.py", long_function(51), 1),
-        (over_budget, "model/a.py", "class A:\n    async " + long_function(51).replace("    x", "        x"), 1),
+        (
+            over_budget,
+            "model/a.py",
+            "class A:\n    async " + long_function(51).replace("    x", "        x"),
+            1,
+        ),
         (over_budget, "kernels/a.py", long_function(90), 0),
         (over_budget, "kernels/a.py", long_function(91), 1),
         (over_budget, "grpo/a.py", "x = 1\n" * 400, 0),

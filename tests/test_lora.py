@@ -27,7 +27,9 @@ from duologue.model.lora import (
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
 
-needs_cpp = pytest.mark.skipif(not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built")
+needs_cpp = pytest.mark.skipif(
+    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+)
 Checkpoint = Callable[[str], tuple[Path, Any]]
 VOCAB = 275
 
@@ -60,7 +62,9 @@ def test_peft_loads_our_adapter_and_computes_the_same(
     base = load_base(folder)
     ours = LoraDecoder(base, random_adapter(base, 1, targets=targets, base=str(folder)))
     write_adapter(ours.adapter, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path).eval()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path
+    ).eval()
     ids = torch.randint(0, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
     expected = theirs(ids).logits
     torch.testing.assert_close(ours(ids), expected, rtol=1e-4, atol=1e-4)
@@ -69,7 +73,9 @@ def test_peft_loads_our_adapter_and_computes_the_same(
     assert float((ours(ids) - ours.adapter_off(ids)).detach().abs().max()) > 0.1
 
 
-def test_gradients_are_those_of_peft_and_only_the_adapter_has_any(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_gradients_are_those_of_peft_and_only_the_adapter_has_any(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
     import peft
     import transformers
 
@@ -77,7 +83,9 @@ def test_gradients_are_those_of_peft_and_only_the_adapter_has_any(checkpoint: Ch
     base = load_base(folder)
     ours = LoraDecoder(base, random_adapter(base, 2))
     write_adapter(ours.adapter, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True)
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path, is_trainable=True
+    )
     ids = torch.randint(0, VOCAB, (2, 11), generator=torch.Generator().manual_seed(0))
     for model in (ours, theirs):
         logits = model(ids) if model is ours else model(ids).logits
@@ -88,21 +96,35 @@ def test_gradients_are_those_of_peft_and_only_the_adapter_has_any(checkpoint: Ch
         for letter, tensor in zip("AB", pair, strict=True):
             wanted = expected[f"base_model.model.model.{name}.lora_{letter}.default.weight"]
             torch.testing.assert_close(tensor.grad, wanted, rtol=1e-3, atol=1e-6)
-    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [n for n, p in ours.named_parameters() if p.grad is not None]
+    assert [n for n, p in ours.named_parameters() if p.requires_grad] == [
+        n for n, p in ours.named_parameters() if p.grad is not None
+    ]
     assert all(not p.requires_grad for p in base.parameters())
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"use_rslora": True}, {"target_modules": ["down_proj", "k_proj"], "r": 3}, {"target_modules": "all-linear"}],
+    [
+        {},
+        {"use_rslora": True},
+        {"target_modules": ["down_proj", "k_proj"], "r": 3},
+        {"target_modules": "all-linear"},
+    ],
 )
-def test_an_adapter_made_by_peft_loads(checkpoint: Checkpoint, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_an_adapter_made_by_peft_loads(
+    checkpoint: Checkpoint, tmp_path: Path, settings: dict[str, Any]
+) -> None:
     import peft
     import transformers
 
     folder, _ = checkpoint("llama")
     hf = transformers.AutoModelForCausalLM.from_pretrained(folder)
-    defaults: dict[str, Any] = {"r": 6, "lora_alpha": 11, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False}
+    defaults: dict[str, Any] = {
+        "r": 6,
+        "lora_alpha": 11,
+        "target_modules": ["q_proj", "up_proj"],
+        "init_lora_weights": False,
+    }
     config = peft.LoraConfig(**defaults | settings)
     theirs = peft.get_peft_model(hf, config).eval()
     theirs.save_pretrained(tmp_path)
@@ -112,12 +134,16 @@ def test_an_adapter_made_by_peft_loads(checkpoint: Checkpoint, tmp_path: Path, s
     ids = torch.randint(0, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=1e-4, atol=1e-4)
     write_adapter(ours.adapter, tmp_path / "..")  # and what we write of it, peft reads again
-    again = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path.parent)
+    again = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path.parent
+    )
     torch.testing.assert_close(again(ids).logits, theirs(ids).logits)
 
 
 @pytest.mark.parametrize("name", ["qwen2-tied", "llama-mlp-bias"])
-def test_a_merged_model_is_pefts_merge(checkpoint: Checkpoint, tmp_path: Path, name: str, tiny_tokenizer: Any) -> None:
+def test_a_merged_model_is_pefts_merge(
+    checkpoint: Checkpoint, tmp_path: Path, name: str, tiny_tokenizer: Any
+) -> None:
     import peft
     import transformers
 
@@ -125,7 +151,9 @@ def test_a_merged_model_is_pefts_merge(checkpoint: Checkpoint, tmp_path: Path, n
     base = load_base(folder)
     ours = LoraDecoder(base, random_adapter(base, 3))
     write_adapter(ours.adapter, tmp_path)
-    theirs = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path).merge_and_unload()
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path
+    ).merge_and_unload()
     expected = dict(theirs.named_parameters())
     before = {n: p.clone() for n, p in base.named_parameters()}
     whole = merged(ours)
@@ -145,13 +173,21 @@ def test_a_merged_model_is_pefts_merge(checkpoint: Checkpoint, tmp_path: Path, n
         ({"use_dora": True}, "use_dora = True, accepted is False"),
         ({"bias": "all"}, "bias = 'all', accepted is 'none'"),
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
-        ({"r": 5}, r"A and B of layers.0.self_attn.q_proj are \[4, 48\] and \[48, 4\], the model's are \[5, 48\] and \[48, 5\]"),
+        (
+            {"r": 5},
+            r"A and B of layers.0.self_attn.q_proj are \[4, 48\] and \[48, 4\], the model's are \[5, 48\] and \[48, 5\]",
+        ),
         ({"r": None}, "r = None, accepted is an integer >= 1"),
         ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
-        ({"base_model_name_or_path": "Some/Hub-Name"}, "is an adapter on Some/Hub-Name, which is no checkpoint here"),
+        (
+            {"base_model_name_or_path": "Some/Hub-Name"},
+            "is an adapter on Some/Hub-Name, which is no checkpoint here",
+        ),
     ],
 )
-def test_what_is_not_computed_here_is_refused(checkpoint: Checkpoint, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_what_is_not_computed_here_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
     folder, _ = checkpoint("llama")
     write_adapter(random_adapter(load_base(folder), 0, base=str(folder)), tmp_path)
     file = tmp_path / "adapter_config.json"
@@ -197,7 +233,9 @@ def test_dropout_falls_on_training_rows_only_and_follows_from_its_seed(checkpoin
     assert not torch.equal(delta(7), delta(8))
     a, b = (t.detach() for t in adapter.pairs[name])
     torch.testing.assert_close(delta(None), 2.0 * x @ a.T @ b.T, rtol=1e-4, atol=1e-5)
-    mean = torch.stack([delta(seed) for seed in range(400)]).mean(0)  # its expectation is the delta without dropout
+    mean = torch.stack([delta(seed) for seed in range(400)]).mean(
+        0
+    )  # its expectation is the delta without dropout
     assert float((mean - delta(None)).norm() / delta(None).norm()) < 0.1
 
 
@@ -206,7 +244,9 @@ def test_dropout_falls_on_training_rows_only_and_follows_from_its_seed(checkpoin
 
 def differing(model: Decoder, branch: Branch, marks: list[tuple[int, Completion]]) -> int:
     scored = score(model, [branch.token_ids])[0].detach()
-    return sum(int((torch.tensor(c.logprobs) != scored[at - 1 : at - 1 + len(c.token_ids)]).sum()) for at, c in marks)
+    return sum(
+        int((torch.tensor(c.logprobs) != scored[at - 1 : at - 1 + len(c.token_ids)]).sum()) for at, c in marks
+    )
 
 
 @needs_cpp
@@ -217,7 +257,10 @@ def test_logprobs_equal_the_training_forward_whatever_the_neighbours_adapter(
 ) -> None:
     """Turns of branches with the policy's adapter, none and a third one, in the same steps, on equal ids, forked and preempted."""
     base = load_base(checkpoint("qwen3-tied")[0], dtype)
-    policy, other = LoraDecoder(base, random_adapter(base, 1)), LoraDecoder(base, random_adapter(base, 2, rank=7, targets=("v_proj",)))
+    policy, other = (
+        LoraDecoder(base, random_adapter(base, 1)),
+        LoraDecoder(base, random_adapter(base, 2, rank=7, targets=("v_proj",))),
+    )
     models = [policy, base, other]
     engine = Engine(policy, cache_tokens=cache_tokens, max_step_tokens=64)
     engine.use_adapters([None, other.adapter])

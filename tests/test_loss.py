@@ -7,7 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS, LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
+from duologue.grpo.loss import (
+    KL_ESTIMATORS,
+    VARIANTS,
+    LossConfig,
+    Normaliser,
+    imitation_loss,
+    kl_estimate,
+    policy_loss,
+)
 from torch import Tensor
 
 S, L, MAX_LENGTH = 5, 7, 11
@@ -35,7 +43,9 @@ def make_case(seed: int = 0, spread: float = 0.5, dtype: torch.dtype = torch.flo
     )
 
 
-def our_loss(config: LossConfig, case: SimpleNamespace, logp: Tensor, entropy: Tensor | None = None) -> Tensor:
+def our_loss(
+    config: LossConfig, case: SimpleNamespace, logp: Tensor, entropy: Tensor | None = None
+) -> Tensor:
     """The same numbers as packed vectors."""
     m = case.mask
     loss, _ = policy_loss(
@@ -65,7 +75,12 @@ def trl_loss(config: LossConfig, case: SimpleNamespace, logp: Tensor, entropy: T
         off_policy_mask_threshold=None,
         importance_sampling_level="sequence" if config.variant == "gspo" else "token",
         beta=config.kl_coef,
-        args=SimpleNamespace(use_bias_correction_kl=False, delta=config.dual_clip or None, steps_per_generation=1, entropy_target=None),
+        args=SimpleNamespace(
+            use_bias_correction_kl=False,
+            delta=config.dual_clip or None,
+            steps_per_generation=1,
+            entropy_target=None,
+        ),
         loss_type="grpo" if config.variant == "gspo" else config.variant,
         epsilon_low=config.clip_low,
         epsilon_high=1 + config.clip_high if cispo else config.clip_high,
@@ -77,7 +92,9 @@ def trl_loss(config: LossConfig, case: SimpleNamespace, logp: Tensor, entropy: T
         _entropy_bonus_enabled=config.entropy_coef != 0,
         use_adaptive_entropy=False,
         entropy_coef=config.entropy_coef,
-        accelerator=SimpleNamespace(num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x),
+        accelerator=SimpleNamespace(
+            num_processes=1, sync_gradients=True, gather=lambda x: x, reduce=lambda x, reduction: x
+        ),
         _metrics={"train": {name: [] for name in TRL_METRICS}},
     )
     ratio = ((case.old - case.behaviour) * case.mask).exp().clamp(max=config.tis_cap or 1e9)
@@ -153,7 +170,9 @@ def test_cispo_weighs_the_score_by_a_constant() -> None:
     logp = case.logp.clone().requires_grad_()
     (grad,) = torch.autograd.grad(our_loss(config, case, logp), logp)
     ratio = (case.logp - case.old).exp().clamp(max=1.28)
-    expected = -ratio * case.advantages[:, None] * (case.old - case.behaviour).exp().clamp(max=1.3) / LENGTHS.sum()
+    expected = (
+        -ratio * case.advantages[:, None] * (case.old - case.behaviour).exp().clamp(max=1.3) / LENGTHS.sum()
+    )
     torch.testing.assert_close(grad, torch.where(case.mask, expected, 0), rtol=1e-12, atol=1e-14)
 
 
@@ -170,7 +189,9 @@ def test_shuffling_and_splitting_change_nothing(variant: str) -> None:
 
     def of(index: Tensor, ids: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
         keywords = {name: vector[index] for name, vector in vectors.items()}
-        loss, stats = policy_loss(config, logp[index], case.old[m][index], advantage[index], ids, n, TOTAL, **keywords)
+        loss, stats = policy_loss(
+            config, logp[index], case.old[m][index], advantage[index], ids, n, TOTAL, **keywords
+        )
         sums = torch.stack([getattr(stats, field.name).double() for field in dataclasses.fields(stats)])
         return loss, torch.autograd.grad(loss, logp, retain_graph=True)[0], sums
 
@@ -197,7 +218,12 @@ def test_on_policy_gradient_is_the_policy_gradient(variant: str) -> None:
     loss, stats = policy_loss(LossConfig(variant=variant), logp, old, advantage, SEGMENTS, S, TOTAL)
     (grad,) = torch.autograd.grad(loss, logp)
     torch.testing.assert_close(grad, -advantage / LENGTHS.sum(), rtol=1e-14, atol=0)
-    assert [int(x) for x in (stats.clipped_low, stats.clipped_high, stats.kl_old, stats.ratio)] == [0, 0, 0, len(old)]
+    assert [int(x) for x in (stats.clipped_low, stats.clipped_high, stats.kl_old, stats.ratio)] == [
+        0,
+        0,
+        0,
+        len(old),
+    ]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2"])

@@ -47,9 +47,16 @@ from judge_server import JudgeServer, digest, serving
 from test_trainer import TINY, lines, run_whole
 
 SOME = [
-    "grpo.train_kinds=['utterance','final']", "grpo.groups_per_step=4", "grpo.group_size=2", "grpo.learning_rate=0.02",
-    "imitation.steps=2", "eval.dialogues=2", "train.steps=5", "train.kl_every=0", "grpo.imitation_coef=0.5",
-]  # fmt: skip
+    "grpo.train_kinds=['utterance','final']",
+    "grpo.groups_per_step=4",
+    "grpo.group_size=2",
+    "grpo.learning_rate=0.02",
+    "imitation.steps=2",
+    "eval.dialogues=2",
+    "train.steps=5",
+    "train.kl_every=0",
+    "grpo.imitation_coef=0.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +98,9 @@ def dialogues(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("lora", [False, True], ids=["weights", "lora"])
 @pytest.mark.parametrize("kind", ["frozen", "lagged:2", "pool"])
-def test_the_opponent_speaks_as_the_weights_it_is_named_after(start: Path, tmp_path: Path, kind: str, lora: bool) -> None:
+def test_the_opponent_speaks_as_the_weights_it_is_named_after(
+    start: Path, tmp_path: Path, kind: str, lora: bool
+) -> None:
     """Every log-prob of a guest is that of the snapshot it is called by, as the training forward computes it; and not the policy's."""
     more = ["opponent.pool_every=1", "opponent.pool_size=3"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", *more)
@@ -107,7 +116,9 @@ def test_the_opponent_speaks_as_the_weights_it_is_named_after(start: Path, tmp_p
         guest = next(name for name in d["players"] if name != POLICY)
         met[step, guest] += 1
         if guest not in models:
-            folder = tmp_path / "run" / ("checkpoints/warm_start" if guest == "start" else f"opponents/{guest}")
+            folder = (
+                tmp_path / "run" / ("checkpoints/warm_start" if guest == "start" else f"opponents/{guest}")
+            )
             models[guest] = load_model(folder)[0]
         role = d["players"].index(guest)
         ids, logprobs = said(trainer, d, role)
@@ -156,7 +167,9 @@ def test_the_frozen_partner_of_an_adapter_is_the_base_in_the_same_engine(start: 
     assert trainer.arena.engine.adapters == [trainer.model.adapter, None]
     assert not trainer.model.adapter.changes_nothing
     base, _ = load_model(start)
-    for (name, kept), (_, now) in zip(base.named_parameters(), trainer.model.adapter_off.named_parameters(), strict=True):
+    for (name, kept), (_, now) in zip(
+        base.named_parameters(), trainer.model.adapter_off.named_parameters(), strict=True
+    ):
         assert torch.equal(kept, now), name
 
 
@@ -227,7 +240,10 @@ def test_the_policy_is_on_both_sides_in_turn_or_on_the_first(start: Path, tmp_pa
     at = both.opponents
     sides = [[guest.role for guest in at.guests(step, 0) if guest is not None] for step in range(4)]
     assert sides == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
-    run(tmp_path / "first", config(start, True, "opponent.kind=frozen", "grpo.train_roles=first", "train.steps=2"))
+    run(
+        tmp_path / "first",
+        config(start, True, "opponent.kind=frozen", "grpo.train_roles=first", "train.steps=2"),
+    )
     assert {tuple(d["players"]) for d in dialogues(tmp_path / "first")} == {(POLICY, "start")}
 
 
@@ -243,13 +259,25 @@ def bare(start: Path, tmp_path: Path, *more: str) -> Opponents:
 
 def test_members_of_a_pool(start: Path, tmp_path: Path) -> None:
     pool = bare(start, tmp_path, "opponent.pool_every=3", "opponent.pool_size=2")
-    assert [pool.members(step) for step in (0, 1, 3, 4, 6, 7, 10)] == [[0], [0], [0], [0, 3], [0, 3], [3, 6], [6, 9]]
+    assert [pool.members(step) for step in (0, 1, 3, 4, 6, 7, 10)] == [
+        [0],
+        [0],
+        [0],
+        [0, 3],
+        [0, 3],
+        [3, 6],
+        [6, 9],
+    ]
     lagged = bare(start, tmp_path, "opponent.kind=lagged:4", "opponent.pool_every=10")
     assert [lagged.members(step) for step in (0, 3, 4, 5, 9)] == [[0], [0], [0], [1], [5]]
 
 
-@pytest.mark.parametrize(("draw", "shares"), [("uniform", (1 / 3, 1 / 3, 1 / 3)), ("recent", (1 / 6, 2 / 6, 3 / 6))])
-def test_draws_follow_the_seed_and_have_their_shares(start: Path, tmp_path: Path, draw: str, shares: tuple[float, ...]) -> None:
+@pytest.mark.parametrize(
+    ("draw", "shares"), [("uniform", (1 / 3, 1 / 3, 1 / 3)), ("recent", (1 / 6, 2 / 6, 3 / 6))]
+)
+def test_draws_follow_the_seed_and_have_their_shares(
+    start: Path, tmp_path: Path, draw: str, shares: tuple[float, ...]
+) -> None:
     more = ("opponent.pool_every=1", "opponent.pool_size=3", f"opponent.pool_draw={draw}", "train.steps=4")
     trainer = run(tmp_path / "run", config(start, True, "opponent.kind=pool", "train.save_every=100", *more))
     found = Counter(g.name for seed in range(400) for g in trainer.opponents.guests(4, seed) if g is not None)
@@ -280,7 +308,9 @@ def test_ratings_by_hand() -> None:
     st.dictionaries(st.sampled_from("abcd"), st.floats(500, 1500), max_size=4),
     st.dictionaries(st.sampled_from("abcd"), st.floats(0, 1), min_size=1, max_size=4),
 )
-def test_ratings_move_towards_the_results_and_keep_their_sum(others: dict[str, float], scores: dict[str, float]) -> None:
+def test_ratings_move_towards_the_results_and_keep_their_sum(
+    others: dict[str, float], scores: dict[str, float]
+) -> None:
     ratings = {POLICY: 1000.0, **others}
     known = dict(ratings) | {name: 1000.0 for name in scores if name not in ratings}
     update_ratings(ratings, scores)
@@ -301,12 +331,19 @@ def test_repeated_matches_bring_the_rating_that_elo_defines() -> None:
     assert ratings[POLICY] - ratings["a"] == pytest.approx(400 * 0.60206, abs=0.01)  # 400 log10(0.8 / 0.2)
 
 
-def dialogue(players: tuple[str, str], scores: tuple[float, float], reward: tuple[float, float] | None) -> Dialogue:
+def dialogue(
+    players: tuple[str, str], scores: tuple[float, float], reward: tuple[float, float] | None
+) -> Dialogue:
     scenario = Scenario(game="deal", id="x", split="train", private_text=("", ""), data=None)
     return Dialogue(
-        scenario=scenario, first_speaker=0, turns=[], views=(View(), View()), players=players, reward=reward,
+        scenario=scenario,
+        first_speaker=0,
+        turns=[],
+        views=(View(), View()),
+        players=players,
+        reward=reward,
         outcome=Outcome(agreed=True, scores=scores) if reward else None,
-    )  # fmt: skip
+    )
 
 
 def test_payoffs_by_hand() -> None:
@@ -321,23 +358,34 @@ def test_payoffs_by_hand() -> None:
     ]
     table = payoff_table([Group(scenario=found[0].scenario, dialogues=found)])
     assert set(table) == {"a", "b"}
-    assert table["a"] == pytest.approx({"dialogues": 4, "policy": 2.5 / 4, "opponent": 1.5 / 4, "score": 2.5 / 4})
+    assert table["a"] == pytest.approx(
+        {"dialogues": 4, "policy": 2.5 / 4, "opponent": 1.5 / 4, "score": 2.5 / 4}
+    )
     assert table["b"] == pytest.approx({"dialogues": 1, "policy": 0.1, "opponent": 0.9, "score": 0.0})
 
 
-def test_metrics_follow_from_the_dialogues(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_follow_from_the_dialogues(
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def judge(self: DealGame, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
-        return Outcome(agreed=False, scores=(float(draws.randrange(4)), float(draws.randrange(4))), failure="no_close")
+        return Outcome(
+            agreed=False, scores=(float(draws.randrange(4)), float(draws.randrange(4))), failure="no_close"
+        )
 
     draws = random.Random(0)
     monkeypatch.setattr(DealGame, "judge", judge)
-    monkeypatch.setattr(DealGame, "rewards", lambda self, scenario, outcome, objective: tuple(x / 10 for x in outcome.scores))
+    monkeypatch.setattr(
+        DealGame, "rewards", lambda self, scenario, outcome, objective: tuple(x / 10 for x in outcome.scores)
+    )
     run(tmp_path / "run", config(start, True, "opponent.kind=frozen", "game.objective=selfish"))
     ratings = {POLICY: 1000.0, "start": 1000.0}
     for row in selfplay(tmp_path / "run"):
         here = [d for d in dialogues(tmp_path / "run") if d["step"] == row["step"]]
         sides = [d["players"].index(POLICY) for d in here]
-        own = [(d["reward"][i], d["outcome"]["scores"][:: -1 if i else 1]) for i, d in zip(sides, here, strict=True)]
+        own = [
+            (d["reward"][i], d["outcome"]["scores"][:: -1 if i else 1])
+            for i, d in zip(sides, here, strict=True)
+        ]
         assert row["payoff"]["start"]["dialogues"] == len(here) == 8
         assert row["payoff"]["start"]["policy"] == pytest.approx(sum(reward for reward, _ in own) / 8)
         result = sum((mine > theirs) + 0.5 * (mine == theirs) for _, (mine, theirs) in own) / 8
@@ -363,14 +411,24 @@ def server() -> Iterator[JudgeServer]:
 
 
 def remote(start: Path, server: JudgeServer, *more: str) -> Config:
-    return config(start, False, "opponent.kind=endpoint", f"opponent.url={server.url}", "opponent.model=other", "train.steps=2", *more)
+    return config(
+        start,
+        False,
+        "opponent.kind=endpoint",
+        f"opponent.url={server.url}",
+        "opponent.model=other",
+        "train.steps=2",
+        *more,
+    )
 
 
 def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
     start: Path, tmp_path: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DUOLOGUE_OPPONENT_KEY", "sesame")
-    trainer = run(tmp_path / "run", remote(start, server, "dialogue.max_tokens_per_turn=30", "model.max_position=640"))
+    trainer = run(
+        tmp_path / "run", remote(start, server, "dialogue.max_tokens_per_turn=30", "model.max_position=640")
+    )
     tokenizer = trainer.tokenizer
     asked: dict[str, int] = Counter(json.dumps(body["messages"]) for body in server.requests)
     cut = 0
@@ -387,7 +445,9 @@ def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
             assert json.dumps(heard) in asked
             answer = tokenizer.encode(json.dumps(server.answer(heard[0]["content"])).strip())  # type: ignore[arg-type]
             limit = 8 if turn.kind == "final" else 30
-            assert turn.token_ids == ([*answer, tokenizer.chat.end_token_id] if len(answer) < limit else answer[:limit])
+            assert turn.token_ids == (
+                [*answer, tokenizer.chat.end_token_id] if len(answer) < limit else answer[:limit]
+            )
             cut += len(answer) >= limit
     assert cut > 0
     for body, head in zip(server.requests, server.heads, strict=True):
@@ -407,9 +467,16 @@ def test_messages_alternate_and_hold_what_a_side_knows() -> None:
     turns = [turn(1, "a"), turn(0, "b"), turn(1, "c"), turn(1, "hidden", "final")]
     system = {"role": "system", "content": "mine"}
     assert messages("mine", turns, 0, "so?") == [
-        system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c\n\nso?"},
-    ]  # fmt: skip
-    said = [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
+        system,
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c\n\nso?"},
+    ]
+    said = [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]
     assert messages("mine", turns, 1, "so?") == [system, *said, {"role": "user", "content": "so?"}]
 
 
@@ -441,13 +508,19 @@ def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
     assert "the opponent's server failed" in error
     assert "HTTP 401" in error
     server.fault = lambda n, prompt: None
-    kept = sqlite3.connect(tmp_path / "broken" / "opponent.sqlite").execute("SELECT count(*) FROM answers").fetchone()[0]
+    kept = (
+        sqlite3.connect(tmp_path / "broken" / "opponent.sqlite")
+        .execute("SELECT count(*) FROM answers")
+        .fetchone()[0]
+    )
     assert asked // 2 - 8 <= kept <= asked // 2  # what was on its way as the run ended is lost
     before = len(server.requests)
     assert main([*command, str(tmp_path / "broken"), "--resume"]) == 0
     assert len(server.requests) - before == asked - kept
     assert lines(tmp_path / "whole") == lines(tmp_path / "broken")
-    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(tmp_path / "broken" / "dialogues.jsonl")
+    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(
+        tmp_path / "broken" / "dialogues.jsonl"
+    )
 
 
 # ---- dilemmas --------------------------------------------------------------------------------------------------------
@@ -500,14 +573,19 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
     here.arena.speakers.max_unscored_share = 0.5
     rng = random.Random(1)
     guests = [Guest(role=0, name="guest", engine=engine), None, Guest(role=1, name="guest", engine=engine)]
-    groups = here.arena.play([here.game.sample(rng, "train") for _ in range(3)], group_size=4, seed=5, guests=guests)
+    groups = here.arena.play(
+        [here.game.sample(rng, "train") for _ in range(3)], group_size=4, seed=5, guests=guests
+    )
     here.judge.settle([d for group in groups for d in group.dialogues])
     assert not here.engine._branches
     assert engine is None or not engine._branches
     finals = 0
     for group, guest in zip(groups, guests, strict=True):
         for d in group.dialogues:
-            assert d.players == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[guest and guest.role]
+            assert (
+                d.players
+                == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[guest and guest.role]
+            )
             own = [i for i in (0, 1) if d.players[i] == POLICY]
             finals += sum(turn.kind == "final" for turn in d.turns)
             assert all(turn.role == own[0] for turn in d.turns if turn.kind == "final")
@@ -516,9 +594,18 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
                 marked = [t for v in views for t, kind in zip(v.token_ids, v.kinds, strict=True) if kind]
                 spoken = [t for turn in d.turns if turn.role == role for t in turn.token_ids]
                 assert sorted(marked) == (sorted(spoken) if role in own else [])
-                assert all((turn.logprobs is None) == (who == "server" and role not in own) for turn in d.turns if turn.role == role)
+                assert all(
+                    (turn.logprobs is None) == (who == "server" and role not in own)
+                    for turn in d.turns
+                    if turn.role == role
+                )
     assert finals > 0
-    unscored = [d for group in groups for d in group.dialogues if d.outcome is not None and d.outcome.failure == "unscored"]
+    unscored = [
+        d
+        for group in groups
+        for d in group.dialogues
+        if d.outcome is not None and d.outcome.failure == "unscored"
+    ]
     assert len(unscored) == (who == "server")
     rows, stats = grpo_rows(groups, GrpoSection(), RunningBaseline())
     every = [d for group in groups for d in group.dialogues]
@@ -536,7 +623,13 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
 
 @pytest.mark.parametrize(
     ("lora", "kind", "every"),
-    [(True, "pool", 2), (False, "pool", 2), (True, "lagged:2", 3), (False, "lagged:1", 2), (True, "frozen", 2)],
+    [
+        (True, "pool", 2),
+        (False, "pool", 2),
+        (True, "lagged:2", 3),
+        (False, "lagged:1", 2),
+        (True, "frozen", 2),
+    ],
 )
 @pytest.mark.parametrize("after", [3])
 def test_resume_is_exact(start: Path, tmp_path: Path, lora: bool, kind: str, every: int, after: int) -> None:
@@ -560,7 +653,9 @@ def test_resume_is_exact(start: Path, tmp_path: Path, lora: bool, kind: str, eve
     first.close()
     train(c, RunDir.resume(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
     assert lines(tmp_path / "whole") == lines(tmp_path / "run")
-    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(tmp_path / "run" / "dialogues.jsonl")
+    assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(
+        tmp_path / "run" / "dialogues.jsonl"
+    )
     assert kept(tmp_path / "whole") == kept(tmp_path / "run")
 
 
@@ -601,14 +696,29 @@ def test_snapshots_that_nobody_can_meet_are_dropped(start: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["opponent.kind=lagged"], r"opponent\.kind = \"lagged\": accepted is 'self', 'frozen', 'lagged:k' with k of 1 or more"),
+        (
+            ["opponent.kind=lagged"],
+            r"opponent\.kind = \"lagged\": accepted is 'self', 'frozen', 'lagged:k' with k of 1 or more",
+        ),
         (["opponent.kind=lagged:0"], r"opponent\.kind = \"lagged:0\": accepted is"),
-        (["opponent.pool_size=3"], r"opponent\.pool_size = 3: accepted is its default where opponent\.kind is not 'pool'"),
+        (
+            ["opponent.pool_size=3"],
+            r"opponent\.pool_size = 3: accepted is its default where opponent\.kind is not 'pool'",
+        ),
         (["opponent.kind=pool", "opponent.pool_size=0"], r"opponent\.pool_size = 0: accepted is 1 or more"),
-        (["opponent.kind=pool", "opponent.pool_draw=often"], r"opponent\.pool_draw = \"often\": accepted is 'uniform' or 'recent'"),
+        (
+            ["opponent.kind=pool", "opponent.pool_draw=often"],
+            r"opponent\.pool_draw = \"often\": accepted is 'uniform' or 'recent'",
+        ),
         (["opponent.kind=endpoint"], r"opponent\.url = \"\": accepted is an address that begins with http"),
-        (["opponent.kind=endpoint", "opponent.url=http://me:pw@here/v1"], r"opponent\.url = .* no credential"),
-        (["opponent.kind=frozen", "opponent.url=http://here/v1"], r"opponent\.url = .*: accepted is its default where"),
+        (
+            ["opponent.kind=endpoint", "opponent.url=http://me:pw@here/v1"],
+            r"opponent\.url = .* no credential",
+        ),
+        (
+            ["opponent.kind=frozen", "opponent.url=http://here/v1"],
+            r"opponent\.url = .*: accepted is its default where",
+        ),
     ],
 )
 def test_settings_are_checked(settings: list[str], message: str) -> None:

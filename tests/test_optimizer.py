@@ -62,7 +62,9 @@ def test_low_precision_weights_follow_their_fp32_masters_in_place() -> None:
         for parameter, master in zip(model.parameters(), shadow.parameters(), strict=True):
             master.grad = parameter.grad.float()
         assert optimizer.step(1e-3) == reference.step(1e-3)
-        assert all(torch.equal(p, m.bfloat16()) for p, m in zip(model.parameters(), shadow.parameters(), strict=True))
+        assert all(
+            torch.equal(p, m.bfloat16()) for p, m in zip(model.parameters(), shadow.parameters(), strict=True)
+        )
     assert storage == [parameter.data_ptr() for parameter in model.parameters()]
     start = values(make_model(torch.bfloat16))
     # A layer norm's 1.0 moves by 1e-3 a step, less than bf16 resolves there: it moves through the master only.
@@ -110,9 +112,13 @@ def test_a_norm_reduced_over_ranks_is_the_one_that_clips() -> None:
     backward(a, 0)
     backward(b, 0)
     norm = alone.step(1e-2)
-    assert one_of_two.step(1e-2, squared_norm=2 * one_of_two.squared_grad_norm()) == pytest.approx(norm * 2**0.5)
+    assert one_of_two.step(1e-2, squared_norm=2 * one_of_two.squared_grad_norm()) == pytest.approx(
+        norm * 2**0.5
+    )
     scaled = [state["exp_avg"] for state in one_of_two._adamw.state.values()]
-    torch.testing.assert_close([s * 2**0.5 for s in scaled], [s["exp_avg"] for s in alone._adamw.state.values()])
+    torch.testing.assert_close(
+        [s * 2**0.5 for s in scaled], [s["exp_avg"] for s in alone._adamw.state.values()]
+    )
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
@@ -156,7 +162,10 @@ def test_wrong_state_is_named() -> None:
     cases = {
         r"exp_avg\.0\.bias is missing": {key: t for key, t in state.items() if key != "exp_avg.0.bias"},
         r"exp_avg\.9\.bias belongs to no parameter": {**state, "exp_avg.9.bias": torch.zeros(1)},
-        r"exp_avg\.0\.weight has shape \[1\], expected \[13, 7\]": {**state, "exp_avg.0.weight": torch.zeros(1)},
+        r"exp_avg\.0\.weight has shape \[1\], expected \[13, 7\]": {
+            **state,
+            "exp_avg.0.weight": torch.zeros(1),
+        },
     }
     for message, wrong in cases.items():
         with pytest.raises(ValueError, match=message):
@@ -172,7 +181,9 @@ def test_without_a_gradient_nothing_moves() -> None:
 
 def test_schedule() -> None:
     def rates(schedule: str) -> list[float]:
-        return [learning_rate(s, peak=8.0, warmup_steps=4, total_steps=13, schedule=schedule) for s in range(15)]
+        return [
+            learning_rate(s, peak=8.0, warmup_steps=4, total_steps=13, schedule=schedule) for s in range(15)
+        ]
 
     assert rates("constant") == [2, 4, 6, 8] + [8] * 11
     assert rates("cosine")[:5] == [2, 4, 6, 8, 8]

@@ -23,19 +23,25 @@ def test_gradients_are_synchronised(mode: str, tmp_path: Path) -> None:
     spec.loader.exec_module(worker)
     errors = [tmp_path / f"errors{rank}" for rank in range(worker.WORLD)]
     running = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), mode, str(tmp_path)], stderr=path.open("wb"))
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(rank), mode, str(tmp_path)], stderr=path.open("wb")
+        )
         for rank, path in enumerate(errors)
     ]
     try:  # a rank that fails leaves the other waiting: look at all of them, and say what the first to fail said
         deadline = time.monotonic() + 240
-        while any(process.poll() is None for process in running) and not any(process.poll() for process in running):
+        while any(process.poll() is None for process in running) and not any(
+            process.poll() for process in running
+        ):
             assert time.monotonic() < deadline, [path.read_text()[-1500:] for path in errors]
             time.sleep(0.05)
     finally:
         for process in running:
             process.kill()
             process.wait()
-    assert [process.returncode for process in running] == [0] * worker.WORLD, [path.read_text()[-1500:] for path in errors]
+    assert [process.returncode for process in running] == [0] * worker.WORLD, [
+        path.read_text()[-1500:] for path in errors
+    ]
     policy = worker.Policy()
     token_ids, targets, advantage = worker.batch()
     logits = torch.tanh(policy.body(policy.embedding(token_ids))) @ policy.embedding.weight.t()

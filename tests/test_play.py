@@ -65,7 +65,13 @@ def test_a_closed_talk_has_the_outcome_of_the_rules(checkpoint: Path, person: Sa
         game, scenario = scenario_of("deal", seed)
         counts = scenario.data.counts
         zero = game.statement([0] * 3)
-        lines = ["hello there", "fine <selection>", "all of it", game.statement([n + 1 for n in counts]), zero]
+        lines = [
+            "hello there",
+            "fine <selection>",
+            "all of it",
+            game.statement([n + 1 for n in counts]),
+            zero,
+        ]
         shown = person(lines, checkpoint, "--seed", seed)
         assert scenario.private_text[0] in shown
         stated = re.search(r"policy states> (.*)", shown)
@@ -74,7 +80,9 @@ def test_a_closed_talk_has_the_outcome_of_the_rules(checkpoint: Path, person: Sa
         outcome = game.judge(scenario, (zero, stated[1].strip()))
         end = "Agreed" if outcome.agreed else f"No deal ({outcome.failure})"
         assert f"{end}: you score {outcome.scores[0]:g}, the policy {outcome.scores[1]:g}." in shown
-        assert shown.index("No deal" if not outcome.agreed else "Agreed") < shown.index(scenario.private_text[1])
+        assert shown.index("No deal" if not outcome.agreed else "Agreed") < shown.index(
+            scenario.private_text[1]
+        )
 
 
 def test_private_words_stay_private_until_the_end(checkpoint: Path, person: Said) -> None:
@@ -86,7 +94,9 @@ def test_private_words_stay_private_until_the_end(checkpoint: Path, person: Said
     assert shown.strip().endswith("You left; nothing is agreed.")
 
 
-def test_other_games_and_bad_input(checkpoint: Path, person: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_games_and_bad_input(
+    checkpoint: Path, person: Said, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shown = person(["/done", "price one", "walk away"], checkpoint, "--game", "price")
     assert "'price N' with N from 0 to 99, or 'walk away'" in shown
     assert "No deal (walk_away)" in shown
@@ -102,10 +112,13 @@ def test_other_games_and_bad_input(checkpoint: Path, person: Said, tmp_path: Pat
         assert message in capsys.readouterr().err
 
 
-def test_the_temperature_of_the_policy(checkpoint: Path, person: Said, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_temperature_of_the_policy(
+    checkpoint: Path, person: Said, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines, fixed = ["hello", "and now?"], ["dialogue.first_speaker=alternate", "--seed", "5"]
     greedy, nearly, warm = (
-        person(lines, checkpoint, *fixed, *more) for more in (["--temperature", "0"], ["dialogue.temperature=1e-6"], [])
+        person(lines, checkpoint, *fixed, *more)
+        for more in (["--temperature", "0"], ["dialogue.temperature=1e-6"], [])
     )
     assert "policy> " in greedy
     assert greedy == nearly != warm
@@ -117,7 +130,9 @@ def test_the_temperature_of_the_policy(checkpoint: Path, person: Said, capsys: p
 def test_who_speaks_first_is_as_in_training(checkpoint: Path, person: Said) -> None:
     for seed in range(3):
         for side in ("first", "second"):
-            shown = person(["/quit"], checkpoint, "dialogue.first_speaker=first", "--side", side, "--seed", seed)
+            shown = person(
+                ["/quit"], checkpoint, "dialogue.first_speaker=first", "--side", side, "--seed", seed
+            )
             assert ("policy> " in shown) == (side == "second")
 
 
@@ -139,13 +154,24 @@ def dilemma(tmp_path: Path) -> list[str]:
     for key, rows in (("dilemmas", TASKS), ("personas", PAIRS), ("tasks", TASKS)):
         (tmp_path / f"{key}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         files.append(f"game.{key}={tmp_path / key}.jsonl")
-    return ["--game", "collective-agency", *files,
-            "dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=9", "rollout.cache_tokens=16384"]  # fmt: skip
+    return [
+        "--game",
+        "collective-agency",
+        *files,
+        "dialogue.max_tokens_per_turn=8",
+        "dialogue.max_tokens_final=9",
+        "rollout.cache_tokens=16384",
+    ]
 
 
 @pytest.mark.parametrize("context", ["full", "last_2"])
 def test_the_policy_hears_a_dilemma_as_in_training(
-    context: str, checkpoint_dir: Path, person: Said, dilemma: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: str,
+    checkpoint_dir: Path,
+    person: Said,
+    dilemma: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     contexts: list[str] = []
     folder = shutil.copytree(checkpoint_dir, tmp_path / "plain")
@@ -158,17 +184,23 @@ def test_the_policy_hears_a_dilemma_as_in_training(
 
     monkeypatch.setattr(Engine, "open", spy)
     settings = ["dialogue.first_speaker=first", f"dialogue.context={context}", "dialogue.max_rounds=3"]
-    shown = person(["I would mend it.", "x " * 9000, "Halve the cost.", "We agree."], folder, *dilemma, *settings)
+    shown = person(
+        ["I would mend it.", "x " * 9000, "Halve the cost.", "We agree."], folder, *dilemma, *settings
+    )
     assert shown.count("too long for this policy") == 1
     *_, second, third, final = contexts
     assert len(contexts) == 4
     assert "I would mend it." in final
-    assert ("I would mend it." in second, "I would mend it." in third) == ((True, True) if context == "full" else (False, False))
+    assert ("I would mend it." in second, "I would mend it." in third) == (
+        (True, True) if context == "full" else (False, False)
+    )
     assert "Halve the cost." in third or context == "last_2"
     assert "We agree." in third
 
 
-def test_a_dilemma_is_talked_over_and_resolved(checkpoint_dir: Path, person: Said, dilemma: list[str]) -> None:
+def test_a_dilemma_is_talked_over_and_resolved(
+    checkpoint_dir: Path, person: Said, dilemma: list[str]
+) -> None:
     lines = ["I would mend it.", "Then let us halve the cost.", "/done"]
     shown = person(lines, checkpoint_dir, *dilemma)
     task = next(row for row in TASKS if str(row["text"]) in shown)
@@ -179,7 +211,9 @@ def test_a_dilemma_is_talked_over_and_resolved(checkpoint_dir: Path, person: Sai
 def test_in_a_real_terminal(checkpoint: Path) -> None:
     ours, theirs = pty.openpty()
     wide = {**os.environ, "COLUMNS": "100"}
-    process = subprocess.Popen([*COMMAND, str(checkpoint)], stdin=theirs, stdout=theirs, stderr=theirs, env=wide)
+    process = subprocess.Popen(
+        [*COMMAND, str(checkpoint)], stdin=theirs, stdout=theirs, stderr=theirs, env=wide
+    )
     os.close(theirs)
     screen, typed, ends = "", 0, time.monotonic() + 60
     replies = [("you> ", "good day\n"), ("you> ", "/done\n"), ("your selection> ", "book 0 hat 0 ball 0\n")]
@@ -203,6 +237,8 @@ def test_in_a_real_terminal(checkpoint: Path) -> None:
 
 
 def test_on_a_pipe_that_ends(checkpoint: Path) -> None:
-    done = subprocess.run([*COMMAND, str(checkpoint)], input="good day\n", capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [*COMMAND, str(checkpoint)], input="good day\n", capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("You left; nothing is agreed.")

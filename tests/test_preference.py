@@ -16,7 +16,12 @@ from test_collective import TASKS, checkpoint_dir, data
 
 __all__ = ["checkpoint_dir", "data"]
 QUESTIONS = [{"id": f"q{i}", "text": f"What is fair about rule {i}?"} for i in range(3)]
-SMALL = ["dialogue.max_rounds=2", "dialogue.max_tokens_per_turn=10", "dialogue.max_tokens_final=12", "rollout.cache_tokens=32768"]
+SMALL = [
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=10",
+    "dialogue.max_tokens_final=12",
+    "rollout.cache_tokens=32768",
+]
 
 
 @pytest.fixture
@@ -64,16 +69,34 @@ def choose(prompt: str) -> dict[str, Any]:
 
 
 def test_both_orders_both_sets_and_both_modes(
-    checkpoint_dir: Path, other_dir: Path, data: list[str], questions: str, server: JudgeServer, tmp_path: Path,
+    checkpoint_dir: Path,
+    other_dir: Path,
+    data: list[str],
+    questions: str,
+    server: JudgeServer,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     server.answer = choose
     out = tmp_path / "result.json"
-    command = ["eval", str(checkpoint_dir), "--recipe", "collective-agency", "--against", str(other_dir), "--json", str(out)]
+    command = [
+        "eval",
+        str(checkpoint_dir),
+        "--recipe",
+        "collective-agency",
+        "--against",
+        str(other_dir),
+        "--json",
+        str(out),
+    ]
     assert main([*command, f"judge.url={server.url}", *data, questions, *SMALL]) == 0
     found = json.loads(out.read_text())
     asked = [body["messages"][0]["content"] for body in server.requests]
-    pairs = [(inside(p, 'answer id="1"')[0], inside(p, 'answer id="2"')[0]) for p in asked if '<answer id="1">' in p]
+    pairs = [
+        (inside(p, 'answer id="1"')[0], inside(p, 'answer id="2"')[0])
+        for p in asked
+        if '<answer id="1">' in p
+    ]
     distinct = {(a, b) for a, b in pairs}
     assert sum(bool(a and b) for a, b in distinct) >= 4, "the answers are shown"
     assert all((b, a) in distinct for a, b in distinct), "every pair is asked in both orders"
@@ -85,7 +108,11 @@ def test_both_orders_both_sets_and_both_modes(
             p = row["preference"]
             assert p["inconsistent"] == p["unscored"] == 0  # this judge has no favourite place
             assert p["wins"] + p["losses"] + p["ties"] == n
-    every = [found[mode][name]["preference"] for mode in ("greedy", "sampled") for name in ("conflicts", "questions")]
+    every = [
+        found[mode][name]["preference"]
+        for mode in ("greedy", "sampled")
+        for name in ("conflicts", "questions")
+    ]
     won = [verdict(*pair) for pair in distinct]
     assert (won.count("1") > 0) == any(p["wins"] + p["losses"] for p in every)
     for p in every:
@@ -98,16 +125,39 @@ def test_both_orders_both_sets_and_both_modes(
     assert "sampled questions" in text
 
 
-@pytest.mark.parametrize(("rule", "field"), [(lambda a, b: "1", "inconsistent"), (lambda a, b: "tie", "ties")])
+@pytest.mark.parametrize(
+    ("rule", "field"), [(lambda a, b: "1", "inconsistent"), (lambda a, b: "tie", "ties")]
+)
 def test_a_judge_with_a_favourite_place_decides_nothing(
-    checkpoint_dir: Path, other_dir: Path, data: list[str], questions: str, server: JudgeServer, tmp_path: Path, rule: Any, field: str
+    checkpoint_dir: Path,
+    other_dir: Path,
+    data: list[str],
+    questions: str,
+    server: JudgeServer,
+    tmp_path: Path,
+    rule: Any,
+    field: str,
 ) -> None:
     """The second judge is another server: the first never sees a pair."""
     with serving() as second:
         second.answer = lambda prompt: {"winner": rule("", ""), "reason": "always"}
         out = tmp_path / "result.json"
-        command = ["eval", str(checkpoint_dir), "--recipe", "collective-agency", "--against", str(other_dir), "--json", str(out)]
-        settings = [f"judge.url={server.url}", f"eval.judge_url={second.url}", "eval.judge_model=other", "eval.dialogues=2"]
+        command = [
+            "eval",
+            str(checkpoint_dir),
+            "--recipe",
+            "collective-agency",
+            "--against",
+            str(other_dir),
+            "--json",
+            str(out),
+        ]
+        settings = [
+            f"judge.url={server.url}",
+            f"eval.judge_url={second.url}",
+            "eval.judge_model=other",
+            "eval.dialogues=2",
+        ]
         assert main([*command, *settings, *data, questions, *SMALL]) == 0
         assert second.requests
         assert all(body["model"] == "other" for body in second.requests)
@@ -121,9 +171,23 @@ def test_a_judge_with_a_favourite_place_decides_nothing(
 
 
 def test_without_another_checkpoint_and_bad_input(
-    checkpoint_dir: Path, data: list[str], questions: str, server: JudgeServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint_dir: Path,
+    data: list[str],
+    questions: str,
+    server: JudgeServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["eval", str(checkpoint_dir), "--recipe", "collective-agency", f"judge.url={server.url}", *data, questions, *SMALL]
+    command = [
+        "eval",
+        str(checkpoint_dir),
+        "--recipe",
+        "collective-agency",
+        f"judge.url={server.url}",
+        *data,
+        questions,
+        *SMALL,
+    ]
     out = tmp_path / "result.json"
     assert main([*command, "--json", str(out)]) == 0
     assert "preference" not in json.loads(out.read_text())["greedy"]["conflicts"]

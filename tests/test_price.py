@@ -75,8 +75,16 @@ def test_what_a_random_price_reaches() -> None:
     right = sum(n * (g + 1) for g, n in zones.items())
     products = {g: [k * (g - k) for k in range(g + 1)] for g in zones}
     assert found["agreement"] == 1.0
-    assert found["efficiency"] == pytest.approx(right / (40 * sum(zones.values()))) == pytest.approx(0.1868, abs=1e-4)
-    assert found["wrong_deals"] == pytest.approx(1 - right / (40 * sum(n_of.values()))) == pytest.approx(0.8776, abs=1e-4)
+    assert (
+        found["efficiency"]
+        == pytest.approx(right / (40 * sum(zones.values())))
+        == pytest.approx(0.1868, abs=1e-4)
+    )
+    assert (
+        found["wrong_deals"]
+        == pytest.approx(1 - right / (40 * sum(n_of.values())))
+        == pytest.approx(0.8776, abs=1e-4)
+    )
     nash = sum(n * sum(products[g]) / max(products[g]) for g, n in zones.items()) / right
     assert found["nash_ratio"] == pytest.approx(nash) == pytest.approx(0.5664, abs=1e-4)
     assert found["share_buyer"] == pytest.approx(0.5)
@@ -86,11 +94,24 @@ def test_what_a_random_price_reaches() -> None:
 @pytest.mark.parametrize(
     ("text", "price"),
     [
-        ("price 14", 14), ("price 0", 0), ("price 99", 99), ("price 100", None), ("price 014", None), ("price -3", None),
-        (" price 14", None), ("price 14 .", None), ("price 14\n", None), ("Price 14", None), ("price ١٤", None),
-        ("price fourteen", None), ("14", None), ("price", None), ("", None), ("walk away", None),
+        ("price 14", 14),
+        ("price 0", 0),
+        ("price 99", 99),
+        ("price 100", None),
+        ("price 014", None),
+        ("price -3", None),
+        (" price 14", None),
+        ("price 14 .", None),
+        ("price 14\n", None),
+        ("Price 14", None),
+        ("price ١٤", None),
+        ("price fourteen", None),
+        ("14", None),
+        ("price", None),
+        ("", None),
+        ("walk away", None),
     ],
-)  # fmt: skip
+)
 def test_statements_are_read_strictly(text: str, price: int | None) -> None:
     assert GAME.parse(text) == price
 
@@ -127,7 +148,11 @@ def test_rewards() -> None:
     nothing = [(0.0, 0.0)] * 3
     assert rewards(ROOM, ("price 14", "price 14")) == [(1.0, 1.0), (6 / 12, 6 / 12), (1 / 12, 6 / 12)]
     assert rewards(ROOM, ("price 13", "price 13")) == [(1.0, 1.0), (0.0, 0.0), (0.0, 7 / 12)]
-    assert rewards(ROOM, ("price 21", "price 21")) == [(0.0, 0.0), (0.0, 0.0), (8 / 12, -1 / 12)]  # wrong for the buyer
+    assert rewards(ROOM, ("price 21", "price 21")) == [
+        (0.0, 0.0),
+        (0.0, 0.0),
+        (8 / 12, -1 / 12),
+    ]  # wrong for the buyer
     assert rewards(ROOM, walk) == rewards(ROOM, None) == nothing
     assert rewards(NO_ROOM, walk) == [(1.0, 1.0), (1.0, 1.0), (0.0, 0.0)]
     assert rewards(NO_ROOM, ("price 12", "price 12")) == [(0.0, 0.0), (0.0, 0.0), (-1 / 12, -2 / 12)]
@@ -136,10 +161,18 @@ def test_rewards() -> None:
 
 def test_summary_by_hand() -> None:
     finals = {
-        "room": [("price 16", "price 16"), ("price 13", "price 13"), ("price 30", "price 30"), ("walk away", "price 16"), None],
+        "room": [
+            ("price 16", "price 16"),
+            ("price 13", "price 13"),
+            ("price 30", "price 30"),
+            ("walk away", "price 16"),
+            None,
+        ],
         "none": [("walk away", "walk away"), ("price 12", "price 12"), ("price 1", "x")],
     }
-    outcomes = [GAME.judge(ROOM, f) for f in finals["room"]] + [GAME.judge(NO_ROOM, f) for f in finals["none"]]
+    outcomes = [GAME.judge(ROOM, f) for f in finals["room"]] + [
+        GAME.judge(NO_ROOM, f) for f in finals["none"]
+    ]
     assert GAME.summarise(outcomes) == {
         "dialogues": 8.0,
         "agreement": 3 / 5,

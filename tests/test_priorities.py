@@ -35,7 +35,10 @@ def dominated(p: tuple[int, int], among: set[tuple[int, int]]) -> bool:
 
 
 def finals(take: Vector) -> tuple[str, str]:
-    first, second = (" ".join(f"{i} {n}" for i, n in zip(ITEMS, each, strict=True)) for each in (take, [3 - t for t in take]))
+    first, second = (
+        " ".join(f"{i} {n}" for i, n in zip(ITEMS, each, strict=True))
+        for each in (take, [3 - t for t in take])
+    )
     return first, second
 
 
@@ -49,10 +52,14 @@ def test_contexts_split_by_how_the_orders_compare() -> None:
     twins = set(train)
     for deal in heldout:
         for order, (a, b) in itertools.product(itertools.permutations(range(3)), ((0, 1), (1, 0))):
-            twin = Deal((3, 3, 3), (tuple(deal.values[a][k] for k in order), tuple(deal.values[b][k] for k in order)))
+            twin = Deal(
+                (3, 3, 3), (tuple(deal.values[a][k] for k in order), tuple(deal.values[b][k] for k in order))
+            )
             assert twin not in twins
     pairs = {pair for deal in train for pair in zip(*deal.values, strict=True)}
-    assert {pair for deal in heldout for pair in zip(*deal.values, strict=True)} < pairs, "no new pair of ranks, only new triples"
+    assert {pair for deal in heldout for pair in zip(*deal.values, strict=True)} < pairs, (
+        "no new pair of ranks, only new triples"
+    )
 
 
 def test_judge_agrees_with_brute_force_everywhere_and_what_a_random_allocation_reaches() -> None:
@@ -72,20 +79,27 @@ def test_judge_agrees_with_brute_force_everywhere_and_what_a_random_allocation_r
             oracle.append(expected)
     found = GAME.summarise(outcomes)
     pareto, joint, nash = (fmean(values) for values in zip(*oracle, strict=True))
-    assert (found["pareto"], found["joint_ratio"], found["nash_ratio"]) == pytest.approx((pareto, joint, nash))
+    assert (found["pareto"], found["joint_ratio"], found["nash_ratio"]) == pytest.approx(
+        (pareto, joint, nash)
+    )
     assert (pareto, joint, nash) == pytest.approx((0.40625, 0.90293, 0.68062), abs=1e-5)
     assert found["agreement"] == 1.0
     assert found["score_0"] == found["score_1"] == 18.0
 
 
 def test_private_text_is_the_own_order_in_words() -> None:
-    assert SCENARIO.private_text == ("food high , water medium , firewood low", "food medium , water high , firewood low")
+    assert SCENARIO.private_text == (
+        "food high , water medium , firewood low",
+        "food medium , water high , firewood low",
+    )
     ids = set()
     for first, second in itertools.product(ORDERS, repeat=2):
         scenario = GAME.scenario(Deal((3, 3, 3), (first, second)), "train")
         for values, text in zip((first, second), scenario.private_text, strict=True):
             said = re.findall(r"(\w+) (high|medium|low)", text)
-            assert [(item, {"high": 5, "medium": 4, "low": 3}[rank]) for item, rank in said] == list(zip(ITEMS, values, strict=True))
+            assert [(item, {"high": 5, "medium": 4, "low": 3}[rank]) for item, rank in said] == list(
+                zip(ITEMS, values, strict=True)
+            )
         ids.add(scenario.id)
     assert len(ids) == 36
 
@@ -124,8 +138,13 @@ def test_rewards_of_a_deal_a_walk_away_and_a_failure() -> None:
     assert rewards(finals((3, 3, 3))) == [(36 / best_joint,) * 2, (0.0, 0.0), (1.0, 0.0)]
     assert rewards(("walk away", "")) == [(10 / best_joint,) * 2, (25 / best_nash,) * 2, (5 / 36, 5 / 36)]
     assert rewards(("x", "y")) == [(0.0, 0.0), (0.0, 0.0), (5 / 36, 5 / 36)]
-    for objective in range(3):  # cooperative alone prefers any deal to none, even one that leaves a side nothing
-        bad, walk = rewards(finals((3, 3, 3)))[objective][1], rewards(("walk away", "walk away"))[objective][1]
+    for objective in range(
+        3
+    ):  # cooperative alone prefers any deal to none, even one that leaves a side nothing
+        bad, walk = (
+            rewards(finals((3, 3, 3)))[objective][1],
+            rewards(("walk away", "walk away"))[objective][1],
+        )
         assert (bad < walk) == (objective > 0)
 
 
@@ -143,7 +162,9 @@ def test_summary_counts_walking_away() -> None:
 # ---- scripts ---------------------------------------------------------------------------------------------------------
 
 AMOUNT = r"(?:all )?(\d) (food|water|firewood)"
-SPLIT = re.compile(rf"(?:{AMOUNT}|(food|water|firewood) \w+ to \w+(?: , (\d))?) for (me|you)(?: and (\d) for you)?")
+SPLIT = re.compile(
+    rf"(?:{AMOUNT}|(food|water|firewood) \w+ to \w+(?: , (\d))?) for (me|you)(?: and (\d) for you)?"
+)
 SHARES = re.compile(r"(?:^| )((?:all )?\d [^,?.]*?|nothing) for me , (.*) for you [.?]")
 
 
@@ -168,9 +189,12 @@ def read_offer(text: str) -> tuple[Vector, Vector] | None:
             assert m[6] is None or int(m[6]) == 3 - mine[-1], text
         return tuple(mine), tuple(3 - n for n in mine)
     for pattern, first in (
-        (SHARES, 0), (r"i (?:take|get) (.*) (?:,|and) you (?:take|get) (.*) [.?]", 0), (r"let me have (.*) and you keep (.*) \.", 0),
-        (r"give me (.*) and take (.*) \?", 0), (r"you (?:get|could have) (.*) , (?:i get|and i) (.*) \.", 1),
-    ):  # fmt: skip
+        (SHARES, 0),
+        (r"i (?:take|get) (.*) (?:,|and) you (?:take|get) (.*) [.?]", 0),
+        (r"let me have (.*) and you keep (.*) \.", 0),
+        (r"give me (.*) and take (.*) \?", 0),
+        (r"you (?:get|could have) (.*) , (?:i get|and i) (.*) \.", 1),
+    ):
         if match := re.search(pattern, text):
             return amounts(match[1 + first]), amounts(match[2 - first])
     return None
@@ -194,7 +218,9 @@ def test_finals_are_what_the_accepted_words_say() -> None:
 def test_stated_orders_are_true() -> None:
     stated = compared = 0
     for dialogue in CORPUS:
-        orders = [dict(re.findall(r"(\w+) (high|medium|low)", text)) for text in dialogue.scenario.private_text]
+        orders = [
+            dict(re.findall(r"(\w+) (high|medium|low)", text)) for text in dialogue.scenario.private_text
+        ]
         for side, text in utterances(dialogue):
             said = re.findall(r"(food|water|firewood) (?:is )?(high|medium|low)\b(?! to)", text)
             stated += bool(said)
@@ -216,7 +242,11 @@ def test_the_mixture_leaves_much_to_gain_and_two_open_sides_nothing() -> None:
     both = GAME.summarise([d.outcome for d in CORPUS if d.temperaments == ("open", "open")])
     assert both["dialogues"] > 0.15 * len(CORPUS)
     assert both["agreement"] == both["pareto"] == both["nash_ratio"] == 1.0
-    refusals = sum(text.startswith(("no ", "not ", "sorry , ", "i need more")) for d in CORPUS for _, text in utterances(d))
+    refusals = sum(
+        text.startswith(("no ", "not ", "sorry , ", "i need more"))
+        for d in CORPUS
+        for _, text in utterances(d)
+    )
     assert refusals > 0.5 * len(CORPUS)
 
 
@@ -224,11 +254,22 @@ def test_who_leaves_walks_away() -> None:
     kinds = Counter()
     for dialogue in CORPUS:
         _, last = utterances(dialogue)[-1]
-        if last.startswith(("then there is no deal", "i would rather leave", "we will not", "forget it", "this leads", "no deal then")):
+        if last.startswith(
+            (
+                "then there is no deal",
+                "i would rather leave",
+                "we will not",
+                "forget it",
+                "this leads",
+                "no deal then",
+            )
+        ):
             assert last.endswith(CLOSE)
             kinds[dialogue.outcome.failure] += 1
     assert kinds["walk_away"] > 0.1 * len(CORPUS)
-    assert sum(kinds.values()) - kinds["walk_away"] < 0.02 * len(CORPUS)  # both hasty, and still naming what they would like
+    assert sum(kinds.values()) - kinds["walk_away"] < 0.02 * len(
+        CORPUS
+    )  # both hasty, and still naming what they would like
 
 
 def test_nobody_peeks() -> None:
@@ -239,7 +280,10 @@ def test_nobody_peeks() -> None:
         mine, theirs, other = (rng.choice(ORDERS) for _ in range(3))
         seed = rng.getrandbits(32)
         scenarios = [GAME.scenario(Deal((3, 3, 3), (mine, values)), "train") for values in (theirs, other)]
-        first, second = (utterances(scripted_dialogue(GAME, scenario, random.Random(seed), Camper)) for scenario in scenarios)
+        first, second = (
+            utterances(scripted_dialogue(GAME, scenario, random.Random(seed), Camper))
+            for scenario in scenarios
+        )
         for (side, text), (_, twin) in zip(first, second, strict=False):
             if side == 1 and text != twin:
                 changed += 1

@@ -21,14 +21,24 @@ from duologue.rollout.engine.sequence import SamplingParams
 from test_cli import TINY
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
-needs_cpp = pytest.mark.skipif(not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built")
+needs_cpp = pytest.mark.skipif(
+    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+)
 
 
 def make_model(vocab: int = 275) -> Decoder:
     config = ModelConfig(
-        model_type="qwen2", vocab_size=vocab, hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, num_kv_heads=2,
-        head_dim=16, max_position_embeddings=400, qkv_bias=True,
-    )  # fmt: skip
+        model_type="qwen2",
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        max_position_embeddings=400,
+        qkv_bias=True,
+    )
     model = Decoder(config)
     model.init_weights(0)
     return model
@@ -36,7 +46,9 @@ def make_model(vocab: int = 275) -> Decoder:
 
 def make_policy(dtype: torch.dtype = torch.float32) -> LoraDecoder:
     base = quantize(make_model().to(dtype))
-    policy = LoraDecoder(base, new_adapter(base, LoraSettings(rank=3, alpha=6.0, targets=("q_proj", "down_proj")), 0))
+    policy = LoraDecoder(
+        base, new_adapter(base, LoraSettings(rank=3, alpha=6.0, targets=("q_proj", "down_proj")), 0)
+    )
     with torch.no_grad():
         for parameter in policy.adapter.parameters():
             parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
@@ -49,7 +61,9 @@ def test_a_layer_is_bitsandbytes_own(dtype: torch.dtype) -> None:
     torch.nn.init.normal_(plain.weight)
     torch.nn.init.normal_(plain.bias)
     plain = plain.to(dtype)
-    theirs = bitsandbytes.nn.Linear4bit(128, 96, bias=True, compute_dtype=dtype, compress_statistics=False, quant_type="nf4")
+    theirs = bitsandbytes.nn.Linear4bit(
+        128, 96, bias=True, compute_dtype=dtype, compress_statistics=False, quant_type="nf4"
+    )
     theirs.load_state_dict({"weight": plain.weight.data, "bias": plain.bias.data})
     theirs = theirs.to("cpu")
     ours, x = QuantizedLinear(plain), torch.randn(7, 128).to(dtype).requires_grad_()
@@ -100,7 +114,9 @@ def test_the_layers_take_an_eighth_of_fp32() -> None:
     before = sum(p.nbytes for p in make_model().model.layers.parameters())
     model = quantize(make_model())
     states = [m.state.absmax.nbytes for m in model.modules() if isinstance(m, QuantizedLinear)]
-    after = sum(x.nbytes for x in (*model.model.layers.parameters(), *model.model.layers.buffers())) + sum(states)
+    after = sum(x.nbytes for x in (*model.model.layers.parameters(), *model.model.layers.buffers())) + sum(
+        states
+    )
     assert after < before / 5  # biases, norms and a scale of 64 weights beside
     assert not any(type(m) is Linear for m in model.model.layers.modules())
 

@@ -23,7 +23,9 @@ IMITATION, SELFPLAY = 60, 40
 HOSTILE = "<script>alert('1')</script> & \"quoted\""
 
 
-def record(d: ScriptedDialogue, game: DealGame, tokenizer: Tokenizer, rng: random.Random, **extra: Any) -> dict[str, Any]:
+def record(
+    d: ScriptedDialogue, game: DealGame, tokenizer: Tokenizer, rng: random.Random, **extra: Any
+) -> dict[str, Any]:
     """A scripted dialogue as the trainer would have recorded it of a policy."""
     turns = []
     for side, text, kind in d.turns:
@@ -52,14 +54,25 @@ def metrics_rows(rng: random.Random) -> list[dict[str, Any]]:
         share = 1 - math.exp(-i / 12)
         rows.append(
             {
-                "step": IMITATION + i, "stage": "selfplay", "reward": 0.75 + 0.2 * share + rng.gauss(0, 0.01),
-                "joint_ratio": 0.85 + 0.12 * share, "agreement": 0.88 + 0.1 * share + rng.gauss(0, 0.01),
-                "pareto": 0.5 + 0.35 * share + rng.gauss(0, 0.03), "entropy": 0.9 - 0.5 * share, "mismatch": 0.0,
-                "kl_start": 0.3 * share if i % 10 == 0 else None, "rollout_tokens_per_s": 11_000 + rng.gauss(0, 300),
-                "update_tokens_per_s": 6_000 + rng.gauss(0, 200), "grad_norm": 0.5 + rng.random() * 0.2, "clip_share": 0.01,
-                "no_variance_share": 0.1 + 0.3 * share, "loss": 0.0, "seconds": 5.0, "peak_memory_bytes": 9e8,
+                "step": IMITATION + i,
+                "stage": "selfplay",
+                "reward": 0.75 + 0.2 * share + rng.gauss(0, 0.01),
+                "joint_ratio": 0.85 + 0.12 * share,
+                "agreement": 0.88 + 0.1 * share + rng.gauss(0, 0.01),
+                "pareto": 0.5 + 0.35 * share + rng.gauss(0, 0.03),
+                "entropy": 0.9 - 0.5 * share,
+                "mismatch": 0.0,
+                "kl_start": 0.3 * share if i % 10 == 0 else None,
+                "rollout_tokens_per_s": 11_000 + rng.gauss(0, 300),
+                "update_tokens_per_s": 6_000 + rng.gauss(0, 200),
+                "grad_norm": 0.5 + rng.random() * 0.2,
+                "clip_share": 0.01,
+                "no_variance_share": 0.1 + 0.3 * share,
+                "loss": 0.0,
+                "seconds": 5.0,
+                "peak_memory_bytes": 9e8,
             }
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -71,14 +84,21 @@ def make_run(path: Path) -> Path:
     """A whole run directory of plausible numbers; scripted dialogues stand in for the two policies'."""
     rng, game = random.Random(0), DealGame()
     scripts = corpus(game, 900, 3)
-    texts = [text for d in scripts[:300] for text in (*d.scenario.private_text, *(text for _, text, _ in d.turns))]
+    texts = [
+        text for d in scripts[:300] for text in (*d.scenario.private_text, *(text for _, text, _ in d.turns))
+    ]
     tokenizer = train_tokenizer(texts, 400)
     before = scripts[:40]
     other = {d.scenario.id: d for d in scripts[40:] if d.outcome.agreed}
     after = [other.get(d.scenario.id, d) for d in before]
-    rows = [record(d, game, tokenizer, rng, step=IMITATION, stage="eval", policy="warm_start") for d in before]
+    rows = [
+        record(d, game, tokenizer, rng, step=IMITATION, stage="eval", policy="warm_start") for d in before
+    ]
     rows += [record(d, game, tokenizer, rng, step=IMITATION + 9, stage="selfplay") for d in scripts[40:60]]
-    rows += [record(d, game, tokenizer, rng, step=IMITATION + SELFPLAY, stage="eval", policy="trained") for d in after]
+    rows += [
+        record(d, game, tokenizer, rng, step=IMITATION + SELFPLAY, stage="eval", policy="trained")
+        for d in after
+    ]
     (path / "checkpoints" / "warm_start").mkdir(parents=True)
     tokenizer.save(path / "checkpoints" / "warm_start")
     (path / "config.toml").write_text(load_config("deal").to_toml(), "utf-8")
@@ -87,8 +107,10 @@ def make_run(path: Path) -> Path:
     summary = {
         "warm_start": summarise([d.outcome for d in before]),
         "trained": summarise([d.outcome for d in after]),
-        "train_seconds": 224.0, "seed": 0, "parameters": 1_234_567,
-    }  # fmt: skip
+        "train_seconds": 224.0,
+        "seed": 0,
+        "parameters": 1_234_567,
+    }
     (path / "summary.json").write_text(json.dumps(summary), "utf-8")
     return path
 
@@ -207,7 +229,9 @@ def test_an_unfinished_run_shows_what_it_has(run: Path, tmp_path: Path) -> None:
     assert "svg" not in page.tags
 
     metrics = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "metrics.jsonl").write_text("".join(metrics[:70]) + metrics[70][:20])  # killed in the midst of a line
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(metrics[:70]) + metrics[70][:20]
+    )  # killed in the midst of a line
     page, _ = report(tmp_path)
     assert f"{IMITATION} imitation, 10 self-play" in page.text
 

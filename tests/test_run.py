@@ -38,8 +38,11 @@ for step in range(1, 100_000):
     print(step, flush=True)
 """
 
+
 def child(code: str, *arguments: Any) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True
+    )
 
 
 def make(path: Path, toml: str = TOML) -> RunDir:
@@ -63,7 +66,11 @@ def test_a_directory_that_holds_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_resume_names_every_setting_that_differs_and_both_values(tmp_path: Path) -> None:
     make(tmp_path).close()
-    other = TOML.replace("seed = 0", "seed = 3").replace("group_size = 8", "group_size = 4").replace("steps = 10", "steps = 12")
+    other = (
+        TOML.replace("seed = 0", "seed = 3")
+        .replace("group_size = 8", "group_size = 4")
+        .replace("steps = 10", "steps = 12")
+    )
     with pytest.raises(ValueError) as error:
         RunDir.resume(tmp_path / "run", other)
     assert "grpo.group_size = 8, not 4" in str(error.value)
@@ -113,7 +120,9 @@ def test_the_saved_configuration_is_the_resolved_one(tmp_path: Path) -> None:
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     run = make(tmp_path)
-    run.append_metrics({"step": 0, "stage": "selfplay", "kl": NAN, "deep": {"list": [1.5, float("inf"), (NAN, "é")]}})
+    run.append_metrics(
+        {"step": 0, "stage": "selfplay", "kl": NAN, "deep": {"list": [1.5, float("inf"), (NAN, "é")]}}
+    )
     row = {"step": 0, "stage": "selfplay", "kl": None, "deep": {"list": [1.5, None, [None, "é"]]}}
     assert read_lines(run.path / "metrics.jsonl") == [row]
 
@@ -126,7 +135,9 @@ def test_lines_after_the_checkpoint_are_cut_off_and_those_before_it_stay(tmp_pat
     run.save_checkpoint("step_000001", lambda folder: None)
     kept = {name: (run.path / name).read_bytes() for name in ("metrics.jsonl", "dialogues.jsonl")}
     run.append_metrics({"step": 1, "stage": "selfplay"})
-    run.append_dialogues([{"step": 1, "stage": "selfplay"}, {"step": 1, "stage": "eval", "policy": "trained"}])
+    run.append_dialogues(
+        [{"step": 1, "stage": "selfplay"}, {"step": 1, "stage": "eval", "policy": "trained"}]
+    )
     with open(run.path / "metrics.jsonl", "a") as file:
         file.write('{"step": 2, "sta')
     run.drop_lines_from(1)
@@ -170,7 +181,9 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_everything(tmp_path: Path) -
         raise RuntimeError("the writer broke")
 
     for name in ("step_000001", "step_000002"):  # in the place of another, and new
-        with pytest.raises(OSError, match=rf"{name} could not be written \(the writer broke\).*step_000001, is whole"):
+        with pytest.raises(
+            OSError, match=rf"{name} could not be written \(the writer broke\).*step_000001, is whole"
+        ):
             run.save_checkpoint(name, fail, keep=1)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_000001"]
     assert (run.path / "checkpoints" / "step_000001" / "model").read_text() == "one"
@@ -198,7 +211,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path: Path, writer
     }
     run = make(tmp_path)
     run.save_checkpoint("step_000001", lambda folder: (folder / "model").write_text("one") and None, keep=1)
-    with full_disk(200_000), pytest.raises(OSError, match=r"step_000002 could not be written .*step_000001, is whole"):
+    with (
+        full_disk(200_000),
+        pytest.raises(OSError, match=r"step_000002 could not be written .*step_000001, is whole"),
+    ):
         run.save_checkpoint("step_000002", lambda folder: writers[writer](folder) and None, keep=1)
     assert [path.name for path in (run.path / "checkpoints").iterdir()] == ["step_000001"]
     assert (run.path / "checkpoints" / "step_000001" / "model").read_text() == "one"
@@ -209,7 +225,10 @@ def test_a_line_that_no_longer_fits_is_named_and_cut_off_by_the_next_resume(tmp_
     metrics = run.path / "metrics.jsonl"
     for step in range(150):
         run.append_metrics({"step": step, "stage": "selfplay", "text": "x" * 100})
-    with full_disk(metrics.stat().st_size + 20), pytest.raises(OSError, match=r"metrics\.jsonl could not be written"):
+    with (
+        full_disk(metrics.stat().st_size + 20),
+        pytest.raises(OSError, match=r"metrics\.jsonl could not be written"),
+    ):
         run.append_metrics({"step": 150, "stage": "selfplay", "text": "x" * 100})
     assert len(read_lines(metrics)) == 150
     assert not metrics.read_bytes().endswith(b"\n")

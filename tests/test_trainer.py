@@ -25,12 +25,30 @@ from duologue.grpo.update import accumulate_imitation_gradient, accumulate_polic
 from safetensors.torch import load_file
 
 TINY = [
-    "model.hidden_size=32", "model.intermediate_size=48", "model.num_layers=2", "model.num_heads=2", "model.num_kv_heads=1",
-    "model.head_dim=16", "model.vocab_size=300", "model.max_position=400", "imitation.steps=4", "imitation.dialogues=200",
-    "imitation.dialogues_per_step=6", "train.steps=4", "train.save_every=1", "train.kl_every=2", "train.tokens_per_microbatch=700",
-    "grpo.group_size=4", "grpo.groups_per_step=2", "grpo.imitation_coef=0.5", "dialogue.max_rounds=2",
-    "dialogue.max_tokens_per_turn=10", "dialogue.max_tokens_final=8", "eval.dialogues=8", "rollout.cache_tokens=4096",
-]  # fmt: skip
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.vocab_size=300",
+    "model.max_position=400",
+    "imitation.steps=4",
+    "imitation.dialogues=200",
+    "imitation.dialogues_per_step=6",
+    "train.steps=4",
+    "train.save_every=1",
+    "train.kl_every=2",
+    "train.tokens_per_microbatch=700",
+    "grpo.group_size=4",
+    "grpo.groups_per_step=2",
+    "grpo.imitation_coef=0.5",
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=10",
+    "dialogue.max_tokens_final=8",
+    "eval.dialogues=8",
+    "rollout.cache_tokens=4096",
+]
 VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
 
 
@@ -72,7 +90,16 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
     dialogues = read_lines(whole / "dialogues.jsonl")
     assert {d["stage"] for d in dialogues} == {"selfplay", "eval"}
     for d in dialogues:
-        assert {"step", "scenario", "personas", "turns", "outcome", "reward", "advantage", "weights_version"} <= d.keys()
+        assert {
+            "step",
+            "scenario",
+            "personas",
+            "turns",
+            "outcome",
+            "reward",
+            "advantage",
+            "weights_version",
+        } <= d.keys()
         assert all({"role", "kind", "text", "token_ids", "logprobs"} <= turn.keys() for turn in d["turns"])
 
 
@@ -119,11 +146,20 @@ def test_stopping_and_resuming_gives_the_same_run(whole: Path, tmp_path: Path, a
 def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> None:
     """A real process, killed again and again as soon as it has got a little further."""
     path = tmp_path / "run"
-    command = [sys.executable, "-c", "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))", "train", "deal"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))",
+        "train",
+        "deal",
+    ]
     command += [*TINY, "--run-dir", str(path)]
     for goal in (1, 3, 6):
         process = subprocess.Popen(
-            command + (["--resume"] if path.exists() else []), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+            command + (["--resume"] if path.exists() else []),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         deadline = time.monotonic() + 120
         while len(read_lines(path / "metrics.jsonl")) <= goal and process.poll() is None:
@@ -179,7 +215,12 @@ def test_imitation_gradient_equals_autograd_of_the_plain_model() -> None:
     for row in rows:
         labels = torch.tensor([[t if m else -100 for t, m in zip(row.token_ids, row.loss_mask, strict=True)]])
         logits = theirs(torch.tensor([row.token_ids])).logits[:, :-1].flatten(0, 1)
-        loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum") / total
+        loss = (
+            torch.nn.functional.cross_entropy(
+                logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            )
+            / total
+        )
         loss.backward()
         expected_loss += float(loss)
     stats = accumulate_imitation_gradient(model, rows, max_tokens=500)
@@ -198,7 +239,9 @@ def test_a_checkpoint_of_another_shape_is_refused_on_resume(whole: Path, tmp_pat
     other = config("model.hidden_size=64")
     (path / "config.toml").write_text(other.to_toml())
     run = RunDir.resume(path, other.to_toml())
-    with pytest.raises(ValueError, match=r"hidden_size = 32, but the run's configuration says model.hidden_size = 64"):
+    with pytest.raises(
+        ValueError, match=r"hidden_size = 32, but the run's configuration says model.hidden_size = 64"
+    ):
         train(other, run, Progress(quiet=True), threading.Event())
 
 
@@ -225,7 +268,11 @@ def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, t
 
     c = config("dialogue.top_p=0.8")
     run_whole(tmp_path / "whole", "dialogue.top_p=0.8")
-    found = [row["mismatch"] for row in read_lines(tmp_path / "whole" / "metrics.jsonl") if row["stage"] == "selfplay"]
+    found = [
+        row["mismatch"]
+        for row in read_lines(tmp_path / "whole" / "metrics.jsonl")
+        if row["stage"] == "selfplay"
+    ]
     assert len(found) == 4
     assert all(value <= (0.0 if cpu.available() else 1e-4) for value in found)
     assert read_lines(tmp_path / "whole" / "dialogues.jsonl") != read_lines(whole / "dialogues.jsonl")
@@ -264,7 +311,9 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     arena = build_arena(c, model, tokenizer, game)
     group = arena.play([game.sample(random.Random(0), "train")], group_size=3, seed=1)[0]
     rows: list[Row] = [
-        view_row(d.views[role], ("utterance",), 0.5 - i - role / 3, i, role) for i, d in enumerate(group.dialogues) for role in (0, 1)
+        view_row(d.views[role], ("utterance",), 0.5 - i - role / 3, i, role)
+        for i, d in enumerate(group.dialogues)
+        for role in (0, 1)
     ]
     assert all(row.kept is not None and len(row.kept.sizes) == len(row.token_ids) for row in rows)
     accumulate_policy_gradient(model, rows, LossConfig(), temperature=1.0, max_tokens=max_tokens)

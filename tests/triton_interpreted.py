@@ -29,13 +29,21 @@ from bench import cases, cases_attention
 assert cpu.on_triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
 DTYPES = (torch.float32, torch.float16)
 OPS = ("linear", "rms_norm", "add_rms_norm", "rope", "silu_mul", "logprob", "packed_attention")
-ODD = [c for op in OPS for c in (*cases.CASES.get(op, ()), *cases_attention.CASES.get(op, ())) if c.kind == cases.ODD]
+ODD = [
+    c
+    for op in OPS
+    for c in (*cases.CASES.get(op, ()), *cases_attention.CASES.get(op, ()))
+    if c.kind == cases.ODD
+]
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of values that a mask removes
 
 
 def outputs_and_gradients(fn: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
     """The op's outputs and the gradients of a fixed random projection of them; tables stay as they are."""
-    floats = [isinstance(a, Tensor) and a.is_floating_point() and not (a.dim() == 2 and a.shape[0] == 256) for a in arguments]
+    floats = [
+        isinstance(a, Tensor) and a.is_floating_point() and not (a.dim() == 2 and a.shape[0] == 256)
+        for a in arguments
+    ]
     cast = [a.to(dtype).detach().requires_grad_() if f else a for a, f in zip(arguments, floats, strict=True)]
     found = fn(*cast)
     outputs = list(found) if isinstance(found, tuple) else [found]
@@ -54,9 +62,13 @@ def test_error_is_at_most_that_of_plain_torch(case: Any, dtype: torch.dtype) -> 
     found = outputs_and_gradients(ours, arguments, dtype)
     for i, (a, b, e) in enumerate(zip(found, theirs, exact, strict=True)):
         assert a.dtype == b.dtype
-        cancels = float(e.norm()) < 1e-3  # one element or key: the gradient is what is left of terms of the order of 1
+        cancels = (
+            float(e.norm()) < 1e-3
+        )  # one element or key: the gradient is what is left of terms of the order of 1
         floor = max(float(e.norm()), cancels * 2 * e.numel() ** 0.5) * torch.finfo(a.dtype).eps
-        limit = (2 if i < 2 - (case.op in ("linear", "packed_attention")) else 3) * float((b.double() - e).norm()) + floor
+        limit = (2 if i < 2 - (case.op in ("linear", "packed_attention")) else 3) * float(
+            (b.double() - e).norm()
+        ) + floor
         assert float((a.double() - e).norm()) <= limit, i
 
 
@@ -65,7 +77,11 @@ def test_error_is_at_most_that_of_plain_torch(case: Any, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_at_every_m(dtype: torch.dtype) -> None:
-    x, weight, norm = cases._randn(129, 70, dtype=dtype), cases._randn(37, 70, dtype=dtype), cases._randn(70, dtype=dtype)
+    x, weight, norm = (
+        cases._randn(129, 70, dtype=dtype),
+        cases._randn(37, 70, dtype=dtype),
+        cases._randn(70, dtype=dtype),
+    )
     targets, z = torch.arange(129) % 127, 3 * cases._randn(129, 127, dtype=dtype)
     runs = (
         lambda rows: (ops.linear(x[rows], weight), ops.linear(x[rows], weight, None, torch.float32)),
@@ -75,14 +91,18 @@ def test_a_row_has_the_same_bits_at_every_m(dtype: torch.dtype) -> None:
     for run in runs:
         whole = run(slice(None))
         for a, b in ((0, 1), (0, 7), (1, 65), (64, 129), (128, 129)):
-            assert all(torch.equal(part, full[a:b]) for part, full in zip(run(slice(a, b)), whole, strict=True))
+            assert all(
+                torch.equal(part, full[a:b]) for part, full in zip(run(slice(a, b)), whole, strict=True)
+            )
 
 
 def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
 
-def pages_of(k: Tensor, v: Tensor, lengths: list[int], B: int, shared: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def pages_of(
+    k: Tensor, v: Tensor, lengths: list[int], B: int, shared: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
     """Keys scattered over random pages, NaN where there are none; `shared` pages are those of the first sequence in all."""
     counts = [-(-n // B) for n in lengths]
     order = torch.randperm(sum(counts) + 3).int()
@@ -98,7 +118,9 @@ def pages_of(k: Tensor, v: Tensor, lengths: list[int], B: int, shared: int = 0) 
     return pages[0], pages[1], table
 
 
-@pytest.mark.parametrize(("dtype", "D", "ratio", "B"), [(torch.float32, 20, 2, 16), (torch.float16, 32, 1, 48)])
+@pytest.mark.parametrize(
+    ("dtype", "D", "ratio", "B"), [(torch.float32, 20, 2, 16), (torch.float16, 32, 1, 48)]
+)
 def test_paged_is_packed_bit_for_bit(dtype: torch.dtype, D: int, ratio: int, B: int) -> None:
     """Decode, prefill in pieces and mixes of both, chunks in a loop or side by side: the bits of the packed forward."""
     torch.manual_seed(D)
@@ -114,22 +136,41 @@ def test_paged_is_packed_bit_for_bit(dtype: torch.dtype, D: int, ratio: int, B: 
         token = torch.cat([torch.arange(cu[s] + ends[s] - new[s], cu[s] + ends[s]) for s in order])
         out = torch.empty_like(q[token])
         context = torch.tensor([ends[s] for s in order], dtype=torch.int32)
-        arguments = (k_pages, v_pages, out, None, offsets([new[s] for s in order]), 0.2, table[order], context)
+        arguments = (
+            k_pages,
+            v_pages,
+            out,
+            None,
+            offsets([new[s] for s in order]),
+            0.2,
+            table[order],
+            context,
+        )
         triton_attention.forward(q[token], *arguments, split=split)
         assert torch.equal(out, packed[token])
-        assert torch.equal(ops.paged_attention(q[token], k_pages, v_pages, table[order], *arguments[4:5], context, 0.2), out)
+        assert torch.equal(
+            ops.paged_attention(q[token], k_pages, v_pages, table[order], *arguments[4:5], context, 0.2), out
+        )
 
 
 def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     torch.manual_seed(0)
-    dtype, lengths, B, shared = torch.float16, [300, 320, 270, 40], 16, 17  # 272 keys common to the first two: one whole chunk
+    dtype, lengths, B, shared = (
+        torch.float16,
+        [300, 320, 270, 40],
+        16,
+        17,
+    )  # 272 keys common to the first two: one whole chunk
     k, v = (torch.randn(sum(lengths), 2, 16).to(dtype) for _ in range(2))
     k_pages, v_pages, table = pages_of(k, v, lengths, B)
     table[1, :shared] = table[0, :shared]
     q, out = torch.randn(4, 4, 16).to(dtype), torch.empty(2, 4, 4, 16, dtype=dtype)
     arguments = (None, offsets([1] * 4), 0.3, table, torch.tensor(lengths, dtype=torch.int32))
     triton_attention.forward(q, k_pages, v_pages, out[0], *arguments)
-    groups = (torch.tensor([0, 2, 3, 4], dtype=torch.int32), torch.tensor([shared * B, 256, 0], dtype=torch.int32))
+    groups = (
+        torch.tensor([0, 2, 3, 4], dtype=torch.int32),
+        torch.tensor([shared * B, 256, 0], dtype=torch.int32),
+    )
     wide = (q.double(), k_pages.double(), v_pages.double())
     exact = reference.paged_attention(*wide, *arguments[3:4], *arguments[1:2], arguments[4], 0.3)
     torch.testing.assert_close(out[0].double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
@@ -141,7 +182,12 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
 def test_rope_write_kv_is_rope_and_write_kv() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(5, heads, 18) for heads in (9, 2, 2))
-    cos, sin, positions, slots = torch.randn(64, 9), torch.randn(64, 9), torch.arange(5) * 9, torch.tensor([33, 2, 16, 47, 0])
+    cos, sin, positions, slots = (
+        torch.randn(64, 9),
+        torch.randn(64, 9),
+        torch.arange(5) * 9,
+        torch.tensor([33, 2, 16, 47, 0]),
+    )
     pages = torch.zeros(4, 3, 16, 2, 18)
     turned = ops.rope_write_kv(q, k, v, cos, sin, positions, pages[0], pages[1], slots)
     expected = ops.rope(q, k, cos, sin, positions)
@@ -156,15 +202,22 @@ def test_rope_write_kv_is_rope_and_write_kv() -> None:
 @triton.jit
 def noise_kernel(seed, position, out, BLOCK: tl.constexpr):
     for start in range(0, 2 * BLOCK, BLOCK):
-        tl.store(out + start + tl.arange(0, BLOCK), triton_softmax._noise(tl.load(seed), tl.load(position), start, BLOCK))
+        tl.store(
+            out + start + tl.arange(0, BLOCK),
+            triton_softmax._noise(tl.load(seed), tl.load(position), start, BLOCK),
+        )
 
 
-@pytest.mark.parametrize(("seed", "position"), [(0, 0), (-7, 2**33 + 5), (2**62 + 12345, -1), (-(2**63), 2**63 - 1)])
+@pytest.mark.parametrize(
+    ("seed", "position"), [(0, 0), (-7, 2**33 + 5), (2**62 + 12345, -1), (-(2**63), 2**63 - 1)]
+)
 def test_noise_has_the_words_of_the_reference(seed: int, position: int) -> None:
     out, seeds, positions = torch.empty(512), torch.tensor([seed]), torch.tensor([position])
     noise_kernel[(1,)](seeds, positions, out, BLOCK=256)
     exact = -torch.log(-torch.log1p(-reference.uniforms(seeds, positions, 512).double()))
-    torch.testing.assert_close(out.double(), exact[0], rtol=3e-7, atol=3e-7)  # one word wrong is an error of the order of 1
+    torch.testing.assert_close(
+        out.double(), exact[0], rtol=3e-7, atol=3e-7
+    )  # one word wrong is an error of the order of 1
 
 
 def draws(N: int, V: int) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -180,7 +233,9 @@ def draws(N: int, V: int) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_sample_draws_what_the_reference_and_cpp_draw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_draws_what_the_reference_and_cpp_draw(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits, args = draws(30, 331)
     logits = logits.to(dtype)
     token, logprob, entropy, kept, offsets = ops.sample(logits, *args)
@@ -206,12 +261,16 @@ def test_sample_draws_what_the_reference_and_cpp_draw(dtype: torch.dtype, monkey
 
 @pytest.mark.parametrize("extra", ["", "bias", "softcap"])
 @pytest.mark.parametrize(
-    ("N", "H", "V", "dtype"), [(1, 8, 7, torch.float32), (21, 40, 1300, torch.float32), (37, 24, 531, torch.float16)]
+    ("N", "H", "V", "dtype"),
+    [(1, 8, 7, torch.float32), (21, 40, 1300, torch.float32), (37, 24, 531, torch.float16)],
 )
 def test_head_and_sampler_in_one_pass(N: int, H: int, V: int, dtype: torch.dtype, extra: str) -> None:
     """No stored logits: the draws of the stored ones, and their log-prob and entropy up to rounding."""
     hidden, weight = cases._randn(N, H, dtype=dtype), cases._randn(V, H, dtype=dtype)
-    bias, softcap = cases._randn(V, dtype=dtype) if extra == "bias" else None, 4.0 if extra == "softcap" else None
+    bias, softcap = (
+        cases._randn(V, dtype=dtype) if extra == "bias" else None,
+        4.0 if extra == "softcap" else None,
+    )
     _, (temperature, _, _, _, seed, position) = draws(N, V)
     settings = (temperature, torch.zeros(N).int(), torch.ones(N), torch.zeros(N), seed, position)
     token, logprob, entropy, kept, offsets = ops.linear_sample(
@@ -252,7 +311,9 @@ def test_impossible_tokens_count_as_nothing() -> None:
     masked = torch.full_like(z, float("-inf"))
     masked[:, ::3] = z[:, ::3]
     found = outputs_and_gradients(lambda x: ops.logprob(x, targets, 0.9), (masked,), torch.float32)
-    exact = outputs_and_gradients(lambda x: ops.reference.logprob(x, targets // 3, 0.9), (z[:, ::3],), torch.float64)
+    exact = outputs_and_gradients(
+        lambda x: ops.reference.logprob(x, targets // 3, 0.9), (z[:, ::3],), torch.float64
+    )
     for a, b in zip((*found[:2], found[2][:, ::3]), exact, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=0, atol=3e-6)
     assert found[2].count_nonzero() == found[2][:, ::3].count_nonzero()
@@ -269,27 +330,44 @@ def test_policy_loss_of_the_fused_head(N: int, H: int, V: int, extra: str, dtype
     inputs = [cases._randn(N, H, dtype=dtype), cases._randn(V, H, dtype=dtype) / 3]
     inputs += [cases._randn(V, dtype=dtype)] if extra == "bias" else []
     softcap, targets = 5.0 if extra == "softcap" else None, torch.arange(N) * 3 % V
-    g, h = (torch.linspace(-1, 1, N) * (torch.arange(N) % 3 == 1), torch.linspace(1, 0, N) * (torch.arange(N) % 3 == 2))
+    g, h = (
+        torch.linspace(-1, 1, N) * (torch.arange(N) % 3 == 1),
+        torch.linspace(1, 0, N) * (torch.arange(N) % 3 == 2),
+    )
 
     def ours(x: list[Tensor]) -> list[Tensor]:
         found = ops.linear_policy_loss(
-            x[0], x[1], targets, lambda logp, entropy, rows: (logp * g[rows] - entropy * h[rows]).sum(), temperature=0.8,
-            bias=x[2] if extra == "bias" else None, softcap=softcap, chunk_bytes=9 * V * 6,
-        )  # fmt: skip
+            x[0],
+            x[1],
+            targets,
+            lambda logp, entropy, rows: (logp * g[rows] - entropy * h[rows]).sum(),
+            temperature=0.8,
+            bias=x[2] if extra == "bias" else None,
+            softcap=softcap,
+            chunk_bytes=9 * V * 6,
+        )
         return [found.logprob, found.entropy, *torch.autograd.grad(found.loss, x)]
 
     def plain(x: list[Tensor]) -> list[Tensor]:
-        logits = torch.nn.functional.linear(*x).to(torch.float32 if x[0].dtype != torch.float64 else torch.float64)
+        logits = torch.nn.functional.linear(*x).to(
+            torch.float32 if x[0].dtype != torch.float64 else torch.float64
+        )
         logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
         logp, entropy = reference.logprob(logits, targets, 0.8)
-        return [logp.detach(), entropy.detach(), *torch.autograd.grad((logp * g.to(logp) - entropy * h.to(logp)).sum(), x)]
+        return [
+            logp.detach(),
+            entropy.detach(),
+            *torch.autograd.grad((logp * g.to(logp) - entropy * h.to(logp)).sum(), x),
+        ]
 
     exact = plain([x.double().requires_grad_() for x in inputs])
     theirs = plain([x.clone().requires_grad_() for x in inputs])
     found = ours([x.clone().requires_grad_() for x in inputs])
     for i, (a, b, e) in enumerate(zip(found, theirs, exact, strict=True)):
         floor = max(float(e.norm()), 1e-2) * torch.finfo(dtype if i > 1 else torch.float32).eps * 4
-        assert float((a.double() - e).norm()) <= (2 if i < 2 else 3) * float((b.double() - e).norm()) + floor, i
+        assert (
+            float((a.double() - e).norm()) <= (2 if i < 2 else 3) * float((b.double() - e).norm()) + floor
+        ), i
 
 
 def test_the_fused_head_has_the_bits_of_linear_and_logprob() -> None:
@@ -305,12 +383,20 @@ def test_the_fused_head_has_the_bits_of_linear_and_logprob() -> None:
 
 def test_opcheck() -> None:
     x, weight = torch.randn(3, 9, requires_grad=True), torch.randn(4, 9, requires_grad=True)
-    q, k, cu = torch.randn(5, 4, 16, requires_grad=True), torch.randn(5, 2, 16, requires_grad=True), offsets([2, 3])
+    q, k, cu = (
+        torch.randn(5, 4, 16, requires_grad=True),
+        torch.randn(5, 2, 16, requires_grad=True),
+        offsets([2, 3]),
+    )
     registered = torch.ops.duologue
     torch.library.opcheck(registered.linear.default, (x, weight, None, torch.float32, True))
-    torch.library.opcheck(registered.add_rms_norm.default, (x, x.detach().clone().requires_grad_(), torch.ones(9), 1e-6))
+    torch.library.opcheck(
+        registered.add_rms_norm.default, (x, x.detach().clone().requires_grad_(), torch.ones(9), 1e-6)
+    )
     torch.library.opcheck(registered.silu_mul.default, (x, x.detach().clone().requires_grad_()))
-    torch.library.opcheck(registered.rope.default, (q, torch.ones(8, 8), torch.ones(8, 8), torch.arange(5), 1.0))
+    torch.library.opcheck(
+        registered.rope.default, (q, torch.ones(8, 8), torch.ones(8, 8), torch.arange(5), 1.0)
+    )
     torch.library.opcheck(attention.packed_op, (q, k, k.detach().clone().requires_grad_(), cu, 0.25))
     torch.library.opcheck(registered.logprob.default, (x, torch.tensor([0, 8, 3]), None, 0.7))
     logits, args = draws(3, 9)
@@ -319,7 +405,11 @@ def test_opcheck() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_compiled_is_eager(exact: bool) -> None:
-    x, weight, norm = cases._randn(6, 32, dtype=torch.float32), cases._randn(32, 32, dtype=torch.float32), torch.ones(32)
+    x, weight, norm = (
+        cases._randn(6, 32, dtype=torch.float32),
+        cases._randn(32, 32, dtype=torch.float32),
+        torch.ones(32),
+    )
 
     def block(x: Tensor, weight: Tensor) -> Tensor:
         y, total = ops.add_rms_norm(x, x * 2, norm, 1e-6)
@@ -334,9 +424,20 @@ def test_compiled_is_eager(exact: bool) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5)), r"linear: weight has shape \(4, 5\), accepted is \(\*, 3\)"),
-        (lambda: ops.packed_attention(torch.zeros(5, 4, 16), *[torch.zeros(5, 3, 16)] * 2, offsets([5]), 1.0), "multiple of 3"),
-        (lambda: ops.packed_attention(*[torch.zeros(5, 1, 512)] * 3, offsets([5]), 1.0), "head dim is 512, accepted is 1 to 256"),
+        (
+            lambda: ops.linear(torch.ones(2, 3), torch.ones(4, 5)),
+            r"linear: weight has shape \(4, 5\), accepted is \(\*, 3\)",
+        ),
+        (
+            lambda: ops.packed_attention(
+                torch.zeros(5, 4, 16), *[torch.zeros(5, 3, 16)] * 2, offsets([5]), 1.0
+            ),
+            "multiple of 3",
+        ),
+        (
+            lambda: ops.packed_attention(*[torch.zeros(5, 1, 512)] * 3, offsets([5]), 1.0),
+            "head dim is 512, accepted is 1 to 256",
+        ),
     ],
 )
 def test_contracts(call: Any, message: str) -> None:
@@ -355,9 +456,16 @@ def test_no_rows() -> None:
 def test_rollout_is_score_bit_for_bit() -> None:
     """The engine, with prefill in pieces among decodes, against the training forward, both on these kernels."""
     config = ModelConfig(
-        model_type="qwen3", vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
-        head_dim=16, max_position_embeddings=64,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
     model = Decoder(config)
     model.init_weights(0)
     prompts = [[5, 7, 9] * 3, [1], list(range(12))]
@@ -373,9 +481,16 @@ def test_decoding_ahead_with_a_shared_prefix_has_the_bits_of_score(monkeypatch: 
     """The device-side loop on these kernels, rows of a group read as one; and without the loop."""
     monkeypatch.setattr(engine_attention, "LEAST_SHARED", 256)
     config = ModelConfig(
-        model_type="qwen3", vocab_size=61, hidden_size=16, intermediate_size=24, num_layers=1, num_heads=2, num_kv_heads=1,
-        head_dim=16, max_position_embeddings=640,
-    )  # fmt: skip
+        model_type="qwen3",
+        vocab_size=61,
+        hidden_size=16,
+        intermediate_size=24,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        max_position_embeddings=640,
+    )
     model = Decoder(config)
     model.init_weights(0)
     prefix = [(7 * i) % 61 for i in range(260)]

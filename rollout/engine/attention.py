@@ -11,7 +11,9 @@ import numpy as np
 from duologue.kernels import ops
 from torch import Tensor
 
-LEAST_SHARED = 512  # keys that rows must have in common to be worth a pass of their own: two chunks of the kernel
+LEAST_SHARED = (
+    512  # keys that rows must have in common to be worth a pass of their own: two chunks of the kernel
+)
 
 
 def shared_groups(
@@ -67,5 +69,12 @@ class PagedAttention:
         k_pages, v_pages = self.kv[layer]
         ops.write_kv(k_TGD, v_TGD, k_pages, v_pages, self.slots)
         return ops.paged_attention(
-            q_TAD, k_pages, v_pages, self.block_table, self.cu_seqlens, self.context_lens, self.scale, self.groups
+            q_TAD,
+            k_pages,
+            v_pages,
+            self.block_table,
+            self.cu_seqlens,
+            self.context_lens,
+            self.scale,
+            self.groups,
         )

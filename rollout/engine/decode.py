@@ -65,9 +65,15 @@ def page_table(branches: Sequence[Branch]) -> Tensor:
 def sampling_settings(requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Temperature, top_k, top_p, min_p and seed of each, [N], as `ops.sample` takes them."""
     given = [r.params for r in requests]
-    floats = (torch.tensor([getattr(p, x) for p in given], dtype=torch.float32) for x in ("temperature", "top_p", "min_p"))
+    floats = (
+        torch.tensor([getattr(p, x) for p in given], dtype=torch.float32)
+        for x in ("temperature", "top_p", "min_p")
+    )
     temperature, top_p, min_p = floats
-    top_k, seed = torch.tensor([p.top_k for p in given], dtype=torch.int32), torch.tensor([r.seed for r in requests], dtype=torch.int64)
+    top_k, seed = (
+        torch.tensor([p.top_k for p in given], dtype=torch.int32),
+        torch.tensor([r.seed for r in requests], dtype=torch.int64),
+    )
     return temperature, top_k, top_p, min_p, seed
 
 
@@ -99,7 +105,9 @@ class NativeLoop:
         last = torch.tensor([b.token_ids[-1] for b in branches])
         tables = self.model.rotary_tables(position + (steps - 2))
         stops = [r.stop_token_ids for r in requests]
-        drawn = self.layers.decode(self.model.head_weight, settings, last, *tables, self.kv, page_table(branches), stops, steps)
+        drawn = self.layers.decode(
+            self.model.head_weight, settings, last, *tables, self.kv, page_table(branches), stops, steps
+        )
         tokens, logprobs, entropies, n_kept, kept = (x.numpy() for x in drawn)
         return Drawn(tokens, logprobs, entropies, n_kept, array("i", kept.tobytes()))
 
@@ -117,7 +125,9 @@ class _Bucket:
     groups: tuple[Tensor, Tensor] | None  # [B + 1] and [B] int32, where rows share what they begin with
     cu_seqlens: Tensor  # [B + 1] int32
     turn: Tensor  # [1] int64: the step's number
-    out: dict[str, Tensor] = field(default_factory=dict)  # [k, B]: token, logprob, entropy, n_kept; kept [k, B, M]
+    out: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # [k, B]: token, logprob, entropy, n_kept; kept [k, B, M]
     step: Callable[[], None] | None = None
 
 
@@ -148,7 +158,11 @@ class DecodeLoop:
     def takes(self, requests: Sequence[Request], _adapter: Adapter | None) -> bool:
         """Whether these can be drawn without a look in between."""
         return len(requests) <= BUCKETS[-1] and all(
-            r.params.allow is None and not r.params.stop_strings and not r.plain and len(r.stop_token_ids) <= STOPS for r in requests
+            r.params.allow is None
+            and not r.params.stop_strings
+            and not r.plain
+            and len(r.stop_token_ids) <= STOPS
+            for r in requests
         )
 
     def reach(self, left: Sequence[int]) -> int:
@@ -158,14 +172,21 @@ class DecodeLoop:
     @torch.no_grad()
     def run(self, requests: Sequence[Request], steps: int, lora: AdapterRows, adapter: int) -> Drawn:
         """`steps` (at most `self.steps`) for requests whose pages reach as far; all go through one adapter."""
-        n, truncated = len(requests), any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in requests)
+        n, truncated = (
+            len(requests),
+            any(r.params.top_k or r.params.top_p < 1 or r.params.min_p for r in requests),
+        )
         size = next(b for b in BUCKETS if b >= n)
         width = max(len(r.branch.pages) for r in requests)
         width = next(w for w in (16, 64, 256, 1024, 4096, 1 << 20) if w >= width)
         width = min(width, -(-self.model.config.max_position_embeddings // self.page_size) + 1)
         branches, groups = [r.branch for r in requests], None
-        if self.kv is not None and cpu.on_triton(self.kv):  # the C++ kernels see by themselves what rows share
-            groups = shared_groups([b.pages for b in branches], [b.n_cached for b in branches], self.page_size, size)
+        if self.kv is not None and cpu.on_triton(
+            self.kv
+        ):  # the C++ kernels see by themselves what rows share
+            groups = shared_groups(
+                [b.pages for b in branches], [b.n_cached for b in branches], self.page_size, size
+            )
         bucket = self._bucket(size, width, truncated, adapter, groups is not None, lora)
         self._fill(bucket, requests)
         if bucket.groups is not None and groups is not None:
@@ -187,7 +208,9 @@ class DecodeLoop:
             kept = array("i", room[np.arange(room.shape[2]) < n_kept[..., None]].tobytes())
         return Drawn(tokens, logprobs, entropies, n_kept, kept, waited)
 
-    def _bucket(self, B: int, W: int, truncated: bool, adapter: int, grouped: bool, lora: AdapterRows) -> _Bucket:
+    def _bucket(
+        self, B: int, W: int, truncated: bool, adapter: int, grouped: bool, lora: AdapterRows
+    ) -> _Bucket:
         key = B, W, truncated, adapter, grouped
         if key in self._buckets:
             return self._buckets[key]
@@ -202,12 +225,23 @@ class DecodeLoop:
         bucket = _Bucket(
             ints={name: ints(B) for name in ("token", "position", "last", "seed")},
             floats={name: floats(B) for name in ("temperature", "top_p", "min_p")},
-            top_k=ints(B).int(), stops=ints(B, STOPS), done=ints(B).bool(), table=ints(B, W).int(), turn=ints(1),
-            groups=(torch.arange(B + 1, dtype=torch.int32, device=self.device), ints(B).int()) if grouped else None,
+            top_k=ints(B).int(),
+            stops=ints(B, STOPS),
+            done=ints(B).bool(),
+            table=ints(B, W).int(),
+            turn=ints(1),
+            groups=(torch.arange(B + 1, dtype=torch.int32, device=self.device), ints(B).int())
+            if grouped
+            else None,
             cu_seqlens=torch.arange(B + 1, dtype=torch.int32, device=self.device),
-            out={"token": ints(k, B), "n_kept": ints(k, B), "logprob": floats(k, B), "entropy": floats(k, B),
-                 "kept": ints(k, B, most).int()},
-        )  # fmt: skip
+            out={
+                "token": ints(k, B),
+                "n_kept": ints(k, B),
+                "logprob": floats(k, B),
+                "entropy": floats(k, B),
+                "kept": ints(k, B, most).int(),
+            },
+        )
         self._buckets[key] = bucket
         eager = self._step_of(bucket, truncated, lora)
         bucket.step = self._captured(bucket, eager) if self.capture else eager
@@ -218,7 +252,9 @@ class DecodeLoop:
         bucket.done.fill_(True)
         bucket.table.fill_(self.scratch)
         limit = self.model.config.max_position_embeddings
-        self.model.rotary_tables(torch.tensor([limit - 1], device=self.device))  # whole, so that no step makes them
+        self.model.rotary_tables(
+            torch.tensor([limit - 1], device=self.device)
+        )  # whole, so that no step makes them
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
@@ -242,15 +278,27 @@ class DecodeLoop:
         for i, request in enumerate(requests):
             branch, params = request.branch, request.params
             table[i, : len(branch.pages)] = branch.pages
-            ints["token"][i], ints["position"][i], ints["seed"][i] = branch.token_ids[-1], branch.n_cached, request.seed
+            ints["token"][i], ints["position"][i], ints["seed"][i] = (
+                branch.token_ids[-1],
+                branch.n_cached,
+                request.seed,
+            )
             ints["last"][i] = branch.n_cached + params.max_new_tokens - len(request.completion.token_ids) - 1
-            floats["temperature"][i], floats["top_p"][i], floats["min_p"][i] = params.temperature, params.top_p, params.min_p
+            floats["temperature"][i], floats["top_p"][i], floats["min_p"][i] = (
+                params.temperature,
+                params.top_p,
+                params.min_p,
+            )
             top_k[i] = params.top_k
             stops[i, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)
         for target, source in (
-            (bucket.table, table), (bucket.top_k, top_k), (bucket.stops, stops), (bucket.done, np.arange(B) >= n),
-            *((bucket.ints[name], x) for name, x in ints.items()), *((bucket.floats[name], x) for name, x in floats.items()),
-        ):  # fmt: skip
+            (bucket.table, table),
+            (bucket.top_k, top_k),
+            (bucket.stops, stops),
+            (bucket.done, np.arange(B) >= n),
+            *((bucket.ints[name], x) for name, x in ints.items()),
+            *((bucket.floats[name], x) for name, x in floats.items()),
+        ):
             target.copy_(torch.from_numpy(source))
         bucket.turn.zero_()
 
@@ -279,7 +327,9 @@ class DecodeLoop:
             if truncated:
                 drawn = ops.sample_bounded(model.head(hidden), *settings, most)
             else:
-                drawn = ops.linear_sample(hidden, model.head_weight, *settings, exact=model.exact, whole=True)[:3]
+                drawn = ops.linear_sample(
+                    hidden, model.head_weight, *settings, exact=model.exact, whole=True
+                )[:3]
             for name, value in zip(("token", "logprob", "entropy", "kept", "n_kept"), drawn, strict=False):
                 bucket.out[name].index_copy_(0, bucket.turn, value.to(bucket.out[name].dtype).unsqueeze(0))
             bucket.turn.add_(1)

@@ -53,11 +53,17 @@ class Engine:
         decode_steps: int | None = None,
     ) -> None:
         if page_size < 16 or page_size % 16:
-            raise ValueError(f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)")
+            raise ValueError(
+                f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)"
+            )
         cache_tokens = measured_tokens(model, page_size) if cache_tokens is None else cache_tokens
         if cache_tokens < page_size:
             raise ValueError(f"cache_tokens = {cache_tokens}: accepted is at least one page ({page_size})")
-        for name, value in (("max_batch", max_batch), ("max_step_tokens", max_step_tokens), ("decode_steps", decode_steps)):
+        for name, value in (
+            ("max_batch", max_batch),
+            ("max_step_tokens", max_step_tokens),
+            ("decode_steps", decode_steps),
+        ):
             if value is not None and value < 1:
                 raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
         self.model = model
@@ -79,7 +85,9 @@ class Engine:
 
     # ---- whole completions -------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], n: int = 1) -> list[Completion]:
+    def generate(
+        self, prompts: list[list[int]], params: SamplingParams | list[SamplingParams], n: int = 1
+    ) -> list[Completion]:
         """`n` completions per prompt, in order. `params` is shared, or one per prompt (a seed in it is then the first one's)."""
         each = params if isinstance(params, list) else [params] * len(prompts)
         if len(each) != len(prompts):
@@ -88,7 +96,9 @@ class Engine:
             raise ValueError(f"generate: n = {n}, accepted is an integer >= 1")
         if n > 1:
             prompts = [prompt for prompt in prompts for _ in range(n)]
-            each = [p if p.seed is None else replace(p, seed=(p.seed + i) % 2**63) for p in each for i in range(n)]
+            each = [
+                p if p.seed is None else replace(p, seed=(p.seed + i) % 2**63) for p in each for i in range(n)
+            ]
         branches: list[Branch] = []
         try:
             branches = [self.open(prompt) for prompt in prompts]
@@ -165,7 +175,9 @@ class Engine:
 
     def rewind(self, branch: Branch, n_tokens: int) -> None:
         if not 0 <= n_tokens <= len(branch.token_ids):
-            raise ValueError(f"rewind: n_tokens = {n_tokens}, accepted is 0 to {len(branch.token_ids)}, the branch's length")
+            raise ValueError(
+                f"rewind: n_tokens = {n_tokens}, accepted is 0 to {len(branch.token_ids)}, the branch's length"
+            )
         del branch.token_ids[len(branch.token_ids) - n_tokens :]
         self._trim(branch, len(branch.token_ids))
 
@@ -188,7 +200,9 @@ class Engine:
     def step(self) -> list[Request]:
         """One step of the model over everything in flight; returns the requests that it finished."""
         if self._weights_counter() != self._weights_seen:
-            raise RuntimeError("the weights changed while requests were in flight; finish or abort them before an update")
+            raise RuntimeError(
+                "the weights changed while requests were in flight; finish or abort them before an update"
+            )
         works = self._scheduler.plan(self.weights_version)
         if not works:
             return []
@@ -215,13 +229,20 @@ class Engine:
     def _steps_ahead(self, works: list[Work]) -> int:
         """Steps that can be taken without a look in between, with pages reserved for all of them; 0 when a plain step must do."""
         loop, requests = self._runner.loop, [w.request for w in works]
-        if loop is None or len(used := {r.branch.adapter for r in requests}) > 1 or not loop.takes(requests, self.adapters[used.pop()]):
+        if (
+            loop is None
+            or len(used := {r.branch.adapter for r in requests}) > 1
+            or not loop.takes(requests, self.adapters[used.pop()])
+        ):
             return 0
         if not all(w.samples and w.n_tokens == 1 for w in works):
             return 0
         left = [r.params.max_new_tokens - len(r.completion.token_ids) for r in requests]
         steps = loop.reach(left)
-        room = all(self._scheduler.grow(r.branch, min(steps, n), self.weights_version) for r, n in zip(requests, left, strict=True))
+        room = all(
+            self._scheduler.grow(r.branch, min(steps, n), self.weights_version)
+            for r, n in zip(requests, left, strict=True)
+        )
         return steps if steps > 1 and room else 0
 
     def _decode_ahead(self, works: list[Work], steps: int) -> list[Request]:
@@ -231,12 +252,16 @@ class Engine:
         finished = []
         for row, request in enumerate(w.request for w in works):
             for step in range(steps):
-                if drawn.overflows(step, row):  # a plain step draws this token again, the same one, with room for its support
+                if drawn.overflows(
+                    step, row
+                ):  # a plain step draws this token again, the same one, with room for its support
                     request.plain = True
                     break
                 self._scheduler.computed(request.branch, 1, self.weights_version)
                 taken += 1
-                token, logprob, entropy = (x[step, row].item() for x in (drawn.tokens, drawn.logprobs, drawn.entropies))
+                token, logprob, entropy = (
+                    x[step, row].item() for x in (drawn.tokens, drawn.logprobs, drawn.entropies)
+                )
                 self._take(request, token, logprob, entropy, drawn.support(step, row))
                 if request.done:
                     finished.append(request)
@@ -267,7 +292,9 @@ class Engine:
         """Raise ValueError unless every id is in the vocabulary."""
         if token_ids and not (min(token_ids) >= 0 and max(token_ids) < self.model.config.vocab_size):
             bad = next(t for t in token_ids if not 0 <= t < self.model.config.vocab_size)
-            raise ValueError(f"token id {bad} is outside the vocabulary: accepted is 0 to {self.model.config.vocab_size - 1}")
+            raise ValueError(
+                f"token id {bad} is outside the vocabulary: accepted is 0 to {self.model.config.vocab_size - 1}"
+            )
 
     def _check_request(self, branch: Branch, params: SamplingParams) -> None:
         if branch.engine is not self:
@@ -275,7 +302,9 @@ class Engine:
         if branch.request is not None:
             raise RuntimeError("this branch is generating already; wait for its request to finish")
         if not branch.token_ids:
-            raise ValueError("an empty branch cannot generate: append at least one token (usually the bos token)")
+            raise ValueError(
+                "an empty branch cannot generate: append at least one token (usually the bos token)"
+            )
         n, new = len(branch.token_ids), params.max_new_tokens
         limits = (
             (self.model.config.max_position_embeddings, "the model's max_position_embeddings"),
@@ -283,9 +312,13 @@ class Engine:
         )
         for limit, what in limits:
             if n + new > limit:
-                raise ValueError(f"a context of {n} tokens and max_new_tokens {new} exceed {what}, which holds {limit}")
+                raise ValueError(
+                    f"a context of {n} tokens and max_new_tokens {new} exceed {what}, which holds {limit}"
+                )
         if params.stop_strings and self._decode is None:
-            raise ValueError("SamplingParams.stop_strings need an engine with a decode function: Engine(model, decode=...)")
+            raise ValueError(
+                "SamplingParams.stop_strings need an engine with a decode function: Engine(model, decode=...)"
+            )
         for token in params.stop_token_ids:
             self.check_ids((token,))
 
@@ -299,7 +332,9 @@ class Engine:
             prefill_only=prefill_only,
         )
         if not prefill_only:
-            self._trim(branch, len(branch.token_ids) - 1)  # the last token must be computed again to sample after it
+            self._trim(
+                branch, len(branch.token_ids) - 1
+            )  # the last token must be computed again to sample after it
         elif request.n_todo == 0:
             return request
         branch.request = request
@@ -333,7 +368,9 @@ class Engine:
         completion.logprobs.append(logprob)
         completion.entropies.append(entropy)
         completion.kept.add(kept)
-        if token in request.stop_token_ids or (params.stop_strings and self._says_stop(completion.token_ids, params.stop_strings)):
+        if token in request.stop_token_ids or (
+            params.stop_strings and self._says_stop(completion.token_ids, params.stop_strings)
+        ):
             completion.finish_reason, request.done = "stop", True
         elif len(completion.token_ids) == params.max_new_tokens:
             completion.finish_reason, request.done = "length", True
@@ -342,7 +379,9 @@ class Engine:
         """Whether the text ends in one of the strings, give or take the rest of the last token."""
         assert self._decode is not None
         longest = max(map(len, strings))
-        text = self._decode(token_ids[-(4 * longest + 4) :])  # a character takes four tokens at most, one per byte
+        text = self._decode(
+            token_ids[-(4 * longest + 4) :]
+        )  # a character takes four tokens at most, one per byte
         return any(s in text for s in strings)
 
     def _detach(self, request: Request) -> None:
@@ -378,7 +417,9 @@ class Engine:
         if counter == self._weights_seen:
             return
         if self.busy:
-            raise RuntimeError("the weights changed while requests were in flight; finish or abort them before an update")
+            raise RuntimeError(
+                "the weights changed while requests were in flight; finish or abort them before an update"
+            )
         self.name_weights(self.weights_version + 1)
 
     def name_weights(self, version: int) -> None:

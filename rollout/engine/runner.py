@@ -27,7 +27,13 @@ EXCLUDED = -1e30  # a logit of probability 0 whose products stay finite
 def token_bytes(model: Decoder) -> int:
     """Of the KV of one token."""
     config = model.config
-    return config.num_layers * 2 * config.num_kv_heads * config.head_dim * model.model.embed_tokens.weight.element_size()
+    return (
+        config.num_layers
+        * 2
+        * config.num_kv_heads
+        * config.head_dim
+        * model.model.embed_tokens.weight.element_size()
+    )
 
 
 def measured_tokens(model: Decoder, page_size: int) -> int:
@@ -62,7 +68,14 @@ class Runner:
         on_cuda = self.device.type == "cuda"
         if decode_steps is None:
             decode_steps = 8 if on_cuda or self.layers is not None else 1
-        self.shape = (config.num_layers, 2, n_pages + (decode_steps > 1), page_size, config.num_kv_heads, config.head_dim)
+        self.shape = (
+            config.num_layers,
+            2,
+            n_pages + (decode_steps > 1),
+            page_size,
+            config.num_kv_heads,
+            config.head_dim,
+        )
         self._kv: Tensor | None = None
         self.loop: NativeLoop | DecodeLoop | None = None
         if decode_steps > 1 and self.layers is not None:
@@ -78,7 +91,9 @@ class Runner:
             dtype = self.model.model.embed_tokens.weight.dtype
             try:
                 self._kv = torch.empty(self.shape, dtype=dtype, device=self.device)
-            except RuntimeError as error:  # torch raises its out-of-memory errors as RuntimeError on every device
+            except (
+                RuntimeError
+            ) as error:  # torch raises its out-of-memory errors as RuntimeError on every device
                 tokens = self.shape[2] * self.page_size
                 gib = tokens * token_bytes(self.model) / 2**30
                 raise MemoryError(
@@ -122,10 +137,15 @@ class Runner:
             token, logprob, entropy, kept, ends = ops.sample(logits_NV, *settings)
         else:
             settings, exact = self._sampling(works), self.model.exact
-            token, logprob, entropy, kept, ends = ops.linear_sample(hidden_NH, self.model.head_weight, *settings, exact=exact)
+            token, logprob, entropy, kept, ends = ops.linear_sample(
+                hidden_NH, self.model.head_weight, *settings, exact=exact
+            )
         flat, bounds = array("i", kept.cpu().numpy().tobytes()), pairwise(ends.tolist())
         supports = [flat[a:b] for a, b in bounds]
-        for row, ids in allowed.items():  # what was drawn from: the allowed ids, or those of them that truncation kept
+        for (
+            row,
+            ids,
+        ) in allowed.items():  # what was drawn from: the allowed ids, or those of them that truncation kept
             supports[row] = array("i", sorted(set(ids) & set(supports[row]) if supports[row] else set(ids)))
         if allowed:  # scored over these as training will do it, to the bit
             rows = self._tensor(np.array(list(allowed)))
@@ -133,7 +153,12 @@ class Runner:
             offsets = self._tensor(np.cumsum([0, *(len(supports[row]) for row in allowed)]))
             heat = settings[0][rows]
             logprob[rows], entropy[rows] = ops.sparse_linear_logprob(
-                hidden_NH[rows], self.model.head_weight, token[rows], of_rows, offsets, torch.where(heat == 0, 1.0, heat)
+                hidden_NH[rows],
+                self.model.head_weight,
+                token[rows],
+                of_rows,
+                offsets,
+                torch.where(heat == 0, 1.0, heat),
             )
         return token.tolist(), logprob.tolist(), entropy.tolist(), supports
 
@@ -152,16 +177,27 @@ class Runner:
             return AdapterRows([] if only is None else [(only, None)])
         row = np.repeat(chosen, [w.n_tokens for w in works])
         found = ((adapters[i], row == i) for i in sorted(used))
-        return AdapterRows([(adapter, self._tensor(np.flatnonzero(rows))) for adapter, rows in found if adapter is not None])
+        return AdapterRows(
+            [(adapter, self._tensor(np.flatnonzero(rows))) for adapter, rows in found if adapter is not None]
+        )
 
-    def _hidden(self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor, lora: AdapterRows) -> Tensor:
+    def _hidden(
+        self, token_ids: Tensor, positions: Tensor, attention: PagedAttention, last: Tensor, lora: AdapterRows
+    ) -> Tensor:
         """[N, H], the rows `last` [N] of the step's T."""
         if self.layers is None or lora.parts:
             return self.model.hidden(token_ids, positions, attention, lora)[last]
         return self.layers(
-            token_ids, last, *self.model.rotary_tables(positions), positions, self.kv, attention.slots, attention.block_table,
-            attention.cu_seqlens, attention.context_lens,
-        )  # fmt: skip
+            token_ids,
+            last,
+            *self.model.rotary_tables(positions),
+            positions,
+            self.kv,
+            attention.slots,
+            attention.block_table,
+            attention.cu_seqlens,
+            attention.context_lens,
+        )
 
     def _inputs(self, works: list[Work]) -> tuple[Tensor, Tensor, PagedAttention, Tensor]:
         branches = [w.request.branch for w in works]
@@ -171,14 +207,21 @@ class Runner:
         row = np.repeat(np.arange(len(works)), n)  # [T] the request of each token
         position = np.arange(ends[-1]) - (ends - n)[row] + start[row]
         pages = page_table(branches)
-        slots = pages.numpy()[row, position // self.page_size].astype(np.int64) * self.page_size + position % self.page_size
+        slots = (
+            pages.numpy()[row, position // self.page_size].astype(np.int64) * self.page_size
+            + position % self.page_size
+        )
         ids: list[int] = []
         for branch, work in zip(branches, works, strict=True):
             ids += branch.token_ids[branch.n_cached : branch.n_cached + work.n_tokens]
         samples = np.array([w.samples for w in works], dtype=bool)
         groups = None
-        if ends[-1] == len(works) and cpu.on_triton(self.kv):  # the C++ kernels see by themselves what rows share
-            groups = shared_groups([b.pages for b in branches], [b.n_cached for b in branches], self.page_size, len(works))
+        if ends[-1] == len(works) and cpu.on_triton(
+            self.kv
+        ):  # the C++ kernels see by themselves what rows share
+            groups = shared_groups(
+                [b.pages for b in branches], [b.n_cached for b in branches], self.page_size, len(works)
+            )
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),
@@ -194,11 +237,15 @@ class Runner:
     def _sampling(self, works: list[Work]) -> Settings:
         """The arguments of `ops.sample` after the logits. The noise counter is the index of the token to be drawn."""
         requests = [w.request for w in works if w.samples]
-        if self._settings is None or requests != self._sampled:  # while nobody comes or goes only the counters change
+        if (
+            self._settings is None or requests != self._sampled
+        ):  # while nobody comes or goes only the counters change
             self._sampled = requests
             a, b, c, d, e = map(self._to_device, sampling_settings(requests))
             self._settings = a, b, c, d, e
-        return *self._settings, self._tensor(np.array([len(r.branch.token_ids) for r in requests], dtype=np.int64))
+        return *self._settings, self._tensor(
+            np.array([len(r.branch.token_ids) for r in requests], dtype=np.int64)
+        )
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return self._to_device(torch.from_numpy(array))

@@ -47,7 +47,9 @@ class Scheduler:
     from the youngest running request. Whoever loses its pages is recomputed later, with the same result.
     """
 
-    def __init__(self, pool: PagePool, max_batch: int, max_step_tokens: int, branches: Iterable[Branch]) -> None:
+    def __init__(
+        self, pool: PagePool, max_batch: int, max_step_tokens: int, branches: Iterable[Branch]
+    ) -> None:
         self.pool = pool
         self.max_batch = max_batch
         self.max_step_tokens = max_step_tokens
@@ -92,7 +94,9 @@ class Scheduler:
             self._admit(works, budget, version)
         assert works or not self.busy, "no request fits the pool"
         self._count(works)
-        works.sort(key=lambda w: w.request.branch.pages[0])  # rows that share a prefix lie together: attention reads it once
+        works.sort(
+            key=lambda w: w.request.branch.pages[0]
+        )  # rows that share a prefix lie together: attention reads it once
         return works
 
     def _admit(self, works: list[Work], budget: int, version: int) -> None:
@@ -123,12 +127,18 @@ class Scheduler:
         size, at = self.pool.page_size, branch.n_cached
         if at % size or len(branch.token_ids) <= at + size:
             return None
-        return version, branch.pages[-1] if branch.pages else -1 - branch.adapter, tuple(branch.token_ids[at : at + size])
+        return (
+            version,
+            branch.pages[-1] if branch.pages else -1 - branch.adapter,
+            tuple(branch.token_ids[at : at + size]),
+        )
 
     def find_shared(self, request: Request, version: int) -> None:
         """Take over pages of other branches as far as the ids agree; the last token is left, it must be computed to sample."""
         branch, size = request.branch, self.pool.page_size
-        while (key := self._next_key(branch, version)) is not None and (page := self.pool.find(key)) is not None:
+        while (key := self._next_key(branch, version)) is not None and (
+            page := self.pool.find(key)
+        ) is not None:
             self.pool.share([page])
             branch.pages.append(page)
             branch.n_cached += size
@@ -139,7 +149,11 @@ class Scheduler:
         size, before = self.pool.page_size, branch.n_cached // self.pool.page_size
         branch.n_cached += n_tokens
         for i in range(before, branch.n_cached // size):
-            key = (version, branch.pages[i - 1] if i else -1 - branch.adapter, tuple(branch.token_ids[i * size : (i + 1) * size]))
+            key = (
+                version,
+                branch.pages[i - 1] if i else -1 - branch.adapter,
+                tuple(branch.token_ids[i * size : (i + 1) * size]),
+            )
             branch.pages[i] = self.pool.name(branch.pages[i], key)
 
     def _count(self, works: list[Work]) -> None:

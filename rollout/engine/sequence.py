@@ -43,16 +43,28 @@ class SamplingParams:
             ("top_k", self.top_k, "an integer >= 0 (0 = off)", self.top_k >= 0),
             ("top_p", self.top_p, "a number in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", self.min_p, "a number in [0, 1)", 0 <= self.min_p < 1),
-            ("stop_strings", self.stop_strings, "a tuple of non-empty strings",
-             isinstance(self.stop_strings, tuple) and all(isinstance(x, str) and x for x in self.stop_strings)),
-            ("seed", self.seed, "None or an integer in [0, 2**63)", self.seed is None or 0 <= self.seed < 2**63),
-        )  # fmt: skip
+            (
+                "stop_strings",
+                self.stop_strings,
+                "a tuple of non-empty strings",
+                isinstance(self.stop_strings, tuple)
+                and all(isinstance(x, str) and x for x in self.stop_strings),
+            ),
+            (
+                "seed",
+                self.seed,
+                "None or an integer in [0, 2**63)",
+                self.seed is None or 0 <= self.seed < 2**63,
+            ),
+        )
         for name, value, accepted, ok in checks:
             if not ok:
                 raise ValueError(f"SamplingParams.{name} = {value!r}: accepted is {accepted}")
         truncated = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         if self.temperature == 0 and truncated:
-            raise ValueError("SamplingParams: temperature 0 is greedy and contradicts top_k, top_p or min_p; drop one of them")
+            raise ValueError(
+                "SamplingParams: temperature 0 is greedy and contradicts top_k, top_p or min_p; drop one of them"
+            )
 
 
 @dataclass(slots=True)
@@ -76,7 +88,9 @@ class Completion:
     """The tokens that the policy sampled, the stop token included: it was sampled, so it is trained too."""
 
     token_ids: list[int] = field(default_factory=list)  # [n]
-    logprobs: list[float] = field(default_factory=list)  # [n] of softmax(logits / temperature) over `kept`, taken at sampling time
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # [n] of softmax(logits / temperature) over `kept`, taken at sampling time
     entropies: list[float] = field(default_factory=list)  # [n] nats, same distribution
     kept: Kept = field(default_factory=Kept)  # [n]
     finish_reason: str = ""  # "stop" | "length" | "cancelled" | "error"
@@ -160,7 +174,9 @@ class Request:
     @property
     def expected(self) -> int:
         """Tokens that this may still take, at most."""
-        return self.n_todo + (0 if self.prefill_only else self.params.max_new_tokens - len(self.completion.token_ids))
+        return self.n_todo + (
+            0 if self.prefill_only else self.params.max_new_tokens - len(self.completion.token_ids)
+        )
 
     @property
     def n_todo(self) -> int:

@@ -10,10 +10,15 @@ from duologue.rollout.games import deal, deal_scripts, price, priorities
 from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.selfplay.scenario import Game
 
-GAMES: dict[str, tuple[Any, Any]] = {  # name: (its class, a function of game, scenario and generator to one scripted dialogue)
+GAMES: dict[
+    str, tuple[Any, Any]
+] = {  # name: (its class, a function of game, scenario and generator to one scripted dialogue)
     "deal": (deal.DealGame, deal_scripts.scripted_dialogue),
     "price": (price.PriceGame, price.scripted_dialogue),
-    "priorities": (priorities.PrioritiesGame, partial(deal_scripts.scripted_dialogue, kind=priorities.Camper)),
+    "priorities": (
+        priorities.PrioritiesGame,
+        partial(deal_scripts.scripted_dialogue, kind=priorities.Camper),
+    ),
 }
 
 

@@ -39,7 +39,9 @@ class SelectionGame(ABC, Generic[Context]):
     @abstractmethod
     def splits(self) -> dict[str, list[Context]]: ...  # contexts of "train" and "heldout"
     @abstractmethod
-    def scenario(self, context: Context, split: str) -> Scenario: ...  # the context as the two sides are told it
+    def scenario(
+        self, context: Context, split: str
+    ) -> Scenario: ...  # the context as the two sides are told it
 
     def sample(self, rng: random.Random, split: str) -> Scenario:
         if split not in self.splits:
@@ -50,7 +52,9 @@ class SelectionGame(ABC, Generic[Context]):
         return text.endswith(CLOSE)
 
 
-def split_by_class(everything: Sequence[Context], class_of: Callable[[Context], Hashable]) -> dict[str, list[Context]]:
+def split_by_class(
+    everything: Sequence[Context], class_of: Callable[[Context], Hashable]
+) -> dict[str, list[Context]]:
     """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth of them is held out."""
     classes = sorted({class_of(context) for context in everything})  # type: ignore[type-var]
     random.Random(0).shuffle(classes)
@@ -87,7 +91,9 @@ class Act:
     spare: int | None = None
     take: Vector | None = None  # an offer: what the speaker would take, or the price
     best: bool = False  # `take` is the best for both that the speaker can see
-    against: Vector | None = None  # with `reveal` and `take`: the other's values, item by item against the own ones
+    against: Vector | None = (
+        None  # with `reveal` and `take`: the other's values, item by item against the own ones
+    )
     ask: bool = False
     leave: bool = False
     close: bool = False
@@ -172,7 +178,11 @@ class ScriptedDialogue:
 
 
 def hold(
-    game: Game, scenario: Scenario, temperaments: Mapping[str, float], rng: random.Random, side: Callable[..., Side]
+    game: Game,
+    scenario: Scenario,
+    temperaments: Mapping[str, float],
+    rng: random.Random,
+    side: Callable[..., Side],
 ) -> ScriptedDialogue:
     """Two sides with temperaments drawn by weight negotiate until one closes or has left for good; `side` makes number i."""
     names = rng.choices(list(temperaments), weights=list(temperaments.values()), k=2)
@@ -194,6 +204,10 @@ def hold(
             break
         left = act.leave
     return ScriptedDialogue(
-        scenario=scenario, first_speaker=first, temperaments=(names[0], names[1]), turns=turns,
-        outcome=game.judge(scenario, finals), final_prompt=game.final_prompt,
-    )  # fmt: skip
+        scenario=scenario,
+        first_speaker=first,
+        temperaments=(names[0], names[1]),
+        turns=turns,
+        outcome=game.judge(scenario, finals),
+        final_prompt=game.final_prompt,
+    )

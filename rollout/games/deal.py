@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
-from duologue.rollout.games.common import SelectionGame, Vector, check_objective, failure_shares, split_by_class
+from duologue.rollout.games.common import (
+    SelectionGame,
+    Vector,
+    check_objective,
+    failure_shares,
+    split_by_class,
+)
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 
 ITEMS = ("book", "hat", "ball", "pen", "cup")
@@ -69,7 +75,9 @@ def value_vectors(counts: Vector, total: int) -> tuple[Vector, ...]:
     if len(counts) == 1:
         return ((total // counts[0],),) if total % counts[0] == 0 else ()
     head, tail = counts[0], counts[1:]
-    return tuple((v, *rest) for v in range(total // head + 1) for rest in value_vectors(tail, total - head * v))
+    return tuple(
+        (v, *rest) for v in range(total // head + 1) for rest in value_vectors(tail, total - head * v)
+    )
 
 
 def count_range(types: int) -> tuple[int, int]:
@@ -105,7 +113,9 @@ def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
 
 def _worth_talking(pair: tuple[Vector, Vector]) -> bool:
     """Every type is worth something to a side, and one type to both."""
-    return all(a or b for a, b in zip(*pair, strict=True)) and any(a and b for a, b in zip(*pair, strict=True))
+    return all(a or b for a, b in zip(*pair, strict=True)) and any(
+        a and b for a, b in zip(*pair, strict=True)
+    )
 
 
 def class_of(deal: Deal) -> tuple[Vector, ...]:
@@ -140,11 +150,15 @@ class DealGame(SelectionGame[Deal]):
         """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle. A variant too large to list
         is represented by a fixed draw of `POOL` contexts."""
         types, total = self.types, self.total
-        pairs = sum(len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types)))
+        pairs = sum(
+            len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types))
+        )
         everything = contexts(types, total) if pairs <= MOST_LISTED else draw_contexts(types, total, POOL, 0)
         split = split_by_class(everything, class_of)
         if not all(split.values()):
-            raise ValueError(f"game.total_value = {total} leaves too few contexts with {types} item types; raise it")
+            raise ValueError(
+                f"game.total_value = {total} leaves too few contexts with {types} item types; raise it"
+            )
         return split
 
     def frontier(self, deal: Deal) -> Frontier:
@@ -157,7 +171,9 @@ class DealGame(SelectionGame[Deal]):
     def scenario(self, deal: Deal, split: str) -> Scenario:
         first, second = (self.private_text(deal, side) for side in (0, 1))
         numbers = "-".join(".".join(map(str, v)) for v in (deal.counts, *deal.values))
-        return Scenario(game=self.name, id=f"{self.name}-{numbers}", split=split, private_text=(first, second), data=deal)
+        return Scenario(
+            game=self.name, id=f"{self.name}-{numbers}", split=split, private_text=(first, second), data=deal
+        )
 
     def private_text(self, deal: Deal, side: int) -> str:
         parts = zip(deal.counts, self.items, deal.values[side], strict=True)

@@ -54,7 +54,9 @@ class Negotiator(Side):
         return tuple(c - t for c, t in zip(self.counts, take, strict=True))
 
     def say(self, act: Act) -> str:
-        return utter(act, self.counts, self.language, self.rng, told=self.theirs is not None, left=self.last.leave)
+        return utter(
+            act, self.counts, self.language, self.rng, told=self.theirs is not None, left=self.last.leave
+        )
 
     def state(self) -> str:
         """What I take in the end: what was agreed, else what I would like."""
@@ -69,7 +71,9 @@ class Negotiator(Side):
         if self.temperament == "open":
             if theirs is not None:
                 best = self._joint(self._joint_best(theirs), theirs)
-                return self._joint(offer, theirs) == best or (self.refusals > 0 and self._worth(offer) >= floor)
+                return self._joint(offer, theirs) == best or (
+                    self.refusals > 0 and self._worth(offer) >= floor
+                )
             if not self.revealed:
                 return False
         return self._worth(offer) >= floor
@@ -86,7 +90,9 @@ class Negotiator(Side):
             return Act(take=take, refuse=pending, best=True)
         if not self.revealed:
             refuse = pending and self.chance(0.6)
-            return Act(reveal=self.values, refuse=refuse, ask=theirs is None and not refuse and self.chance(0.5))
+            return Act(
+                reveal=self.values, refuse=refuse, ask=theirs is None and not refuse and self.chance(0.5)
+            )
         return Act(ask=True, refuse=pending)
 
     def _open(self) -> Act:
@@ -137,10 +143,14 @@ class Negotiator(Side):
 
     def _joint_best(self, theirs: Vector) -> Vector:
         """Each type goes to whom it is worth more; what is worth the same to both is theirs, as a courtesy."""
-        return tuple(c if mine > other else 0 for c, mine, other in zip(self.counts, self.values, theirs, strict=True))
+        return tuple(
+            c if mine > other else 0 for c, mine, other in zip(self.counts, self.values, theirs, strict=True)
+        )
 
     def _joint(self, take: Vector, theirs: Vector) -> int:
-        return sum(m * t + o * (c - t) for m, o, t, c in zip(self.values, theirs, take, self.counts, strict=True))
+        return sum(
+            m * t + o * (c - t) for m, o, t, c in zip(self.values, theirs, take, self.counts, strict=True)
+        )
 
     def _favourite(self) -> int:
         return max(range(len(self.counts)), key=lambda k: (self.values[k] * self.counts[k], -k))
@@ -175,8 +185,12 @@ class Negotiator(Side):
         return tuple(c - given.count(k) for k, c in enumerate(self.counts))
 
 
-def scripted_dialogue(game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator) -> ScriptedDialogue:
+def scripted_dialogue(
+    game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator
+) -> ScriptedDialogue:
     """Two temperaments hold the negotiation."""
     deal: Deal = scenario.data
     make = partial(kind, game=game, counts=deal.counts)
-    return hold(game, scenario, TEMPERAMENTS, rng, lambda i, temperament, own: make(deal.values[i], temperament, own))
+    return hold(
+        game, scenario, TEMPERAMENTS, rng, lambda i, temperament, own: make(deal.values[i], temperament, own)
+    )

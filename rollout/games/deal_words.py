@@ -24,7 +24,12 @@ class Language:
     items: tuple[str, ...] = ITEMS
     plural: str = "s"
     ranks: Mapping[int, str] = field(default_factory=dict)  # words for values that are not said as numbers
-    frames: tuple[tuple[str, str], ...] = (("", ""),) * 5 + (("a ", ""), ("a ", "is worth "), ("the ", "is "), ("each ", ""))
+    frames: tuple[tuple[str, str], ...] = (("", ""),) * 5 + (
+        ("a ", ""),
+        ("a ", "is worth "),
+        ("the ", "is "),
+        ("each ", ""),
+    )
 
     def name(self, item: str, n: int) -> str:
         return item + self.plural * (n > 1)
@@ -44,8 +49,14 @@ def utter(act: Act, counts: Vector, language: Language, rng: random.Random, *, t
     if act.accept or act.confirm:
         said.append(rng.choice(words["agree"] if act.accept else words["confirm"]))
     if act.refuse:
-        forms = words["refuse"][:TERSE] if act.take is not None and _splits(act.take, counts) > 1 else words["refuse"]
-        said.append(rng.choice(forms) if act.want is None else rng.choice(words["reason"]).format(name(act.want)))
+        forms = (
+            words["refuse"][:TERSE]
+            if act.take is not None and _splits(act.take, counts) > 1
+            else words["refuse"]
+        )
+        said.append(
+            rng.choice(forms) if act.want is None else rng.choice(words["reason"]).format(name(act.want))
+        )
     if act.reveal is not None and act.against is None:
         form = rng.choice(words["also"] if told and rng.random() < 0.6 else words["reveal"])
         said.append(form.format(_values(act.reveal, language, rng)))
@@ -66,23 +77,34 @@ def utter(act: Act, counts: Vector, language: Language, rng: random.Random, *, t
 
 def _values(values: Vector, language: Language, rng: random.Random) -> str:
     article, verb = rng.choice(language.frames)
-    stated = [f"{article}{item} {language.rank(value)}" for item, value in zip(language.items, values, strict=False)]
+    stated = [
+        f"{article}{item} {language.rank(value)}" for item, value in zip(language.items, values, strict=False)
+    ]
     return " , ".join([f"{article}{language.items[0]} {verb}{language.rank(values[0])}", *stated[1:]])
 
 
 def _offer(act: Act, take: Vector, counts: Vector, language: Language, rng: random.Random) -> str:
     words, items = phrases("deal"), language.items[: len(counts)]
     if act.reveal is not None and act.against is not None:
-        compared = zip(items, map(language.rank, act.reveal), map(language.rank, act.against), take, counts, strict=True)
+        compared = zip(
+            items, map(language.rank, act.reveal), map(language.rank, act.against), take, counts, strict=True
+        )
         return rng.choice(words["compare"]).format(" , ".join(_compared(*each) for each in compared))
     exact = rng.random() < 0.75
     rest = tuple(c - t for c, t in zip(counts, take, strict=True))
     if rng.random() < 0.75:
         parts = (_part(t, c, item, language, exact) for t, c, item in zip(take, counts, items, strict=True))
-        forms = words["joint"] if act.best else words["by_item"][:1] if _splits(take, counts) > 1 else words["by_item"]
+        forms = (
+            words["joint"]
+            if act.best
+            else words["by_item"][:1]
+            if _splits(take, counts) > 1
+            else words["by_item"]
+        )
         return rng.choice(forms).format(" , ".join(parts))
     mine, yours = (
-        [_amount(n, c, item, language, exact) for n, c, item in zip(share, counts, items, strict=True) if n] or ["nothing"]
+        [_amount(n, c, item, language, exact) for n, c, item in zip(share, counts, items, strict=True) if n]
+        or ["nothing"]
         for share in (take, rest)
     )
     form = rng.choice(words["offer"][:TERSE] if len(mine) + len(yours) > 4 else words["offer"])
@@ -96,7 +118,9 @@ def _splits(take: Vector, counts: Vector) -> int:
 
 def _compared(item: str, mine: str, yours: str, n: int, count: int) -> str:
     """What one is worth to both sides, and who gets it: "hat 2 to 1 for me", or divided "hat 1 to 1 , 2 for me and 1 for you"."""
-    return f"{item} {mine} to {yours} " + (f", {n} for me and {count - n} for you" if 0 < n < count else f"for {'me' if n else 'you'}")
+    return f"{item} {mine} to {yours} " + (
+        f", {n} for me and {count - n} for you" if 0 < n < count else f"for {'me' if n else 'you'}"
+    )
 
 
 def _part(n: int, count: int, item: str, language: Language, exact: bool) -> str:

@@ -12,7 +12,9 @@ from duologue.rollout.judge.questions import ASPECTS
 from duologue.rollout.selfplay.scenario import Outcome, Persona, Scenario
 from duologue.rollout.selfplay.template import fill, load_template
 
-Item = tuple[str, str, tuple[Persona, ...]]  # id, text, the personas that belong to it: none where any pair may meet
+Item = tuple[
+    str, str, tuple[Persona, ...]
+]  # id, text, the personas that belong to it: none where any pair may meet
 PROMPTS = Path(__file__).parent.parent / "selfplay" / "prompts"
 
 
@@ -21,7 +23,15 @@ class DilemmaGame:
 
     questions = SHIPPED["questions"]  # held out too, for one who answers alone
 
-    def __init__(self, *, alone: bool = False, dilemmas: str = "", personas: str = "", tasks: str = "", prompts: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        alone: bool = False,
+        dilemmas: str = "",
+        personas: str = "",
+        tasks: str = "",
+        prompts: str = "",
+    ) -> None:
         """The first three name .jsonl files, by default those that come with the package; `prompts` a folder."""
         self.alone = alone
         self.name = "dilemma_alone" if alone else "dilemma"
@@ -45,16 +55,23 @@ class DilemmaGame:
         name, text, _ = item
         private = ("", "") if self.alone else (self.private_text(pair[0]), self.private_text(pair[1]))
         return Scenario(
-            game=self.name, id=f"{name}+{pair_id}" if pair_id else name, split=split, data=None, shared_text=text,
-            private_text=private, personas=() if self.alone else pair,
-        )  # fmt: skip
+            game=self.name,
+            id=f"{name}+{pair_id}" if pair_id else name,
+            split=split,
+            data=None,
+            shared_text=text,
+            private_text=private,
+            personas=() if self.alone else pair,
+        )
 
     def private_text(self, persona: Persona) -> str:
         return fill(self.player, {"name": persona.name, "instructions": persona.instructions})
 
     def personas(self) -> list[Persona]:
         """All that can speak."""
-        return [p for _, pair in self.pairs for p in pair] + [p for *_, own in self.items["heldout"] for p in own]
+        return [p for _, pair in self.pairs for p in pair] + [
+            p for *_, own in self.items["heldout"] for p in own
+        ]
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """`agreement` and `rounds` to it, over the dialogues that were judged; the aspects over those that were

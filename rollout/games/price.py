@@ -50,7 +50,9 @@ class PriceGame(common.SelectionGame[Haggle]):
     def splits(self) -> dict[str, list[Haggle]]:
         """319 pairs of limits, each with either side as the buyer; a pair is a class."""
         pairs = [(most, least) for most in LIMITS for least in LIMITS if most - least in GAPS]
-        return common.split_by_class([Haggle(*pair, buyer) for pair in pairs for buyer in (0, 1)], lambda h: (h.most, h.least))
+        return common.split_by_class(
+            [Haggle(*pair, buyer) for pair in pairs for buyer in (0, 1)], lambda h: (h.most, h.least)
+        )
 
     def scenario(self, haggle: Haggle, split: str) -> Scenario:
         told = (f"buy for {haggle.most} at most", f"sell for {haggle.least} at least")
@@ -72,12 +74,22 @@ class PriceGame(common.SelectionGame[Haggle]):
         gains = (0, 0) if failure or prices[0] is None else haggle.gains(prices[0])
         wrong = min(gains) < 0
         right = not failure and not wrong if haggle.zone > 0 else failure == "walk_away"
-        metrics = {"zone": float(haggle.zone > 0), "wrong": float(wrong), "right": float(right), "nash_ratio": float(right)}
+        metrics = {
+            "zone": float(haggle.zone > 0),
+            "wrong": float(wrong),
+            "right": float(right),
+            "nash_ratio": float(right),
+        }
         if right and haggle.zone > 0:
             half = haggle.zone // 2
             metrics["nash_ratio"] = gains[0] * gains[1] / (half * (haggle.zone - half))
-            metrics |= {"share_buyer": gains[haggle.buyer] / haggle.zone, "share_seller": gains[1 - haggle.buyer] / haggle.zone}
-        return Outcome(agreed=not failure, scores=(float(gains[0]), float(gains[1])), failure=failure, metrics=metrics)
+            metrics |= {
+                "share_buyer": gains[haggle.buyer] / haggle.zone,
+                "share_seller": gains[1 - haggle.buyer] / haggle.zone,
+            }
+        return Outcome(
+            agreed=not failure, scores=(float(gains[0]), float(gains[1])), failure=failure, metrics=metrics
+        )
 
     def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
         """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`: `nash_ratio`. Both for both
@@ -99,7 +111,10 @@ class PriceGame(common.SelectionGame[Haggle]):
             "efficiency": _mean([o.metrics["right"] for o in zone]),
             "right_walks": _mean([o.metrics["right"] for o in outcomes if not o.metrics["zone"]]),
             "wrong_deals": _mean([o.metrics["wrong"] for o in outcomes if o.agreed]),
-            **{key: _mean([o.metrics[key] for o in right]) for key in ("share_buyer", "share_seller", "nash_ratio")},
+            **{
+                key: _mean([o.metrics[key] for o in right])
+                for key in ("share_buyer", "share_seller", "nash_ratio")
+            },
             **common.failure_shares(outcomes, FAILURES),
         }
 
@@ -169,7 +184,11 @@ class Haggler(Side):
             return Act(reveal=self.values, refuse=pending, ask=self.theirs is None and self.chance(0.6))
         if self.theirs is not None:
             take, plain = self._at(self.gain(self.theirs) // 2), self.chance(0.3)
-            return Act(take=take, best=True, refuse=pending) if plain else Act(take=take, reveal=self.values, against=self.theirs)
+            return (
+                Act(take=take, best=True, refuse=pending)
+                if plain
+                else Act(take=take, reveal=self.values, against=self.theirs)
+            )
         return Act(take=self._at(2), refuse=pending) if pending or self.chance(0.4) else Act(ask=True)
 
     def _fair(self, pending: bool) -> Act:
@@ -205,7 +224,9 @@ class Haggler(Side):
             (act.leave, words["leave"]),
             (act == Act(close=True), words["hurry"]),
         )
-        said = [self.rng.choice(forms).format(price, theirs, self.values[0]) for wanted, forms in parts if wanted]
+        said = [
+            self.rng.choice(forms).format(price, theirs, self.values[0]) for wanted, forms in parts if wanted
+        ]
         return " ".join([*said, CLOSE] if act.close else said)
 
 

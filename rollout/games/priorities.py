@@ -46,21 +46,31 @@ class PrioritiesGame(DealGame):
         return split
 
     def private_text(self, deal: Deal, side: int) -> str:
-        return " , ".join(f"{item} {RANKS[value]}" for item, value in zip(self.items, deal.values[side], strict=True))
+        return " , ".join(
+            f"{item} {RANKS[value]}" for item, value in zip(self.items, deal.values[side], strict=True)
+        )
 
     def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
         """A walk-away, which must be stated, has measures too and so a small reward; other failures have none."""
         if finals is None or WALK_AWAY not in finals:
             return super().judge(scenario, finals)
         best = self.frontier(scenario.data)
-        metrics = {"pareto": 0.0, "joint_ratio": 2 * ALONE / best.best_joint, "nash_ratio": ALONE**2 / best.best_nash}
-        return Outcome(agreed=False, scores=(float(ALONE), float(ALONE)), failure="walk_away", metrics=metrics)
+        metrics = {
+            "pareto": 0.0,
+            "joint_ratio": 2 * ALONE / best.best_joint,
+            "nash_ratio": ALONE**2 / best.best_nash,
+        }
+        return Outcome(
+            agreed=False, scores=(float(ALONE), float(ALONE)), failure="walk_away", metrics=metrics
+        )
 
 
 class Camper(Negotiator):
     """Who is open looks for the largest product of both scores, and who leaves walks away."""
 
-    language = Language(items=PrioritiesGame.item_names, plural="", ranks=RANKS, frames=(("", ""), ("", ""), ("the ", "is ")))
+    language = Language(
+        items=PrioritiesGame.item_names, plural="", ranks=RANKS, frames=(("", ""), ("", ""), ("the ", "is "))
+    )
 
     def content(self, offer: Vector) -> bool:
         floor = (ENOUGH[self.temperament] - self.refusals) * TOTAL / 10

@@ -38,7 +38,9 @@ def read(path: str | Path, needs: Sequence[str]) -> list[Row]:
         where = f"{path} line {number}"
         row = _object(where, line, needs)
         if row["id"] in seen:
-            raise ValueError(f"{where}: id = {row['id']!r} stands in line {seen[row['id']]} too, accepted is each once")
+            raise ValueError(
+                f"{where}: id = {row['id']!r} stands in line {seen[row['id']]} too, accepted is each once"
+            )
         seen[row["id"]] = number
         rows.append(row)
     if not rows:
@@ -58,7 +60,9 @@ def _object(where: str, line: str, needs: Sequence[str]) -> Row:
             raise ValueError(f"{where}: {field} = {row[field]!r}, accepted is text")
     for side in ("first", "second"):
         who = row.get(side, {"name": "-", "instructions": "-"})
-        if not isinstance(who, dict) or not all(isinstance(who.get(key), str) and who[key] for key in ("name", "instructions")):
+        if not isinstance(who, dict) or not all(
+            isinstance(who.get(key), str) and who[key] for key in ("name", "instructions")
+        ):
             raise ValueError(f"{where}: {side} = {who!r}, accepted is an object with name and instructions")
     if row.get("tier", TIERS[0]) not in TIERS:
         raise ValueError(f"{where}: tier = {row['tier']!r}, accepted is one of {', '.join(TIERS)}")

@@ -19,7 +19,13 @@ from typing import Any
 import httpx
 from duologue.rollout.judge.judge import RETRY_TEMPERATURE, Ask
 from duologue.rollout.judge.questions import schema
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_exponential_jitter,
+)
 
 _BACKOFF = wait_exponential_jitter(initial=0.3, max=5, jitter=0.3)
 
@@ -42,9 +48,18 @@ class Endpoint:
     section = "judge"  # of the settings
 
     def __init__(
-        self, url: str, model: str = "", *, concurrency: int = 16, deadline_s: float = 240.0, timeout_s: float = 60.0,
-        attempts: int = 24, temperature: float = 0.0, max_tokens: int = 512, api_key: str = "",
-    ) -> None:  # fmt: skip
+        self,
+        url: str,
+        model: str = "",
+        *,
+        concurrency: int = 16,
+        deadline_s: float = 240.0,
+        timeout_s: float = 60.0,
+        attempts: int = 24,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        api_key: str = "",
+    ) -> None:
         if not re.fullmatch(r"[!-~]*", api_key):
             raise ValueError(f"the {self.section}'s API key has characters other than printable ASCII")
         self.name = model or url
@@ -108,7 +123,10 @@ class Endpoint:
     async def _persist(self, question: Ask, last: list[str]) -> str:
         """Ask until there is a valid answer; `last` holds the latest fault for the one who runs out of time."""
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts), wait=_pause, retry=retry_if_exception_type(Fault), reraise=True
+            stop=stop_after_attempt(self._attempts),
+            wait=_pause,
+            retry=retry_if_exception_type(Fault),
+            reraise=True,
         )
         async for attempt in retrying:
             with attempt:
@@ -118,19 +136,33 @@ class Endpoint:
                     return content
                 except (Fault, ValueError, httpx.TransportError) as error:
                     last[0] = f"{self._url}: {str(error) or type(error).__name__}"
-                    raise Fault(last[0], 0.0 if isinstance(error, ValueError) else getattr(error, "retry_after", None)) from None
+                    raise Fault(
+                        last[0], 0.0 if isinstance(error, ValueError) else getattr(error, "retry_after", None)
+                    ) from None
         raise AssertionError("tenacity raises when it gives up")
 
     async def _once(self, question: Ask, attempt: int) -> str:
         temperature = self.settings["temperature"] if attempt == 1 else RETRY_TEMPERATURE
         messages = [{"role": "user", "content": question.text}]
-        body: dict[str, Any] = {"model": self._model, "messages": messages, **self.settings, "temperature": temperature}
-        structure = {"type": "json_schema", "json_schema": {"name": question.kind, "strict": True, "schema": schema(question.kind)}}
+        body: dict[str, Any] = {
+            "model": self._model,
+            "messages": messages,
+            **self.settings,
+            "temperature": temperature,
+        }
+        structure = {
+            "type": "json_schema",
+            "json_schema": {"name": question.kind, "strict": True, "schema": schema(question.kind)},
+        }
         structured = self._structured
-        response = await self._client.post(self._url, json=body | ({"response_format": structure} if structured else {}))
+        response = await self._client.post(
+            self._url, json=body | ({"response_format": structure} if structured else {})
+        )
         if structured and response.status_code in (400, 422):
             response = await self._client.post(self._url, json=body)
-            self._structured = not response.is_success and self._structured  # it was the format that was refused
+            self._structured = (
+                not response.is_success and self._structured
+            )  # it was the format that was refused
         return self._content(response)
 
     def _content(self, response: httpx.Response) -> str:

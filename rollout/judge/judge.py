@@ -1,7 +1,7 @@
 """The two judges: a game's own rules, and AI feedback, which asks a back end, whose answers go through the ledger.
 
-    judge.submit(AGREEMENT, case, tag)               # returns at once; the arena goes on with other dialogues
-    for tag, answer in judge.answered(wait=False):   # what has arrived since; None: no valid answer, so unscored
+judge.submit(AGREEMENT, case, tag)               # returns at once; the arena goes on with other dialogues
+for tag, answer in judge.answered(wait=False):   # what has arrived since; None: no valid answer, so unscored
 """
 
 from __future__ import annotations
@@ -76,14 +76,22 @@ class FeedbackJudge:
     """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the ledger."""
 
     def __init__(
-        self, backend: Backend, ledger: Ledger, prompts: dict[str, Prompt], *, show_dialogue: bool = False,
-        max_unscored_share: float = 0.1, offline: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        backend: Backend,
+        ledger: Ledger,
+        prompts: dict[str, Prompt],
+        *,
+        show_dialogue: bool = False,
+        max_unscored_share: float = 0.1,
+        offline: bool = False,
+    ) -> None:
         self.backend, self.ledger, self.prompts = backend, ledger, prompts
         self.show_dialogue, self.offline = show_dialogue, offline
         self.max_unscored_share = max_unscored_share
         self.last_fault = ""
-        self._waiting: dict[str, list[tuple[Any, str, Case, float]]] = {}  # by key: tag, kind, case, when it was asked
+        self._waiting: dict[
+            str, list[tuple[Any, str, Case, float]]
+        ] = {}  # by key: tag, kind, case, when it was asked
         self._arrived: queue.SimpleQueue[tuple[str, str | None, str]] = queue.SimpleQueue()
         self._known: list[tuple[Any, Answer]] = []  # answered by the ledger, not yet taken
         self._forget_costs()
@@ -109,11 +117,15 @@ class FeedbackJudge:
             self.hits += 1
             return
         if self.offline:
-            self._arrived.put((key, None, f"an answer is not in {self.ledger.path}, and judge.offline = true asks nobody"))
+            self._arrived.put(
+                (key, None, f"an answer is not in {self.ledger.path}, and judge.offline = true asks nobody")
+            )
             return
         self.asked += 1
 
-        def done(content: str | None, reason: str) -> None:  # in the back end's thread: kept before anybody hears of it
+        def done(
+            content: str | None, reason: str
+        ) -> None:  # in the back end's thread: kept before anybody hears of it
             try:
                 if content is not None:
                     self.ledger.put(key, kind, self.backend.name, prompt.version, content)
@@ -121,7 +133,9 @@ class FeedbackJudge:
                 content, reason = None, str(error)
             self._arrived.put((key, content, reason))
 
-        self.backend.ask(Ask(kind=kind, text=text, check=lambda content: read_answer(kind, content, case), done=done))
+        self.backend.ask(
+            Ask(kind=kind, text=text, check=lambda content: read_answer(kind, content, case), done=done)
+        )
 
     def answered(self, wait: bool) -> list[tuple[Any, Answer]]:
         """(tag, answer) of all that has arrived; with `wait` at least one, if anything is open."""

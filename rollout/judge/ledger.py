@@ -58,7 +58,9 @@ class Ledger:
 
     def put(self, key: str, kind: str, judge: str, version: str, answer: str) -> None:
         with self._lock:
-            self._run("INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", key, kind, judge, version, answer)
+            self._run(
+                "INSERT OR REPLACE INTO answers VALUES (?, ?, ?, ?, ?)", key, kind, judge, version, answer
+            )
 
     def _run(self, statement: str, *values: str) -> sqlite3.Cursor:
         try:

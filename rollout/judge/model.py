@@ -23,7 +23,12 @@ class ModelJudge:
     """Answers with the model that `load` gives, which nobody may change. It is loaded when it is first needed."""
 
     def __init__(
-        self, load: Callable[[], tuple[Engine, Tokenizer]], *, temperature: float = 0.0, max_tokens: int = 512, attempts: int = 4
+        self,
+        load: Callable[[], tuple[Engine, Tokenizer]],
+        *,
+        temperature: float = 0.0,
+        max_tokens: int = 512,
+        attempts: int = 4,
     ) -> None:
         self.settings: dict[str, object] = {"temperature": temperature, "max_tokens": max_tokens}
         self._load = load
@@ -81,12 +86,18 @@ def score_form(tokenizer: Tokenizer) -> list[list[int]]:
     """The ids that may stand at each place of {"knowledge":n,...,"reason":""} with a stop token behind."""
     digits = [tokenizer.encode(str(n)) for n in range(HIGHEST + 1)]
     if any(len(ids) != 1 for ids in digits):
-        raise ValueError("the judge's tokenizer has no single token for each digit, which judge.backend = 'model' needs")
+        raise ValueError(
+            "the judge's tokenizer has no single token for each digit, which judge.backend = 'model' needs"
+        )
     form: list[list[int]] = []
     for i, aspect in enumerate(ASPECTS):
         form += [[t] for t in tokenizer.encode(("," if i else "{") + f'"{aspect}":')]
         form.append([ids[0] for ids in digits])
-    return [*form, *([t] for t in tokenizer.encode(',"reason":""}')), sorted(tokenizer.turn_chat.stop_token_ids)]
+    return [
+        *form,
+        *([t] for t in tokenizer.encode(',"reason":""}')),
+        sorted(tokenizer.turn_chat.stop_token_ids),
+    ]
 
 
 @torch.no_grad()

@@ -23,7 +23,11 @@ ASPECTS = ("knowledge", "benevolence", "power", "vitality")
 HIGHEST = 5
 WINNERS = ("1", "2", "tie")
 AGREEMENT, SCORE, PREFERENCE = "agreement", "score", "preference"
-REQUIRED = {AGREEMENT: "transcript", SCORE: "completion", PREFERENCE: "answers"}  # what a kind's prompt must show
+REQUIRED = {
+    AGREEMENT: "transcript",
+    SCORE: "completion",
+    PREFERENCE: "answers",
+}  # what a kind's prompt must show
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,14 +54,19 @@ class Prompt:
 
     def fill(self, case: Case, show_dialogue: bool = True) -> str:
         """The text of the question about `case`."""
-        personas = (_tag("persona", f"{p.name}. {p.instructions}", f' speaker="{i}"') for i, p in enumerate(case.personas, 1))
+        personas = (
+            _tag("persona", f"{p.name}. {p.instructions}", f' speaker="{i}"')
+            for i, p in enumerate(case.personas, 1)
+        )
         turns = (_tag("turn", text, f' speaker="{role + 1}"') for role, text in case.turns if show_dialogue)
         places = {
             "dilemma": _tag("dilemma", case.dilemma),
             "personas": "\n".join(personas),
             "transcript": "\n".join(turns),
             "completion": _tag("completion", case.completion),
-            "answers": "\n".join(_tag("answer", text, f' id="{i}"') for i, text in enumerate(case.answers, 1)),
+            "answers": "\n".join(
+                _tag("answer", text, f' id="{i}"') for i, text in enumerate(case.answers, 1)
+            ),
         }
         return fill(self.template, places)
 
@@ -112,7 +121,9 @@ def _agreement(found: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict[
 def _occurs(quote: str, texts: Sequence[str]) -> bool:
     """Word for word, whatever the white space between; as it was said or as it was shown."""
     wanted = " ".join(quote.split())
-    return bool(wanted) and any(wanted in " ".join(form.split()) for text in texts for form in (text, escape(text)))
+    return bool(wanted) and any(
+        wanted in " ".join(form.split()) for text in texts for form in (text, escape(text))
+    )
 
 
 def _scores(found: dict[str, Any]) -> dict[str, Any]:
@@ -141,4 +152,9 @@ def schema(kind: str) -> dict[str, Any]:
 
 
 def _object(properties: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }

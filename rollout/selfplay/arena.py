@@ -62,7 +62,13 @@ class _Table:
     """One dialogue being held: a small state machine that asks for replies and takes them."""
 
     def __init__(
-        self, arena: Arena, scenario: Scenario, first: int, branches: tuple[Branch, Branch], seed: int, guest: Guest | None
+        self,
+        arena: Arena,
+        scenario: Scenario,
+        first: int,
+        branches: tuple[Branch, Branch],
+        seed: int,
+        guest: Guest | None,
     ) -> None:
         self.arena = arena
         self.scenario = scenario
@@ -101,12 +107,16 @@ class _Table:
         self.version = completion.weights_version
         text = self.arena.tokenizer.decode(completion.token_ids).strip()
         guest = self.players[role] != POLICY
-        self.transcript.say(role, completion.token_ids, completion.logprobs or None, kind, text, completion.kept, guest)
+        self.transcript.say(
+            role, completion.token_ids, completion.logprobs or None, kind, text, completion.kept, guest
+        )
         if kind == FINAL:
             self.finals[role] = text
             if len(self.finals) == 2:
                 first, second = self.finals[0], self.finals[1]
-                self.end(None, unscored=True) if first is None or second is None else self.end((first, second))
+                self.end(None, unscored=True) if first is None or second is None else self.end(
+                    (first, second)
+                )
             return
         self.utterances += 1
         if self.arena.game.closes(text):
@@ -150,7 +160,12 @@ class Arena:
         return self.tokenizer.encode(first), self.tokenizer.encode(second)
 
     def play(
-        self, scenarios: list[Scenario], *, group_size: int, seed: int, guests: Sequence[Guest | None] | None = None
+        self,
+        scenarios: list[Scenario],
+        *,
+        group_size: int,
+        seed: int,
+        guests: Sequence[Guest | None] | None = None,
     ) -> list[Group]:
         """One group of `group_size` dialogues per scenario, with a guest on one side where `guests` has one for the group.
 
@@ -158,13 +173,16 @@ class Arena:
         """
         guests = guests or [None] * len(scenarios)
         bases = [self._open(scenario, guest) for scenario, guest in zip(scenarios, guests, strict=True)]
-        self.speakers.prefill((guest, role, pair[role]) for guest, pair in zip(guests, bases, strict=True) for role in (0, 1))
+        self.speakers.prefill(
+            (guest, role, pair[role]) for guest, pair in zip(guests, bases, strict=True) for role in (0, 1)
+        )
         tables: list[list[_Table]] = []
         for g, (scenario, pair, guest) in enumerate(zip(scenarios, bases, guests, strict=True)):
             first = self.rules.opener(seed, g, self.engine.weights_version)
             forks = [branch.fork(group_size) for branch in pair]
             group = [
-                _Table(self, scenario, first, (forks[0][i], forks[1][i]), derive_seed(seed, g, i), guest) for i in range(group_size)
+                _Table(self, scenario, first, (forks[0][i], forks[1][i]), derive_seed(seed, g, i), guest)
+                for i in range(group_size)
             ]
             tables.append(group)
             for branch in pair:

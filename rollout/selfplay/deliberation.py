@@ -16,7 +16,17 @@ from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.judge.judge import UNSCORED, Answer, FeedbackJudge
 from duologue.rollout.judge.questions import AGREEMENT, ASPECTS, SCORE, Case
 from duologue.rollout.selfplay.arena import Rules, derive_seed
-from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Dialogue, Group, Transcript, Turn, View
+from duologue.rollout.selfplay.dialogue import (
+    FINAL,
+    KINDS,
+    POLICY,
+    UTTERANCE,
+    Dialogue,
+    Group,
+    Transcript,
+    Turn,
+    View,
+)
 from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players
 from duologue.rollout.selfplay.scenario import Outcome, Scenario
 from duologue.rollout.selfplay.template import fill
@@ -36,12 +46,17 @@ class TalkRules(Rules):
 class _Talk:
     """One dialogue being held: a small state machine, moved on by completions and by the judge's answers."""
 
-    def __init__(self, arena: Deliberation, scenario: Scenario, first: int, seed: int, guest: Guest | None) -> None:
+    def __init__(
+        self, arena: Deliberation, scenario: Scenario, first: int, seed: int, guest: Guest | None
+    ) -> None:
         self.arena, self.scenario, self.first, self.seed, self.guest = arena, scenario, first, seed, guest
         self.players = players(guest)
         self.transcript = Transcript(arena.chat, arena.private_ids(scenario))
         self.turns = self.transcript.turns
-        opened = (arena.speakers.open(guest, role, view.token_ids) for role, view in enumerate(self.transcript.views))
+        opened = (
+            arena.speakers.open(guest, role, view.token_ids)
+            for role, view in enumerate(self.transcript.views)
+        )
         self.branches = [*opened] if arena.grows else []
         self.views: list[tuple[int, View]] = [*enumerate(self.transcript.views)] if arena.grows else []
         self.rounds = 0
@@ -144,7 +159,13 @@ class _Talk:
             views=tuple(view for _, view in self.views),
             view_roles=tuple(role for role, _ in self.views),
             players=self.players,
-            outcome=Outcome(agreed=self.agreed, scores=(score, score), failure=failure, metrics=aspects or {}, rounds=self.rounds),
+            outcome=Outcome(
+                agreed=self.agreed,
+                scores=(score, score),
+                failure=failure,
+                metrics=aspects or {},
+                rounds=self.rounds,
+            ),
             weights_version=self.version,
         )
 
@@ -152,9 +173,22 @@ class _Talk:
 class Deliberation:
     """`play` holds groups of dialogues on dilemmas; the counterpart of `Arena` for what a judge scores."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, game: DilemmaGame, rules: TalkRules, judge: FeedbackJudge | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        game: DilemmaGame,
+        rules: TalkRules,
+        judge: FeedbackJudge | None,
+    ) -> None:
         """`judge` None: for the contexts alone, where a person talks with the policy."""
-        self.engine, self.tokenizer, self.game, self.rules, self._judge = engine, tokenizer, game, rules, judge
+        self.engine, self.tokenizer, self.game, self.rules, self._judge = (
+            engine,
+            tokenizer,
+            game,
+            rules,
+            judge,
+        )
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
         self.speakers: Speakers[_Talk] = Speakers(engine)
@@ -165,7 +199,12 @@ class Deliberation:
         return self._judge
 
     def play(
-        self, scenarios: list[Scenario], *, group_size: int, seed: int, guests: Sequence[Guest | None] | None = None
+        self,
+        scenarios: list[Scenario],
+        *,
+        group_size: int,
+        seed: int,
+        guests: Sequence[Guest | None] | None = None,
     ) -> list[Group]:
         """One group of `group_size` dialogues per scenario, with a guest on one side where `guests` has one for the group; all draws
         follow from `seed`. The policy writes the resolution, always.
@@ -175,12 +214,19 @@ class Deliberation:
         roles = (0,) if self.game.alone else (0, 1)
         guests = guests or [None] * len(scenarios)
         sides = [(guest, s, role) for guest, s in zip(guests, scenarios, strict=True) for role in roles]
-        prefixes = [self.speakers.open(guest, role, self.chat.open(self.private_ids(s)[role])) for guest, s, role in sides]
-        self.speakers.prefill((*side[::2], branch) for side, branch in zip(sides, prefixes, strict=True))  # later contexts find these
+        prefixes = [
+            self.speakers.open(guest, role, self.chat.open(self.private_ids(s)[role]))
+            for guest, s, role in sides
+        ]
+        self.speakers.prefill(
+            (*side[::2], branch) for side, branch in zip(sides, prefixes, strict=True)
+        )  # later contexts find these
         groups = []
         for g, (scenario, guest) in enumerate(zip(scenarios, guests, strict=True)):
             first = self.rules.opener(seed, g, self.engine.weights_version)
-            groups.append([_Talk(self, scenario, first, derive_seed(seed, g, i), guest) for i in range(group_size)])
+            groups.append(
+                [_Talk(self, scenario, first, derive_seed(seed, g, i), guest) for i in range(group_size)]
+            )
         talks = [talk for group in groups for talk in group]
         for talk in talks:
             talk.write() if self.game.alone else talk.speak()
@@ -235,7 +281,9 @@ class Deliberation:
             question = encode(fill(before, {"personas": personas}))
             for part in [*between, after]:
                 for i, turn in enumerate(turns):
-                    question += encode(("\n\n" if i else "") + f"{scenario.personas[turn.role].name}: ") + self._words(turn)
+                    question += encode(
+                        ("\n\n" if i else "") + f"{scenario.personas[turn.role].name}: "
+                    ) + self._words(turn)
                 question += encode(fill(part, {"personas": personas}))
         view.prompt([*chat.open(encode(scenario.shared_text)), *chat.heard(question), *chat.reply()])
         return view
@@ -248,13 +296,26 @@ class Deliberation:
         """Tokens that the longest possible context can take."""
         rules, encode, chat = self.rules, self.tokenizer.encode, self.chat
         frame = len(chat.said([])) + len(chat.heard([])) + len(chat.reply())
-        head = len(chat.open([])) + frame + max(len(encode(text)) for items in self.game.items.values() for _, text, _ in items)
+        head = (
+            len(chat.open([]))
+            + frame
+            + max(len(encode(text)) for items in self.game.items.values() for _, text, _ in items)
+        )
         if self.game.alone:
             return head + len(encode(self.game.answer)) + rules.max_tokens_final
         personas, turns = self.game.personas(), 2 * rules.max_rounds
         private = max(len(encode(self.game.private_text(p))) for p in personas)
         described = max(len(encode(f"\n\n{p.name}: {p.instructions}")) for p in personas)
         label = max(len(encode(f"\n\n{p.name}: ")) for p in personas)
-        talk = private + (turns if self.grows else 2) * (rules.max_tokens_per_turn + frame) + rules.max_tokens_per_turn
-        final = len(encode(self.game.final)) + 2 * described + turns * (rules.max_tokens_per_turn + label) + rules.max_tokens_final
+        talk = (
+            private
+            + (turns if self.grows else 2) * (rules.max_tokens_per_turn + frame)
+            + rules.max_tokens_per_turn
+        )
+        final = (
+            len(encode(self.game.final))
+            + 2 * described
+            + turns * (rules.max_tokens_per_turn + label)
+            + rules.max_tokens_final
+        )
         return head + max(talk, final)

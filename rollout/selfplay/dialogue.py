@@ -44,7 +44,9 @@ class View:
         self.logprobs += [0.0] * len(token_ids)
         self.kept.sizes += [0] * len(token_ids)
 
-    def said(self, token_ids: list[int], logprobs: list[float] | None, kind: int, kept: Kept | None = None) -> None:
+    def said(
+        self, token_ids: list[int], logprobs: list[float] | None, kind: int, kept: Kept | None = None
+    ) -> None:
         """This side's own words. Without log-probs they are a demonstration: marked, to be imitated."""
         assert kind != PROMPT
         assert logprobs is None or len(logprobs) == len(token_ids)
@@ -73,7 +75,13 @@ class Transcript:
         view.prompt(self.chat.reply())
 
     def say(
-        self, role: int, token_ids: list[int], logprobs: list[float] | None, kind: int, text: str, kept: Kept | None = None,
+        self,
+        role: int,
+        token_ids: list[int],
+        logprobs: list[float] | None,
+        kind: int,
+        text: str,
+        kept: Kept | None = None,
         guest: bool = False,
     ) -> None:
         """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. A guest's words are marked as a
@@ -86,7 +94,9 @@ class Transcript:
         self.views[role].prompt(self.chat.close_reply(stopped))
         if kind == UTTERANCE:
             self.views[1 - role].prompt(self.chat.heard(token_ids[:-1] if stopped else token_ids))
-        self.turns.append(Turn(role=role, kind=KINDS[kind], text=text, token_ids=token_ids, logprobs=logprobs))
+        self.turns.append(
+            Turn(role=role, kind=KINDS[kind], text=text, token_ids=token_ids, logprobs=logprobs)
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,7 +131,13 @@ class Dialogue:
             },
             "personas": [{"name": p.name, "instructions": p.instructions} for p in self.scenario.personas],
             "turns": [
-                {"role": t.role, "kind": t.kind, "text": t.text, "token_ids": t.token_ids, "logprobs": t.logprobs}
+                {
+                    "role": t.role,
+                    "kind": t.kind,
+                    "text": t.text,
+                    "token_ids": t.token_ids,
+                    "logprobs": t.logprobs,
+                }
                 for t in self.turns
             ],
             "outcome": outcome

@@ -83,7 +83,11 @@ class Speakers(Generic[T]):
         if self._remote:
             assert self.server is not None
             for number, ids in self.server.answered(0.0 if engines else 0.02):
-                said = None if ids is None else Completion(token_ids=ids, weights_version=self.engine.weights_version)
+                said = (
+                    None
+                    if ids is None
+                    else Completion(token_ids=ids, weights_version=self.engine.weights_version)
+                )
                 found.append((self._remote.pop(number), said))
         return found
 
@@ -115,7 +119,11 @@ def players(guest: Guest | None) -> tuple[str, str]:
 
 def messages(private_text: str, turns: Sequence[Turn], role: int, question: str = "") -> list[Message]:
     """What `role` has heard and said, as text for a server. Neighbours of one role are one message, as some templates ask for."""
-    talk = [("assistant" if turn.role == role else "user", turn.text) for turn in turns if turn.kind == "utterance"]
+    talk = [
+        ("assistant" if turn.role == role else "user", turn.text)
+        for turn in turns
+        if turn.kind == "utterance"
+    ]
     talk += [("user", question)] if question else []
     found = [{"role": "system", "content": private_text}]
     for speaker, text in talk:

@@ -38,8 +38,14 @@ class Remote:
 
     def ask(self, number: int, messages: list[Message], params: SamplingParams) -> None:
         assert params.seed is not None
-        limits = {"max_tokens": params.max_new_tokens, "temperature": params.temperature, "top_p": params.top_p}
-        text = json.dumps({"messages": messages, **limits, "seed": params.seed % 2**31})  # some servers take 32 bits
+        limits = {
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+        }
+        text = json.dumps(
+            {"messages": messages, **limits, "seed": params.seed % 2**31}
+        )  # some servers take 32 bits
         key = ledger_key(self._endpoint.name, "turn", {}, text)
         if (known := self._ledger.get(key)) is not None:
             self._arrived.put((number, params.max_new_tokens, known, ""))

@@ -23,6 +23,12 @@ def load_template(folder: str, default: Path, name: str, accepted: set[str], req
     text = path.read_text("utf-8")
     found = set(_PLACE.findall(text))
     if found - accepted or required - found:
-        wrong = f"has the unknown place {{{min(found - accepted)}}}" if found - accepted else f"lacks {{{min(required - found)}}}"
-        raise ValueError(f"{path} {wrong}: accepted is {', '.join(f'{{{p}}}' for p in sorted(accepted)) or 'none'}")
+        wrong = (
+            f"has the unknown place {{{min(found - accepted)}}}"
+            if found - accepted
+            else f"lacks {{{min(required - found)}}}"
+        )
+        raise ValueError(
+            f"{path} {wrong}: accepted is {', '.join(f'{{{p}}}' for p in sorted(accepted)) or 'none'}"
+        )
     return text
