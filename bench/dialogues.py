@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, SamplingParams
@@ -180,7 +180,7 @@ def main() -> None:
     if args.save:
         append_rows("dialogues", [compared])
         append_rows("dialogue_costs", grown)
-    print(json.dumps({"bench": "dialogues", "backend": cpu.describe(), "rows": [compared, *grown]}))
+    print(json.dumps({"bench": "dialogues", "backend": backend.describe(), "rows": [compared, *grown]}))
 
 
 if __name__ == "__main__":

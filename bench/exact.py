@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine.engine import Engine
@@ -127,7 +127,13 @@ def main() -> int:
     seconds = round(time.perf_counter() - began, 1)
     print(
         json.dumps(
-            {"bench": "exact", "backend": cpu.describe(), "dtype": args.dtype, **found, "seconds": seconds}
+            {
+                "bench": "exact",
+                "backend": backend.describe(),
+                "dtype": args.dtype,
+                **found,
+                "seconds": seconds,
+            }
         )
     )
     return int(tally.differing > 0)

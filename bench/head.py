@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
-from duologue.kernels import cpu, ops
+from duologue.kernels import backend, ops
 
 from bench.common import append_rows, quantiles
 
@@ -171,7 +171,7 @@ def main() -> None:
             print("  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
     if args.save:
         append_rows("head", rows)
-    print(json.dumps({"bench": "head", "backend": cpu.describe(), "rows": rows}))
+    print(json.dumps({"bench": "head", "backend": backend.describe(), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from duologue.kernels import cpu
+from duologue.kernels import backend
 
 from bench import cases_attention, cases_sparse
 from bench.cases import CASES, LARGE, Case, ours, plain
@@ -77,7 +77,7 @@ def main() -> None:
         append_rows("kernels_cpu", rows)
     print(
         json.dumps(
-            {"bench": "kernels", "backend": cpu.describe(), "copy_bytes_per_s": bandwidth, "rows": rows}
+            {"bench": "kernels", "backend": backend.describe(), "copy_bytes_per_s": bandwidth, "rows": rows}
         )
     )
 

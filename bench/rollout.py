@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import load_weights, parse_dtype, read_config
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
@@ -106,7 +106,7 @@ def ceiling(model: Decoder, batch: int) -> float:
         2
         * x.shape[0]
         * w.numel()
-        / min(_best_seconds(lambda: cpu.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
+        / min(_best_seconds(lambda: backend.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
     )
     flops = 2 * sum(p.numel() for p in weights) * batch
     return batch / max(size / best_copy, flops / rate)
@@ -184,7 +184,7 @@ def main() -> None:
                     print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.save:
         append_rows("rollout", rows)
-    print(json.dumps({"bench": "rollout", "backend": cpu.describe(), "rows": rows}))
+    print(json.dumps({"bench": "rollout", "backend": backend.describe(), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
@@ -156,7 +156,8 @@ def rates(device: str) -> tuple[float, float]:
     target, n = torch.empty_like(source), 8192 if device != "cpu" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
     product = min(
-        best(lambda: a @ a), best(lambda: cpu.linear(a, a, None, None)) if device == "cpu" else float("inf")
+        best(lambda: a @ a),
+        best(lambda: backend.linear(a, a, None, None)) if device == "cpu" else float("inf"),
     )
     return 2 * source.nbytes / best(lambda: target.copy_(source)), 2 * n**3 / product
 
@@ -246,7 +247,7 @@ def main() -> int:
         print("\n".join(f"{key:24} {value}" for key, value in row.items()), flush=True)
     if args.save:
         append_rows("workload", [row])
-    print(json.dumps({"bench": "workload", "backend": cpu.describe(), "rows": [row]}))
+    print(json.dumps({"bench": "workload", "backend": backend.describe(), "rows": [row]}))
     return 0
 
 

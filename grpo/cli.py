@@ -22,12 +22,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.grpo import data_command
+from duologue.grpo.commands import data
 
 if TYPE_CHECKING:
     from duologue.grpo.config import Config
-    from duologue.grpo.progress import Progress
-    from duologue.grpo.run import RunDir
+    from duologue.grpo.console import Progress
+    from duologue.grpo.run_dir import RunDir
 
 INTERRUPTED = 130
 SETTINGS = "Settings: section.key=value or --section.key value, e.g. grpo.group_size=8 --train.seed 1"
@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
     report = commands.add_parser("report", help="write report.html of a run, finished or not")
     report.add_argument("run_dir", type=Path)
-    data_command.add_parser(commands)
+    data.add_parser(commands)
     play = commands.add_parser("play", help="negotiate with a checkpoint in the terminal", epilog=SETTINGS)
     play.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
     play.add_argument(
@@ -148,9 +148,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> int:
     shortcuts = {"model.path": options.model, "model.device": options.device}
     config = _config(options.recipe, options.overrides, shortcuts)
-    from duologue.grpo.progress import Progress
-    from duologue.grpo.report import write_report
-    from duologue.grpo.run import Interrupted
+    from duologue.grpo.commands.report import write_report
+    from duologue.grpo.console import Progress
+    from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
 
     run = _open_run(options, config)
@@ -193,7 +193,7 @@ def _config(recipe: str, overrides: list[str], shortcuts: dict[str, Any]) -> Con
 
 def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
     """The run to work on; None when it is finished already."""
-    from duologue.grpo.run import RunDir, finished
+    from duologue.grpo.run_dir import RunDir, finished
 
     path, toml = options.run_dir, config.to_toml()
     if options.resume:
@@ -252,11 +252,11 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.temperature": 0.0 if options.greedy else None,
     }
     config = _config(options.recipe, options.overrides, shortcuts)
+    from duologue.grpo.build import build_game, build_judge, load_policy, use_threads
+    from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.judged import DILEMMAS
-    from duologue.grpo.progress import Progress
-    from duologue.grpo.setup import build_game, build_judge, load_policy, use_threads
-    from duologue.model.files import write_file
+    from duologue.model.atomic import write_file
 
     use_threads(config)
     if config.game.name in DILEMMAS:
@@ -284,9 +284,9 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
     """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
-    from duologue.grpo.preference import compare, table
-    from duologue.grpo.setup import load_policy
-    from duologue.model.files import write_file
+    from duologue.grpo.build import load_policy
+    from duologue.grpo.commands.compare import compare, table
+    from duologue.model.atomic import write_file
     from rich.console import Console
 
     if options.greedy:
@@ -308,26 +308,26 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from duologue.grpo.report import write_report
+    from duologue.grpo.commands.report import write_report
 
     print(write_report(options.run_dir))
     return 0
 
 
 def _play(options: argparse.Namespace) -> int:
-    from duologue.grpo.play import run
+    from duologue.grpo.commands.play import run
 
     return run(options, options.overrides)
 
 
 def _export(options: argparse.Namespace) -> int:
-    from duologue.grpo.export import run
+    from duologue.grpo.commands.export import run
 
     return run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from duologue.grpo.doctor import examine
+    from duologue.grpo.commands.doctor import examine
 
     return examine()
 
@@ -337,7 +337,7 @@ _COMMANDS = {
     "eval": _eval,
     "play": _play,
     "report": _report,
-    "data": data_command.run,
+    "data": data.run,
     "export": _export,
     "doctor": _doctor,
 }

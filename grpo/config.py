@@ -17,7 +17,7 @@ from duologue.grpo.judged import DILEMMAS, judged_rules
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.opposition import OpponentSection, opponent_rules
 from duologue.grpo.optimizer import SCHEDULES
-from duologue.grpo.values import meant, parse, to_toml, typed
+from duologue.grpo.settings import meant, parse, to_toml, typed
 from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import TARGETS

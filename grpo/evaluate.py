@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 
+from duologue.grpo.build import AnyGame, AnyJudge, build_arena
 from duologue.grpo.config import Config
-from duologue.grpo.setup import AnyGame, AnyJudge, build_arena
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
 
 

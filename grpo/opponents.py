@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from duologue.grpo.build import build_engine, load_beside
 from duologue.grpo.config import Config
-from duologue.grpo.setup import build_engine, load_beside
+from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
 from duologue.model.decoder import Decoder
-from duologue.model.files import write_folder
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import POLICY, Group
 from duologue.rollout.selfplay.guests import Guest
 

@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.grpo import setup
+from duologue.grpo import build
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
+from duologue.grpo.console import Progress
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
-from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch, grpo_rows
-from duologue.grpo.run import Interrupted, RunDir
+from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.update import (
     UpdateStats,
     accumulate_imitation_gradient,
@@ -39,7 +39,7 @@ from duologue.grpo.update import (
 )
 from duologue.model.checkpoint import write_checkpoint
 from duologue.model.decoder import Decoder
-from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Group
 
 STATE = "trainer_state.json"
@@ -50,29 +50,29 @@ class Trainer:
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(self, config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> None:
-        setup.use_threads(config)
+        build.use_threads(config)
         self.config = config
         self.run_dir = run
         self.progress = progress
         self.stop = stop
-        self.game = setup.build_game(config)
-        self.judge = setup.build_judge(
+        self.game = build.build_game(config)
+        self.judge = build.build_judge(
             config, self.game, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
         )
-        self.corpus = setup.build_corpus(config, self.game)
+        self.corpus = build.build_corpus(config, self.game)
         self.baseline = RunningBaseline()
         self.step = 0  # steps done, both stages together
         self.seconds = 0.0  # of training, evaluation not counted
         self.warm_start: dict[str, float] | None = None
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
-            self.model, self.tokenizer = setup.build_policy(config, self.corpus)
+            self.model, self.tokenizer = build.build_policy(config, self.corpus)
         else:
-            self.model, self.tokenizer = setup.load_policy(checkpoint, config)
-            setup.check_sizes(config, self.model, checkpoint)
+            self.model, self.tokenizer = build.load_policy(checkpoint, config)
+            build.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
-        self.arena = setup.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
-        setup.add_server(config, self.arena, run.path / "opponent.sqlite")
+        self.arena = build.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
+        build.add_server(config, self.arena, run.path / "opponent.sqlite")
         self.reference: Decoder | None = None
         self.opponents = Opponents(
             config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine
@@ -323,7 +323,7 @@ class Trainer:
         return self._start_weights()
 
     def _start_weights(self) -> Decoder:
-        return setup.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
+        return build.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
 
     def _save_if_due(self, last: int) -> None:
         if self.stop.is_set():

@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
+from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.kernels import ops
 from duologue.kernels.head import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder

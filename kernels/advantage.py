@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from duologue.kernels import cpu, reference
+from duologue.kernels import backend, reference
 from torch import Tensor
 
 METHODS = ("std", "mean", "leave_one_out", "running")
@@ -26,21 +26,21 @@ def advantages_op(
         raise ValueError(f"{op}: method = {method!r}, accepted is one of {', '.join(METHODS)}")
     if rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: rewards is {rewards.dtype}, accepted is torch.float32 or torch.float64")
-    cpu.check(op, "rewards", rewards, (None,), None, device)
+    backend.check(op, "rewards", rewards, (None,), None, device)
     for name, x, dtype in (
         ("group_ids", group_ids, torch.int64),
         ("scored", scored, torch.bool),
         ("roles", roles, torch.int64),
     ):
         if x is not None:
-            cpu.check(op, name, x, tuple(rewards.shape), dtype, device)
+            backend.check(op, name, x, tuple(rewards.shape), dtype, device)
     if (baseline is None) == (method == "running"):
         raise ValueError(
             f"{op}: baseline is {'None' if baseline is None else 'given'}, accepted is one with method 'running' only"
         )
     if baseline is not None:
-        cpu.check(op, "baseline", baseline, (n_roles,), torch.float64, device)
-    if not (rewards.is_cuda or cpu.available()):
+        backend.check(op, "baseline", baseline, (n_roles,), torch.float64, device)
+    if not (rewards.is_cuda or backend.available()):
         return reference.group_advantages(
             rewards, group_ids, scored, roles, baseline, method, n_groups, n_roles, decay
         )
@@ -52,7 +52,7 @@ def advantages_op(
         triton_advantage.launch(inputs, out, METHODS.index(method), decay)
     else:
         sizes = len(rewards), n_groups, n_roles, METHODS.index(method), decay, rewards.dtype == torch.float64
-        if bad := cpu.lib().group_advantages(*cpu.pointers(*inputs, *out), *sizes):
+        if bad := backend.lib().group_advantages(*backend.pointers(*inputs, *out), *sizes):
             raise ValueError(f"{op}: {bad}")
     return out
 

@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.cpu import DTYPES, check, lib, on_triton, triton
+from duologue.kernels.backend import DTYPES, check, family, lib, triton
 from torch import Tensor
 
 
 def _check_heads(op: str, q: Tensor, Hk: int) -> None:
-    (_, Hq, D), most = q.shape, 256 if on_triton(q) else 1024
+    (_, Hq, D), most = q.shape, 256 if triton(q) else 1024
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"{op}: {Hq} query heads are no multiple of {Hk} key heads")
     if not 0 < D <= most:
@@ -42,8 +42,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) ->
     if len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens is empty, accepted is [S + 1] from 0 to T")
     out, stats = torch.empty_like(q), q.new_empty((T, Hq, 2), dtype=torch.float32)
-    if on_triton(q):
-        return triton("attention").forward(q, k, v, out, stats, cu_seqlens, scale), stats
+    if triton(q):
+        return family("attention").forward(q, k, v, out, stats, cu_seqlens, scale), stats
     bad = lib().packed_attention(
         q.data_ptr(),
         k.data_ptr(),
@@ -91,8 +91,8 @@ def paged(
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError(f"{op}: k_pages and v_pages must be contiguous, copying them is dear")
     out = torch.empty_like(q)
-    if on_triton(q):
-        return triton("attention").forward(
+    if triton(q):
+        return family("attention").forward(
             q, k_pages, v_pages, out, None, cu_seqlens, scale, block_table, context_lens, groups
         )
     bad = lib().paged_attention(
@@ -180,8 +180,8 @@ def packed_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v, grad, cu_seqlens = (x.contiguous() for x in (q, k, v, grad, cu_seqlens))
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    if on_triton(q):
-        return triton("attention").backward(
+    if triton(q):
+        return family("attention").backward(
             q, k, v, cu_seqlens, scale, out, stats, grad, grad_q, grad_k, grad_v
         )
     lib().attention_backward(

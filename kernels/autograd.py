@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from torch import Tensor
 
 # ---- linear ----------------------------------------------------------------------------------------------------------
@@ -15,7 +15,7 @@ from torch import Tensor
 def linear(
     x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, exact: bool = True
 ) -> Tensor:
-    return cpu.linear(x, weight, bias, out_dtype, exact)
+    return backend.linear(x, weight, bias, out_dtype, exact)
 
 
 @linear.register_fake
@@ -27,7 +27,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype, ex
 def linear_backward(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = cpu.linear_backward(
+    grad_x, grad_weight = backend.linear_backward(
         x.flatten(0, -2), weight, grad.flatten(0, -2), need_x, need_weight
     )
     return grad_x.view(x.shape) if need_x else grad_x, grad_weight
@@ -61,19 +61,19 @@ linear.register_autograd(_linear_grad, setup_context=_linear_setup)
 
 @torch.library.custom_op("duologue::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return cpu.rms_norm(x, None, weight, eps)[0]
+    return backend.rms_norm(x, None, weight, eps)[0]
 
 
 @torch.library.custom_op("duologue::add_rms_norm", mutates_args=())
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return cpu.rms_norm(x, residual, weight, eps)
+    return backend.rms_norm(x, residual, weight, eps)
 
 
 @torch.library.custom_op("duologue::rms_norm_backward", mutates_args=())
 def rms_norm_backward(
     total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    return cpu.rms_norm_backward(total.contiguous(), weight, eps, grad, grad_total)
+    return backend.rms_norm_backward(total.contiguous(), weight, eps, grad, grad_total)
 
 
 @rms_norm.register_fake
@@ -123,7 +123,7 @@ add_rms_norm.register_autograd(_add_rms_norm_grad, setup_context=_add_rms_norm_s
 
 @torch.library.custom_op("duologue::rope", mutates_args=())
 def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) -> Tensor:
-    return cpu.rope(x, cos, sin, positions, sign)
+    return backend.rope(x, cos, sin, positions, sign)
 
 
 @rope.register_fake
@@ -153,7 +153,7 @@ rope.register_autograd(_rope_grad, setup_context=_rope_setup)
 
 @torch.library.custom_op("duologue::silu_mul", mutates_args=())
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return cpu.silu_mul(gate, up)
+    return backend.silu_mul(gate, up)
 
 
 @silu_mul.register_fake
@@ -163,7 +163,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
 
 @torch.library.custom_op("duologue::silu_mul_backward", mutates_args=())
 def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return cpu.silu_mul_backward(gate, up, grad)
+    return backend.silu_mul_backward(gate, up, grad)
 
 
 @silu_mul_backward.register_fake

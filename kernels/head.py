@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from duologue.kernels import cpu, reference, softmax
+from duologue.kernels import backend, reference, softmax
 from torch import Tensor
 
 CPU_BYTES, GPU_BYTES, LEAST_ROWS = 16 * 2**20, 2 * 2**30, 256  # of logits at a time, unless the caller says
@@ -60,11 +60,11 @@ def prepare(
 ) -> Inputs:
     """The arguments of `op` as its kernels take them; ValueError for a shape, dtype, device or setting that they do not."""
     device, dtype = hidden.device.type, hidden.dtype
-    cpu.check(op, "hidden", hidden, (None, None), None, device)
+    backend.check(op, "hidden", hidden, (None, None), None, device)
     if dtype not in DTYPES:
         raise ValueError(f"{op}: hidden is {dtype}, accepted is one of {', '.join(map(str, DTYPES))}")
     N, H = hidden.shape
-    cpu.check(op, "weight", weight, (None, H), dtype, device)
+    backend.check(op, "weight", weight, (None, H), dtype, device)
     V = len(weight)
     if not 0 < V < 2**28:  # the Triton grid's second dimension
         raise ValueError(f"{op}: weight has {V} rows, accepted is 1 to 2^28 - 1")
@@ -80,7 +80,7 @@ def prepare(
         ("mask", mask, (N,), torch.bool),
     ):
         if given is not None:
-            cpu.check(op, name, given, shape, wanted, device)
+            backend.check(op, name, given, shape, wanted, device)
     if softcap is not None and not 0 < softcap < float("inf"):
         raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
     if chunk_bytes is not None and chunk_bytes <= 0:
@@ -136,9 +136,9 @@ class Head:
         self.bias = None if inputs.bias is None else inputs.bias.contiguous()
         self.N, self.V, self.H = len(self.hidden), *self.weight.shape
         self.kernels, self.cpp, self.triton = (
-            cpu.takes(self.hidden),
-            cpu.serves(self.hidden),
-            cpu.on_triton(self.hidden),
+            backend.takes(self.hidden),
+            backend.cpp(self.hidden),
+            backend.triton(self.hidden),
         )
         self.in_place = (
             self.cpp or self.hidden.dtype == self.wide
@@ -169,7 +169,7 @@ class Head:
         """The chunk's logits [n, V]."""
         x, softcap = self.hidden[rows], self.inputs.softcap
         if self.buffer is not None:
-            logits = cpu.linear(
+            logits = backend.linear(
                 x, self.weight, self.bias, self.wide, self.inputs.exact, self.buffer[: len(x)]
             )
         else:
@@ -226,12 +226,12 @@ class Head:
         if self.cpp:
             if self.grad_hidden is not None:
                 out = self.new(k, self.H)
-                cpu.matmul(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), False)
+                backend.matmul(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), False)
                 self.grad_hidden[rows] = out.to(x.dtype)
             if self.grad_weight is not None:
-                cpu.matmul(dz, x.float(), self.grad_weight, (self.V, k, self.H, 1, self.V), True)
+                backend.matmul(dz, x.float(), self.grad_weight, (self.V, k, self.H, 1, self.V), True)
             if self.grad_bias is not None:
-                cpu.matmul(torch.ones(k), dz, self.grad_bias, (1, k, self.V, k, 1), True)
+                backend.matmul(torch.ones(k), dz, self.grad_bias, (1, k, self.V, k, 1), True)
             return
         if self.grad_hidden is not None:
             self.grad_hidden[rows] = self.product(dz, self.weight).to(x.dtype)

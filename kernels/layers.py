@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from itertools import accumulate
 
 import torch
-from duologue.kernels.cpu import DTYPES, check, lib, pointers
+from duologue.kernels.backend import DTYPES, check, lib, pointers
 from duologue.kernels.softmax import Settings, check_settings
 from torch import Tensor
 

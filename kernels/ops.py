@@ -18,7 +18,7 @@ Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V 
 from __future__ import annotations
 
 import torch
-from duologue.kernels import advantage, attention, autograd, cpu, liger, reference, softmax, sparse
+from duologue.kernels import advantage, attention, autograd, backend, liger, reference, softmax, sparse
 from duologue.kernels import head as fused
 from torch import Tensor
 
@@ -38,10 +38,10 @@ def linear(
     exact: bool = True,
 ) -> Tensor:
     """x [..., K] @ weight [O, K]^T + bias [O] -> [..., O], in x's dtype or `out_dtype` (fp32, for logits)."""
-    if not cpu.takes(x):
+    if not backend.takes(x):
         return reference.linear(x, weight, bias, out_dtype)
     if _plain(x, weight, bias):
-        return cpu.linear(x, weight, bias, out_dtype, exact)
+        return backend.linear(x, weight, bias, out_dtype, exact)
     out: Tensor = autograd.linear(x, weight, bias, out_dtype or x.dtype, exact)
     return out
 
@@ -50,10 +50,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, exact: bool = True) -> Tenso
     """x / sqrt(mean(x^2) + eps) * weight over the last dim (Zhang and Sennrich 2019); x [..., K], weight [K]."""
     if not exact and liger.serves(x):
         return liger.rms_norm(x, weight, eps)
-    if not cpu.takes(x):
+    if not backend.takes(x):
         return reference.rms_norm(x, weight, eps)
     if _plain(x, weight):
-        return cpu.rms_norm(x, None, weight, eps)[0]
+        return backend.rms_norm(x, None, weight, eps)[0]
     out: Tensor = autograd.rms_norm(x, weight, eps)
     return out
 
@@ -64,10 +64,10 @@ def add_rms_norm(
     """(rms_norm(x + residual), x + residual); x and residual [..., K], weight [K]."""
     if not exact and liger.serves(x):
         return liger.add_rms_norm(x, residual, weight, eps)
-    if not cpu.takes(x):
+    if not backend.takes(x):
         return reference.add_rms_norm(x, residual, weight, eps)
     if _plain(x, residual, weight):
-        return cpu.rms_norm(x, residual, weight, eps)
+        return backend.rms_norm(x, residual, weight, eps)
     out: tuple[Tensor, Tensor] = autograd.add_rms_norm(x, residual, weight, eps)
     return out
 
@@ -75,10 +75,10 @@ def add_rms_norm(
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding (Su et al. 2021) in the half-rotation layout: q [T, Hq, D], k [T, Hk, D], cos and sin
     [max_position, D/2] fp32, positions [T] int64 -> rotated (q, k)."""
-    if not cpu.takes(q):
+    if not backend.takes(q):
         return reference.rope(q, k, cos, sin, positions)
     if _plain(q, k):
-        return cpu.rope(q, cos, sin, positions, 1.0), cpu.rope(k, cos, sin, positions, 1.0)
+        return backend.rope(q, cos, sin, positions, 1.0), backend.rope(k, cos, sin, positions, 1.0)
     return autograd.rope(q, cos, sin, positions, 1.0), autograd.rope(k, cos, sin, positions, 1.0)
 
 
@@ -86,10 +86,10 @@ def silu_mul(gate: Tensor, up: Tensor, exact: bool = True) -> Tensor:
     """silu(gate) * up (SwiGLU, Shazeer 2020); both [..., I]."""
     if not exact and liger.serves(gate):
         return liger.silu_mul(gate, up)
-    if not cpu.takes(gate):
+    if not backend.takes(gate):
         return reference.silu_mul(gate, up)
     if _plain(gate, up):
-        return cpu.silu_mul(gate, up)
+        return backend.silu_mul(gate, up)
     out: Tensor = autograd.silu_mul(gate, up)
     return out
 
@@ -108,7 +108,7 @@ def packed_attention(
     Hq is a multiple of Hk; consecutive query heads share a key head. Unless `exact`, flash-attn or torch's varlen attention serve
     16-bit CUDA tensors where there is one; `max_seqlen`, the longest sequence, spares them work (T when None).
     """
-    if not cpu.takes(q):
+    if not backend.takes(q):
         return reference.packed_attention(q, k, v, cu_seqlens, scale)
     if not exact and q.is_cuda and (fast := attention.library(q)):
         return fast(q, k, v, cu_seqlens, scale, max_seqlen or len(q))
@@ -120,7 +120,7 @@ def packed_attention(
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """Store k and v [T, Hk, D] at slots [T] int64 (page * B + offset) of k_pages and v_pages [P, B, Hk, D], in place."""
-    (cpu if cpu.takes(k) else reference).write_kv(k, v, k_pages, v_pages, slots)
+    (backend if backend.takes(k) else reference).write_kv(k, v, k_pages, v_pages, slots)
 
 
 def rope_write_kv(
@@ -135,8 +135,8 @@ def rope_write_kv(
     slots: Tensor,
 ) -> Tensor:
     """`rope` of q (returned) and k, and `write_kv` of that k and v: one launch on CUDA. Not differentiable."""
-    if cpu.takes(q):
-        return cpu.rope_write_kv(q, k, v, cos, sin, positions, k_pages, v_pages, slots)
+    if backend.takes(q):
+        return backend.rope_write_kv(q, k, v, cos, sin, positions, k_pages, v_pages, slots)
     q, k = reference.rope(q, k, cos, sin, positions)
     reference.write_kv(k, v, k_pages, v_pages, slots)
     return q
@@ -162,7 +162,7 @@ def paged_attention(
     of the `groups` = (starts [G + 1] int32, shared [G] int32), sequences starts[i] to starts[i + 1] with their first shared[i] keys
     in the same pages, all before their queries. Bits stay the same.
     """
-    if not cpu.takes(q):
+    if not backend.takes(q):
         return reference.paged_attention(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
     if torch.compiler.is_compiling():
         out: Tensor = attention.paged_op(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
@@ -175,7 +175,7 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
 
     `temperature` is a number, or [N] fp32. Differentiable in the logits.
     """
-    if not cpu.takes(logits):
+    if not backend.takes(logits):
         return reference.logprob(logits, targets, temperature)
     run = softmax.logprob_now if _plain(logits) else softmax.logprob_op
     return run(logits, targets, temperature)
@@ -258,7 +258,7 @@ def sample(
     renormalised over that support: what `logprob` gives without truncation, `sparse_linear_logprob` with it, bit for bit.
     """
     settings = (temperature, top_k, top_p, min_p, seed, position)
-    if not cpu.takes(logits):
+    if not backend.takes(logits):
         return reference.sample(logits, *settings)
     if torch.compiler.is_compiling():
         out: softmax.Drawn = softmax.sample_op(logits, *settings)
@@ -280,7 +280,7 @@ def sample_bounded(
     [N] int32). Row n kept the ids kept[n, : n_kept[n]]; n_kept is 0 where all tokens were, and above `most` where there was no
     room for them all."""
     settings = (temperature, top_k, top_p, min_p, seed, position)
-    if cpu.on_triton(logits):
+    if backend.triton(logits):
         return softmax.sample_bounded(logits, settings, most)
     token, logprob, entropy, ids, offsets = sample(logits, *settings)
     kept, sizes = ids.new_zeros((len(logits), most)), offsets.diff()
@@ -324,9 +324,9 @@ def linear_sample(
     ids. Then, unless `exact`, no logits are stored there: one pass over the weight, with log-probs that agree up to rounding."""
     settings = (temperature, top_k, top_p, min_p, seed, position)
     sparse.check_head("linear_sample", hidden, weight, bias, softcap)
-    if whole and cpu.on_triton(hidden):
+    if whole and backend.triton(hidden):
         return sparse.linear_sample_whole(hidden, weight, bias, settings, softcap or 0.0, exact)
-    if not cpu.serves(hidden) or torch.compiler.is_compiling():
+    if not backend.cpp(hidden) or torch.compiler.is_compiling():
         return sample(head(hidden, weight, bias, softcap, exact), *settings)
     return sparse.linear_sample(hidden, weight, bias, settings, softcap or 0.0)
 
@@ -352,7 +352,7 @@ def sparse_linear_logprob(
     values are not checked: the log-prob of a target outside its support is NaN.
     """
     sparse.check_head("sparse_linear_logprob", hidden, weight, bias, softcap)
-    if not (cpu.serves(hidden) or hidden.is_cuda):
+    if not (backend.cpp(hidden) or hidden.is_cuda):
         return reference.sparse_linear_logprob(
             hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap
         )

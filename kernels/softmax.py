@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.cpu import DTYPES, check, lib, on_triton, pointers, triton
+from duologue.kernels.backend import DTYPES, check, family, lib, pointers, triton
 from torch import Tensor
 
 
@@ -43,9 +43,9 @@ def logprob(
     if temperatures is not None:
         check("logprob", "temperature", temperatures, (N,), torch.float32, logits.device.type)
     out, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
-    stats = logits.new_empty((N, 2) if keep_stats or on_triton(logits) else 0, dtype=torch.float32)
-    if on_triton(logits):
-        triton("softmax").logprob(logits, targets, temperatures, temperature, out, entropy, stats)
+    stats = logits.new_empty((N, 2) if keep_stats or triton(logits) else 0, dtype=torch.float32)
+    if triton(logits):
+        family("softmax").logprob(logits, targets, temperatures, temperature, out, entropy, stats)
         return out, entropy, stats
     bad = lib().logprob(
         logits.data_ptr(),
@@ -109,10 +109,10 @@ def sample(logits: Tensor, settings: Settings) -> Drawn:
     logits = logits.contiguous()
     N, V = _check_logits("sample", logits)
     settings = check_settings("sample", settings, N, logits.device.type)
-    if on_triton(logits):
+    if triton(logits):
         token = logits.new_empty(N, dtype=torch.int64)
         out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
-        cuts = triton("softmax").sample(logits, settings, token, out, entropy).unsqueeze(1)
+        cuts = family("softmax").sample(logits, settings, token, out, entropy).unsqueeze(1)
         kept = (logits > cuts) & (cuts > float("-inf"))
         kept &= ~kept.all(1, keepdim=True)
         return (
@@ -135,8 +135,8 @@ def sample_bounded(
     token, kept = logits.new_empty(N, dtype=torch.int64), logits.new_empty((N, most), dtype=torch.int32)
     out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     sizes = logits.new_empty(N, dtype=torch.int32)
-    triton("softmax").keep(
-        logits, triton("softmax").sample(logits, list(settings), token, out, entropy), kept, sizes
+    family("softmax").keep(
+        logits, family("softmax").sample(logits, list(settings), token, out, entropy), kept, sizes
     )
     return token, out, entropy, kept, sizes
 
@@ -165,9 +165,9 @@ def grad_logits(
         grad_entropy.contiguous(),
     )
     assert out.is_contiguous()
-    if on_triton(logits):
+    if triton(logits):
         rows = (entropy, stats, grad_logprob, grad_entropy)
-        triton("softmax").logprob_backward(logits, targets, temperatures, temperature, *rows, source, out)
+        family("softmax").logprob_backward(logits, targets, temperatures, temperature, *rows, source, out)
         return
     lib().logprob_backward(
         logits.data_ptr(),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import softmax
-from duologue.kernels.cpu import DTYPES, check, lib, linear, pointers, triton
+from duologue.kernels.backend import DTYPES, check, family, lib, linear, pointers
 from torch import Tensor
 
 
@@ -164,7 +164,7 @@ def linear_sample_whole(
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         off = (heat, torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p), seed, position)
         return *softmax.sample_bounded(logits, off, 1)[:3], *none
-    found: tuple[Tensor, Tensor, Tensor] = triton("head").linear_sample(
+    found: tuple[Tensor, Tensor, Tensor] = family("head").linear_sample(
         hidden, weight, bias, heat, seed, position, softcap
     )
     return *found, *none

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder
-from duologue.model.files import write_folder
 from duologue.model.lora import CONFIG as ADAPTER_CONFIG
 from duologue.model.lora import LoraDecoder, read_adapter, read_settings, write_adapter
 from duologue.model.tokenizer import Tokenizer, read_json

@@ -15,7 +15,7 @@ import math
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from duologue.kernels import cpu, ops
+from duologue.kernels import backend, ops
 from duologue.kernels.layers import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
 from torch import Tensor, nn
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
         """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for this device,
         dtype or packing)."""
         body, weight = self.model, self.model.embed_tokens.weight
-        if not cpu.serves(weight) or self.packed:
+        if not backend.cpp(weight) or self.packed:
             return None
         layers = [layer.tensors() for layer in body.layers if isinstance(layer, Layer)]
         return PagedDecoder(

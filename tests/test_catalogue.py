@@ -10,15 +10,15 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from duologue.grpo.build import build_game
 from duologue.grpo.cli import main
 from duologue.grpo.config import RECIPES, load_config
 from duologue.grpo.rows import demonstration_rows
-from duologue.grpo.run import read_lines
-from duologue.grpo.setup import build_game
+from duologue.grpo.run_dir import read_lines
 from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.common import CLOSE, MAX_UTTERANCES, ScriptedDialogue
-from duologue.rollout.selfplay.scenario import Game
+from duologue.rollout.games.game import Game
 
 TINY = [
     "model.hidden_size=32",

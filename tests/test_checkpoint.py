@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.model import files
+from duologue.model import atomic
 from duologue.model.checkpoint import INDEX, SINGLE, load_model, load_weights, read_config, save_model
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
@@ -268,7 +268,7 @@ def test_a_failing_rename_puts_the_previous_folder_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "run"
-    files.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+    atomic.write_folder(target, lambda folder: (folder / "a").write_text("old"))
     rename = Path.rename
 
     def fail(self: Path, to: Path) -> Path:
@@ -278,28 +278,28 @@ def test_a_failing_rename_puts_the_previous_folder_back(
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(OSError, match="no"):
-        files.write_folder(target, lambda folder: (folder / "a").write_text("new"))
+        atomic.write_folder(target, lambda folder: (folder / "a").write_text("new"))
     assert contents(tmp_path) == {"run/a": b"old"}
 
 
 def test_a_kill_between_the_renames_loses_nothing(tmp_path: Path) -> None:
     target = tmp_path / "run"
-    files.write_folder(target, lambda folder: (folder / "a").write_text("old"))
+    atomic.write_folder(target, lambda folder: (folder / "a").write_text("old"))
     target.rename(tmp_path / ".run.old")
     (tmp_path / ".run.tmp").mkdir()
     with pytest.raises(OSError, match="disk"):
-        files.write_folder(target, lambda folder: (_ for _ in ()).throw(OSError("disk")))
+        atomic.write_folder(target, lambda folder: (_ for _ in ()).throw(OSError("disk")))
     assert contents(tmp_path) == {"run/a": b"old"}
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_write_file_replaces_or_keeps(tmp_path: Path) -> None:
     path = tmp_path / "state.json"
-    files.write_file(path, b"old")
+    atomic.write_file(path, b"old")
     with files_limited_to(1000), pytest.raises(OSError, match="File too large"):
-        files.write_file(path, b"x" * 5000)
+        atomic.write_file(path, b"x" * 5000)
     assert contents(tmp_path) == {"state.json": b"old"}
-    files.write_file(path, b"new")
+    atomic.write_file(path, b"new")
     assert contents(tmp_path) == {"state.json": b"new"}
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duologue.grpo import doctor
 from duologue.grpo.cli import main, split_overrides
-from duologue.grpo.progress import Progress
-from duologue.grpo.run import read_lines
+from duologue.grpo.commands import doctor
+from duologue.grpo.console import Progress
+from duologue.grpo.run_dir import read_lines
 
 TINY = [
     "model.hidden_size=32",

@@ -20,8 +20,8 @@ import pytest
 import torch
 from conftest import write_core
 from duologue.grpo.cli import main
-from duologue.grpo.run import read_lines
-from duologue.kernels import cpu
+from duologue.grpo.run_dir import read_lines
+from duologue.kernels import backend
 from judge_server import ASPECTS, FAULTS, JudgeServer, inside, scores
 from safetensors.torch import load_file
 
@@ -193,7 +193,7 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     metrics = read_lines(first / "metrics.jsonl")
     assert len(metrics) == 3
     assert any(row["grad_norm"] > 0 for row in metrics)
-    assert all(row["mismatch"] <= (0.0 if cpu.available() else 1e-4) for row in metrics)
+    assert all(row["mismatch"] <= (0.0 if backend.available() else 1e-4) for row in metrics)
     assert all(
         row["unscored_share"] == 0 and row["judge_asked"] > 0 and row["judge_seconds"] > 0 for row in metrics
     )
@@ -471,11 +471,11 @@ def test_settings_that_do_not_go_together_are_refused(
 def test_rewards_of_a_finished_run_come_from_its_files_alone(
     run: Run, judge_server: JudgeServer, tmp_path: Path
 ) -> None:
+    from duologue.rollout.games.game import Persona
     from duologue.rollout.judge.endpoint import Endpoint
     from duologue.rollout.judge.judge import FeedbackJudge
     from duologue.rollout.judge.ledger import Ledger
     from duologue.rollout.judge.questions import SCORE, Case, load_prompt
-    from duologue.rollout.selfplay.scenario import Persona
 
     assert run("run", "train.steps=2", "judge.show_dialogue=true", "judge.model=known") == 0
     judge_server.shutdown()

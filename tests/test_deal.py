@@ -19,7 +19,7 @@ from duologue.rollout.games.deal import (
     frontier,
     summarise,
 )
-from duologue.rollout.selfplay.scenario import Outcome
+from duologue.rollout.games.game import Outcome
 
 GAME = DealGame()
 EVERYTHING = contexts()

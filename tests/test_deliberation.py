@@ -13,11 +13,11 @@ import pytest
 import torch
 from duologue.grpo import update
 from duologue.grpo.advantage import RunningBaseline
-from duologue.grpo.batch import Batch, Row, hidden_nodes
 from duologue.grpo.config import GrpoSection
 from duologue.grpo.loss import LossConfig
+from duologue.grpo.packing import Batch, Row, hidden_nodes
 from duologue.grpo.rows import grpo_rows
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
@@ -386,7 +386,7 @@ def test_no_private_text_reaches_the_other_side_and_the_final_sees_both(
 
 
 @pytest.mark.skipif(
-    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+    not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
 )
 @pytest.mark.parametrize("how", ["last_2", "full"])
 def test_recorded_logprobs_equal_the_training_forward(table: Any, plain: Tokenizer, how: str) -> None:

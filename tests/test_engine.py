@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import load_weights
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
@@ -58,7 +58,7 @@ def differing(model: Decoder, prompts: list[list[int]], completions: list[Comple
 
 
 needs_cpp = pytest.mark.skipif(
-    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+    not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
 )
 
 

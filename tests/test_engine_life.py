@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine.engine import Engine
@@ -156,7 +156,7 @@ class EngineLife(RuleBasedStateMachine):
             scored, score(MODEL, [ids for ids, _, _ in scored]) if scored else [], strict=True
         ):
             got, want = torch.tensor(logprobs), exact.detach()[start - 1 :]
-            assert torch.equal(got, want) if cpu.available() else torch.allclose(got, want, atol=1e-4)
+            assert torch.equal(got, want) if backend.available() else torch.allclose(got, want, atol=1e-4)
 
 
 TestEngineLife = EngineLife.TestCase

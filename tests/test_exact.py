@@ -8,13 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from duologue.kernels import cpu
+from duologue.kernels import backend
 
 SCRIPT = Path(__file__).parent.parent / "bench" / "exact.py"
 
 
 @pytest.mark.skipif(
-    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+    not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_logprob_differs(dtype: str) -> None:

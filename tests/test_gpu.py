@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import cpu, ops, reference
+from duologue.kernels import backend, ops, reference
 from torch import Tensor
 
 pytestmark = [
@@ -190,7 +190,7 @@ def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:
     on_cpu = ops.sample(z, *args)
     assert int((token.cpu() != on_cpu[0]).sum()) <= 1  # scores within a rounding of each other
     assert float((kept.shape[0] - on_cpu[3].shape[0]) / on_cpu[3].shape[0]) < 1e-3  # so may be those at a cut
-    assert cpu.available() or not cpu.serves(z)
+    assert backend.available() or not backend.cpp(z)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from duologue.rollout.games.game import Persona
 from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger, ledger_key
@@ -24,7 +25,6 @@ from duologue.rollout.judge.questions import (
     read_answer,
     schema,
 )
-from duologue.rollout.selfplay.scenario import Persona
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import ASPECTS, FAULTS, JudgeServer, inside, scores

@@ -10,12 +10,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from duologue.kernels import attention, cpu, ops, reference
+from duologue.kernels import attention, backend, ops, reference
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
-ISAS = [isa for isa in (*cpu.ISAS, "avx512-nobf16") if cpu.available() and cpu.lib().use(isa)]
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
+ISAS = [isa for isa in (*backend.ISAS, "avx512-nobf16") if backend.available() and backend.lib().use(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = [1, 7, 15, 16, 17, 64, 127, 129]
 
@@ -31,9 +31,9 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.use(request.param)
+    backend.use(request.param)
     yield request.param
-    cpu.use(os.environ.get("DUOLOGUE_CPU", ""))
+    backend.use(os.environ.get("DUOLOGUE_CPU", ""))
 
 
 def rows(
@@ -163,13 +163,13 @@ def test_a_sequence_keeps_its_bits_in_any_company(isa: str, dtype: torch.dtype) 
 def test_threads_do_not_change_bits() -> None:
     q, k, v, cu = rows(LENGTHS, 4, 2, 64, torch.float32)
     results = []
-    before = cpu.lib().threads()
+    before = backend.lib().threads()
     try:
         for threads in (1, 2, 5):
-            cpu.lib().set_threads(threads)
+            backend.lib().set_threads(threads)
             results.append(with_gradients(ops.packed_attention, q, k, v, cu, q, torch.float32))
     finally:
-        cpu.lib().set_threads(before)
+        backend.lib().set_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -282,7 +282,7 @@ def test_paged_refuses(change: dict[str, Tensor], message: str) -> None:
         ops.paged_attention(**{**args, **change}, scale=1.0)
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
+@pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 20), (3, 3, 128)])
@@ -290,7 +290,7 @@ def test_a_shared_prefix_changes_no_bit(
     heads: int, kv_heads: int, dim: int, dtype: torch.dtype, isa: str
 ) -> None:
     """Decoding rows whose tables begin with the same pages, against the same keys in pages of their own."""
-    if not cpu.lib().use(isa):
+    if not backend.lib().use(isa):
         pytest.skip(f"this machine cannot run {isa}")
     try:
         generator = torch.Generator().manual_seed(0)
@@ -323,4 +323,4 @@ def test_a_shared_prefix_changes_no_bit(
             out[1].double(), expected, atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
         )
     finally:
-        cpu.use("")
+        backend.use("")

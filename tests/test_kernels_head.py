@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
-from duologue.kernels import cpu, head, ops
+from duologue.kernels import backend, head, ops
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -100,7 +100,7 @@ def test_no_less_accurate_than_pytorch(N: int, H: int, V: int, extra: str, dtype
         assert error(a, c) <= max((2 if i < 2 else 3) * error(b, c), floor), i
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
+@pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_bits_are_those_of_linear_and_logprob_in_any_batch(dtype: torch.dtype) -> None:
     x = inputs(129, 48, 1000, dtype)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.runner import PagedAttention
 from torch import Tensor
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 
 FAMILIES = {
     "qwen3": {},
@@ -96,7 +96,7 @@ def run(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_same_bits_as_the_single_ops(family: str, dtype: torch.dtype, isa: str) -> None:
-    if not cpu.lib().use(isa):
+    if not backend.lib().use(isa):
         pytest.skip(f"this machine cannot run {isa}")
     try:
         model = decoder(family, dtype)
@@ -109,20 +109,20 @@ def test_same_bits_as_the_single_ops(family: str, dtype: torch.dtype, isa: str) 
             assert torch.equal(out, expected[wanted]), name
             assert torch.equal(kv, context.kv), f"{name}: the keys in the pages"
     finally:
-        cpu.use("")
+        backend.use("")
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_same_bits_on_any_number_of_threads(threads: int) -> None:
     model = decoder("qwen3", torch.float32)
     ids, positions, context = step(model, LENGTHS["mixed"])
-    wanted, before = torch.arange(len(ids)), cpu.lib().threads()
+    wanted, before = torch.arange(len(ids)), backend.lib().threads()
     expected = run(model, ids, positions, context, wanted)
     try:
-        cpu.lib().set_threads(threads)
+        backend.lib().set_threads(threads)
         assert all(map(torch.equal, run(model, ids, positions, context, wanted), expected))
     finally:
-        cpu.lib().set_threads(before)
+        backend.lib().set_threads(before)
 
 
 def test_out_of_range_is_refused() -> None:

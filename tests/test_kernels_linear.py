@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import cpu, ops, reference
+from duologue.kernels import backend, ops, reference
 from torch import Tensor
 
 spec = importlib.util.spec_from_file_location(
@@ -26,16 +26,16 @@ spec.loader.exec_module(cases)
 
 OPS = ("linear", "rms_norm", "add_rms_norm", "rope", "silu_mul")
 ALL = [case for op in OPS for case in cases.CASES[op] if case.kind == cases.ODD]
-ISAS = [isa for isa in (*cpu.ISAS, "avx512-nobf16") if cpu.available() and cpu.lib().use(isa)]
+ISAS = [isa for isa in (*backend.ISAS, "avx512-nobf16") if backend.available() and backend.lib().use(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
-needs_cpp = pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
+needs_cpp = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.use(request.param)
+    backend.use(request.param)
     yield request.param
-    cpu.use(os.environ.get("DUOLOGUE_CPU", ""))
+    backend.use(os.environ.get("DUOLOGUE_CPU", ""))
 
 
 def outputs_and_gradients(fn: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -82,13 +82,13 @@ def test_a_row_of_linear_has_the_same_bits_at_every_m(dtype: torch.dtype, K: int
 
 @needs_cpp
 def test_threads_change_no_bit() -> None:
-    before = cpu.lib().threads()
+    before = backend.lib().threads()
     found = []
     for threads in (1, 2, 3):
-        cpu.lib().set_threads(threads)
+        backend.lib().set_threads(threads)
         for case in (c for op in OPS for c in cases.CASES[op] if "4096" not in c.name):
             found.append(outputs_and_gradients(cases.ours(case), case.make(torch.float32), torch.float32))
-    cpu.lib().set_threads(before)
+    backend.lib().set_threads(before)
     third = len(found) // 3
     for one, two, three in zip(found[:third], found[third : 2 * third], found[2 * third :], strict=True):
         assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(one, two, three, strict=True))
@@ -198,7 +198,7 @@ def test_an_unknown_instruction_set_is_refused(value: str) -> None:
 
 
 def test_without_the_library_the_definitions_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_lib", None)
+    monkeypatch.setattr(backend, "_lib", None)
     x, weight = torch.randn(3, 5), torch.randn(4, 5)
     assert torch.equal(ops.linear(x, weight), reference.linear(x, weight))
-    assert "not built" in cpu.describe()
+    assert "not built" in backend.describe()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from duologue.kernels import cpu, ops, reference, softmax
+from duologue.kernels import backend, ops, reference, softmax
 from torch import Tensor
 from transformers.generation.logits_process import (
     LogitsProcessorList,
@@ -16,8 +16,8 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
-ISAS = [isa for isa in (*cpu.ISAS, "avx512-nobf16") if cpu.available() and cpu.lib().use(isa)]
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
+ISAS = [isa for isa in (*backend.ISAS, "avx512-nobf16") if backend.available() and backend.lib().use(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(5, 1), (3, 7), (9, 127), (33, 129), (4, 4099)]
 
@@ -33,9 +33,9 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.use(request.param)
+    backend.use(request.param)
     yield request.param
-    cpu.use(os.environ.get("DUOLOGUE_CPU", ""))
+    backend.use(os.environ.get("DUOLOGUE_CPU", ""))
 
 
 def case(N: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -96,14 +96,14 @@ def test_a_row_keeps_its_bits_in_any_company(isa: str, dtype: torch.dtype) -> No
     shuffled = ops.logprob(logits[order], targets[order], temperature[order])
     assert torch.equal(shuffled[0], together[0][order])
     assert torch.equal(shuffled[1], together[1][order])
-    before = cpu.lib().threads()
+    before = backend.lib().threads()
     try:
         for threads in (1, 3):
-            cpu.lib().set_threads(threads)
+            backend.lib().set_threads(threads)
             again = with_gradient(ops.logprob, logits, targets, temperature, dtype)
             assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
     finally:
-        cpu.lib().set_threads(before)
+        backend.lib().set_threads(before)
 
 
 def test_temperature_is_a_number_or_one_per_row() -> None:
@@ -174,7 +174,7 @@ def test_uniforms_are_the_reference_bit_for_bit(isa: str) -> None:
     position = torch.tensor([0, 2**33 + 5, -1, 77, 2**63 - 1])
     for V in (1, 7, 129, 1000):
         out = torch.empty(5, V)
-        cpu.lib().uniforms(seed.data_ptr(), position.data_ptr(), out.data_ptr(), 5, V)
+        backend.lib().uniforms(seed.data_ptr(), position.data_ptr(), out.data_ptr(), 5, V)
         assert torch.equal(out, reference.uniforms(seed, position, V))
         assert 0 < out.min() <= out.max() < 1
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import cpu, ops, reference, sparse, triton_advantage, triton_sparse
+from duologue.kernels import backend, ops, reference, sparse, triton_advantage, triton_sparse
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -27,8 +27,8 @@ from bench import cases_sparse  # noqa: E402
 
 sys.path.pop(0)
 
-pytestmark = pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
-ISAS = [isa for isa in (*cpu.ISAS, "avx512-nobf16") if cpu.available() and cpu.lib().use(isa)]
+pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
+ISAS = [isa for isa in (*backend.ISAS, "avx512-nobf16") if backend.available() and backend.lib().use(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = [case for case in cases_sparse.CASES["sparse_linear_logprob"] if case.kind == "odd"]
 METHODS = ("std", "mean", "leave_one_out", "running")
@@ -45,9 +45,9 @@ def one_torch_thread() -> Iterator[None]:
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    cpu.use(request.param)
+    backend.use(request.param)
     yield request.param
-    cpu.use(os.environ.get("DUOLOGUE_CPU", ""))
+    backend.use(os.environ.get("DUOLOGUE_CPU", ""))
 
 
 def with_gradients(fn: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -134,15 +134,15 @@ def test_linear_sample_is_linear_then_sample(
     n = torch.arange(N)
     temperature = torch.where(n % 5 == 3, 0.0, 0.3 + n / N)
     args = (temperature, (n % 3).int() * 4 * (top_p < 1), torch.full((N,), top_p), 0 * temperature, n * 31, n)
-    before = cpu.lib().threads()
+    before = backend.lib().threads()
     try:
         for threads in (1, 3):
-            cpu.lib().set_threads(threads)
+            backend.lib().set_threads(threads)
             fused = ops.linear_sample(hidden, weight, *args, bias)
             two = ops.sample(ops.linear(hidden, weight, bias, torch.float32), *args)
             assert all(torch.equal(a, b) for a, b in zip(fused, two, strict=True))
     finally:
-        cpu.lib().set_threads(before)
+        backend.lib().set_threads(before)
 
 
 def test_equal_logits_give_the_lowest_token_to_greedy_rows_in_any_tile() -> None:
@@ -170,16 +170,16 @@ def test_bits_do_not_depend_on_company_or_threads(isa: str) -> None:
         )
         assert torch.equal(alone[0], together[0][n : n + 1])
         assert torch.equal(alone[1], together[1][n : n + 1])
-    before = cpu.lib().threads()
+    before = backend.lib().threads()
     try:
         for threads in (1, 3):
-            cpu.lib().set_threads(threads)
+            backend.lib().set_threads(threads)
             again = with_gradients(
                 ops.sparse_linear_logprob, (hidden, weight, targets, ids, offsets, temperature), torch.float32
             )
             assert all(torch.equal(a, b) for a, b in zip(together, again, strict=True))
     finally:
-        cpu.lib().set_threads(before)
+        backend.lib().set_threads(before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

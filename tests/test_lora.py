@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, save_model
 from duologue.model.decoder import Decoder, score
 from duologue.model.lora import (
@@ -28,7 +28,7 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
 
 needs_cpp = pytest.mark.skipif(
-    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+    not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
 )
 Checkpoint = Callable[[str], tuple[Path, Any]]
 VOCAB = 275

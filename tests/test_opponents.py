@@ -22,14 +22,14 @@ import torch
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.cli import main
 from duologue.grpo.config import Config, GrpoSection, load_config
+from duologue.grpo.console import Progress
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.opponents import Opponents, payoff_table, update_ratings
-from duologue.grpo.progress import Progress
 from duologue.grpo.rows import grpo_rows
-from duologue.grpo.run import Interrupted, RunDir, read_lines
+from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import Trainer, train
 from duologue.grpo.update import accumulate_policy_gradient
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import load_model
 from duologue.model.decoder import Decoder, score
 from duologue.model.lora import LoraDecoder
@@ -38,9 +38,9 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View
 from duologue.rollout.selfplay.guests import Guest, messages
-from duologue.rollout.selfplay.scenario import Outcome, Scenario
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, digest, serving
@@ -106,7 +106,7 @@ def test_the_opponent_speaks_as_the_weights_it_is_named_after(
     c = config(start, lora, f"opponent.kind={kind}", *more)
     trainer = run(tmp_path / "run", c, keep_all=True)
     for row in selfplay(tmp_path / "run"):
-        assert row["mismatch"] <= (0.0 if cpu.available() else 1e-4)
+        assert row["mismatch"] <= (0.0 if backend.available() else 1e-4)
     first, met = c.imitation.steps, Counter[tuple[int, str]]()
     models: dict[str, Decoder] = {}
     compared = apart = 0
@@ -125,7 +125,7 @@ def test_the_opponent_speaks_as_the_weights_it_is_named_after(
         for name, model in models.items():
             found = score(model, [ids])[0].detach()
             differ = sum(found[at - 1].item() != value for at, value in logprobs.items())
-            if name == guest and cpu.available():
+            if name == guest and backend.available():
                 assert differ == 0
             apart += differ
             compared += len(logprobs)
@@ -457,7 +457,7 @@ def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
     assert "sesame" not in "".join(p.read_text(errors="replace") for p in (tmp_path / "run").glob("*.*"))
     for row in selfplay(tmp_path / "run"):
         assert row["payoff"].keys() == {"endpoint"}
-        assert row["mismatch"] <= (0.0 if cpu.available() else 1e-4)
+        assert row["mismatch"] <= (0.0 if backend.available() else 1e-4)
 
 
 def test_messages_alternate_and_hold_what_a_side_knows() -> None:

@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 from duologue.grpo.cli import main
-from duologue.grpo.play import Terminal
+from duologue.grpo.commands.play import Terminal
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES
-from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.seeds import derive_seed
 from test_cli import TINY
 from test_collective import PAIRS, TASKS, checkpoint_dir
 

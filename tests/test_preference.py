@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from duologue.grpo.cli import main
-from duologue.grpo.preference import bootstrap, mean, win_rate
+from duologue.grpo.commands.compare import bootstrap, mean, win_rate
 from judge_server import JudgeServer, answer, inside, scores, serving
 from test_collective import TASKS, checkpoint_dir, data
 

@@ -10,8 +10,8 @@ from statistics import fmean
 import pytest
 from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, phrases
+from duologue.rollout.games.game import Outcome
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
-from duologue.rollout.selfplay.scenario import Outcome
 
 GAME = PriceGame()
 CONTEXTS = [*GAME.splits["train"], *GAME.splits["heldout"]]

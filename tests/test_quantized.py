@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from duologue.grpo.cli import main
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, save_model
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, Linear, score
@@ -22,7 +22,7 @@ from test_cli import TINY
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
 needs_cpp = pytest.mark.skipif(
-    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+    not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
 )
 
 

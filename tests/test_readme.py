@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 
 trl = pytest.importorskip("trl", reason="trl is a development dependency")
 ROOT = Path(__file__).parent.parent
@@ -90,7 +90,7 @@ def gradients_of_a_step(trainer_class: Any, folder: Path, beta: float) -> dict[s
     return grads
 
 
-@pytest.mark.skipif(not cpu.available(), reason="the C++ kernels are not built")
+@pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 def test_the_trainer_of_the_readme_has_trls_gradients(tmp_path: Path, beta: float) -> None:
     expected = gradients_of_a_step(trl.GRPOTrainer, tmp_path, beta)

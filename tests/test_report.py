@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duologue.grpo.charts import HEIGHT, WIDTH, chart, short, ticks
+from duologue.grpo.commands.charts import HEIGHT, WIDTH, chart, short, ticks
+from duologue.grpo.commands.report import _pieces, write_report
 from duologue.grpo.config import load_config
-from duologue.grpo.report import _pieces, write_report
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.common import ScriptedDialogue

@@ -7,17 +7,18 @@ import random
 import pytest
 import torch
 from duologue.grpo.advantage import RunningBaseline
-from duologue.grpo.batch import pack
 from duologue.grpo.config import GrpoSection
+from duologue.grpo.packing import pack
 from duologue.grpo.rows import demonstration_rows, grpo_rows
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.deal import DealGame
-from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
+from duologue.rollout.seeds import derive_seed
+from duologue.rollout.selfplay.arena import Arena, Rules
 from duologue.rollout.selfplay.dialogue import FINAL, PROMPT, UTTERANCE, Group
 
 GAME = DealGame()
@@ -123,7 +124,7 @@ def test_a_token_is_marked_if_and_only_if_it_was_sampled_there(model: Decoder, t
 
 
 @pytest.mark.skipif(
-    not cpu.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
+    not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"
 )
 def test_recorded_logprobs_equal_the_training_forward_after_all_turns(
     model: Decoder, tokenizer: Tokenizer
@@ -143,7 +144,8 @@ def test_recorded_logprobs_equal_the_training_forward_after_all_turns(
 
 
 @pytest.mark.skipif(
-    not cpu.available(), reason="batch-independent bits are a promise of the C++ kernels, which are not built"
+    not backend.available(),
+    reason="batch-independent bits are a promise of the C++ kernels, which are not built",
 )
 def test_dialogues_follow_from_the_seed_whatever_the_batch_and_the_pool(
     model: Decoder, tokenizer: Tokenizer

@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.build import build_corpus, build_game, build_policy
 from duologue.grpo.config import Config, load_config
+from duologue.grpo.console import Progress
 from duologue.grpo.loss import LossConfig
-from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch
-from duologue.grpo.run import Interrupted, RunDir, read_lines
-from duologue.grpo.setup import build_corpus, build_game, build_policy
+from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient
 from safetensors.torch import load_file
@@ -114,11 +114,11 @@ def test_transformers_loads_the_checkpoint(whole: Path) -> None:
 
 
 def test_rollout_logprobs_equal_the_trainers_in_every_step(whole: Path) -> None:
-    from duologue.kernels import cpu
+    from duologue.kernels import backend
 
     found = [row["mismatch"] for row in read_lines(whole / "metrics.jsonl") if row["stage"] == "selfplay"]
     assert len(found) == 4
-    assert all(value <= (0.0 if cpu.available() else 1e-4) for value in found)
+    assert all(value <= (0.0 if backend.available() else 1e-4) for value in found)
 
 
 @pytest.mark.parametrize("after", [2, 4, 6])
@@ -264,7 +264,7 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, setting:
 
 def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, tmp_path: Path) -> None:
     """top_p = 0.8: at the same weights the log-ratio is exactly 0 in every step, and a resumed run is the same run."""
-    from duologue.kernels import cpu
+    from duologue.kernels import backend
 
     c = config("dialogue.top_p=0.8")
     run_whole(tmp_path / "whole", "dialogue.top_p=0.8")
@@ -274,7 +274,7 @@ def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, t
         if row["stage"] == "selfplay"
     ]
     assert len(found) == 4
-    assert all(value <= (0.0 if cpu.available() else 1e-4) for value in found)
+    assert all(value <= (0.0 if backend.available() else 1e-4) for value in found)
     assert read_lines(tmp_path / "whole" / "dialogues.jsonl") != read_lines(whole / "dialogues.jsonl")
     stop = threading.Event()
 
@@ -297,9 +297,9 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     import copy
     import random
 
-    from duologue.grpo.batch import Row
+    from duologue.grpo.build import build_arena
+    from duologue.grpo.packing import Row
     from duologue.grpo.rows import view_row
-    from duologue.grpo.setup import build_arena
 
     c = config("dialogue.top_p=0.8")
     game = build_game(c)

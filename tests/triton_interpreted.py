@@ -15,7 +15,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from duologue.kernels import attention, cpu, ops, reference, softmax, triton_attention, triton_softmax
+from duologue.kernels import attention, backend, ops, reference, softmax, triton_attention, triton_softmax
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine import attention as engine_attention
@@ -26,7 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import cases, cases_attention
 
-assert cpu.on_triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
+assert backend.triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
 DTYPES = (torch.float32, torch.float16)
 OPS = ("linear", "rms_norm", "add_rms_norm", "rope", "silu_mul", "logprob", "packed_attention")
 ODD = [
@@ -253,9 +253,9 @@ def test_sample_draws_what_the_reference_and_cpp_draw(
     order = torch.randperm(30, generator=torch.Generator().manual_seed(0))[:9]
     part = ops.sample(logits[order], *(x[order] for x in args))
     assert all(torch.equal(a, b[order]) for a, b in zip(part, (token, logprob, entropy), strict=False))
-    if cpu.available():
-        monkeypatch.setattr(cpu, "_INTERPRETS", False)
-        assert cpu.serves(logits.float())
+    if backend.available():
+        monkeypatch.setattr(backend, "_INTERPRETS", False)
+        assert backend.cpp(logits.float())
         assert torch.equal(ops.sample(logits.float(), *args)[0], token)
 
 

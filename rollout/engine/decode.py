@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from duologue.kernels import cpu, ops
+from duologue.kernels import backend, ops
 from duologue.kernels.layers import PagedDecoder
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
@@ -181,7 +181,7 @@ class DecodeLoop:
         width = next(w for w in (16, 64, 256, 1024, 4096, 1 << 20) if w >= width)
         width = min(width, -(-self.model.config.max_position_embeddings // self.page_size) + 1)
         branches, groups = [r.branch for r in requests], None
-        if self.kv is not None and cpu.on_triton(
+        if self.kv is not None and backend.triton(
             self.kv
         ):  # the C++ kernels see by themselves what rows share
             groups = shared_groups(

@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from duologue.kernels import cpu, ops
+from duologue.kernels import backend, ops
 from duologue.kernels.softmax import Settings
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
@@ -216,7 +216,7 @@ class Runner:
             ids += branch.token_ids[branch.n_cached : branch.n_cached + work.n_tokens]
         samples = np.array([w.samples for w in works], dtype=bool)
         groups = None
-        if ends[-1] == len(works) and cpu.on_triton(
+        if ends[-1] == len(works) and backend.triton(
             self.kv
         ):  # the C++ kernels see by themselves what rows share
             groups = shared_groups(

@@ -8,7 +8,7 @@ from typing import Any
 
 from duologue.rollout.games import deal, deal_scripts, price, priorities
 from duologue.rollout.games.common import ScriptedDialogue
-from duologue.rollout.selfplay.scenario import Game
+from duologue.rollout.games.game import Game
 
 GAMES: dict[
     str, tuple[Any, Any]

@@ -15,7 +15,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from duologue.rollout.selfplay.scenario import Game, Outcome, Scenario
+from duologue.rollout.games.game import Game, Outcome, Scenario
 
 CLOSE = "<selection>"
 WALK_AWAY = "walk away"

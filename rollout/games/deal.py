@@ -21,7 +21,7 @@ from duologue.rollout.games.common import (
     failure_shares,
     split_by_class,
 )
-from duologue.rollout.selfplay.scenario import Outcome, Scenario
+from duologue.rollout.games.game import Outcome, Scenario
 
 ITEMS = ("book", "hat", "ball", "pen", "cup")
 FAILURES = ("no_close", "malformed", "out_of_range", "conflict", "leftover")
@@ -126,7 +126,7 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
 
 
 class DealGame(SelectionGame[Deal]):
-    """The game as `duologue.rollout.selfplay.scenario.Game`: contexts, texts, strict parsing, scores."""
+    """The game as `duologue.rollout.games.game.Game`: contexts, texts, strict parsing, scores."""
 
     name = "deal"
     item_names: tuple[str, ...] = ITEMS

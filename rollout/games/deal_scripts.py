@@ -16,7 +16,7 @@ from typing import ClassVar
 from duologue.rollout.games.common import START, Act, ScriptedDialogue, Side, Vector, hold
 from duologue.rollout.games.deal import Deal, DealGame
 from duologue.rollout.games.deal_words import Language, utter
-from duologue.rollout.selfplay.scenario import Scenario
+from duologue.rollout.games.game import Scenario
 
 TEMPERAMENTS = {"open": 0.41, "vague": 0.13, "hard": 0.18, "splitter": 0.15, "hasty": 0.13}
 # What an offer must be worth to be accepted, less one per refusal; open asks for more where it knows more.

@@ -6,16 +6,16 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from duologue.rollout.games.game import Outcome, Persona, Scenario
+from duologue.rollout.games.template import fill, load_template
 from duologue.rollout.games.texts import NEEDS, SHIPPED, Row, read
 from duologue.rollout.judge.judge import UNSCORED
 from duologue.rollout.judge.questions import ASPECTS
-from duologue.rollout.selfplay.scenario import Outcome, Persona, Scenario
-from duologue.rollout.selfplay.template import fill, load_template
 
 Item = tuple[
     str, str, tuple[Persona, ...]
 ]  # id, text, the personas that belong to it: none where any pair may meet
-PROMPTS = Path(__file__).parent.parent / "selfplay" / "prompts"
+PROMPTS = Path(__file__).parent / "prompts"
 
 
 class DilemmaGame:

@@ -14,7 +14,7 @@ from functools import cached_property
 
 from duologue.rollout.games import common
 from duologue.rollout.games.common import CLOSE, WALK_AWAY, Act, Side, Vector, phrases
-from duologue.rollout.selfplay.scenario import Outcome, Scenario
+from duologue.rollout.games.game import Outcome, Scenario
 
 LIMITS = range(5, 31)
 GAPS = (*range(-6, -1), *range(2, 13))  # the buyer's limit less the seller's
@@ -41,7 +41,7 @@ class Haggle:
 
 
 class PriceGame(common.SelectionGame[Haggle]):
-    """The game as `duologue.rollout.selfplay.scenario.Game`."""
+    """The game as `duologue.rollout.games.game.Game`."""
 
     name = "price"
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"

@@ -15,7 +15,7 @@ from duologue.rollout.games.common import WALK_AWAY, Act, Vector
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
-from duologue.rollout.selfplay.scenario import Outcome, Scenario
+from duologue.rollout.games.game import Outcome, Scenario
 
 PACKAGES = (3, 3, 3)
 RANKS = {5: "high", 4: "medium", 3: "low"}
@@ -24,7 +24,7 @@ ALONE = 5  # points of a side when somebody walks away
 
 
 class PrioritiesGame(DealGame):
-    """The game as `duologue.rollout.selfplay.scenario.Game`."""
+    """The game as `duologue.rollout.games.game.Game`."""
 
     name = "priorities"
     item_names = ("food", "water", "firewood")

@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from duologue.rollout.games.game import Game
 from duologue.rollout.judge.ledger import Ledger, ledger_key
 from duologue.rollout.judge.questions import AGREEMENT, Case, Prompt, read_answer
 from duologue.rollout.selfplay.dialogue import Dialogue
-from duologue.rollout.selfplay.scenario import Game
 
 UNSCORED = "unscored"
 RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from duologue.rollout.selfplay.scenario import Persona
-from duologue.rollout.selfplay.template import fill, load_template
+from duologue.rollout.games.game import Persona
+from duologue.rollout.games.template import fill, load_template
 
 PROMPTS = Path(__file__).parent / "prompts"
 ASPECTS = ("knowledge", "benevolence", "power", "vitality")

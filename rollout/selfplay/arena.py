@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.selfplay.dialogue import FINAL, POLICY, UTTERANCE, Dialogue, Group, Transcript
 from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players
-from duologue.rollout.selfplay.scenario import Game, Scenario
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

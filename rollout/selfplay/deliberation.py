@@ -13,9 +13,12 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion
 from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.template import fill
 from duologue.rollout.judge.judge import UNSCORED, Answer, FeedbackJudge
 from duologue.rollout.judge.questions import AGREEMENT, ASPECTS, SCORE, Case
-from duologue.rollout.selfplay.arena import Rules, derive_seed
+from duologue.rollout.seeds import derive_seed
+from duologue.rollout.selfplay.arena import Rules
 from duologue.rollout.selfplay.dialogue import (
     FINAL,
     KINDS,
@@ -28,8 +31,6 @@ from duologue.rollout.selfplay.dialogue import (
     View,
 )
 from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players
-from duologue.rollout.selfplay.scenario import Outcome, Scenario
-from duologue.rollout.selfplay.template import fill
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from duologue.model.chat import Chat
 from duologue.rollout.engine.sequence import Kept
-from duologue.rollout.selfplay.scenario import Outcome, Scenario
+from duologue.rollout.games.game import Outcome, Scenario
 
 POLICY = "policy"  # the player whose tokens are trained
 KINDS = ("prompt", "utterance", "final")  # a token's kind is an index into this; 0 is never trained

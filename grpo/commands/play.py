@@ -12,15 +12,16 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+from duologue.grpo.build import build_engine, build_game, load_policy, use_threads
 from duologue.grpo.config import Config, load_config
-from duologue.grpo.setup import build_engine, build_game, load_policy, use_threads
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
+from duologue.rollout.games.game import Game, Scenario
+from duologue.rollout.seeds import derive_seed
+from duologue.rollout.selfplay.arena import Arena, Rules
 from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
 from duologue.rollout.selfplay.dialogue import FINAL, KINDS, UTTERANCE, Transcript, Turn
-from duologue.rollout.selfplay.scenario import Game, Scenario
 from rich.console import Console
 
 HELP = "/help shows this, /private your side again, /done ends the talk, /quit leaves"

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from duologue.model.files import write_file
+from duologue.model.atomic import write_file
 from duologue.rollout.games.texts import NEEDS, SHIPPED, TIERS, Row, kind_of, likeness, read
 from rich.console import Console
 from rich.table import Table

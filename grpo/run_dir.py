@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from duologue.model.files import fsync_path, write_file, write_folder
+from duologue.model.atomic import fsync_path, write_file, write_folder
 from safetensors import SafetensorError
 
 LINES = ("metrics.jsonl", "dialogues.jsonl")

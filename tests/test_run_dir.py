@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from duologue.grpo.config import load_config
-from duologue.grpo.run import RunDir, finished, iter_lines, read_lines
+from duologue.grpo.run_dir import RunDir, finished, iter_lines, read_lines
 from safetensors.torch import save_file
 
 TOML = '[train]\nsteps = 10\nseed = 0\n[grpo]\ngroup_size = 8\n[model]\npath = ""\n'
@@ -27,7 +27,7 @@ NAN = float("nan")
 SAVER = """
 import sys
 from pathlib import Path
-from duologue.grpo.run import RunDir, step_name
+from duologue.grpo.run_dir import RunDir, step_name
 run = RunDir.create(Path(sys.argv[1]), "")
 def write(folder):
     for i in range(15):

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from duologue.grpo.build import build_arena, build_judge, load_policy
 from duologue.grpo.config import Config
-from duologue.grpo.setup import build_arena, build_judge, load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.judge.judge import UNSCORED, FeedbackJudge
 from duologue.rollout.judge.questions import PREFERENCE, Case
-from duologue.rollout.selfplay.arena import derive_seed
+from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
 from rich.table import Table
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
-from duologue.model.files import write_folder
 from duologue.model.lora import LoraDecoder, merged
 from safetensors import SafetensorError
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 
 import torch
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine.engine import Engine
@@ -61,10 +61,10 @@ def examine() -> int:
         "device",
         torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})",
     )
-    table.add_row("CPU tensors", cpu.describe())
+    table.add_row("CPU tensors", backend.describe())
     table.add_row("CUDA tensors", "PyTorch" if cuda else "no CUDA device")
     mismatch = largest_mismatch("cpu")
-    broken = cpu.available() and mismatch != 0.0
+    broken = backend.available() and mismatch != 0.0
     verdict = "exact" if mismatch == 0.0 else "NOT EXACT" if broken else "approximate, as PyTorch is"
     table.add_row("rollout against trainer, cpu", f"largest log-prob difference {mismatch:.1e}: {verdict}")
     if cuda:

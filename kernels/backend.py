@@ -59,7 +59,7 @@ def describe() -> str:
     return f"C++ {_lib.name()}, {_lib.threads()} threads"
 
 
-def serves(x: Tensor) -> bool:
+def cpp(x: Tensor) -> bool:
     """Whether the C++ kernels take a tensor of this device and dtype."""
     return _lib is not None and x.device.type == "cpu" and x.dtype in DTYPES and not _INTERPRETS
 
@@ -69,19 +69,19 @@ def pointers(*tensors: Tensor | None) -> list[int]:
     return [0 if x is None else x.data_ptr() for x in tensors]
 
 
-def on_triton(x: Tensor) -> bool:
+def triton(x: Tensor) -> bool:
     """Whether the Triton kernels take a tensor of this device and dtype."""
     there = (x.is_cuda and _HAS_TRITON) or _INTERPRETS
     return there and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def takes(x: Tensor) -> bool:
-    return serves(x) or on_triton(x)
+    return cpp(x) or triton(x)
 
 
-def triton(family: str) -> Any:
+def family(name: str) -> Any:
     """The module of this family of Triton kernels, imported when first needed."""
-    return importlib.import_module(f"duologue.kernels.triton_{family}")
+    return importlib.import_module(f"duologue.kernels.triton_{name}")
 
 
 def check(
@@ -123,8 +123,8 @@ def linear(
     if out.dtype != dtype and out.dtype != torch.float32:
         raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {dtype} or torch.float32")
     weight, bias = weight.contiguous(), None if bias is None else bias.contiguous()
-    if on_triton(x):
-        return triton("linear").forward(x, weight, bias, out, exact)
+    if triton(x):
+        return family("linear").forward(x, weight, bias, out, exact)
     lib().linear(
         x.data_ptr(),
         weight.data_ptr(),
@@ -152,7 +152,7 @@ def linear_backward(
     Not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the workers of these kernels.
     """
     dtype = x.dtype
-    if on_triton(x):
+    if triton(x):
         grad = grad.to(dtype)
         return grad @ weight if need_x else x.new_empty(0), grad.t() @ x if need_weight else x.new_empty(0)
     x, weight, grad = x.float().contiguous(), weight.float().contiguous(), grad.float().contiguous()
@@ -175,8 +175,8 @@ def rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> 
     if residual is not None:
         check("add_rms_norm", "residual", residual, tuple(x.shape), x.dtype, x.device.type)
         residual, total = residual.contiguous(), torch.empty_like(x)
-    if on_triton(x):
-        return triton("rows").rms_norm(x, residual, weight, eps, out, total)
+    if triton(x):
+        return family("rows").rms_norm(x, residual, weight, eps, out, total)
     lib().rms_norm(
         x.data_ptr(),
         0 if residual is None else residual.data_ptr(),
@@ -200,8 +200,8 @@ def rms_norm_backward(
     total, weight, grad = total.contiguous(), weight.contiguous(), grad.contiguous()
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x = torch.empty_like(total)
-    if on_triton(total):
-        return triton("rows").rms_norm_backward(total, weight, eps, grad, grad_total, grad_x)
+    if triton(total):
+        return family("rows").rms_norm_backward(total, weight, eps, grad, grad_total, grad_x)
     partial = torch.empty((-(-rows // 32), K), dtype=torch.float32)
     lib().rms_norm_backward(
         total.data_ptr(),
@@ -222,8 +222,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     check("silu_mul", "up", up, tuple(gate.shape), gate.dtype, gate.device.type)
     out = torch.empty_like(gate)
-    if on_triton(gate):
-        return triton("rows").silu_mul(gate, up, None, out, out)[0]
+    if triton(gate):
+        return family("rows").silu_mul(gate, up, None, out, out)[0]
     K = gate.shape[-1]
     lib().silu_mul(
         gate.data_ptr(), up.data_ptr(), out.data_ptr(), gate.numel() // K if K else 0, K, DTYPES[gate.dtype]
@@ -234,8 +234,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     gate, up, grad = gate.contiguous(), up.contiguous(), grad.contiguous()
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-    if on_triton(gate):
-        return triton("rows").silu_mul(gate, up, grad, grad_gate, grad_up)
+    if triton(gate):
+        return family("rows").silu_mul(gate, up, grad, grad_gate, grad_up)
     K = gate.shape[-1]
     lib().silu_mul_backward(
         gate.data_ptr(),
@@ -266,8 +266,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) ->
     T, H, D = check_rope(x, cos, sin, positions)
     cos, sin, positions = cos.contiguous(), sin.contiguous(), positions.contiguous()
     out = torch.empty_like(x)
-    if on_triton(x):
-        return triton("rows").rotary(x, out, (), cos, sin, positions, sign, positions)
+    if triton(x):
+        return family("rows").rotary(x, out, (), cos, sin, positions, sign, positions)
     bad = lib().rope(
         x.data_ptr(),
         out.data_ptr(),
@@ -304,8 +304,8 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     k, v = k.contiguous(), v.contiguous()
     T, Hk, D = check_kv(k, v, k_pages, v_pages, slots)
     slots = slots.contiguous()
-    if on_triton(k):
-        triton("rows").rotary(k[:, :0], k, (k, v, k_pages, v_pages), k, k, slots, 1.0, slots)
+    if triton(k):
+        family("rows").rotary(k[:, :0], k, (k, v, k_pages, v_pages), k, k, slots, 1.0, slots)
         return
     n_slots = k_pages.shape[0] * k_pages.shape[1]
     bad = lib().write_kv(
@@ -336,11 +336,11 @@ def rope_write_kv(
     slots: Tensor,
 ) -> Tensor:
     """One launch on Triton; the contracts are those of rope and write_kv."""
-    if on_triton(q):
+    if triton(q):
         check_kv(k, v, k_pages, v_pages, slots)
         check_rope(q, cos, sin, positions)
         q, k, v, cos, sin, positions, slots = (x.contiguous() for x in (q, k, v, cos, sin, positions, slots))
-        return triton("rows").rotary(
+        return family("rows").rotary(
             q, torch.empty_like(q), (k, v, k_pages, v_pages), cos, sin, positions, 1.0, slots
         )
     write_kv(rope(k, cos, sin, positions, 1.0), v, k_pages, v_pages, slots)

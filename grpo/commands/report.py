@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from duologue.grpo.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
-from duologue.grpo.progress import RESULT
-from duologue.grpo.run import iter_lines, read_lines
-from duologue.model.files import write_file
+from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
+from duologue.grpo.console import RESULT
+from duologue.grpo.run_dir import iter_lines, read_lines
+from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen

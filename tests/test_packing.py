@@ -9,8 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from duologue.grpo.batch import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
+from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.update import trained_logprobs
 from duologue.kernels import ops
 from duologue.model.config import ModelConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from duologue.grpo.config import Config
 from duologue.grpo.judged import DILEMMAS
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
@@ -23,13 +23,14 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.game import Game
 from duologue.rollout.judge.judge import Backend, FeedbackJudge, RuleJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.model import ModelJudge
 from duologue.rollout.judge.questions import REQUIRED, load_prompt
-from duologue.rollout.selfplay.arena import Arena, Rules, derive_seed
+from duologue.rollout.seeds import derive_seed
+from duologue.rollout.selfplay.arena import Arena, Rules
 from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
-from duologue.rollout.selfplay.scenario import Game
 
 AnyGame = Game | DilemmaGame
 AnyJudge = RuleJudge | FeedbackJudge
@@ -37,8 +38,8 @@ AnyJudge = RuleJudge | FeedbackJudge
 
 def use_threads(config: Config) -> None:
     """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve them."""
-    if config.model.device == "cpu" and cpu.available():
-        cpu.lib().set_threads(config.train.threads)
+    if config.model.device == "cpu" and backend.available():
+        backend.lib().set_threads(config.train.threads)
         torch.set_num_threads(1)
     elif config.train.threads:
         torch.set_num_threads(config.train.threads)
