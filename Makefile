@@ -14,6 +14,7 @@ test: $(VENV)/.dev
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check -q .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*.h kernels/csrc/*.cpp kernels/csrc/*.inc
 	$(BIN)/python bench/count_lines.py

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.grpo.build import use_threads
 from duologue.grpo.config import from_dict
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row
+from duologue.grpo.policy import use_threads
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.model.checkpoint import parse_dtype
 from duologue.model.config import ModelConfig

@@ -252,10 +252,11 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.temperature": 0.0 if options.greedy else None,
     }
     config = _config(options.recipe, options.overrides, shortcuts)
-    from duologue.grpo.build import build_game, build_judge, load_policy, use_threads
+    from duologue.grpo.build import build_game, build_judge
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.judged import DILEMMAS
+    from duologue.grpo.policy import load_policy, use_threads
     from duologue.model.atomic import write_file
 
     use_threads(config)
@@ -284,8 +285,8 @@ def _eval(options: argparse.Namespace) -> int:
 
 def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
     """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
-    from duologue.grpo.build import load_policy
     from duologue.grpo.commands.compare import compare, table
+    from duologue.grpo.policy import load_policy
     from duologue.model.atomic import write_file
     from rich.console import Console
 

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.grpo.build import build_engine, load_beside
+from duologue.grpo.build import build_engine
 from duologue.grpo.config import Config
+from duologue.grpo.policy import load_beside
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
 from duologue.model.decoder import Decoder

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.grpo import build
+from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
@@ -50,7 +50,7 @@ class Trainer:
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(self, config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> None:
-        build.use_threads(config)
+        policy.use_threads(config)
         self.config = config
         self.run_dir = run
         self.progress = progress
@@ -66,10 +66,10 @@ class Trainer:
         self.warm_start: dict[str, float] | None = None
         checkpoint = run.latest_checkpoint()
         if checkpoint is None:
-            self.model, self.tokenizer = build.build_policy(config, self.corpus)
+            self.model, self.tokenizer = policy.build_policy(config, self.corpus)
         else:
-            self.model, self.tokenizer = build.load_policy(checkpoint, config)
-            build.check_sizes(config, self.model, checkpoint)
+            self.model, self.tokenizer = policy.load_policy(checkpoint, config)
+            policy.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
         self.arena = build.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
@@ -323,7 +323,7 @@ class Trainer:
         return self._start_weights()
 
     def _start_weights(self) -> Decoder:
-        return build.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
+        return policy.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
 
     def _save_if_due(self, last: int) -> None:
         if self.stop.is_set():

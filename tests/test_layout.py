@@ -1,8 +1,9 @@
-"""The tree obeys its own rules: the order of layers, names that cannot clash, budgets of lines (design.md 1, 5, 9)."""
+"""The tree obeys its own rules: layers, folders, no circle of files, names that cannot clash, the yardstick."""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,10 +11,26 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+_spec = importlib.util.spec_from_file_location("count_lines", ROOT / "bench" / "count_lines.py")
+assert _spec is not None
+assert _spec.loader is not None
+count_lines = importlib.util.module_from_spec(_spec)
+sys.modules["count_lines"] = count_lines
+_spec.loader.exec_module(count_lines)
+
 LAYERS = ("kernels", "model", "rollout", "grpo")  # each imports itself and those before it
+FOLDERS = {  # inside a layer: a folder imports itself, the layer's own files and the folders named here
+    "rollout/engine": set(),
+    "rollout/games": set(),
+    "rollout/judge": {"rollout/engine", "rollout/games"},
+    "rollout/selfplay": {"rollout/engine", "rollout/games", "rollout/judge"},
+}
+SHELF = {  # folder: the files outside it that may import it
+    "grpo/commands": {"grpo/cli.py"},
+    "grpo/distributed": {"grpo/cli.py", "grpo/build.py"},
+}
 NOT_FOR_PRODUCT = {"bench", "tests", "conftest", "pytest", "transformers", "trl", "psutil", "hypothesis"}
 NO_TORCH = {"rollout/engine/scheduler.py", "rollout/engine/pages.py", "rollout/engine/sequence.py"}
-FILE_LINES, FUNCTION_LINES, KERNEL_LINES, PRODUCT_LINES = 400, 50, 90, 12_500
 
 
 def product_files(root: Path) -> Iterator[Path]:
@@ -35,6 +52,61 @@ def imports(tree: ast.Module) -> Iterator[str]:
             yield prefix
             if prefix in ("duologue", "."):
                 yield from (f"{prefix}.{alias.name}" for alias in node.names)
+
+
+def targets(tree: ast.Module, root: Path) -> Iterator[str]:
+    """The product's files that a file imports, in whatever block: for annotations alone too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            modules = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for module in modules:
+            file = module.removeprefix("duologue.").replace(".", "/") + ".py"
+            if module.startswith("duologue.") and (root / file).is_file():
+                yield file
+
+
+def import_map(root: Path) -> dict[str, set[str]]:
+    return {str(f.relative_to(root)): set(targets(parse(f), root)) for f in product_files(root)}
+
+
+def circles(root: Path) -> list[str]:
+    """Files that import each other, directly or through others: each circle once, as its path."""
+    graph, found, done = import_map(root), [], set()
+
+    def walk(file: str, path: list[str]) -> None:
+        if file in path:
+            found.append(" -> ".join([*path[path.index(file) :], file]))
+        elif file not in done:
+            for target in sorted(graph.get(file, ())):
+                walk(target, [*path, file])
+            done.add(file)
+
+    for file in sorted(graph):
+        walk(file, [])
+    return found
+
+
+def within(file: str, folder: str) -> bool:
+    return file.startswith(folder + "/")
+
+
+def folders_out_of_order(root: Path) -> list[str]:
+    """Imports that go up between folders of a layer, and imports of a shelf by others."""
+    found = []
+    for file, imported in import_map(root).items():
+        for target in sorted(imported):
+            here = next((f for f in FOLDERS if within(file, f)), None)
+            there = next((f for f in FOLDERS if within(target, f)), None)
+            if there and here != there and file.startswith("rollout/") and there not in FOLDERS.get(here, ()):
+                found.append(f"{file} imports {target}")
+            for shelf, allowed in SHELF.items():
+                if within(target, shelf) and not within(file, shelf) and file not in allowed:
+                    found.append(f"{file} imports {target}")
+    return found
 
 
 def wrong_imports(root: Path) -> list[str]:
@@ -60,25 +132,14 @@ def clashing_names(root: Path) -> list[str]:
     return found + [name for name in ("duologue",) if (root / name).exists()]
 
 
-def over_budget(root: Path) -> list[str]:
-    found, total = [], 0
-    for file in product_files(root):
-        name, lines = str(file.relative_to(root)), len(file.read_text("utf-8").splitlines())
-        total += lines
-        if lines > FILE_LINES:
-            found.append(f"{name} has {lines} lines")
-        limit = KERNEL_LINES if name.startswith("kernels/") else FUNCTION_LINES
-        for node in ast.walk(parse(file)):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if length > limit:
-                    found.append(f"{name}: {node.name} has {length} lines")
-    if total > PRODUCT_LINES:
-        found.append(f"the product has {total} lines")
+def over_yardstick(root: Path) -> list[str]:
+    found: list[str] = count_lines.check(root)
     return found
 
 
-@pytest.mark.parametrize("check", [wrong_imports, clashing_names, over_budget])
+@pytest.mark.parametrize(
+    "check", [wrong_imports, folders_out_of_order, circles, clashing_names, over_yardstick]
+)
 def test_the_tree_obeys(check: Callable[[Path], list[str]]) -> None:
     assert len(list(product_files(ROOT))) > 20
     assert check(ROOT) == []
@@ -110,24 +171,45 @@ def long_function(n: int) -> str:
         (clashing_names, "rollout/engine/__init__.py", "", 1),
         (clashing_names, "grpo/types.py", "", 1),
         (clashing_names, "duologue/a.py", "", 1),
-        (over_budget, "model/a.py", long_function(50), 0),
-        (over_budget, "model/a.py", long_function(51), 1),
+        (folders_out_of_order, "rollout/selfplay/a.py", "import duologue.rollout.judge.b\n", 0),
+        (folders_out_of_order, "rollout/judge/a.py", "from duologue.rollout.selfplay import b\n", 1),
         (
-            over_budget,
+            folders_out_of_order,
+            "rollout/games/a.py",
+            "def f():\n    from duologue.rollout.engine.b import c\n",
+            1,
+        ),
+        (folders_out_of_order, "grpo/trainer.py", "from duologue.grpo.commands.b import c\n", 1),
+        (folders_out_of_order, "grpo/cli.py", "from duologue.grpo.commands.b import c\n", 0),
+        (circles, "grpo/a.py", "from duologue.grpo.b import c\n", 0),
+        (circles, "rollout/judge/b.py", "from duologue.rollout.judge import c\n", 1),
+        (circles, "grpo/a.py", "if TYPE_CHECKING:\n    from duologue.grpo.a import c\n", 1),
+        (over_yardstick, "model/a.py", long_function(50), 0),
+        (over_yardstick, "model/a.py", long_function(51), 1),
+        (
+            over_yardstick,
             "model/a.py",
             "class A:\n    async " + long_function(51).replace("    x", "        x"),
             1,
         ),
-        (over_budget, "kernels/a.py", long_function(90), 0),
-        (over_budget, "kernels/a.py", long_function(91), 1),
-        (over_budget, "grpo/a.py", "x = 1\n" * 400, 0),
-        (over_budget, "grpo/a.py", "x = 1\n" * 401, 1),
-        (over_budget, "grpo/a.py", "x = 1\n" * (PRODUCT_LINES + 1), 2),
+        (over_yardstick, "kernels/a.py", long_function(90), 0),
+        (over_yardstick, "kernels/a.py", long_function(91), 1),
+        (over_yardstick, "grpo/a.py", "x = 1\n" * 400, 0),
+        (over_yardstick, "grpo/a.py", "x = 1\n" * 401, 1),
+        (over_yardstick, "grpo/a.py", "# " + "x" * 108 + "\n", 0),
+        (over_yardstick, "grpo/a.py", "# " + "x" * 109 + "\n", 1),
+        (over_yardstick, "grpo/a.py", "x = [" + "1, " * 30 + "]\n", 1),
+        (over_yardstick, "grpo/a.py", "x = 1\ny = f(a)  # fmt: skip\n", 1),
+        (over_yardstick, "grpo/a.py", "x = 1\ny = [\n  (1, 2),\n  (3, 4),\n]  # fmt: skip\n", 0),
     ],
 )
 def test_the_checks_see_what_they_should(
     check: Callable[[Path], list[str]], name: str, text: str, n_found: int, tmp_path: Path
 ) -> None:
-    (tmp_path / name).parent.mkdir(parents=True)
+    for other in ("rollout/selfplay/b.py", "rollout/judge/b.py", "rollout/engine/b.py", "grpo/commands/b.py"):
+        (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / other).write_text("x = 1\n")
+    (tmp_path / "rollout/judge/c.py").write_text("from duologue.rollout.judge.b import x\n")
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / name).write_text(text)
     assert len(check(tmp_path)) == n_found

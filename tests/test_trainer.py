@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.grpo.build import build_corpus, build_game, build_policy
+from duologue.grpo.build import build_corpus, build_game
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.loss import LossConfig
+from duologue.grpo.policy import build_policy
 from duologue.grpo.rows import demonstration_batch
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train

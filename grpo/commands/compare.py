@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from duologue.grpo.build import build_arena, build_judge, load_policy
+from duologue.grpo.build import build_arena, build_judge
 from duologue.grpo.config import Config
+from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.dilemma import DilemmaGame

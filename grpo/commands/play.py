@@ -12,8 +12,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-from duologue.grpo.build import build_engine, build_game, load_policy, use_threads
+from duologue.grpo.build import build_engine, build_game
 from duologue.grpo.config import Config, load_config
+from duologue.grpo.policy import load_policy, use_threads
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import DilemmaGame
