@@ -11,7 +11,11 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels import triton_attention, triton_head, triton_linear, triton_rows, triton_softmax
+from duologue.kernels.gpu import attention as gpu_attention
+from duologue.kernels.gpu import linear as gpu_linear
+from duologue.kernels.gpu import rows as gpu_rows
+from duologue.kernels.gpu import sampler as gpu_sampler
+from duologue.kernels.gpu import softmax as gpu_softmax
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -58,15 +62,15 @@ def linear_cases() -> Iterator[Case]:
         element = "*bf16" if narrow else "*fp32"
         for out in {element, "*fp32"}:
             yield case(
-                triton_linear.linear_kernel,
+                gpu_linear.linear_kernel,
                 element,
-                {"HAS_BIAS": False, **triton_linear.tile(few, O, narrow)},
+                {"HAS_BIAS": False, **gpu_linear.tile(few, O, narrow)},
                 out=out,
             )
 
 
 def rows_cases() -> Iterator[Case]:
-    rows = triton_rows
+    rows = gpu_rows
     for element in ("*fp32", "*bf16"):
         for K, on in product((128, 4096), (False, True)):
             flags = {"HAS_RESIDUAL": on, "HAS_TOTAL": on, "STEPS": rows.STEPS, **rows.norm_tile(K)}
@@ -80,7 +84,7 @@ def rows_cases() -> Iterator[Case]:
 
 
 def attention_cases() -> Iterator[Case]:
-    a = triton_attention
+    a = gpu_attention
     for D, element in ((64, "*bf16"), (128, "*bf16"), (128, "*fp32")):
         tile = {**a.tile(D, element == "*bf16"), "CHUNK": a.CHUNK}
         for page, split, prefix in (
@@ -98,14 +102,14 @@ def attention_cases() -> Iterator[Case]:
 
 
 def head_cases() -> Iterator[Case]:
-    h = triton_head
+    h = gpu_sampler
     for N, element in ((16, "*bf16"), (64, "*bf16"), (256, "*bf16"), (64, "*fp32")):
         flags = {"HAS_BIAS": False, "CAPPED": False, **h.tile(N, element == "*bf16")}
         yield case(h.linear_sample_kernel, element, flags, numbers="*fp32", ids="*i32", softcap="fp32")
 
 
 def softmax_cases() -> Iterator[Case]:
-    s = triton_softmax
+    s = gpu_softmax
     for element, by_row in product(("*fp32", "*bf16"), (False, True)):
         yield case(s.logprob_kernel, element, {"BY_ROW": by_row, **s.LAUNCH}, temperature="fp32")
         yield case(

@@ -47,9 +47,9 @@ def advantages_op(
     inputs = [None if x is None else x.contiguous() for x in (rewards, group_ids, roles, scored, baseline)]
     out = _outputs(rewards, baseline, n_groups, n_roles)
     if rewards.is_cuda:
-        from duologue.kernels import triton_advantage
+        from duologue.kernels.gpu import advantage as gpu_advantage
 
-        triton_advantage.launch(inputs, out, METHODS.index(method), decay)
+        gpu_advantage.launch(inputs, out, METHODS.index(method), decay)
     else:
         sizes = len(rewards), n_groups, n_roles, METHODS.index(method), decay, rewards.dtype == torch.float64
         if bad := backend.lib().group_advantages(*backend.pointers(*inputs, *out), *sizes):

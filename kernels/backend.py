@@ -81,7 +81,7 @@ def takes(x: Tensor) -> bool:
 
 def family(name: str) -> Any:
     """The module of this family of Triton kernels, imported when first needed."""
-    return importlib.import_module(f"duologue.kernels.triton_{name}")
+    return importlib.import_module(f"duologue.kernels.gpu.{name}")
 
 
 def check(

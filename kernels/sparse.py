@@ -54,9 +54,9 @@ def logprob_op(
     """(log-prob [N], entropy [N], logits [E] and stats [N, 2] for the backward); temperature [N]."""
     N, inputs = len(hidden), _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
     if hidden.is_cuda:
-        from duologue.kernels import triton_sparse
+        from duologue.kernels.gpu import sparse as gpu_sparse
 
-        return triton_sparse.forward(inputs, softcap)
+        return gpu_sparse.forward(inputs, softcap)
     out = torch.empty(N), torch.empty(N), torch.empty(len(kept_ids)), torch.empty(N, 2)
     if bad := lib().sparse_logprob(*pointers(*inputs, *out), *_sizes(hidden, weight, kept_ids), softcap):
         raise ValueError(f"sparse_linear_logprob: {bad}")
@@ -90,7 +90,7 @@ def backward_op(
     saved: list[Tensor],
     need_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, the last two empty unless needed. `saved` as in triton_sparse.backward."""
+    """Gradients of hidden, weight and bias, the last two empty unless needed. `saved` as in gpu_sparse.backward."""
     inputs, saved = (
         _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature),
         list(_contiguous(*saved)),
@@ -100,9 +100,9 @@ def backward_op(
         torch.zeros_like(x) if need_weight and x is not None else None for x in inputs[1:3]
     )
     if hidden.is_cuda:
-        from duologue.kernels import triton_sparse
+        from duologue.kernels.gpu import sparse as gpu_sparse
 
-        triton_sparse.backward(inputs, softcap, saved, (grad_hidden, grad_weight, grad_bias))
+        gpu_sparse.backward(inputs, softcap, saved, (grad_hidden, grad_weight, grad_bias))
     else:
         outputs = pointers(grad_hidden, grad_weight, grad_bias)
         lib().sparse_backward(
@@ -164,7 +164,7 @@ def linear_sample_whole(
         logits = softcap * torch.tanh(logits / softcap) if softcap else logits
         off = (heat, torch.zeros_like(top_k), torch.ones_like(top_p), torch.zeros_like(min_p), seed, position)
         return *softmax.sample_bounded(logits, off, 1)[:3], *none
-    found: tuple[Tensor, Tensor, Tensor] = family("head").linear_sample(
+    found: tuple[Tensor, Tensor, Tensor] = family("sampler").linear_sample(
         hidden, weight, bias, heat, seed, position, softcap
     )
     return *found, *none

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import reference, triton_advantage, triton_sparse
+from duologue.kernels import reference
+from duologue.kernels.gpu import advantage as gpu_advantage
+from duologue.kernels.gpu import sparse as gpu_sparse
 
 spec = importlib.util.spec_from_file_location(
     "shared_sparse", Path(__file__).with_name("test_kernels_sparse.py")
@@ -41,14 +43,14 @@ def test_triton_sparse(case: Any, dtype: torch.dtype) -> None:
     exact = with_gradients(reference.sparse_linear_logprob, arguments, torch.float64)
     theirs = with_gradients(reference.sparse_linear_logprob, arguments, dtype)
     inputs = (hidden[rows], weight, bias, targets[rows], ids, offsets, temperature[rows])
-    logprob, entropy, logits, stats = triton_sparse.forward(inputs, softcap)
+    logprob, entropy, logits, stats = gpu_sparse.forward(inputs, softcap)
     weights = torch.linspace(-1, 1, len(rows))
     grads = (
         torch.empty_like(hidden[rows]),
         torch.zeros_like(weight),
         None if bias is None else torch.zeros_like(bias),
     )
-    triton_sparse.backward(inputs, softcap, (entropy, logits, stats, weights, weights.flip(0)), grads)
+    gpu_sparse.backward(inputs, softcap, (entropy, logits, stats, weights, weights.flip(0)), grads)
     assert_no_worse([logprob, entropy, *(g for g in grads if g is not None)], theirs, exact, dtype)
 
 
@@ -63,7 +65,7 @@ def test_triton_says_nan_for_a_target_that_is_not_kept() -> None:
         torch.tensor([0, 2]),
         one,
     )
-    assert triton_sparse.forward(inputs, 0.0)[0].isnan().all()
+    assert gpu_sparse.forward(inputs, 0.0)[0].isnan().all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -76,5 +78,5 @@ def test_triton_advantages(method: str, n: int) -> None:
     theirs = reference.group_advantages(given["rewards"], *rest)
     ours = tuple(torch.full(x.shape, 1, dtype=theirs[i].dtype) for i, x in enumerate(theirs))
     args = (given["rewards"], given["group_ids"], given["roles"], given["scored"], baseline)
-    triton_advantage.launch(args, ours, METHODS.index(method), 0.9)
+    gpu_advantage.launch(args, ours, METHODS.index(method), 0.9)
     shared.assert_same_advantages(ours, theirs, exact, given["scored"])

@@ -130,7 +130,7 @@ def test_rows_keep_their_bits_in_any_company(dtype: torch.dtype) -> None:
 def test_decode_prefill_and_training_have_one_set_of_bits(
     dtype: torch.dtype, D: int, ratio: int, B: int
 ) -> None:
-    from duologue.kernels import triton_attention
+    from duologue.kernels.gpu import attention as gpu_attention
 
     rng, T = random.Random(D), sum(LENGTHS)
     q, k, v = (randn(T, heads, D, dtype=dtype, seed=heads) for heads in (2 * ratio, 2, 2))
@@ -154,19 +154,19 @@ def test_decode_prefill_and_training_have_one_set_of_bits(
             [torch.arange(bounds[s] + ends[s] - new[s], bounds[s] + ends[s]) for s in range(len(LENGTHS))]
         ).cuda()
         out, context = torch.empty_like(q[token]), torch.tensor(ends, dtype=torch.int32, device="cuda")
-        triton_attention.forward(
+        gpu_attention.forward(
             q[token], pages[0], pages[1], out, None, offsets(new), 0.1, table, context, split=split
         )
         assert torch.equal(out, packed[token]), (most, split)
     table[5, :32] = table[4, :32]
     lengths = torch.tensor(LENGTHS, dtype=torch.int32, device="cuda")
     arguments = (pages[0], pages[1], out[:6], None, offsets([1] * 6), 0.1, table, lengths)
-    alone = triton_attention.forward(q[:6].contiguous(), *arguments).clone()
+    alone = gpu_attention.forward(q[:6].contiguous(), *arguments).clone()
     groups = (
         torch.tensor([0, 4, 6], dtype=torch.int32, device="cuda"),
         torch.tensor([0, 512], dtype=torch.int32, device="cuda"),
     )
-    assert torch.equal(triton_attention.forward(q[:6].contiguous(), *arguments, groups), alone)
+    assert torch.equal(gpu_attention.forward(q[:6].contiguous(), *arguments, groups), alone)
 
 
 def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:

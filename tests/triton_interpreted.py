@@ -15,7 +15,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from duologue.kernels import attention, backend, ops, reference, softmax, triton_attention, triton_softmax
+from duologue.kernels import attention, backend, ops, reference, softmax
+from duologue.kernels.gpu import attention as gpu_attention
+from duologue.kernels.gpu import softmax as gpu_softmax
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine import attention as engine_attention
@@ -146,7 +148,7 @@ def test_paged_is_packed_bit_for_bit(dtype: torch.dtype, D: int, ratio: int, B: 
             table[order],
             context,
         )
-        triton_attention.forward(q[token], *arguments, split=split)
+        gpu_attention.forward(q[token], *arguments, split=split)
         assert torch.equal(out, packed[token])
         assert torch.equal(
             ops.paged_attention(q[token], k_pages, v_pages, table[order], *arguments[4:5], context, 0.2), out
@@ -166,7 +168,7 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     table[1, :shared] = table[0, :shared]
     q, out = torch.randn(4, 4, 16).to(dtype), torch.empty(2, 4, 4, 16, dtype=dtype)
     arguments = (None, offsets([1] * 4), 0.3, table, torch.tensor(lengths, dtype=torch.int32))
-    triton_attention.forward(q, k_pages, v_pages, out[0], *arguments)
+    gpu_attention.forward(q, k_pages, v_pages, out[0], *arguments)
     groups = (
         torch.tensor([0, 2, 3, 4], dtype=torch.int32),
         torch.tensor([shared * B, 256, 0], dtype=torch.int32),
@@ -175,7 +177,7 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     exact = reference.paged_attention(*wide, *arguments[3:4], *arguments[1:2], arguments[4], 0.3)
     torch.testing.assert_close(out[0].double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
     table[1, :16] = 0  # of a chunk in common only the first member's table is read
-    triton_attention.forward(q, k_pages, v_pages, out[1], *arguments, groups)
+    gpu_attention.forward(q, k_pages, v_pages, out[1], *arguments, groups)
     assert torch.equal(out[0], out[1])
 
 
@@ -204,7 +206,7 @@ def noise_kernel(seed, position, out, BLOCK: tl.constexpr):
     for start in range(0, 2 * BLOCK, BLOCK):
         tl.store(
             out + start + tl.arange(0, BLOCK),
-            triton_softmax._noise(tl.load(seed), tl.load(position), start, BLOCK),
+            gpu_softmax._noise(tl.load(seed), tl.load(position), start, BLOCK),
         )
 
 
@@ -290,7 +292,7 @@ def test_the_cut_is_that_of_the_reference() -> None:
     logits[::3] = logits[::3].round()  # ties stay or go together
     temperature = temperature.clamp(min=0.3)
     outputs = (torch.empty(24, dtype=torch.int64), torch.empty(24), torch.empty(24))
-    cuts = triton_softmax.sample(logits, [temperature, top_k, top_p, min_p, *counters], *outputs)
+    cuts = gpu_softmax.sample(logits, [temperature, top_k, top_p, min_p, *counters], *outputs)
     kept = reference.keep_mask(logits / temperature.unsqueeze(1), top_k, top_p, min_p)
     assert torch.equal(logits > cuts.unsqueeze(1), kept)
 

@@ -129,7 +129,7 @@ def launch(inputs: Sequence[Tensor | None], out: Sequence[Tensor], method: int, 
 
 
 def compile_cases() -> list[tuple[Any, dict[str, str], dict[str, Any], int]]:
-    """As in triton_sparse."""
+    """As in gpu_sparse."""
     types = ("*fp32", "*i64", "*i64", "*i1", "*fp64", "*fp32", "*i64", "*i1", "*fp64", "i32", "i32", "fp32")
     signature = dict(zip(group_advantages.arg_names, types, strict=False))
     constants = [

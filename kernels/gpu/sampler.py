@@ -21,7 +21,7 @@ LOWEST = tl.constexpr(-1e30)
 @triton.jit
 def _noise(seed, position, v):
     """Gumbel noise [ROWS, COLUMNS] of tokens v (which begin at a multiple of 4) for rows' seeds and positions [ROWS, 1]; the words of
-    triton_softmax._noise."""
+    gpu_softmax._noise."""
     low, high = (position & 4294967295).to(tl.uint32), ((position >> 32) & 4294967295).to(tl.uint32)
     block = v.to(tl.uint32)[None, :] + low * 0
     a, b, c, d = tl.philox(seed, block, block * 0, block * 0 + low, block * 0 + high)
