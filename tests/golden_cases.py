@@ -475,7 +475,7 @@ EACH = 2  # characters of an item's own digest, which only have to tell where a 
 
 @dataclasses.dataclass(slots=True)
 class Case:
-    """Items of one kind (dialogues, completions, parameters) with the same fields, and plain values for people."""
+    """Items of one kind (dialogues, completions, parameters), fields of each, and plain values for people."""
 
     name: str
     kind: str
