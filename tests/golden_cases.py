@@ -40,14 +40,14 @@ import torch
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.cli import main as duologue_command
 from duologue.grpo.config import GrpoSection, load_config
+from duologue.grpo.console import Progress
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
-from duologue.grpo.progress import Progress
 from duologue.grpo.rows import demonstration_batch, grpo_rows
-from duologue.grpo.run import Interrupted, RunDir, read_lines
+from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient, kl_to_reference
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from duologue.model.checkpoint import save_model
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
@@ -80,7 +80,7 @@ Sides = Sequence[tuple[int, str] | None]
 
 
 def use_threads(n: int) -> None:
-    cpu.lib().set_threads(n)
+    backend.lib().set_threads(n)
     torch.set_num_threads(n)
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from duologue.kernels import cpu
+from duologue.kernels import backend
 from golden_cases import SETTING
 
 CASES = Path(__file__).resolve().parent / "golden_cases.py"
@@ -25,7 +25,7 @@ SHOWN = 12  # differences of a case that are printed
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
     """The differences of every case. The process that plays has the instruction set from its start."""
-    if not cpu.available():
+    if not backend.available():
         pytest.skip("the bits are those of the C++ kernels, which are not built")
     path = tmp_path_factory.mktemp("golden") / "differences.json"
     command = [sys.executable, str(CASES), "--compare", str(DIGESTS), "--json", str(path)]
