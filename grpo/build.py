@@ -14,8 +14,8 @@ from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, corpus
-from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.games.game import Game
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.judge.asking import Backend
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger

@@ -100,7 +100,9 @@ class Opponents:
         drawn = rng.choices(members, weights, k=len(groups) if lora else 1) * (1 if lora else len(groups))
         engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0], reference)
         return [
-            Opponent(role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0)
+            Opponent(
+                role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0
+            )
             for role, i in zip(roles, drawn, strict=True)
         ]
 

@@ -75,9 +75,7 @@ class Trainer:
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
         self.reference: Decoder | None = None
-        self.opponents = Opponents(
-            config, run.path / "opponents", self.model, self.tokenizer, engine
-        )
+        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, engine)
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)

@@ -112,7 +112,13 @@ class Server:
     who = "the opponent's server"
 
     def __init__(
-        self, url: str, model: str, ledger: Ledger, tokenizer: Tokenizer, max_unscored_share: float, **limits: Any
+        self,
+        url: str,
+        model: str,
+        ledger: Ledger,
+        tokenizer: Tokenizer,
+        max_unscored_share: float,
+        **limits: Any,
     ) -> None:
         """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
         from duologue.rollout.judge.endpoint import ChatEndpoint
