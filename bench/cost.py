@@ -37,7 +37,9 @@ from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.dialogue import assign_rewards
+from duologue.rollout.selfplay.rules import Rules
 
 from bench.common import append_rows
 from bench.workload import rates
