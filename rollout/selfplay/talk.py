@@ -126,15 +126,16 @@ class Talk:
             assert self._version in (-1, version), "the weights changed within a dialogue"
             self._version = version
         ids, logprobs = completion.token_ids, completion.logprobs or None
+        support = completion.kept if logprobs else None
         opponent = self.players[asked.role] != POLICY
         text = self._contexts.tokenizer.decode(ids).strip()
         if asked.grows:
-            self._transcript.say(asked.role, ids, logprobs, asked.kind, text, completion.kept, opponent)
+            self._transcript.say(asked.role, ids, logprobs, asked.kind, text, support, opponent)
             return text
         if opponent:
             asked.view.prompt(ids)
         else:
-            asked.view.said(ids, logprobs, asked.kind, completion.kept)
+            asked.view.said(ids, logprobs, asked.kind, support)
         if asked.branch is not None:
             assert asked.view.token_ids == asked.branch.token_ids, "a branch and its view went apart"
             asked.branch.close()
