@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
-from duologue.grpo.judged import DILEMMAS
 from duologue.grpo.policy import load_policy
+from duologue.grpo.sections import DILEMMAS
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-# ---- commands --------------------------------------------------------------------------------------------------------
+# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -255,8 +255,8 @@ def _eval(options: argparse.Namespace) -> int:
     from duologue.grpo.build import build_game, build_judge
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
-    from duologue.grpo.judged import DILEMMAS
     from duologue.grpo.policy import load_policy, use_threads
+    from duologue.grpo.sections import DILEMMAS
     from duologue.model.atomic import write_file
 
     use_threads(config)

@@ -22,6 +22,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from duologue.model.settings import check, setting
 from torch import Tensor
 
 VARIANTS = ("dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo")
@@ -30,24 +31,23 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """`dual_clip`, `kl_coef`, `entropy_coef` and `tis_cap` are off at 0."""
+    """What is minimised. `dual_clip`, `kl_coef`, `entropy_coef` and `tis_cap` are off at 0."""
 
-    variant: str = "dapo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0  # c > 1: with A < 0 the term is bounded by c A (Ye et al. 2020, arXiv 1912.09729)
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    tis_cap: float = 0.0  # truncated importance sampling between the sampler's and the trainer's log-probs
+    variant: str = setting("dapo", "the policy loss (grpo/loss.py)", one_of=VARIANTS)
+    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ..", least=0, most=1)
+    clip_high: float = setting(0.2, ".. and 1 + clip_high", least=0)
+    dual_clip: float = setting(
+        0.0, "c above 1: with advantage A < 0 a term is bounded by c A (arXiv 1912.09729); 0: off", least=0
+    )
+    kl_coef: float = setting(0.0, "weight of the KL to the start of self-play", least=0)
+    kl_estimator: str = setting("k3", "of that KL (joschu.net/blog/kl-approx.html)", one_of=KL_ESTIMATORS)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", least=0)
+    tis_cap: float = setting(
+        0.0, "cap of the importance weight between the sampler's and the trainer's log-probs; 0: off", least=0
+    )
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"grpo.loss = {self.variant!r}: accepted is one of {', '.join(VARIANTS)}")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}"
-            )
+        check("grpo", self, {"variant": "loss"})
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise ValueError(f"grpo.dual_clip = {self.dual_clip}: accepted is 0 (off) or a number above 1")
 

@@ -141,7 +141,7 @@ class Opponents:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ratings = dict(state["ratings"])
 
-    # ---- snapshots ---------------------------------------------------------------------------------------------------
+    # ---- snapshots -----------------------------------------------------------------------------------------
 
     def _path(self, step: int) -> Path:
         return self.folder / _name(step) if step else self.folder.parent / "checkpoints" / "warm_start"

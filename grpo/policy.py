@@ -10,7 +10,7 @@ from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
-from duologue.model.lora import LoraDecoder, LoraSettings, merged, new_adapter, read_adapter
+from duologue.model.lora import LoraDecoder, merged, new_adapter, read_adapter
 from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.common import ScriptedDialogue
@@ -85,10 +85,7 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
         return model
     base = str(Path(config.model.path).resolve())
     model = quantize(model) if c.quantize else model
-    settings = LoraSettings(
-        rank=c.rank, alpha=c.alpha, targets=tuple(c.targets), dropout=c.dropout, base=base
-    )
-    return LoraDecoder(model, new_adapter(model, settings, derive_seed(config.train.seed, "adapter")))
+    return LoraDecoder(model, new_adapter(model, c.settings(base), derive_seed(config.train.seed, "adapter")))
 
 
 def check_sizes(config: Config, model: Decoder, path: Path) -> None:

@@ -6,8 +6,8 @@ import random
 
 import torch
 from duologue.grpo.advantage import RunningBaseline, group_advantages
-from duologue.grpo.config import GrpoSection
 from duologue.grpo.packing import Row
+from duologue.grpo.sections import GrpoSection
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Group, Transcript, View

@@ -89,7 +89,7 @@ class RunDir:
             self.path.rmdir()
             self.close()
 
-    # ---- lines -------------------------------------------------------------------------------------------------------
+    # ---- lines ---------------------------------------------------------------------------------------------
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         self._append("metrics.jsonl", [row])
@@ -115,7 +115,7 @@ class RunDir:
             if path.is_file():
                 os.truncate(path, min(lengths.get(name, 0), path.stat().st_size))
 
-    # ---- checkpoints and summary -------------------------------------------------------------------------------------
+    # ---- checkpoints and summary ---------------------------------------------------------------------------
 
     def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
         """Have `write` fill `checkpoints/<name>`, then prune the oldest `step_*` beyond `keep` (0 = keep all).

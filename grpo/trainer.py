@@ -108,7 +108,7 @@ class Trainer:
             self._save_if_due(imitation + selfplay)
         return self._finish()
 
-    # ---- the two kinds of step ---------------------------------------------------------------------------------------
+    # ---- the two kinds of step -----------------------------------------------------------------------------
 
     def _imitation_step(self) -> dict[str, Any]:
         c = self.config.imitation
@@ -244,7 +244,7 @@ class Trainer:
         rewards = [sum(d.reward) / 2 for d in dialogues if d.reward is not None]
         return {**found, "reward": sum(rewards) / max(len(rewards), 1)}
 
-    # ---- stages, time, state -----------------------------------------------------------------------------------------
+    # ---- stages, time, state -------------------------------------------------------------------------------
 
     @property
     def _selfplay_index(self) -> int:

@@ -166,7 +166,7 @@ class Chat:
         """What follows our own words. When a stop token was sampled (`stopped`) it already stands there."""
         return list(self._after_stop if stopped else self._ids["closing"])
 
-    # ---- compilation -------------------------------------------------------------------------------------------------
+    # ---- compilation ---------------------------------------------------------------------------------------
 
     def _render(self, roles: list[str], generate: bool = False) -> str:
         messages = [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder, Linear
+from duologue.model.settings import setting
 from duologue.model.tokenizer import read_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -53,9 +54,11 @@ class LoraSettings:
     """`base` is the folder of the weights that the adapter belongs to. rslora scales by alpha / sqrt(r) (arXiv 2312.03732)."""
 
     rank: int
-    alpha: float
-    targets: tuple[str, ...] = TARGETS
-    dropout: float = 0.0
+    alpha: float = setting(32.0, "the adapter's part is scaled by alpha / rank", least=1e-6)
+    targets: tuple[str, ...] = setting(TARGETS, "the linears that have a part", one_of=TARGETS)
+    dropout: float = setting(
+        0.0, "in updates only, so the ratio to the rollout's log-probs carries its noise", least=0, most=0.99
+    )
     base: str = ""
     rslora: bool = False
 
@@ -177,7 +180,7 @@ def merged(model: LoraDecoder) -> Decoder:
     return out
 
 
-# ---- files -----------------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 def write_adapter(adapter: Adapter, folder: Path) -> None:

@@ -13,6 +13,7 @@ from duologue.model.chat import Chat, Offsets
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+LEAST_IDS = 256 + len(SPECIAL)  # all bytes and the markers
 # One token per marker, and a turn ends with the token that stops generation.
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
@@ -162,10 +163,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | 
     the same ids everywhere. Digits stand alone, so that numbers are read digit by digit. The same texts give the same
     tokenizer. Without `chat_template` it has a compact one, in which each role is one token and `<|end|>` ends a turn.
     """
-    least = 256 + len(SPECIAL)
-    if vocab_size < least:
+    if vocab_size < LEAST_IDS:
         raise ValueError(
-            f"vocab_size = {vocab_size}: accepted is at least {least} (all bytes, {len(SPECIAL)} markers)"
+            f"vocab_size = {vocab_size}: accepted is at least {LEAST_IDS} (all bytes, {len(SPECIAL)} markers)"
         )
     core = tokenizers.Tokenizer(models.BPE())
     words = tokenizers.Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")

@@ -62,7 +62,7 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *argv: Any) -> str:
     return error.strip().splitlines()[-1]
 
 
-# ---- words -----------------------------------------------------------------------------------------------------------
+# ---- words -------------------------------------------------------------------------------------------------
 
 
 def test_settings_may_stand_anywhere_and_be_written_three_ways() -> None:
@@ -111,7 +111,7 @@ def test_bad_configuration_is_code_2_and_one_line(
     assert says in error
 
 
-# ---- train -----------------------------------------------------------------------------------------------------------
+# ---- train -------------------------------------------------------------------------------------------------
 
 
 def test_train_leaves_summary_report_and_says_where(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_the_traceback_is_shown_on_demand(
     assert error.strip().splitlines()[-1].startswith("duologue: unknown recipe")
 
 
-# ---- eval, report, doctor --------------------------------------------------------------------------------------------
+# ---- eval, report, doctor ----------------------------------------------------------------------------------
 
 
 def test_eval_measures_a_checkpoint_as_training_did(run: Path, tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
         read(tmp_path / "own.jsonl", NEEDS["dilemmas"])
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:

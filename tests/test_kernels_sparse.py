@@ -106,7 +106,7 @@ def test_float64_gradient_is_that_of_differences() -> None:
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
     call = lambda h, w, b: reference.sparse_linear_logprob(
         h, w, targets, ids, offsets, temperature.double(), b, cap
-    )  # noqa: E731
+    )
     assert torch.autograd.gradcheck(call, inputs)
 
 

@@ -47,7 +47,7 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return load_model(folder, dtype=dtype)[0]
 
 
-# ---- against peft ----------------------------------------------------------------------------------------------------
+# ---- against peft ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama-attention-bias", "qwen2", "qwen3-tied"])
@@ -205,7 +205,7 @@ def test_an_adapter_of_another_model_is_refused(checkpoint: Checkpoint, tmp_path
         read_adapter(tmp_path, load_base(checkpoint("llama")[0]))
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
 def test_a_new_adapter_changes_nothing_and_a_seed_makes_it(checkpoint: Checkpoint) -> None:
@@ -239,7 +239,7 @@ def test_dropout_falls_on_training_rows_only_and_follows_from_its_seed(checkpoin
     assert float((mean - delta(None)).norm() / delta(None).norm()) < 0.1
 
 
-# ---- the engine ------------------------------------------------------------------------------------------------------
+# ---- the engine --------------------------------------------------------------------------------------------
 
 
 def differing(model: Decoder, branch: Branch, marks: list[tuple[int, Completion]]) -> int:

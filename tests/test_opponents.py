@@ -93,7 +93,7 @@ def dialogues(path: Path) -> list[dict[str, Any]]:
     return [d for d in read_lines(path / "dialogues.jsonl") if d["stage"] == "selfplay"]
 
 
-# ---- runs of each kind -----------------------------------------------------------------------------------------------
+# ---- runs of each kind -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["weights", "lora"])
@@ -179,7 +179,7 @@ def test_a_frozen_partner_shares_the_weights_of_the_kl_reference(start: Path, tm
     assert trainer.opponents._own.model is trainer.reference
 
 
-# ---- what is trained -------------------------------------------------------------------------------------------------
+# ---- what is trained ---------------------------------------------------------------------------------------
 
 
 def played(start: Path, tmp_path: Path, *more: str) -> tuple[Trainer, list[Group]]:
@@ -247,7 +247,7 @@ def test_the_policy_is_on_both_sides_in_turn_or_on_the_first(start: Path, tmp_pa
     assert {tuple(d["players"]) for d in dialogues(tmp_path / "first")} == {(POLICY, "start")}
 
 
-# ---- draws -----------------------------------------------------------------------------------------------------------
+# ---- draws -------------------------------------------------------------------------------------------------
 
 
 def bare(start: Path, tmp_path: Path, *more: str) -> Opponents:
@@ -288,7 +288,7 @@ def test_draws_follow_the_seed_and_have_their_shares(
     assert names[0] == names[2] != names[1]
 
 
-# ---- ratings and payoffs ---------------------------------------------------------------------------------------------
+# ---- ratings and payoffs -----------------------------------------------------------------------------------
 
 
 def test_ratings_by_hand() -> None:
@@ -400,7 +400,7 @@ def test_self_play_has_no_table(start: Path, tmp_path: Path) -> None:
     assert all(d["players"] == [POLICY, POLICY] for d in dialogues(tmp_path / "run"))
 
 
-# ---- a server --------------------------------------------------------------------------------------------------------
+# ---- a server ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -523,7 +523,7 @@ def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
     )
 
 
-# ---- dilemmas --------------------------------------------------------------------------------------------------------
+# ---- dilemmas ----------------------------------------------------------------------------------------------
 
 
 class Mumbler:
@@ -618,7 +618,7 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
         assert longest > 3 if context == "full" else longest <= 3
 
 
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -690,7 +690,7 @@ def test_snapshots_that_nobody_can_meet_are_dropped(start: Path, tmp_path: Path)
     assert (tmp_path / "run/opponents/step_000005/adapter_model.safetensors").is_file()
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def make(path: Path, toml: str = TOML) -> RunDir:
     return RunDir.create(path / "run", toml)
 
 
-# ---- another run, two processes --------------------------------------------------------------------------------------
+# ---- another run, two processes ----------------------------------------------------------------------------
 
 
 def test_a_directory_that_holds_another_run_is_refused(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_saved_configuration_is_the_resolved_one(tmp_path: Path) -> None:
     assert load_config(str(run.path / "config.toml")) == config
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------
+# ---- lines -------------------------------------------------------------------------------------------------
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_line_that_was_cut_off_is_no_line_yet(tmp_path: Path) -> None:
         list(iter_lines(path))
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def test_the_oldest_are_pruned_and_the_newest_by_number_is_taken(tmp_path: Path) -> None:

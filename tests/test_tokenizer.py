@@ -168,7 +168,7 @@ def test_what_is_missing_is_named(tokenizer_pair: Make) -> None:
         tokenizer_pair(QWEN, eos_token="</s>")
 
 
-# ---- the tokenizer that is trained here ------------------------------------------------------------------------------
+# ---- the tokenizer that is trained here --------------------------------------------------------------------
 
 LINES = [
     "I want the books and 2 hats.",

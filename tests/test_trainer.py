@@ -260,7 +260,7 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, setting:
         train(c, RunDir.create(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
 
 
-# ---- truncated draws -------------------------------------------------------------------------------------------------
+# ---- truncated draws ---------------------------------------------------------------------------------------
 
 
 def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, tmp_path: Path) -> None:
