@@ -1,8 +1,8 @@
 """The `duologue` command: train, eval, play, report, data, export, doctor.
 
-Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes on). An
-error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the traceback too.
-Imports that need torch are inside the commands, so that help and bad usage answer at once.
+Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
+on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
+traceback too. Imports that need torch are inside the commands, so that help and bad usage answer at once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def _fail(error: Exception, code: int) -> int:
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The words of the command line without the settings, and the settings as `section.key=value`, wherever they stand."""
+    """The words of the command line without the settings, and the settings as `section.key=value`, wherever
+    they stand.
+    """
     rest: list[str] = []
     overrides: list[str] = []
     words = iter(argv)
@@ -223,7 +225,9 @@ def _conditions(config: Config) -> str:
 
 @contextlib.contextmanager
 def _stop_on_signals() -> Iterator[threading.Event]:
-    """The first SIGINT or SIGTERM asks for a stop after the step at hand; the second does what it does by default."""
+    """The first SIGINT or SIGTERM asks for a stop after the step at hand; the second does what it does by
+    default.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
         yield stop

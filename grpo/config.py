@@ -1,7 +1,7 @@
 """The configuration of a run: frozen, read from TOML and `section.key=value` overrides; nothing writes back.
 
-Each key has its limits in its section; the rules between keys stand here. Whatever is unknown, of another type or out of range is
-a ValueError that names the key, the value and what is accepted.
+Each key has its limits in its section; the rules between keys stand here. Whatever is unknown, of another
+type or out of range is a ValueError that names the key, the value and what is accepted.
 """
 
 from __future__ import annotations

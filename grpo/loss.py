@@ -1,17 +1,22 @@
 """The policy-gradient losses: pure functions of per-token vectors, each defined here and nowhere else.
 
 All take [N] vectors over the trained tokens of a micro-batch: `logp` (of the policy that is trained, with
-gradient), `old_logp` (of the policy that sampled), `advantage`, `segment_ids` (which row a token belongs to, 0 ..
-n_segments - 1). Nothing is averaged implicitly: the caller passes a `Normaliser` with sums over all micro-batches
-and ranks, so the losses of the parts of a batch add up to the loss of the whole, and so do the gradients.
+gradient), `old_logp` (of the policy that sampled), `advantage`, `segment_ids` (which row a token belongs to,
+0 .. n_segments - 1). Nothing is averaged implicitly: the caller passes a `Normaliser` with sums over all
+micro-batches and ranks, so the losses of the parts of a batch add up to the loss of the whole, and so do the
+gradients.
 
-Variants (ratio r = exp(logp - old_logp), clip bounds 1 - low and 1 + high, advantage A; a loss is minus the objective):
+Variants (ratio r = exp(logp - old_logp), clip bounds 1 - low and 1 + high, advantage A; a loss is minus the
+objective):
 
 - grpo    min(r A, clip(r) A), mean over a row's tokens, then over rows (Shao et al. 2024, arXiv 2402.03300)
-- dapo    the same terms, divided by the number of trained tokens of the whole step (Yu et al. 2025, arXiv 2503.14476)
-- bnpo    as dapo: TRL's `bnpo` differs only in dividing by each micro-batch's tokens, which changes with the split
+- dapo    the same terms, divided by the number of trained tokens of the whole step (Yu et al. 2025, arXiv
+  2503.14476)
+- bnpo    as dapo: TRL's `bnpo` differs only in dividing by each micro-batch's tokens, which changes with the
+  split
 - dr_grpo the same terms, divided by rows x the largest completion length (Liu et al. 2025, arXiv 2503.20783)
-- gspo    r of a row is exp(mean of its log-ratios), for all tokens; then as grpo (Zheng et al. 2025, arXiv 2507.18071)
+- gspo    r of a row is exp(mean of its log-ratios), for all tokens; then as grpo (Zheng et al. 2025, arXiv
+  2507.18071)
 - cispo   stop-gradient(min(r, 1 + high)) A logp, divided like dapo (MiniMax 2025, arXiv 2506.13585)
 
 The entropy bonus is the mean over trained tokens whatever the variant, as in TRL.
@@ -72,7 +77,8 @@ class LossStats:
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from the policy's samples (http://joschu.net/blog/kl-approx.html).
+    """Per-token estimate of KL(policy || reference) from the policy's samples
+    (http://joschu.net/blog/kl-approx.html).
 
     With d = logp - ref_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
     """
@@ -127,9 +133,9 @@ def policy_loss(
 ) -> tuple[Tensor, LossStats]:
     """(loss, stats) of a micro-batch; see the module's docstring for the variants.
 
-    ref_logp [N] is needed when kl_coef is set, entropy [N] (with gradient) when entropy_coef is. sampler_logp [N]
-    holds the log-probs that the rollout recorded when they differ from the trainer's own at the old policy
-    (`old_logp`): each term is then weighted by min(exp(old_logp - sampler_logp), tis_cap), a constant.
+    ref_logp [N] is needed when kl_coef is set, entropy [N] (with gradient) when entropy_coef is. sampler_logp
+    [N] holds the log-probs that the rollout recorded when they differ from the trainer's own at the old
+    policy (`old_logp`): each term is then weighted by min(exp(old_logp - sampler_logp), tis_cap), a constant.
     """
     log_r = log_ratio(config, logp, old_logp, segment_ids, n_segments)
     ratio = torch.exp(log_r)

@@ -1,6 +1,8 @@
-"""Whom the policy meets: a guest for every group of a step, snapshots to draw guests from, and how the policy fares against each.
+"""Whom the policy meets: a guest for every group of a step, snapshots to draw guests from, and how the policy
+fares against each.
 
-What a step meets follows from the configuration, the seed and the step alone, so that a resumed run meets the same.
+What a step meets follows from the configuration, the seed and the step alone, so that a resumed run meets the
+same.
 """
 
 from __future__ import annotations
@@ -32,8 +34,9 @@ START, SERVER = "start", "endpoint"
 def update_ratings(ratings: dict[str, float], scores: Mapping[str, float]) -> None:
     """Elo: one match of the policy against each opponent, by its mean score (win 1, draw 0.5, loss 0).
 
-    R moves by 32 (score - expected), expected = 1 / (1 + 10^((R' - R) / 400)), the opponent's by as much the other way. All are
-    expected by the ratings before the step, so the order does not matter. Who is new has the policy's rating.
+    R moves by 32 (score - expected), expected = 1 / (1 + 10^((R' - R) / 400)), the opponent's by as much the
+    other way. All are expected by the ratings before the step, so the order does not matter. Who is new has
+    the policy's rating.
     """
     for name in scores:
         ratings.setdefault(name, ratings[POLICY])
@@ -45,8 +48,9 @@ def update_ratings(ratings: dict[str, float], scores: Mapping[str, float]) -> No
 
 
 def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
-    """Of the scored dialogues with each opponent: how many, the mean reward of both sides, and the policy's mean score, a win being
-    more of the game's points than the opponent has."""
+    """Of the scored dialogues with each opponent: how many, the mean reward of both sides, and the policy's
+    mean score, a win being more of the game's points than the opponent has.
+    """
     found: dict[str, list[tuple[float, float, float]]] = {}
     for dialogue in (d for group in groups for d in group.dialogues):
         if dialogue.reward is None or dialogue.players == (POLICY, POLICY):
@@ -76,7 +80,9 @@ class Opponents:
         self._own: Engine | None = None
 
     def members(self, step: int) -> list[int]:
-        """The snapshots, by the step that they were taken before, that may be met in this step; the oldest first."""
+        """The snapshots, by the step that they were taken before, that may be met in this step; the oldest
+        first.
+        """
         o = self.config.opponent
         if o.kind == "pool":
             return list(range(0, max(step, 1), o.pool_every))[-o.pool_size :]
@@ -118,7 +124,9 @@ class Opponents:
         return {"payoff": payoff, "elo": {name: self.ratings[name] for name in (POLICY, *payoff)}}
 
     def keep(self, step: int) -> None:
-        """Take a snapshot of the policy as it is before `step`, where one is due. It begins with the policy's rating."""
+        """Take a snapshot of the policy as it is before `step`, where one is due. It begins with the policy's
+        rating.
+        """
         o = self.config.opponent
         if o.lag or (o.kind == "pool" and step % o.pool_every == 0):
             write_folder(

@@ -1,10 +1,11 @@
-"""The packed contract between rollouts and updates: one row per (dialogue, role), rows one after the other, no padding.
+"""The packed contract between rollouts and updates: one row per (dialogue, role), rows one after the other,
+no padding.
 
-Position t's mask, behaviour log-prob and advantage belong to token t itself, as a target: it is predicted from
-position t - 1, so the first token of a row can never be trained.
+Position t's mask, behaviour log-prob and advantage belong to token t itself, as a target: it is predicted
+from position t - 1, so the first token of a row can never be trained.
 
-The rows of a group begin alike. Positions of equal prefixes have equal hidden states, so each is a node of a tree
-and goes through the model once (`nodes`, `first`); only attention sees the rows at full length.
+The rows of a group begin alike. Positions of equal prefixes have equal hidden states, so each is a node of a
+tree and goes through the model once (`nodes`, `first`); only attention sees the rows at full length.
 """
 
 from __future__ import annotations

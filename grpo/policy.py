@@ -18,7 +18,9 @@ from duologue.rollout.seeds import derive_seed
 
 
 def use_threads(config: Config) -> None:
-    """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve them."""
+    """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve
+    them.
+    """
     if config.model.device == "cpu" and backend.available():
         backend.lib().set_threads(config.train.threads)
         torch.set_num_threads(1)
@@ -27,8 +29,9 @@ def use_threads(config: Config) -> None:
 
 
 def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from nothing with a tokenizer
-    trained on the demonstrations."""
+    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from
+    nothing with a tokenizer trained on the demonstrations.
+    """
     dtype = parse_dtype(config.model.dtype)
     if config.model.path:
         loaded, known_tokenizer = load_policy(Path(config.model.path), config)
@@ -73,7 +76,9 @@ def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
 
 
 def with_adapter(model: Decoder, config: Config) -> Decoder:
-    """What is trained: a new adapter on `model`, or the one that came with it, or with `lora.rank` 0 all weights, that one merged."""
+    """What is trained: a new adapter on `model`, or the one that came with it, or with `lora.rank` 0 all
+    weights, that one merged.
+    """
     c = config.lora
     if isinstance(model, LoraDecoder):
         if c.rank not in (0, model.adapter.settings.rank):
@@ -101,9 +106,11 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
 
 
 def load_beside(model: Decoder, folder: Path) -> Decoder:
-    """The weights in `folder`, without gradient, for use beside `model`: a KL term's reference, or an opponent.
+    """The weights in `folder`, without gradient, for use beside `model`: a KL term's reference, or an
+    opponent.
 
-    Beside a `LoraDecoder` they are its own base with the folder's adapter, or with none when that changes nothing.
+    Beside a `LoraDecoder` they are its own base with the folder's adapter, or with none when that changes
+    nothing.
     """
     if isinstance(model, LoraDecoder):
         adapter = read_adapter(folder, model.adapter_off).requires_grad_(False)

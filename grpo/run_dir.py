@@ -1,7 +1,8 @@
 """A run's directory: the configuration, one line per step and per dialogue, checkpoints, summary and report.
 
-Written so that a run that is killed anywhere resumes as if it had not been: a checkpoint appears whole or not at all,
-and it notes how long the lines were, so that what came after it is cut off on resume and computed again.
+Written so that a run that is killed anywhere resumes as if it had not been: a checkpoint appears whole or not
+at all, and it notes how long the lines were, so that what came after it is cut off on resume and computed
+again.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ class Interrupted(Exception):
 
 
 class RunDir:
-    """One run. Make it with `create` or `resume`; both take the lock, so that two processes never write one run."""
+    """One run. Make it with `create` or `resume`; both take the lock, so that two processes never write one
+    run.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -118,7 +121,8 @@ class RunDir:
     # ---- checkpoints and summary ---------------------------------------------------------------------------
 
     def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
-        """Have `write` fill `checkpoints/<name>`, then prune the oldest `step_*` beyond `keep` (0 = keep all).
+        """Have `write` fill `checkpoints/<name>`, then prune the oldest `step_*` beyond `keep` (0 = keep
+        all).
 
         When the disk is full nothing that was there is touched, and the OSError says so.
         """
@@ -153,7 +157,9 @@ class RunDir:
         return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
     def _clean_up(self) -> None:
-        """Remove what a kill in the midst of a save left behind; a checkpoint that was just moved aside goes back."""
+        """Remove what a kill in the midst of a save left behind; a checkpoint that was just moved aside goes
+        back.
+        """
         folder = self.path / "checkpoints"
         for aside in folder.glob(".*.old"):
             if not (folder / aside.name[1 : -len(".old")]).exists():
@@ -179,7 +185,9 @@ def finished(path: Path, config_toml: str) -> bool:
 
 
 def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a .jsonl file, one at a time; without a last line that was cut off. A missing file is empty."""
+    """The objects of a .jsonl file, one at a time; without a last line that was cut off. A missing file is
+    empty.
+    """
     if not path.is_file():
         return
     with open(path, "rb") as file:

@@ -150,13 +150,15 @@ class JudgeSection:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OpponentSection:
-    """Whom the policy meets in training. "self": the policy as it is, on both sides. Otherwise the policy has one side, in turn from
-    group to group (side 0 with grpo.train_roles = "first"), and only its own tokens are trained. "frozen": the policy at the start
-    of self-play. "lagged:k": the policy k steps ago. "pool": a snapshot of it, drawn for every group. "endpoint": a server.
+    """Whom the policy meets in training. "self": the policy as it is, on both sides. Otherwise the policy has
+    one side, in turn from group to group (side 0 with grpo.train_roles = "first"), and only its own tokens
+    are trained. "frozen": the policy at the start of self-play. "lagged:k": the policy k steps ago. "pool": a
+    snapshot of it, drawn for every group. "endpoint": a server.
 
-    With lora.rank above 0 all but "endpoint" are adapters in the policy's own engine steps, and "frozen" is the base with no adapter.
-    Without, a second set of weights with a KV pool is held, and "pool" draws one snapshot for all groups of a step. Snapshots are
-    checkpoints in RUN_DIR/opponents: "lagged:k" keeps the last k + train.save_every, "pool" the last `size`.
+    With lora.rank above 0 all but "endpoint" are adapters in the policy's own engine steps, and "frozen" is
+    the base with no adapter. Without, a second set of weights with a KV pool is held, and "pool" draws one
+    snapshot for all groups of a step. Snapshots are checkpoints in RUN_DIR/opponents: "lagged:k" keeps the
+    last k + train.save_every, "pool" the last `size`.
     """
 
     kind: str = setting(

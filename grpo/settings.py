@@ -19,7 +19,9 @@ def to_toml(value: Any) -> str:
 
 
 def parse(text: str, is_string: bool) -> Any:
-    """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path passes."""
+    """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path
+    passes.
+    """
     try:
         value = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

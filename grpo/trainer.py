@@ -1,4 +1,5 @@
-"""Training, in one process on one set of weights: imitate, then negotiate with oneself and learn from the outcome.
+"""Training, in one process on one set of weights: imitate, then negotiate with oneself and learn from the
+outcome.
 
 A step of self-play reads
 
@@ -6,8 +7,8 @@ A step of self-play reads
     rows = grpo_rows(groups)                # one packed row per dialogue and side
     update(rows)                            # in place: the engine has the new weights at once
 
-Every random draw follows from (seed, stage, step), so a checkpoint needs no generator state, and a run that was killed goes on as
-if it had not been.
+Every random draw follows from (seed, stage, step), so a checkpoint needs no generator state, and a run that
+was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -197,7 +198,9 @@ class Trainer:
         return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
 
     def _update(self, rows: list[Any]) -> tuple[UpdateStats, float, float]:
-        """All updates of this step; the statistics are those of the first, the gradient norm and rate those of the last."""
+        """All updates of this step; the statistics are those of the first, the gradient norm and rate those
+        of the last.
+        """
         c, t, d = self.config.grpo, self.config.train, self.config.dialogue
         first: UpdateStats | None = None
         for epoch in range(c.updates_per_rollout):
@@ -361,7 +364,9 @@ class Trainer:
 
 
 def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> dict[str, Any]:
-    """Train to the end of the configuration and return the summary; `Interrupted` after a save once `stop` is set."""
+    """Train to the end of the configuration and return the summary; `Interrupted` after a save once `stop` is
+    set.
+    """
     trainer = Trainer(config, run, progress, stop)
     try:
         return trainer.run()

@@ -17,7 +17,9 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class UpdateStats:
-    """Means over trained tokens, except `mismatch`, the largest |trainer - rollout| log-prob, and `loss`, a sum by design."""
+    """Means over trained tokens, except `mismatch`, the largest |trainer - rollout| log-prob, and `loss`, a
+    sum by design.
+    """
 
     loss: float = 0.0
     entropy: float = 0.0
@@ -67,7 +69,8 @@ def head_loss(
 
 
 def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:
-    """Over all rows of the update, whatever micro-batches they are split into. On several ranks the fields are summed.
+    """Over all rows of the update, whatever micro-batches they are split into. On several ranks the fields
+    are summed.
 
     `budget` is the most tokens that a row can have sampled, dr_grpo's constant; 0 takes the longest row here.
     """
@@ -91,8 +94,8 @@ def packed_loss(
     )
 
     def loss_fn(logp: Tensor, entropy: Tensor, rows: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler, capped. On the
-        # first update of a rollout the old policy is the present one.
+        # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler,
+        # capped. On the first update of a rollout the old policy is the present one.
         loss, parts = policy_loss(
             config,
             logp,
@@ -133,9 +136,11 @@ def accumulate_policy_gradient(
     after_part: Callable[[], None] | None = None,
     dropout_seed: int = 0,
 ) -> UpdateStats:
-    """Add the gradient of the loss over `rows` to the parameters' `.grad`; `after_part` is called after each micro-batch.
+    """Add the gradient of the loss over `rows` to the parameters' `.grad`; `after_part` is called after each
+    micro-batch.
 
-    Rows whose advantage is exactly 0 count in the normaliser but are not computed, unless a KL or entropy term needs them.
+    Rows whose advantage is exactly 0 count in the normaliser but are not computed, unless a KL or entropy
+    term needs them.
     """
     total = normaliser(rows, budget)
     device = model.head_weight.device

@@ -1,4 +1,6 @@
-"""Writing so that nothing is lost: a file or folder appears whole under its name, or what was there before stays."""
+"""Writing so that nothing is lost: a file or folder appears whole under its name, or what was there before
+stays.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ def write_file(path: Path, data: bytes) -> None:
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a temporary sibling folder, fsync every file, and put it in the place of `path`.
 
-    No rename replaces a full folder, so an existing `path` steps aside for a moment. A kill in that moment leaves it as
-    `.NAME.old`, and the next write puts it back first. What a killed write left behind goes too.
+    No rename replaces a full folder, so an existing `path` steps aside for a moment. A kill in that moment
+    leaves it as `.NAME.old`, and the next write puts it back first. What a killed write left behind goes too.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")

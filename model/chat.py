@@ -1,14 +1,16 @@
 """A chat template, compiled once into id fragments around turns.
 
-Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation renders
-conversations with marker contents, cuts the fragments out between the markers, as text and then as ids, and checks that
-longer conversations are the concatenation of those fragments. Contexts are append-only, so a template that renders a
-turn differently once others follow is refused, with the turn and both renderings; where every turn gets a context of its
-own, such a template is taken as it is (Qwen3's drops the empty thoughts that stand before a reply). What fragments cannot
-stand for is refused: no system turn, one side that must speak first, or today's date.
+Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation
+renders conversations with marker contents, cuts the fragments out between the markers, as text and then as
+ids, and checks that longer conversations are the concatenation of those fragments. Contexts are append-only,
+so a template that renders a turn differently once others follow is refused, with the turn and both
+renderings; where every turn gets a context of its own, such a template is taken as it is (Qwen3's drops the
+empty thoughts that stand before a reply). What fragments cannot stand for is refused: no system turn, one
+side that must speak first, or today's date.
 
-Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding. A content and the text
-around it never join in one token, which for a content that ends in punctuation a tokenizer might do on the whole text.
+Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding. A
+content and the text around it never join in one token, which for a content that ends in punctuation a
+tokenizer might do on the whole text.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def _tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
 def compile_template(source: str) -> jinja2.Template:
     """`source` in the sandboxed environment that Hugging Face templates are written for, less one function.
 
-    There is no `strftime_now`: contexts must not change from day to day. Templates that have a fixed date too use it.
+    There is no `strftime_now`: contexts must not change from day to day. Templates that have a fixed date too
+    use it.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
@@ -97,18 +100,22 @@ def _first_difference(a: str, b: str) -> int:
 
 
 def _conversations() -> list[list[str]]:
-    """What a context can look like: either side first, several turns, and a question after the other side's words."""
+    """What a context can look like: either side first, several turns, and a question after the other side's
+    words.
+    """
     u, a = "user", "assistant"
     turns = [[], [u], [u, a], [u, a, u, a, u], [a], [a, u], [a, u, a, u, a], [u, u, a], [a, u, u, a, u]]
     return [["system", *t] for t in turns]
 
 
 class Chat:
-    """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` in order are the ids of a conversation.
+    """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` in order are the ids of a
+    conversation.
 
     Without `append_only` a conversation is `open`, then `heard` and `said`, and a `reply` at the end.
 
-    stop_token_ids: what ends a reply when sampled. end_token_id: the one of them that this template writes itself.
+    stop_token_ids: what ends a reply when sampled. end_token_id: the one of them that this template writes
+    itself.
     """
 
     def __init__(
@@ -120,7 +127,8 @@ class Chat:
         special_ids: Iterable[int],
         append_only: bool = True,
     ) -> None:
-        """`encode` parses special tokens and gives character offsets; `variables` are bos_token, eos_token and such.
+        """`encode` parses special tokens and gives character offsets; `variables` are bos_token, eos_token
+        and such.
 
         ValueError says why a template cannot be compiled.
         """

@@ -1,4 +1,6 @@
-"""Hugging Face checkpoints, in and out: config.json, safetensors in one file or in shards, tokenizer, chat template."""
+"""Hugging Face checkpoints, in and out: config.json, safetensors in one file or in shards, tokenizer, chat
+template.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +37,12 @@ def load_model(
     dtype: torch.dtype | None = None,
     base: str | Path = "",
 ) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else float32).
+    """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else
+    float32).
 
-    A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and that one's tokenizer.
-    ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a damaged file, a model type.
+    A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and
+    that one's tokenizer. ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a
+    damaged file, a model type.
     """
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file():
@@ -70,7 +74,8 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Fill `model` (which may be on the meta device) from the folder; every tensor must match by name and shape.
+    """Fill `model` (which may be on the meta device) from the folder; every tensor must match by name and
+    shape.
 
     The parameters are new objects afterwards: make an optimizer later than this.
     """
@@ -129,14 +134,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
 def save_model(
     model: Decoder, tokenizer: Tokenizer, path: str | Path, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Write a folder that transformers and `load_model` load. It appears whole, or what was there before stays."""
+    """Write a folder that transformers and `load_model` load. It appears whole, or what was there before
+    stays.
+    """
     write_folder(Path(path), lambda folder: write_checkpoint(model, tokenizer, folder, max_shard_bytes))
 
 
 def write_checkpoint(
     model: Decoder, tokenizer: Tokenizer, folder: Path, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """The files of a checkpoint, into an existing folder; of a `LoraDecoder` its adapter, which names the folder of its base."""
+    """The files of a checkpoint, into an existing folder; of a `LoraDecoder` its adapter, which names the
+    folder of its base.
+    """
     if isinstance(model, LoraDecoder):
         tokenizer.save(folder)
         write_adapter(model.adapter, folder)

@@ -23,7 +23,9 @@ FIXED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """`kind` "linear" divides every frequency by `factor`, "llama3" the low ones only (decoder.rope_frequencies)."""
+    """`kind` "linear" divides every frequency by `factor`, "llama3" the low ones only
+    (decoder.rope_frequencies).
+    """
 
     kind: str
     factor: float
@@ -98,7 +100,9 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """From the object in config.json; what is missing or not computed here raises ValueError with its name."""
+        """From the object in config.json; what is missing or not computed here raises ValueError with its
+        name.
+        """
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise ValueError(
@@ -190,7 +194,9 @@ def _required(raw: dict[str, Any], key: str) -> int:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) of either layout: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
+    """(theta, scaling) of either layout: `rope_parameters` (transformers 5), or `rope_theta` and
+    `rope_scaling` (4).
+    """
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))

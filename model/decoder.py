@@ -1,12 +1,15 @@
 """One decoder for training and rollout: Llama, Qwen2 and Qwen3 by configuration.
 
-The modules mirror Hugging Face's names, so a checkpoint's tensors are this model's parameters. Attention is computed
-elsewhere: layers hand q, k and v to a context object, which trains on packed rows or reads the rollout engine's pages.
+The modules mirror Hugging Face's names, so a checkpoint's tensors are this model's parameters. Attention is
+computed elsewhere: layers hand q, k and v to a context object, which trains on packed rows or reads the
+rollout engine's pages.
 
-A decode step of a small model is all overhead, so what runs per token avoids the slow parts of nn.Module: `.forward`
-skips the hooks (a Layer is the smallest unit with hooks), `_parameters` and `_at_hand` the search for an attribute.
+A decode step of a small model is all overhead, so what runs per token avoids the slow parts of nn.Module:
+`.forward` skips the hooks (a Layer is the smallest unit with hooks), `_parameters` and `_at_hand` the search
+for an attribute.
 
-Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head dim, V vocabulary, S sequences.
+Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head dim, V vocabulary, S
+sequences.
 """
 
 from __future__ import annotations
@@ -28,7 +31,9 @@ ROPE_ROWS = 262_144  # positions tabled from the start; beyond, the tables grow 
 
 
 class AttentionContext(Protocol):
-    """What the decoder asks for attention: q [T, A, D], k and v [T, G, D] of a layer, already rotated -> [T, A, D]."""
+    """What the decoder asks for attention: q [T, A, D], k and v [T, G, D] of a layer, already rotated -> [T,
+    A, D].
+    """
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor: ...
 
@@ -46,7 +51,9 @@ class PackedAttention:
 
 
 class Linear(nn.Module):
-    """weight [out, in] and an optional bias [out], as in the checkpoint. `name` is where it stands in the body."""
+    """weight [out, in] and an optional bias [out], as in the checkpoint. `name` is where it stands in the
+    body.
+    """
 
     name = ""
     exact = True
@@ -134,7 +141,9 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Takes what the previous layer adds to the residual stream (None at the first) and returns what this one adds."""
+    """Takes what the previous layer adds to the residual stream (None at the first) and returns what this one
+    adds.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -212,8 +221,9 @@ class Decoder(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def use_exact(self, exact: bool) -> None:
-        """Whether rollout and training have one set of bits. Without it CUDA may use libraries that are faster; on CPU the kernels
-        are both."""
+        """Whether rollout and training have one set of bits. Without it CUDA may use libraries that are
+        faster; on CPU the kernels are both.
+        """
         for module in self.modules():
             if isinstance(module, (Decoder, Linear, RMSNorm, MLP)):
                 module.exact = exact
@@ -224,7 +234,9 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def rows(self, dropout_seed: int | None = None) -> AdapterRows | None:
-        """Where tokens go when nothing else is said: all through the model's adapter, which this one does not have."""
+        """Where tokens go when nothing else is said: all through the model's adapter, which this one does not
+        have.
+        """
         return None
 
     def hidden(
@@ -241,8 +253,9 @@ class Decoder(nn.Module):
         return body.norm.add(update_TH, residual_TH)[0]
 
     def paged_layers(self) -> PagedDecoder | None:
-        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for this device,
-        dtype or packing)."""
+        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for
+        this device, dtype or packing).
+        """
         body, weight = self.model, self.model.embed_tokens.weight
         if not backend.cpp(weight) or self.packed:
             return None
@@ -288,7 +301,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, 0.02), projections into the residual stream over sqrt(2 layers) (GPT-2), norms 1, biases 0."""
+        """Normal(0, 0.02), projections into the residual stream over sqrt(2 layers) (GPT-2), norms 1, biases
+        0.
+        """
         generator = torch.Generator().manual_seed(seed)
         into_residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
@@ -302,7 +317,9 @@ class Decoder(nn.Module):
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama 3.1)."""
+    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama
+    3.1).
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     scaling = config.rope_scaling
@@ -328,9 +345,11 @@ def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) -> list[Tensor]:
-    """Log-prob of each token given those before it, [T - 1] per sequence, by the training forward on packed rows.
+    """Log-prob of each token given those before it, [T - 1] per sequence, by the training forward on packed
+    rows.
 
-    Differentiable when grad is on. Raises ValueError for an id outside the vocabulary or a sequence beyond the context.
+    Differentiable when grad is on. Raises ValueError for an id outside the vocabulary or a sequence beyond
+    the context.
     """
     limit, V = model.config.max_position_embeddings, model.config.vocab_size
     for i, ids in enumerate(sequences):

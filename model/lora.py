@@ -2,8 +2,9 @@
 
     y = W x + b + (alpha / r) B A x        A [r, in], B [out, r]
 
-for the tokens that go through an adapter. A forward may send each token through another adapter or through none: a token in none
-has the bits of the base model, and a token's bits do not depend on where its neighbours go.
+for the tokens that go through an adapter. A forward may send each token through another adapter or through
+none: a token in none has the bits of the base model, and a token's bits do not depend on where its neighbours
+go.
 
 Shapes: T tokens, K in, O out, r rank.
 """
@@ -51,7 +52,9 @@ REFUSED: dict[str, Any] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoraSettings:
-    """`base` is the folder of the weights that the adapter belongs to. rslora scales by alpha / sqrt(r) (arXiv 2312.03732)."""
+    """`base` is the folder of the weights that the adapter belongs to. rslora scales by alpha / sqrt(r)
+    (arXiv 2312.03732).
+    """
 
     rank: int
     alpha: float = setting(32.0, "the adapter's part is scaled by alpha / rank", least=1e-6)
@@ -84,9 +87,11 @@ class Adapter(nn.Module):
 
 
 class AdapterRows:
-    """Which tokens of a forward go through which adapter: rows [n] int64 of each, None for all. No token is in two.
+    """Which tokens of a forward go through which adapter: rows [n] int64 of each, None for all. No token is
+    in two.
 
-    `dropout_seed` given, the adapters' dropout falls on what enters A; the masks follow from the seed and the order of the linears.
+    `dropout_seed` given, the adapters' dropout falls on what enters A; the masks follow from the seed and the
+    order of the linears.
     """
 
     def __init__(
@@ -117,7 +122,9 @@ class AdapterRows:
 
 
 class LoraDecoder(Decoder):
-    """A frozen decoder and an adapter on it, which alone is trained. The modules are the decoder's own: nothing is copied."""
+    """A frozen decoder and an adapter on it, which alone is trained. The modules are the decoder's own:
+    nothing is copied.
+    """
 
     def __init__(self, base: Decoder, adapter: Adapter) -> None:
         nn.Module.__init__(self)
@@ -165,7 +172,9 @@ def _linears(model: Decoder) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def merged(model: LoraDecoder) -> Decoder:
-    """A decoder with the adapter in its weights, W + scale B A in fp32; weights without an adapter are shared."""
+    """A decoder with the adapter in its weights, W + scale B A in fp32; weights without an adapter are
+    shared.
+    """
     with torch.device("meta"):
         out = Decoder(model.config)
     for name, weight in model.adapter_off.named_parameters():

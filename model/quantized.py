@@ -1,8 +1,9 @@
-"""A frozen base in four bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) under an adapter, by bitsandbytes where it is installed.
+"""A frozen base in four bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) under an adapter, by bitsandbytes
+where it is installed.
 
-Only the weights of the layers' linears are packed; embedding, head and norms stay as they are. Each use unpacks one weight, in the
-forward and again in the backward, so that no unpacked copy outlives its layer. Rollout and training unpack to the same values:
-their log-probs agree as they do without.
+Only the weights of the layers' linears are packed; embedding, head and norms stay as they are. Each use
+unpacks one weight, in the forward and again in the backward, so that no unpacked copy outlives its layer.
+Rollout and training unpack to the same values: their log-probs agree as they do without.
 """
 
 from __future__ import annotations

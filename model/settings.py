@@ -24,9 +24,11 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a value must obey. Of a tuple, `one_of` speaks of the items; None is no limit, but inf is never accepted.
+    """What a value must obey. Of a tuple, `one_of` speaks of the items; None is no limit, but inf is never
+    accepted.
 
-    `form` is a regular expression for all of a string. `words` say what is accepted where the limits would say it badly.
+    `form` is a regular expression for all of a string. `words` say what is accepted where the limits would
+    say it badly.
     """
 
     meaning: str
@@ -102,7 +104,8 @@ def limits(field: dataclasses.Field[Any]) -> Limits:
 
 
 def check(section: str, values: Any, names: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Raise ValueError for the first setting out of its limits; it names `section.key`, the value and what is accepted.
+    """Raise ValueError for the first setting out of its limits; it names `section.key`, the value and what is
+    accepted.
 
     `names` holds the keys that are called otherwise than their fields.
     """

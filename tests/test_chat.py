@@ -49,7 +49,8 @@ LLAMA3 = """\
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
-# An empty thought stands before a reply when thinking is off, and thoughts leave the turns that others follow: as Qwen3.
+# An empty thought stands before a reply when thinking is off, and thoughts leave the turns that others
+# follow: as Qwen3.
 QWEN3 = """\
 {%- for message in messages %}
     {%- set thought = '<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' and loop.last else '' %}

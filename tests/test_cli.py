@@ -1,4 +1,6 @@
-"""The command line: exit codes, one clear line for each mistake, interruption by signals, and what each command leaves."""
+"""The command line: exit codes, one clear line for each mistake, interruption by signals, and what each
+command leaves.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The texts that ship with the package, their measure of likeness, and `duologue data` with a real HTTP server."""
+"""The texts that ship with the package, their measure of likeness, and `duologue data` with a real HTTP
+server.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""LoRA against `peft`: outputs, gradients and files; and the engine's promise with rows of several adapters in one step."""
+"""LoRA against `peft`: outputs, gradients and files; and the engine's promise with rows of several adapters
+in one step.
+"""
 
 from __future__ import annotations
 
@@ -255,7 +257,9 @@ def differing(model: Decoder, branch: Branch, marks: list[tuple[int, Completion]
 def test_logprobs_equal_the_training_forward_whatever_the_neighbours_adapter(
     checkpoint: Checkpoint, dtype: torch.dtype, cache_tokens: int
 ) -> None:
-    """Turns of branches with the policy's adapter, none and a third one, in the same steps, on equal ids, forked and preempted."""
+    """Turns of branches with the policy's adapter, none and a third one, in the same steps, on equal ids,
+    forked and preempted.
+    """
     base = load_base(checkpoint("qwen3-tied")[0], dtype)
     policy, other = (
         LoraDecoder(base, random_adapter(base, 1)),

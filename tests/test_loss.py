@@ -1,4 +1,6 @@
-"""grpo/loss.py against TRL's own `_compute_loss`, finite differences, and the properties that splitting relies on."""
+"""grpo/loss.py against TRL's own `_compute_loss`, finite differences, and the properties that splitting
+relies on.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +166,9 @@ def test_gradcheck(variant: str, estimator: str) -> None:
 
 
 def test_cispo_weighs_the_score_by_a_constant() -> None:
-    """Its gradient is not that of its value, so finite differences do not apply: it is -min(r, 1 + high) A weight."""
+    """Its gradient is not that of its value, so finite differences do not apply: it is -min(r, 1 + high) A
+    weight.
+    """
     case = make_case(2)
     config = LossConfig(variant="cispo", clip_high=0.28, tis_cap=1.3)
     logp = case.logp.clone().requires_grad_()

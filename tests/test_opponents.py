@@ -1,4 +1,6 @@
-"""Opponents: whom the policy meets, that only the policy's own tokens are trained, ratings and payoffs, and exact resume."""
+"""Opponents: whom the policy meets, that only the policy's own tokens are trained, ratings and payoffs, and
+exact resume.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ def dialogues(path: Path) -> list[dict[str, Any]]:
 def test_the_opponent_speaks_as_the_weights_it_is_named_after(
     start: Path, tmp_path: Path, kind: str, lora: bool
 ) -> None:
-    """Every log-prob of a guest is that of the snapshot it is called by, as the training forward computes it; and not the policy's."""
+    """Every log-prob of a guest is that of the snapshot it is called by, as the training forward computes it;
+    and not the policy's.
+    """
     more = ["opponent.pool_every=1", "opponent.pool_size=3"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", *more)
     trainer = run(tmp_path / "run", c, keep_all=True)
@@ -191,7 +195,9 @@ def played(start: Path, tmp_path: Path, *more: str) -> tuple[Trainer, list[Group
 
 @pytest.mark.parametrize("kind", ["frozen", "lagged:1"])
 def test_the_opponents_tokens_have_no_gradient(start: Path, tmp_path: Path, kind: str) -> None:
-    """Rows hold what the policy sampled and nothing else, and the gradient is that of autograd over just these tokens."""
+    """Rows hold what the policy sampled and nothing else, and the gradient is that of autograd over just
+    these tokens.
+    """
     trainer, groups = played(start, tmp_path, f"opponent.kind={kind}")
     every = [d for group in groups for d in group.dialogues]
     for i, d in enumerate(every):
@@ -406,7 +412,8 @@ def test_self_play_has_no_table(start: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
     with serving() as found:
-        found.answer = lambda prompt: "I take the hats, you: the rest. " * (1 + digest(prompt)[0] % 4)  # type: ignore[assignment,return-value]
+        # type: ignore[assignment,return-value]
+        found.answer = lambda prompt: "I take the hats, you: the rest. " * (1 + digest(prompt)[0] % 4)
         yield found
 
 
@@ -443,7 +450,8 @@ def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
             question = trainer.game.final_prompt if turn.kind == "final" else ""
             heard = messages(d["scenario"]["private"][role], turns[:i], role, question)
             assert json.dumps(heard) in asked
-            answer = tokenizer.encode(json.dumps(server.answer(heard[0]["content"])).strip())  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            answer = tokenizer.encode(json.dumps(server.answer(heard[0]["content"])).strip())
             limit = 8 if turn.kind == "final" else 30
             assert turn.token_ids == (
                 [*answer, tokenizer.chat.end_token_id] if len(answer) < limit else answer[:limit]
@@ -495,7 +503,9 @@ def test_a_lost_answer_leaves_its_dialogue_unscored(start: Path, tmp_path: Path,
 def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
     start: Path, tmp_path: Path, server: JudgeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the command line; and the run that went on is the run that never broke, with nothing asked again that was answered."""
+    """Through the command line; and the run that went on is the run that never broke, with nothing asked
+    again that was answered.
+    """
     words = ["opponent.kind=endpoint", f"opponent.url={server.url}", "opponent.deadline_s=5", "train.steps=3"]
     command = ["train", "deal", *overrides(start, False, *words), "--run-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
@@ -633,7 +643,9 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
 )
 @pytest.mark.parametrize("after", [3])
 def test_resume_is_exact(start: Path, tmp_path: Path, lora: bool, kind: str, every: int, after: int) -> None:
-    """Stopped in self-play at a step that is no multiple of save_every, gone on with in new objects: the same run."""
+    """Stopped in self-play at a step that is no multiple of save_every, gone on with in new objects: the same
+    run.
+    """
     more = ["opponent.pool_every=2", "opponent.pool_size=2"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", f"train.save_every={every}", *more)
     run(tmp_path / "whole", c)

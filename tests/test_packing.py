@@ -102,7 +102,9 @@ def test_split_keeps_whole_rows_in_order_within_the_budget(max_tokens: int) -> N
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
 def test_micro_batches_give_the_gradient_of_the_whole(variant: str) -> None:
-    """Through a model whose hidden state at t depends on the row up to t, so a cut row or a wrong index would show."""
+    """Through a model whose hidden state at t depends on the row up to t, so a cut row or a wrong index would
+    show.
+    """
     rows = [row for row in make_rows(2) if row.n_trained]
     torch.manual_seed(0)
     embed, head = nn.Embedding(20, 6, dtype=torch.float64), nn.Linear(6, 20, dtype=torch.float64)
@@ -141,7 +143,9 @@ def test_what_must_not_be_packed() -> None:
 
 
 def tree_rows() -> list[Row]:
-    """Groups that share a prompt, two of whose rows also begin their reply alike; one row is another's prefix."""
+    """Groups that share a prompt, two of whose rows also begin their reply alike; one row is another's
+    prefix.
+    """
     rng = random.Random(0)
     rows = []
     for group in range(3):

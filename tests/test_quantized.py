@@ -1,4 +1,6 @@
-"""The frozen base in four bits: bitsandbytes' own layers, gradients, bits of rollout and training, memory, and a run."""
+"""The frozen base in four bits: bitsandbytes' own layers, gradients, bits of rollout and training, memory,
+and a run.
+"""
 
 from __future__ import annotations
 

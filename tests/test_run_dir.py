@@ -1,4 +1,6 @@
-"""The run directory survives what happens to it: kills at any moment of a save, a full disk, two processes, another run."""
+"""The run directory survives what happens to it: kills at any moment of a save, a full disk, two processes,
+another run.
+"""
 
 from __future__ import annotations
 
@@ -128,7 +130,9 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 
 def test_lines_after_the_checkpoint_are_cut_off_and_those_before_it_stay(tmp_path: Path) -> None:
-    """Also lines of the checkpoint's own step: an evaluation that it has seen stays, one that it has not goes."""
+    """Also lines of the checkpoint's own step: an evaluation that it has seen stays, one that it has not
+    goes.
+    """
     run = make(tmp_path)
     run.append_metrics({"step": 0, "stage": "imitation"})
     run.append_dialogues([{"step": 1, "stage": "eval", "policy": "warm_start"}])
@@ -237,7 +241,9 @@ def test_a_line_that_no_longer_fits_is_named_and_cut_off_by_the_next_resume(tmp_
 
 
 def test_kill_9_in_the_midst_of_saves(tmp_path: Path) -> None:
-    """Whenever the process dies, the newest checkpoint is whole, no older than the last that was reported, and its lines fit."""
+    """Whenever the process dies, the newest checkpoint is whole, no older than the last that was reported,
+    and its lines fit.
+    """
     for i in range(8):
         path = tmp_path / f"run{i}"
         process = child(SAVER, path)

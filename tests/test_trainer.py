@@ -1,4 +1,6 @@
-"""Training end to end on a tiny policy: resume is exact whenever the run died, and splitting a batch changes nothing."""
+"""Training end to end on a tiny policy: resume is exact whenever the run died, and splitting a batch changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -264,7 +266,9 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, setting:
 
 
 def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, tmp_path: Path) -> None:
-    """top_p = 0.8: at the same weights the log-ratio is exactly 0 in every step, and a resumed run is the same run."""
+    """top_p = 0.8: at the same weights the log-ratio is exactly 0 in every step, and a resumed run is the
+    same run.
+    """
     from duologue.kernels import backend
 
     c = config("dialogue.top_p=0.8")
@@ -294,7 +298,9 @@ def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, t
 
 @pytest.mark.parametrize("max_tokens", [100_000, 150])
 def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tokens: int) -> None:
-    """Against float64 autograd of the whole softmax cut to each token's support by hand, on dialogues that were really played."""
+    """Against float64 autograd of the whole softmax cut to each token's support by hand, on dialogues that
+    were really played.
+    """
     import copy
     import random
 

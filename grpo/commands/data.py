@@ -1,4 +1,6 @@
-"""`duologue data`: look at the texts that dilemmas are made of, check files of one's own, let a model write more."""
+"""`duologue data`: look at the texts that dilemmas are made of, check files of one's own, let a model write
+more.
+"""
 
 from __future__ import annotations
 
