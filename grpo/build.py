@@ -11,12 +11,11 @@ from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
-from duologue.grpo.sections import DILEMMAS
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, corpus
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.common import ScriptedDialogue, SelectionGame
 from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.games.game import Game
 from duologue.rollout.judge.judge import Backend, FeedbackJudge, RuleJudge
@@ -27,22 +26,12 @@ from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena, Rules
 from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
 
-AnyGame = Game | DilemmaGame
+AnyGame = Game
 AnyJudge = RuleJudge | FeedbackJudge
 
 
 def build_game(config: Config) -> AnyGame:
-    c = config.game
-    if c.name in DILEMMAS:
-        alone = c.name == "dilemma_alone"
-        return DilemmaGame(
-            alone=alone, dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts
-        )
-    options: dict[str, Any] = (
-        {"types": c.item_types, "total": c.total_value, "walk_away": c.walk_away} if c.name == "deal" else {}
-    )
-    game: Game = GAMES[c.name][0](**options)
-    return game
+    return GAMES[config.game.name](config.game)
 
 
 def build_judge(
@@ -51,7 +40,7 @@ def build_judge(
     """The judge that the configuration names. `start` loads the starting weights; `ledger` is the file where none is named."""
     j = config.judge
     if not isinstance(game, DilemmaGame):
-        return RuleJudge(game, config.game.objective)
+        return RuleJudge(game)
     answers: dict[str, Any] = {"temperature": j.temperature, "max_tokens": j.max_tokens}
     backend: Backend
     if j.backend == "endpoint":
@@ -160,6 +149,7 @@ def build_arena(
         arena = Deliberation(engine, tokenizer, game, more, judge)
         check_context(config, engine, arena.longest_context())
     else:
+        assert isinstance(game, SelectionGame)
         arena = Arena(engine, tokenizer, game, Rules(**rules))
         check_context(config, engine, longest_context(config, arena))
     return arena

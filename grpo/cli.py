@@ -260,11 +260,11 @@ def _eval(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.policy import load_policy, use_threads
-    from duologue.grpo.sections import DILEMMAS
     from duologue.model.atomic import write_file
+    from duologue.rollout.games.dilemma import DilemmaSettings
 
     use_threads(config)
-    if config.game.name in DILEMMAS:
+    if isinstance(config.game, DilemmaSettings):
         return _eval_dilemmas(options, config)
     if options.against is not None:
         raise ValueError(

@@ -15,9 +15,7 @@ from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import LoraSettings
 from duologue.model.settings import like, setting
 from duologue.model.tokenizer import LEAST_IDS
-from duologue.rollout.games.catalogue import GAMES
 
-DILEMMAS = ("dilemma", "dilemma_alone")
 HTTP = r"(https?://[^/].*)?"
 HTTP_WORDS = "'' or an address that begins with http:// or https://"
 
@@ -222,19 +220,6 @@ class EvalSection:
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")
     judge_model: str = setting("", "the server's name of its model")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GameSection:
-    name: str = setting("deal", "", one_of=(*GAMES, *DILEMMAS))
-    objective: str = setting("cooperative", "", one_of=("cooperative", "nash", "selfish"))
-    walk_away: float = setting(0.0, "points of a side without a deal, under objective 'selfish'")
-    item_types: int = setting(3, "kinds of item", least=3, most=5)
-    total_value: int = setting(10, "what all items together are worth to a side", least=5, most=40)
-    dilemmas: str = setting("", ".jsonl file of dilemmas; '' is the package's")
-    personas: str = setting("", ".jsonl file of personas; '' is the package's")
-    tasks: str = setting("", ".jsonl file of tasks; '' is the package's")
-    prompts: str = setting("", "a folder of prompts that replace the package's")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

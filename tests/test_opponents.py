@@ -39,7 +39,7 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.deal import DealGame
-from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.dilemma import DilemmaGame, DilemmaSettings
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View
 from duologue.rollout.selfplay.guests import Guest, messages
@@ -564,7 +564,7 @@ def dilemmas(tokenizer: Tokenizer, path: Path, context: str) -> test_deliberatio
     rows["tasks"] = [{**test_deliberation.ONE, "id": "t1", "text": "buy or not?"}]
     for key, found in rows.items():
         (path / f"{key}.jsonl").write_text("\n".join(map(json.dumps, found)))
-    game = DilemmaGame(alone=False, **{key: str(path / f"{key}.jsonl") for key in rows})
+    game = DilemmaGame(DilemmaSettings(**{key: str(path / f"{key}.jsonl") for key in rows}))
     return test_deliberation.Table(game, tokenizer, path / "ledger.sqlite", context=context)
 
 

@@ -39,7 +39,7 @@ def record(
         "personas": [],
         "turns": turns,
         "outcome": {"agreed": o.agreed, "scores": list(o.scores), "failure": o.failure, "metrics": o.metrics},
-        "reward": list(game.rewards(s, o, "cooperative")),
+        "reward": list(game.rewards(s, o)),
         "advantage": None,
         "weights_version": 0,
     }

@@ -157,7 +157,7 @@ def _facts(
     )
     seconds = summary.get("train_seconds") or sum(row.get("seconds") or 0 for row in metrics)
     facts = [
-        ("game", f"{config['game']['name']}, {config['game']['objective']}"),
+        ("game", ", ".join(config["game"][key] for key in ("name", "objective") if key in config["game"])),
         ("seed", str(config["train"]["seed"])),
         ("device", f"{config['model']['device']}, {config['model']['dtype']}"),
         ("training time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"),
@@ -177,7 +177,7 @@ def _results(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
     """The table of the policies, and what people and chance reach where that is known."""
     columns = {label: summary[key] for key, label in POLICIES.items() if summary.get(key)}
     game = config["game"]
-    known = columns and (game["name"], game["item_types"], game["total_value"]) == ("deal", 3, 10)
+    known = columns and (game["name"], game.get("item_types"), game.get("total_value")) == ("deal", 3, 10)
     others: dict[str, dict[str, float]] = PUBLISHED if known else {}
     rows = []
     for key, (heading, form) in RESULT.items():

@@ -13,9 +13,10 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
-from duologue.rollout.games.game import Game, Outcome, Scenario
+from duologue.model.settings import setting
+from duologue.rollout.games.game import Game, GameSettings, Outcome, Scenario
 
 CLOSE = "<selection>"
 WALK_AWAY = "walk away"
@@ -27,13 +28,25 @@ Vector = tuple[int, ...]
 Context = TypeVar("Context")
 
 
-class SelectionGame(ABC, Generic[Context]):
-    """The parts of `Game` that do not depend on what is negotiated."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionSettings(GameSettings):
+    """Of a game that has rules: what both sides are to maximise."""
 
-    name: str
-    final_prompt = "selection ?"
-    close = CLOSE
-    selection_form: str
+    objective: str = setting("cooperative", "what a side's reward is made of", one_of=OBJECTIVES)
+
+
+class SelectionGame(Game, Generic[Context]):
+    """A game with rules: both talk until one closes, then each states its selection and the rules score the two."""
+
+    Settings = SelectionSettings
+    settings: SelectionSettings
+    final_prompt = "selection ?"  # what both sides are asked once the talk is closed
+    close = CLOSE  # what an utterance that closes the talk ends with
+    selection_form: str  # for people: how a final statement is written
+
+    @abstractmethod
+    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
+        """Score the two final statements; None means that the talk ended without a close."""
 
     @cached_property
     @abstractmethod
@@ -49,6 +62,7 @@ class SelectionGame(ABC, Generic[Context]):
         return self.scenario(rng.choice(self.splits[split]), split)
 
     def closes(self, text: str) -> bool:
+        """Whether this utterance ends the talk, after which both sides state their selection."""
         return text.endswith(CLOSE)
 
 
@@ -63,11 +77,6 @@ def split_by_class(
     for context in everything:
         split["heldout" if class_of(context) in heldout else "train"].append(context)
     return split
-
-
-def check_objective(objective: str) -> None:
-    if objective not in OBJECTIVES:
-        raise ValueError(f"game.objective = {objective!r}: accepted is one of {', '.join(OBJECTIVES)}")
 
 
 def failure_shares(outcomes: Sequence[Outcome], kinds: Sequence[str]) -> dict[str, float]:
@@ -178,7 +187,7 @@ class ScriptedDialogue:
 
 
 def hold(
-    game: Game,
+    game: SelectionGame[Any],
     scenario: Scenario,
     temperaments: Mapping[str, float],
     rng: random.Random,

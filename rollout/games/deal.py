@@ -13,11 +13,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import ClassVar
 
+from duologue.model.settings import setting
 from duologue.rollout.games.common import (
     SelectionGame,
+    SelectionSettings,
     Vector,
-    check_objective,
     failure_shares,
     split_by_class,
 )
@@ -125,22 +127,39 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
     return tuple(min(first, second))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DealSettings(SelectionSettings):
+    """How many types of items there are, what they are worth, and what no deal is worth."""
+
+    walk_away: float = setting(0.0, "points of a side without a deal, under objective 'selfish'")
+    item_types: int = setting(3, "types of items", least=3, most=len(ITEMS))
+    total_value: int = setting(10, "what all items are worth to a side", least=5, most=40)
+
+    def rules(self) -> None:
+        accepted = ""
+        if self.walk_away and self.objective != "selfish":
+            accepted = f"0, or with game.objective = 'selfish' up to the total {self.total_value}"
+        elif not 0 <= self.walk_away <= self.total_value:
+            accepted = f"0 to the total value {self.total_value}"
+        if accepted:
+            raise ValueError(f"game.walk_away = {self.walk_away}: accepted is {accepted}")
+
+
 class DealGame(SelectionGame[Deal]):
     """The game as `duologue.rollout.games.game.Game`: contexts, texts, strict parsing, scores."""
 
     name = "deal"
+    Settings: ClassVar[type[SelectionSettings]] = DealSettings
     item_names: tuple[str, ...] = ITEMS
     failures: tuple[str, ...] = FAILURES
 
-    def __init__(self, *, types: int = 3, total: int = 10, walk_away: float = 0.0) -> None:
-        """`walk_away` is what a side gets without a deal, in points, under the `selfish` objective."""
-        if not 3 <= types <= len(ITEMS):
-            raise ValueError(f"game.item_types = {types}: accepted is 3 to {len(ITEMS)}")
-        if not 0 <= walk_away <= total:
-            raise ValueError(f"game.walk_away = {walk_away}: accepted is 0 to the total value {total}")
-        self.types = types
-        self.total = total
-        self.walk_away = walk_away
+    def __init__(self, settings: DealSettings | None = None) -> None:
+        settings = settings or DealSettings()
+        super().__init__(settings)
+        self._prepare(settings.item_types, settings.total_value, settings.walk_away)
+
+    def _prepare(self, types: int, total: int, walk_away: float) -> None:
+        self.types, self.total, self.walk_away = types, total, walk_away
         self.items = self.item_names[:types]
         self._statement = re.compile(" ".join(f"{item} (0|[1-9][0-9]{{0,3}})" for item in self.items))
         self._frontiers: dict[Deal, Frontier] = {}
@@ -154,12 +173,7 @@ class DealGame(SelectionGame[Deal]):
             len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types))
         )
         everything = contexts(types, total) if pairs <= MOST_LISTED else draw_contexts(types, total, POOL, 0)
-        split = split_by_class(everything, class_of)
-        if not all(split.values()):
-            raise ValueError(
-                f"game.total_value = {total} leaves too few contexts with {types} item types; raise it"
-            )
-        return split
+        return split_by_class(everything, class_of)
 
     def frontier(self, deal: Deal) -> Frontier:
         if deal not in self._frontiers:
@@ -206,14 +220,13 @@ class DealGame(SelectionGame[Deal]):
         }
         return Outcome(agreed=True, scores=(float(points[0]), float(points[1])), metrics=metrics)
 
-    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
         """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both are 0
         without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a bad deal."""
-        check_objective(objective)
-        if objective == "selfish":
+        if self.settings.objective == "selfish":
             points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
             return points[0] / self.total, points[1] / self.total
-        key = "joint_ratio" if objective == "cooperative" else "nash_ratio"
+        key = "joint_ratio" if self.settings.objective == "cooperative" else "nash_ratio"
         value = outcome.metrics.get(key, 0.0)
         return value, value
 

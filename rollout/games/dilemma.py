@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from duologue.rollout.games.game import Outcome, Persona, Scenario
+from duologue.model.settings import setting
+from duologue.rollout.games.game import Game, GameSettings, Outcome, Persona, Scenario
 from duologue.rollout.games.template import fill, load_template
 from duologue.rollout.games.texts import NEEDS, SHIPPED, Row, read
 from duologue.rollout.judge.judge import UNSCORED
@@ -18,23 +21,31 @@ Item = tuple[
 PROMPTS = Path(__file__).parent / "prompts"
 
 
-class DilemmaGame:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DilemmaSettings(GameSettings):
+    """Files of texts, by default those that come with the package."""
+
+    dilemmas: str = setting("", "a .jsonl file of dilemmas to train on")
+    personas: str = setting("", "a .jsonl file of pairs of personas")
+    tasks: str = setting(
+        "", "a .jsonl file of held-out tasks, which bring their personas; alone, of questions"
+    )
+    prompts: str = setting("", "a folder of prompts that replace the package's")
+
+
+class DilemmaGame(Game):
     """Training dilemmas meet random pairs of personas; the held-out tasks bring their own."""
 
+    name = "dilemma"
+    Settings = DilemmaSettings
+    settings: DilemmaSettings
+    alone: ClassVar[bool] = False  # one answers, without a talk
     questions = SHIPPED["questions"]  # held out too, for one who answers alone
 
-    def __init__(
-        self,
-        *,
-        alone: bool = False,
-        dilemmas: str = "",
-        personas: str = "",
-        tasks: str = "",
-        prompts: str = "",
-    ) -> None:
-        """The first three name .jsonl files, by default those that come with the package; `prompts` a folder."""
-        self.alone = alone
-        self.name = "dilemma_alone" if alone else "dilemma"
+    def __init__(self, settings: DilemmaSettings | None = None) -> None:
+        super().__init__(settings)
+        dilemmas, personas = self.settings.dilemmas, self.settings.personas
+        tasks, prompts, alone = self.settings.tasks, self.settings.prompts, self.alone
         self.player = load_template(prompts, PROMPTS, "player", {"name", "instructions"}, {"instructions"})
         self.final = load_template(prompts, PROMPTS, "final", {"personas", "transcript"}, {"transcript"})
         self.answer = load_template(prompts, PROMPTS, "alone", set(), set())
@@ -73,6 +84,10 @@ class DilemmaGame:
             p for *_, own in self.items["heldout"] for p in own
         ]
 
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float] | None:
+        """What the judge gives, for both sides."""
+        return None if outcome.failure == UNSCORED else outcome.scores
+
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """`agreement` and `rounds` to it, over the dialogues that were judged; the aspects over those that were
         scored, `score` over all but the unscored, 0 without an agreement."""
@@ -87,6 +102,13 @@ class DilemmaGame:
             "score": sum(o.scores[0] for o in settled) / max(len(settled), 1),
             **{aspect: sum(o.metrics[aspect] for o in scored) / max(len(scored), 1) for aspect in ASPECTS},
         }
+
+
+class AloneGame(DilemmaGame):
+    """One policy answers a dilemma by itself."""
+
+    name = "dilemma_alone"
+    alone = True
 
 
 def _pair(row: Row) -> tuple[Persona, ...]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
+
+from duologue.model.settings import check, setting
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,34 +45,37 @@ class Outcome:
     rounds: int | None = None
 
 
-class Game(Protocol):
-    """A verifiable two-sided game. Side 0 and side 1 differ only in what they are privately told."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GameSettings:
+    """What a game lets a user set, the keys of a run's [game]: a game that has more than its name extends this."""
 
-    name: str
-    final_prompt: str  # what both sides are asked once the talk is closed
-    close: str  # what an utterance that closes the talk ends with
+    name: str = setting("", "the game, by its name in the catalogue")
 
-    @property
-    def selection_form(self) -> str:
-        """For people: how a final statement is written."""
-        ...
+    def __post_init__(self) -> None:
+        check("game", self)
+        self.rules()
 
+    def rules(self) -> None:
+        """Raise ValueError for settings that contradict each other."""
+
+
+class Game(ABC):
+    """What two sides talk about. Side 0 and side 1 differ only in what they are privately told."""
+
+    name: ClassVar[str]
+    Settings: ClassVar[type[GameSettings]] = GameSettings  # the game is made of an object of it
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings or self.Settings()
+
+    @abstractmethod
     def sample(self, rng: random.Random, split: str) -> Scenario:
         """A scenario of the split, drawn with `rng` alone."""
-        ...
 
-    def closes(self, text: str) -> bool:
-        """Whether this utterance ends the talk, after which both sides state their selection."""
-        ...
+    @abstractmethod
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float] | None:
+        """Reward of each side under the game's settings; None for a dialogue that is unscored."""
 
-    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
-        """Score the two final statements; None means that the talk ended without a close."""
-        ...
-
-    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
-        """Reward of each side under `objective`; an unknown objective raises ValueError."""
-        ...
-
+    @abstractmethod
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Means over dialogues, `dialogues` and `agreement` among them."""
-        ...

@@ -91,13 +91,12 @@ class PriceGame(common.SelectionGame[Haggle]):
             agreed=not failure, scores=(float(gains[0]), float(gains[1])), failure=failure, metrics=metrics
         )
 
-    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
         """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`: `nash_ratio`. Both for both
         sides. `selfish`: own gain / the largest zone; no deal leaves 0, more than a wrong one."""
-        common.check_objective(objective)
-        if objective == "selfish":
+        if self.settings.objective == "selfish":
             return outcome.scores[0] / max(GAPS), outcome.scores[1] / max(GAPS)
-        value = outcome.metrics["right" if objective == "cooperative" else "nash_ratio"]
+        value = outcome.metrics["right" if self.settings.objective == "cooperative" else "nash_ratio"]
         return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:

@@ -11,7 +11,7 @@ import itertools
 from dataclasses import replace
 from functools import cached_property
 
-from duologue.rollout.games.common import WALK_AWAY, Act, Vector
+from duologue.rollout.games.common import WALK_AWAY, Act, SelectionGame, SelectionSettings, Vector
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
@@ -27,6 +27,7 @@ class PrioritiesGame(DealGame):
     """The game as `duologue.rollout.games.game.Game`."""
 
     name = "priorities"
+    Settings = SelectionSettings
     item_names = ("food", "water", "firewood")
     failures = (*FAILURES, "walk_away")
 
@@ -34,8 +35,9 @@ class PrioritiesGame(DealGame):
     def selection_form(self) -> str:  # type: ignore[override]
         return f"{super().selection_form}, or '{WALK_AWAY}'"
 
-    def __init__(self) -> None:
-        super().__init__(total=TOTAL, walk_away=ALONE)
+    def __init__(self, settings: SelectionSettings | None = None) -> None:
+        SelectionGame.__init__(self, settings)
+        self._prepare(len(self.item_names), TOTAL, ALONE)
 
     @cached_property
     def splits(self) -> dict[str, list[Deal]]:

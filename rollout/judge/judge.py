@@ -56,16 +56,16 @@ class Backend(Protocol):
 
 
 class RuleJudge:
-    """The judge of a verifiable game: its own rules, under `objective`. Nothing is asked, so nothing is ever unscored."""
+    """The judge of a verifiable game: its own rules. Nothing is asked, so nothing is ever unscored."""
 
-    def __init__(self, game: Game, objective: str) -> None:
-        self.game, self.objective = game, objective
+    def __init__(self, game: Game) -> None:
+        self.game = game
 
     def settle(self, dialogues: Sequence[Dialogue]) -> dict[str, float]:
         """Give every dialogue that has ended its reward, None when it is unscored; returns metrics since the last call."""
         for dialogue in dialogues:
             if dialogue.outcome is not None:  # else an opponent's server gave no answer
-                dialogue.reward = self.game.rewards(dialogue.scenario, dialogue.outcome, self.objective)
+                dialogue.reward = self.game.rewards(dialogue.scenario, dialogue.outcome)
         return {}
 
     def close(self) -> None:

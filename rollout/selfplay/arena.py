@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
-from duologue.rollout.games.game import Game, Scenario
+from duologue.rollout.games.common import SelectionGame
+from duologue.rollout.games.game import Scenario
 from duologue.rollout.selfplay.dialogue import FINAL, POLICY, UTTERANCE, Dialogue, Group, Transcript
 from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players
 
@@ -146,7 +148,7 @@ class _Table:
 class Arena:
     """`play` holds groups of dialogues under `rules` and has `game` judge them."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, game: Game, rules: Rules) -> None:
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, game: SelectionGame[Any], rules: Rules) -> None:
         self.engine = engine
         self.tokenizer = tokenizer
         self.game = game
