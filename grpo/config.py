@@ -253,8 +253,9 @@ def _section(name: str, kind: Any, values: dict[str, Any]) -> Any:
 
 
 def _game(values: dict[str, Any]) -> GameSettings:
-    """The settings of the game that is named. A key of another game is dropped where it says what that game does anyway: until
-    games had settings of their own, every configuration held the keys of all."""
+    """The settings of the game that is named. A key of another game is dropped where it says what that game
+    does anyway: until games had settings of their own, every configuration held the keys of all.
+    """
     name = typed("game.name", values.get("name", "deal"), "")
     if name not in GAMES:
         raise ValueError(f"game.name = {name!r}: accepted is one of {', '.join(map(repr, GAMES))}")

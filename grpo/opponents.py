@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 from duologue.grpo.build import build_engine
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_beside
+from duologue.grpo.run_dir import step_name, step_of
+from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
 from duologue.model.decoder import Decoder
@@ -47,23 +50,49 @@ def update_ratings(ratings: dict[str, float], scores: Mapping[str, float]) -> No
         ratings[name] -= RATING_STEP * (score - expected)
 
 
-def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
-    """Of the scored dialogues with each opponent: how many, the mean reward of both sides, and the policy's
-    mean score, a win being more of the game's points than the opponent has.
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A scored dialogue with an opponent: the rewards of both sides, and the policy's score, a win being more
+    of the game's points than the opponent has.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for dialogue in (d for group in groups for d in group.dialogues):
+
+    opponent: str
+    policy_reward: float
+    opponent_reward: float
+    score: float  # win 1, draw 0.5, loss 0
+
+
+def matches(group: Group) -> list[Match]:
+    """Of a group of dialogues."""
+    scored = []
+    for dialogue in group.dialogues:
         if dialogue.reward is None or dialogue.players == (POLICY, POLICY):
             continue
         assert dialogue.outcome is not None
-        own = dialogue.players.index(POLICY)
-        mine, theirs = dialogue.outcome.scores[own], dialogue.outcome.scores[1 - own]
-        row = (dialogue.reward[own], dialogue.reward[1 - own], 0.5 * ((mine > theirs) + (mine >= theirs)))
-        found.setdefault(dialogue.players[1 - own], []).append(row)
+        side = dialogue.players.index(POLICY)
+        points, other = dialogue.outcome.scores[side], dialogue.outcome.scores[1 - side]
+        score = 0.5 * ((points > other) + (points >= other))
+        scored.append(
+            Match(dialogue.players[1 - side], dialogue.reward[side], dialogue.reward[1 - side], score)
+        )
+    return scored
+
+
+def payoff_table(groups: Sequence[Group], world: World = ALONE) -> dict[str, dict[str, float]]:
+    """Of the matches of all ranks with each opponent: how many, the mean reward of both sides, and the
+    policy's mean score.
+    """
+    played = [match for of_group in world.gather([matches(group) for group in groups]) for match in of_group]
     table = {}
-    for name, rows in sorted(found.items()):
-        policy, opponent, score = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        table[name] = {"dialogues": len(rows), "policy": policy, "opponent": opponent, "score": score}
+    for name in sorted({match.opponent for match in played}):
+        against = [match for match in played if match.opponent == name]
+        n = len(against)
+        table[name] = {
+            "dialogues": n,
+            "policy": sum(match.policy_reward for match in against) / n,
+            "opponent": sum(match.opponent_reward for match in against) / n,
+            "score": sum(match.score for match in against) / n,
+        }
     return table
 
 
@@ -71,10 +100,17 @@ class Opponents:
     """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
     def __init__(
-        self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine
+        self,
+        config: Config,
+        folder: Path,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        world: World = ALONE,
     ) -> None:
         self.config, self.folder = config, folder
         self.model, self.tokenizer, self.engine = model, tokenizer, engine
+        self.world = world
         self.ratings: dict[str, float] = {POLICY: START_RATING}
         self._present: list[int] = []  # whose adapters the policy's engine has, or whose weights its own
         self._own: Engine | None = None
@@ -119,7 +155,7 @@ class Opponents:
         """Metrics: the payoff table of the step, and the ratings after it."""
         if self.config.opponent.kind == "self":
             return {}
-        payoff = payoff_table(groups)
+        payoff = payoff_table(groups, self.world)  # world
         update_ratings(self.ratings, {name: row["score"] for name, row in payoff.items()})
         return {"payoff": payoff, "elo": {name: self.ratings[name] for name in (POLICY, *payoff)}}
 
@@ -140,7 +176,7 @@ class Opponents:
         """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the others."""
         oldest = self.members(step)[0]
         for path in self.folder.glob("step_*"):
-            if int(path.name.removeprefix("step_")) < oldest:
+            if step_of(path) < oldest:
                 shutil.rmtree(path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -185,4 +221,4 @@ class Opponents:
 
 
 def _name(step: int) -> str:
-    return f"step_{step:06d}" if step else START
+    return step_name(step) if step else START

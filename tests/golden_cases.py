@@ -360,7 +360,7 @@ def policy_gradient(
         }
         for r in rows
     ]
-    return {**dataclasses.asdict(stats), **row_stats, **extra}, found
+    return {**stats.metrics(), **row_stats, **extra}, found
 
 
 def imitation_gradient(
@@ -372,7 +372,7 @@ def imitation_gradient(
     stats = accumulate_imitation_gradient(
         model, rows, max_tokens=max_tokens, coefficient=coefficient, dropout_seed=12
     )
-    return dataclasses.asdict(stats)
+    return stats.metrics()
 
 
 def optimizer_step(optimizer: Optimizer, lr: float) -> float:
