@@ -256,7 +256,7 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.temperature": 0.0 if options.greedy else None,
     }
     config = _config(options.recipe, options.overrides, shortcuts)
-    from duologue.grpo.build import build_game, build_judge
+    from duologue.grpo.build import build_engine, build_game
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.policy import load_policy, use_threads
@@ -271,10 +271,8 @@ def _eval(options: argparse.Namespace) -> int:
             f"--against {options.against}: accepted with dilemmas, which a judge compares; {config.game.name} has rules"
         )
     model, tokenizer = load_policy(options.checkpoint, config)
-    game = build_game(config)
-    judge = build_judge(config, game, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
-    metrics, _ = evaluate(model, tokenizer, game, config, judge)
-    judge.close()
+    engine = build_engine(config, model)
+    metrics, _ = evaluate(engine, tokenizer, build_game(config), config, None)
     Progress().results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
         origin = {

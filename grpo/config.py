@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from duologue.grpo.sections import (
-    DialogueSection,
     EvalSection,
     GrpoSection,
     ImitationSection,
@@ -28,11 +27,12 @@ from duologue.grpo.sections import (
     TrainSection,
 )
 from duologue.grpo.settings import meant, parse, to_toml, typed
-from duologue.model.settings import check
+from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS
 from duologue.rollout.games.deal import DealSettings
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import GameSettings
+from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -47,7 +47,7 @@ class Config:
     train: TrainSection = field(default_factory=TrainSection)
     grpo: GrpoSection = field(default_factory=GrpoSection)
     lora: LoraSection = field(default_factory=LoraSection)
-    dialogue: DialogueSection = field(default_factory=DialogueSection)
+    dialogue: Rules = field(default_factory=Rules)
     judge: JudgeSection = field(default_factory=JudgeSection)
     opponent: OpponentSection = field(default_factory=OpponentSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
@@ -71,7 +71,7 @@ class Config:
         for section in dataclasses.fields(self):
             lines.append(f"[{section.name}]")
             values = getattr(self, section.name)
-            lines += [f"{f.name} = {to_toml(getattr(values, f.name))}" for f in dataclasses.fields(values)]
+            lines += [f"{f.name} = {to_toml(getattr(values, f.name))}" for f in keys(values)]
             lines.append("")
         return "\n".join(lines)
 
@@ -279,4 +279,4 @@ def _foreign(settings: type[GameSettings]) -> dict[str, Any]:
 
 
 def _defaults(kind: Any) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(kind)}
+    return {f.name: f.default for f in keys(kind)}

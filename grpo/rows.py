@@ -11,7 +11,7 @@ from duologue.grpo.packing import Row
 from duologue.grpo.sections import GrpoSection
 from duologue.grpo.world import ALONE, World
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Group, Transcript, View
 
 Players = tuple[str, str]

@@ -220,18 +220,3 @@ class EvalSection:
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")
     judge_model: str = setting("", "the server's name of its model")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DialogueSection:
-    max_rounds: int = setting(5, "", least=1)
-    max_tokens_per_turn: int = setting(48, "", least=1)
-    max_tokens_final: int = setting(12, "", least=1)
-    context: str = setting("full", "", one_of=("full", "last_2"))
-    temperature: float = setting(1.0, "", least=0, most=100)
-    top_p: float = setting(
-        1.0, "a truncated draw is trained by the distribution that it was drawn from", above=0, most=1
-    )
-    final_temperature: float = setting(-1.0, "of the final; below 0: as temperature", least=-1, most=100)
-    final_top_p: float = setting(0.0, "0: as top_p", least=0, most=1)
-    first_speaker: str = setting("random", "", one_of=("random", "first", "alternate"))

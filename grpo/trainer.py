@@ -42,7 +42,7 @@ from duologue.grpo.world import ALONE, World
 from duologue.model.checkpoint import write_checkpoint
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.dialogue import Dialogue, Group
+from duologue.rollout.selfplay.dialogue import Dialogue, Group, assign_rewards
 
 Metrics = dict[str, Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -75,7 +75,7 @@ class Trainer:
         self.world = world
         self.game = build.build_game(config)
         self.judge = build.build_judge(
-            config, self.game, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
+            config, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
         )
         self.corpus = build.build_corpus(config, self.game)
         self.baseline = RunningBaseline()
@@ -91,12 +91,11 @@ class Trainer:
             self.model, self.tokenizer = policy.load_policy(checkpoint, config)
             policy.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
-        self.arena = build.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
+        engine = build.build_engine(config, self.model)
+        self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
         self.reference: Decoder | None = None
-        self.opponents = Opponents(
-            config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine, world
-        )
+        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, engine, world)
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
@@ -135,16 +134,19 @@ class Trainer:
         c = self.config.grpo
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(c.groups_per_step)]
-        guests = self.opponents.guests(self.selfplay_index, self._seed("opponents"), self.reference)
+        opponents = self.opponents.of_groups(self.selfplay_index, self._seed("opponents"), self.reference)
         for engine in self.opponents.engines:
             engine.name_weights(self.step)  # the same in a resumed run
         groups = self.arena.play(
-            [*self.world.share(scenarios)],  # world
+            self.world.share(scenarios),  # world
             group_size=c.group_size,
             seed=self._seed("play"),
-            guests=[*self.world.share(guests)],  # world
+            opponents=self.world.share(opponents),  # world
+            step=self.step,
+            first_group=self.world.share(range(c.groups_per_step))[0],  # world
         )
-        costs = self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
+        assign_rewards(self.game, [dialogue for group in groups for dialogue in group.dialogues])
+        costs = {} if self.judge is None else self.judge.costs()
         self.scores = {**costs, **self.opponents.score(groups)}
         return groups
 
@@ -305,7 +307,9 @@ class Trainer:
         self.progress.log(
             f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} dialogues"
         )
-        metrics, dialogues = evaluate(self.model, self.tokenizer, self.game, self.config, self.judge)
+        metrics, dialogues = evaluate(
+            self.opponents.engine, self.tokenizer, self.game, self.config, self.judge
+        )
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
         )
@@ -395,5 +399,6 @@ def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event
     try:
         return trainer.run()
     finally:
-        trainer.judge.close()
+        if trainer.judge is not None:
+            trainer.judge.close()
         trainer.arena.speakers.close()

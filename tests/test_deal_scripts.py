@@ -11,7 +11,8 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, Vector, phrases
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, Vector
 from duologue.rollout.games.deal import Deal, DealGame, DealSettings, summarise
 from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter

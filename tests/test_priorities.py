@@ -10,7 +10,8 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, SelectionSettings, phrases
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.deal import Deal, Vector, class_of
 from duologue.rollout.games.deal_scripts import scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter

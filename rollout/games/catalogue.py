@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 from duologue.rollout.games import deal_scripts, price
-from duologue.rollout.games.common import ScriptedDialogue
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.price import PriceGame
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
+from duologue.rollout.games.scripted import ScriptedDialogue
 
 Script = Callable[[Any, Any, random.Random], ScriptedDialogue]  # of a game, one of its scenarios, and draws
 

@@ -10,23 +10,55 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar
 
 from duologue.model.settings import setting
-from duologue.rollout.games.common import (
+from duologue.rollout.games.game import (
+    GameSettings,
+    Measure,
+    Outcome,
+    Published,
+    Scenario,
+    failure_shares,
+)
+from duologue.rollout.games.selection import (
+    AGREEMENT,
+    MALFORMED,
+    NASH_RATIO,
+    NO_CLOSE,
     SelectionGame,
     SelectionSettings,
     Vector,
-    failure_shares,
     split_by_class,
 )
-from duologue.rollout.games.game import Outcome, Scenario
 
 ITEMS = ("book", "hat", "ball", "pen", "cup")
-FAILURES = ("no_close", "malformed", "out_of_range", "conflict", "leftover")
+FAILURES = {
+    **NO_CLOSE,
+    **MALFORMED,
+    "out_of_range": "a selection took more than there is",
+    "conflict": "both took the same item",
+    "leftover": "items were left over",
+}
+MEASURES = {
+    "agreement": AGREEMENT,
+    "pareto": Measure("Pareto-optimal among agreed", "{:.1%}", "Pareto"),
+    "joint_ratio": Measure("joint score / best joint", "{:.3f}", "joint"),
+    "nash_ratio": NASH_RATIO,
+    "score_agreed_0": Measure("score of side 1, agreed", "{:.2f}"),
+    "score_agreed_1": Measure("score of side 2, agreed", "{:.2f}"),
+}
+PUBLISHED = Published(  # of three types and a total of 10
+    columns={
+        "people": {"agreement": 0.801, "pareto": 0.770, "joint_ratio": 0.950, "nash_ratio": 0.914},
+        "random split": {"pareto": 0.230, "joint_ratio": 0.680, "nash_ratio": 0.368},
+    },
+    source="People: Lewis et al. 2017, on that paper's own contexts. Random split: every allocation equally "
+    "likely, computed.",
+)
 MOST_LISTED = 200_000  # pairs of value vectors up to which a variant is enumerated
 POOL = 20_000  # contexts drawn for a larger one
 
@@ -89,11 +121,11 @@ def count_range(types: int) -> tuple[int, int]:
 
 def contexts(types: int = 3, total: int = 10) -> list[Deal]:
     """Every ordered context of the game (5,295 for three types and a total of 10)."""
-    found = []
+    deals = []
     for counts in count_vectors(types, *count_range(types)):
         vectors = value_vectors(counts, total)
-        found += [Deal(counts, (a, b)) for a in vectors for b in vectors if _worth_talking((a, b))]
-    return found
+        deals += [Deal(counts, (a, b)) for a in vectors for b in vectors if _worth_talking((a, b))]
+    return deals
 
 
 def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
@@ -102,15 +134,15 @@ def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
     rng = random.Random(seed)
     choices = [(counts, value_vectors(counts, total)) for counts in count_vectors(types, *count_range(types))]
     weights = list(itertools.accumulate(len(v) ** 2 for _, v in choices))
-    found: dict[Deal, None] = {}
+    drawn: dict[Deal, None] = {}
     for _ in range(20 * n):
-        if len(found) == n:
+        if len(drawn) == n:
             break
         counts, vectors = rng.choices(choices, cum_weights=weights)[0]
         pair = (rng.choice(vectors), rng.choice(vectors))
         if _worth_talking(pair):
-            found[Deal(counts, pair)] = None
-    return list(found)
+            drawn[Deal(counts, pair)] = None
+    return list(drawn)
 
 
 def _worth_talking(pair: tuple[Vector, Vector]) -> bool:
@@ -151,7 +183,8 @@ class DealGame(SelectionGame[Deal]):
     name = "deal"
     Settings: ClassVar[type[SelectionSettings]] = DealSettings
     item_names: tuple[str, ...] = ITEMS
-    failures: tuple[str, ...] = FAILURES
+    measures = MEASURES
+    failures = FAILURES
 
     def __init__(self, settings: DealSettings | None = None) -> None:
         settings = settings or DealSettings()
@@ -233,6 +266,17 @@ class DealGame(SelectionGame[Deal]):
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         return summarise(outcomes, self.failures)
 
+    @classmethod
+    def published(cls, settings: GameSettings) -> Published:
+        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (3, 10)
+        return PUBLISHED if standard else Published()
+
+    @classmethod
+    def in_words(cls, name: str, value: float) -> str:
+        if name == "pareto":
+            return "Pareto-optimal" if value == 1 else "not Pareto-optimal"
+        return super().in_words(name, value)
+
 
 def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector | None]) -> str | None:
     """The kind of a failed deal, None when the two statements fit."""
@@ -248,7 +292,7 @@ def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector 
     return "leftover" if sums != list(deal.counts) else None
 
 
-def summarise(outcomes: Sequence[Outcome], failures: Sequence[str] = FAILURES) -> dict[str, float]:
+def summarise(outcomes: Sequence[Outcome], failures: Iterable[str] = FAILURES) -> dict[str, float]:
     """Means over dialogues. `agreement` and `failure_*` (`failures`, kinds of failed deals) are shares of all. `pareto`,
     `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed. `score_*` and `joint_all`
     are over all, where a failed deal counts 0."""

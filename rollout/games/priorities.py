@@ -11,11 +11,18 @@ import itertools
 from dataclasses import replace
 from functools import cached_property
 
-from duologue.rollout.games.common import WALK_AWAY, Act, SelectionGame, SelectionSettings, Vector
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
 from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.scripted import Act
+from duologue.rollout.games.selection import (
+    WALK_AWAY,
+    WALKED_AWAY,
+    SelectionGame,
+    SelectionSettings,
+    Vector,
+)
 
 PACKAGES = (3, 3, 3)
 RANKS = {5: "high", 4: "medium", 3: "low"}
@@ -29,7 +36,7 @@ class PrioritiesGame(DealGame):
     name = "priorities"
     Settings = SelectionSettings
     item_names = ("food", "water", "firewood")
-    failures = (*FAILURES, "walk_away")
+    failures = {**FAILURES, **WALKED_AWAY}
 
     @property
     def selection_form(self) -> str:  # type: ignore[override]

@@ -1,91 +1,20 @@
-"""What the verifiable games have in common: contexts split by class, the end of a talk, and scripted dialogues to imitate.
-
-A talk ends with `CLOSE`; then each side states its selection, or in games that allow it `WALK_AWAY`, which one side alone can do.
-"""
+"""Scripted negotiators, whose dialogues a policy that starts from nothing imitates: what those of all games share."""
 
 from __future__ import annotations
 
 import random
 import tomllib
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-from duologue.model.settings import setting
-from duologue.rollout.games.game import Game, GameSettings, Outcome, Scenario
+from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.selection import SelectionGame, Vector
 
-CLOSE = "<selection>"
-WALK_AWAY = "walk away"
-OBJECTIVES = ("cooperative", "nash", "selfish")
-HELDOUT_SHARE = 0.2
 MAX_UTTERANCES = 9  # of a scripted dialogue
-
-Vector = tuple[int, ...]
-Context = TypeVar("Context")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SelectionSettings(GameSettings):
-    """Of a game that has rules: what both sides are to maximise."""
-
-    objective: str = setting("cooperative", "what a side's reward is made of", one_of=OBJECTIVES)
-
-
-class SelectionGame(Game, Generic[Context]):
-    """A game with rules: both talk until one closes, then each states its selection and the rules score the two."""
-
-    Settings = SelectionSettings
-    settings: SelectionSettings
-    final_prompt = "selection ?"  # what both sides are asked once the talk is closed
-    close = CLOSE  # what an utterance that closes the talk ends with
-    selection_form: str  # for people: how a final statement is written
-
-    @abstractmethod
-    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
-        """Score the two final statements; None means that the talk ended without a close."""
-
-    @cached_property
-    @abstractmethod
-    def splits(self) -> dict[str, list[Context]]: ...  # contexts of "train" and "heldout"
-    @abstractmethod
-    def scenario(
-        self, context: Context, split: str
-    ) -> Scenario: ...  # the context as the two sides are told it
-
-    def sample(self, rng: random.Random, split: str) -> Scenario:
-        if split not in self.splits:
-            raise ValueError(f"split = {split!r}: accepted is one of {', '.join(self.splits)}")
-        return self.scenario(rng.choice(self.splits[split]), split)
-
-    def closes(self, text: str) -> bool:
-        """Whether this utterance ends the talk, after which both sides state their selection."""
-        return text.endswith(CLOSE)
-
-
-def split_by_class(
-    everything: Sequence[Context], class_of: Callable[[Context], Hashable]
-) -> dict[str, list[Context]]:
-    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth of them is held out."""
-    classes = sorted({class_of(context) for context in everything})  # type: ignore[type-var]
-    random.Random(0).shuffle(classes)
-    heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
-    split: dict[str, list[Context]] = {"train": [], "heldout": []}
-    for context in everything:
-        split["heldout" if class_of(context) in heldout else "train"].append(context)
-    return split
-
-
-def failure_shares(outcomes: Sequence[Outcome], kinds: Sequence[str]) -> dict[str, float]:
-    """How many of all failed in which way."""
-    found = Counter(o.failure for o in outcomes)
-    return {f"failure_{kind}": found[kind] / max(len(outcomes), 1) for kind in kinds}
-
-
-# ---- scripted dialogues ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -100,9 +29,7 @@ class Act:
     spare: int | None = None
     take: Vector | None = None  # an offer: what the speaker would take, or the price
     best: bool = False  # `take` is the best for both that the speaker can see
-    against: Vector | None = (
-        None  # with `reveal` and `take`: the other's values, item by item against the own ones
-    )
+    against: Vector | None = None  # with `reveal` and `take`: the other's values, item by item
     ask: bool = False
     leave: bool = False
     close: bool = False
@@ -207,7 +134,7 @@ def hold(
         sides[1 - who].hear(act)
         if act.close:
             finals = (sides[0].state(), sides[1].state())
-            turns += [(each, finals[each], "final") for each in (who, 1 - who)]
+            turns += [(role, finals[role], "final") for role in (who, 1 - who)]
             break
         if act.leave and left and rng.random() < 0.5:
             break
