@@ -35,6 +35,7 @@ from duologue.rollout.games.game import GameSettings
 from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
+GAME = f"one of {', '.join(map(repr, GAMES))}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,12 +158,13 @@ def _opponent_rules(c: Config) -> Iterator[Rule]:
     alone = "'self' where one answers alone"
     yield Rule("nobody to meet", "opponent.kind", alone, c.game.name != "dilemma_alone" or o.kind == "self")
     server = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
-    for kind, keys in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
-        for key in keys:
+    for kind, names in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
+        for key in names:
             accepted = f"its default where opponent.kind is not '{kind}'"
             unused = getattr(o, key) == getattr(default, key)
             yield Rule("settings of a kind", f"opponent.{key}", accepted, o.kind == kind or unused)
-    url = "an address that begins with http:// or https://, and no credential or query (opponent.key_env names one)"
+    http = "an address that begins with http:// or https://"
+    url = f"{http}, and no credential or query (opponent.key_env names one)"
     plain = re.match(r"https?://[^/]", o.url) is not None and not set("@?#") & set(o.url)
     yield Rule("no credential in a url", "opponent.url", url, o.kind != "endpoint" or plain)
 
@@ -258,7 +260,7 @@ def _game(values: dict[str, Any]) -> GameSettings:
     """
     name = typed("game.name", values.get("name", "deal"), "")
     if name not in GAMES:
-        raise ValueError(f"game.name = {name!r}: accepted is one of {', '.join(map(repr, GAMES))}")
+        raise ValueError(f"game.name = {name!r}: accepted is {GAME}")
     mine = {"name": name}
     others = _foreign(GAMES[name].Settings)
     for key, value in values.items():

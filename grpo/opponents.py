@@ -175,7 +175,8 @@ class Opponents:
         self.ratings = {name: rating for name, rating in self.ratings.items() if name in named}
 
     def forget_before(self, step: int) -> None:
-        """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the others."""
+        """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the
+        others."""
         oldest = self.members(step)[0]
         for path in self.folder.glob("step_*"):
             if step_of(path) < oldest:

@@ -132,7 +132,8 @@ def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
 
 
 class TreeAttention:
-    """Attention context of a batch whose tokens are its nodes (T = U): lays out rows, takes the outputs back."""
+    """Attention context of a batch whose tokens are its nodes (T = U): lays out rows, takes the outputs
+    back."""
 
     def __init__(self, batch: Batch, scale: float, exact: bool) -> None:
         self.batch = batch
@@ -157,7 +158,8 @@ def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) 
 
 
 def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Micro-batches of whole rows, in order, of at most `max_tokens` tokens each; a longer row stands alone."""
+    """Micro-batches of whole rows, in order, of at most `max_tokens` tokens each; a longer row stands
+    alone."""
     parts: list[list[Row]] = []
     size = 0
     for row in rows:

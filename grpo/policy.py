@@ -38,7 +38,8 @@ def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tupl
         return with_adapter(loaded, config), known_tokenizer
     if not demonstrations:
         raise ValueError(
-            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to learn from"
+            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to "
+            "learn from"
         )
     texts = [
         line
@@ -83,7 +84,8 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
     if isinstance(model, LoraDecoder):
         if c.rank not in (0, model.adapter.settings.rank):
             raise ValueError(
-                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank {model.adapter.settings.rank}"
+                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank "
+                f"{model.adapter.settings.rank}"
             )
         return model if c.rank else merged(model)
     if not c.rank:

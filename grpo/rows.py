@@ -59,7 +59,8 @@ def grpo_rows(
 def _advantages(
     results: Sequence[Sequence[tuple[Players, Reward]]], config: GrpoSection, baseline: RunningBaseline
 ) -> tuple[list[list[dict[int, float]]], dict[str, float]]:
-    """Of every group, of every dialogue, the advantage of each trained role that the policy has; and metrics."""
+    """Of every group, of every dialogue, the advantage of each trained role that the policy has; and
+    metrics."""
     roles = (0, 1) if config.train_roles == "both" else (0,)
     members = [
         (g, i, role, reward)

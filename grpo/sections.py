@@ -126,7 +126,8 @@ class JudgeSection:
 
     backend: str = setting(
         "rules",
-        "'endpoint': the server at url; 'model': the checkpoint in the folder model; 'policy': the starting weights",
+        "'endpoint': the server at url; 'model': the checkpoint in the folder model; 'policy': the starting "
+        "weights",
         one_of=("rules", "endpoint", "model", "policy"),
     )
     url: str = setting("", "of an OpenAI-compatible server", form=HTTP, words=HTTP_WORDS)
@@ -197,7 +198,8 @@ class RolloutSection:
     page_size: int = setting(16, "tokens of a page of the KV pool, a multiple of 16", least=16, most=1024)
     cache_tokens: int = setting(
         65_536,
-        "tokens of the KV pool; 0 is 85 % of the GPU memory that is free when it is made, given back during updates",
+        "tokens of the KV pool; 0 is 85 % of the GPU memory that is free when it is made, given back during "
+        "updates",
         least=0,
     )
     max_batch: int = setting(256, "dialogues in an engine step", least=1)

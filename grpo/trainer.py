@@ -151,7 +151,9 @@ class Trainer:
         return groups
 
     def outcomes(self, groups: Sequence[Group]) -> Metrics:
-        """What came of the dialogues of all ranks, by the game's measures, and what the judge and opponents say."""
+        """What came of the dialogues of all ranks, by the game's measures, and what the judge and opponents
+        say.
+        """
         ended = [[(d.outcome, d.reward, _sampled(d)) for d in group.dialogues] for group in groups]
         of_all = [dialogue for group in self.world.gather(ended) for dialogue in group]  # world
         rewards = [sum(reward) / 2 for _, reward, _ in of_all if reward is not None]
@@ -295,7 +297,8 @@ class Trainer:
         return self.world.agree(bool(limit) and self.seconds >= limit)  # world
 
     def _end_of_imitation(self) -> None:
-        """Keep the starting policy as `warm_start`, evaluate it, and begin self-play with a fresh optimizer."""
+        """Keep the starting policy as `warm_start`, evaluate it, and begin self-play with a fresh
+        optimizer."""
         self.run_dir.save_checkpoint(
             "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
         )
@@ -305,7 +308,8 @@ class Trainer:
 
     def _evaluate(self, policy: str) -> dict[str, float]:
         self.progress.log(
-            f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} dialogues"
+            f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} "
+            "dialogues"
         )
         metrics, dialogues = evaluate(
             self.opponents.engine, self.tokenizer, self.game, self.config, self.judge

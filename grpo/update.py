@@ -198,7 +198,8 @@ def accumulate_imitation_gradient(
     dropout_seed: int = 0,
     world: World = ALONE,
 ) -> UpdateStats:
-    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times `coefficient`."""
+    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times
+    `coefficient`."""
     total = normaliser(rows, world=world)
     stats = UpdateStats()
 

@@ -30,7 +30,9 @@ class World:
         return items
 
     def gather(self, items: Sequence[T]) -> Sequence[T]:
-        """The reverse of `share`: an item of this rank for each that it was dealt, those of all for all, in order."""
+        """The reverse of `share`: an item of this rank for each that it was dealt, those of all for all, in
+        order.
+        """
         return items
 
     def sum(self, numbers: Sequence[float]) -> Sequence[float]:

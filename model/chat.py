@@ -29,7 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Offsets = list[tuple[int, int]]
 ACCEPTED = (
-    "accepted is a template that takes a system turn, then user and assistant turns in any order: every context begins "
+    "accepted is a template that takes a system turn, then user and assistant turns in any order: every "
+    "context begins "
     "with private instructions, and either side may speak first"
 )
 
@@ -155,7 +156,8 @@ class Chat:
         self._after_stop = closing if end is None else closing[end + 1 :]
 
     def open(self, system_ids: list[int]) -> list[int]:
-        """Everything before the first turn: the template's own beginning and the system turn with these ids."""
+        """Everything before the first turn: the template's own beginning and the system turn with these
+        ids."""
         return [*self._ids["system_before"], *system_ids, *self._ids["system_after"]]
 
     def heard(self, token_ids: list[int]) -> list[int]:
@@ -227,7 +229,8 @@ class Chat:
         parts = text.split(_mark(turn))
         if len(parts) != 2:
             raise ValueError(
-                f"the chat template writes the content of the {role} turn {len(parts) - 1} times, not once. {ACCEPTED}"
+                f"the chat template writes the content of the {role} turn {len(parts) - 1} times, not once. "
+                f"{ACCEPTED}"
             )
         return parts[0], parts[1]
 
@@ -259,7 +262,8 @@ class Chat:
                     at += 1
                 if end > ends[at]:
                     raise ValueError(
-                        f"the tokenizer joins the end of {segments[at][1]!r} and what follows in one token: the chat "
+                        f"the tokenizer joins the end of {segments[at][1]!r} and what follows in one token: "
+                        "the chat "
                         "template has no boundary of tokens between a content and what stands around it"
                     )
                 cut[at].append(token)
@@ -277,7 +281,9 @@ class Chat:
 
     def _refuse(self, turn: int, reason: str) -> NoReturn:
         raise ValueError(
-            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must be rendered "
-            "the same whatever follows it. Put a template that does so into chat_template.jinja; dilemmas with "
+            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must "
+            "be rendered "
+            "the same whatever follows it. Put a template that does so into chat_template.jinja; dilemmas "
+            "with "
             "dialogue.context = 'last_2' need none"
         )

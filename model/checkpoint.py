@@ -49,7 +49,8 @@ def load_model(
         below = Path(base or read_settings(folder).base)
         if not (below / "config.json").is_file():
             raise ValueError(
-                f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as model.path"
+                f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as "
+                "model.path"
             )
         model, tokenizer = load_model(below, device, dtype)
         return LoraDecoder(model, read_adapter(folder, model, str(below.resolve()))), tokenizer

@@ -36,7 +36,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A Llama, Qwen2 or Qwen3 decoder. The family decides what can be said and whether heads are normalised."""
+    """A Llama, Qwen2 or Qwen3 decoder. The family decides what can be said and whether heads are
+    normalised."""
 
     model_type: str
     vocab_size: int

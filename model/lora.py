@@ -262,7 +262,8 @@ def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
         wanted = [[settings.rank, weight.shape[1]], [weight.shape[0], settings.rank]]
         if a is None or b is None or found != wanted:
             raise ValueError(
-                f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and {wanted[1]}"
+                f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and "
+                f"{wanted[1]}"
             )
         pairs[name] = (a.to(weight), b.to(weight))
     if tensors or not pairs:

@@ -39,7 +39,8 @@ QWEN25 = """\
 # Headers, bos, trimmed contents, a date with a fixed one to fall back on: as Llama 3.
 LLAMA3 = """\
 {{- bos_token }}
-{%- if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% else %}{% set today = '26 Jul 2024' %}{% endif %}
+{%- if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}
+{%- else %}{% set today = '26 Jul 2024' %}{% endif %}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
     {%- if message['role'] == 'system' and DATED %}{{- 'Today: ' + today + '\\n\\n' }}{% endif %}
@@ -54,7 +55,8 @@ LLAMA3 = """\
 QWEN3 = """\
 {%- for message in messages %}
     {%- set thought = '<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' and loop.last else '' %}
-    {{- '<|im_start|>' + message.role + '\\n' + thought + message.content.split('</think>')[-1] + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + thought }}
+    {{- message.content.split('</think>')[-1] + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
@@ -275,7 +277,8 @@ REFUSED = {
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         + LOOP
         + PROMPT,
-        "does not take the turns system: System role not supported. accepted is a template that takes a system turn",
+        "does not take the turns system: System role not supported. accepted is a template that takes a "
+        "system turn",
     ),
     "the system turn is left out": (
         LOOP.replace("in messages", "in messages if m.role != 'system'") + PROMPT,
@@ -284,7 +287,8 @@ REFUSED = {
     "the user must speak first": (
         "{% for m in messages[1:] %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Roles must alternate, user first') }}{% endif %}{% endfor %}" + LOOP + PROMPT,
-        "the turns system, assistant: Roles must alternate, user first. accepted is .* either side may speak first",
+        "the turns system, assistant: Roles must alternate, user first. accepted is .* either side may speak "
+        "first",
     ),
     "no generation prompt": (LOOP, "no generation prompt"),
     "a content twice": (
@@ -337,7 +341,10 @@ def test_ids_that_depend_on_their_place_are_refused() -> None:
         ids = [500 + m.start() // 100 if m.group() == "A" else ord(m.group()[0]) for m in found]
         return ids, [m.span() for m in found]
 
-    template = "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}.{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}.{% endfor %}"
+        "{% if add_generation_prompt %}A{% endif %}"
+    )
     Chat(template, {}, encode, [46], [])
     long = template.replace("{{ m.content }}", "{{ m.content }}" + "-" * 60)
     with pytest.raises(

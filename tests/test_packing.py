@@ -1,5 +1,5 @@
-"""grpo/batch.py: packing keeps what rows say, targets point at what predicts them, splits change no gradient.
-"""
+"""grpo/batch.py: packing keeps what rows say, targets point at what predicts them, splits change no
+gradient."""
 
 from __future__ import annotations
 

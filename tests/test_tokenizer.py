@@ -258,6 +258,9 @@ def test_transformers_loads_it_and_its_template_gives_the_same_ids(
 
 
 def test_it_takes_another_template(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|bos|>{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bos|>{% endif %}"
+    )
     train_tokenizer(LINES, 261, chat_template=template).save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == template

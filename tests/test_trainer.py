@@ -126,8 +126,8 @@ def test_rollout_logprobs_equal_the_trainers_in_every_step(whole: Path) -> None:
 
 @pytest.mark.parametrize("after", [2, 4, 6])
 def test_stopping_and_resuming_gives_the_same_run(whole: Path, tmp_path: Path, after: int) -> None:
-    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects, and on.
-    """
+    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects,
+    and on."""
     c = config()
     stop = threading.Event()
 
