@@ -22,7 +22,7 @@ from duologue.grpo.run_dir import step_name, step_of
 from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
-from duologue.model.decoder import Decoder
+from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -214,8 +214,7 @@ class Opponents:
             other = (frozen and reference) or load_beside(self.model, self._path(step))
             self._own = build_engine(self.config, other, 65_536)  # the policy's pool took what was free
         elif self._present != [step]:
-            with torch.device("meta"):
-                other = Decoder(self.model.config)
+            other = empty_decoder(self.model.config)
             load_weights(other, self._path(step), "cpu", self.model.head_weight.dtype)
             for mine, new in zip(self._own.model.parameters(), other.parameters(), strict=True):
                 mine.copy_(new)

@@ -9,8 +9,9 @@ from duologue.grpo.config import Config
 from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder
-from duologue.model.lora import LoraDecoder, merged, new_adapter, read_adapter
+from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.lora import LoraDecoder, merged, new_adapter
+from duologue.model.peft import read_adapter
 from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.scripted import ScriptedDialogue
@@ -118,7 +119,6 @@ def load_beside(model: Decoder, folder: Path) -> Decoder:
         adapter = read_adapter(folder, model.adapter_off).requires_grad_(False)
         return model.adapter_off if adapter.changes_nothing else LoraDecoder(model.adapter_off, adapter)
     weight = model.head_weight
-    with torch.device("meta"):
-        other = Decoder(model.config)
+    other = empty_decoder(model.config)
     load_weights(other, folder, weight.device, weight.dtype)
     return other.requires_grad_(False)

@@ -95,8 +95,9 @@ class Tokenizer:
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, token_ids: Iterable[int], keep_special: bool = False) -> str:
-        text: str = self._core.decode(list(token_ids), skip_special_tokens=not keep_special)
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text, without special tokens."""
+        text: str = self._core.decode(list(token_ids))
         return text
 
     def _encode_template(self, text: str) -> tuple[list[int], Offsets]:

@@ -15,6 +15,7 @@ import pytest
 import trl
 from duologue.model.chat import Chat
 from duologue.model.tokenizer import Tokenizer
+from tiny import all_text
 
 Make = Callable[..., tuple[Tokenizer, Any]]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -177,7 +178,7 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
         n += 1
     assert n > 10
     if name == "qwen3":
-        assert tokenizer.decode(chat.reply(), keep_special=True).endswith("<think>\n\n</think>\n\n")
+        assert all_text(tokenizer, chat.reply()).endswith("<think>\n\n</think>\n\n")
         with pytest.raises(ValueError, match=r"rewrites turn 2: .*think.*append-only"):
             _ = tokenizer.chat
     else:
@@ -202,7 +203,7 @@ def test_a_sampled_stop_token_is_not_repeated(
     assert chat.stop_token_ids == set(theirs.convert_tokens_to_ids(list(stops)))
     assert chat.end_token_id == theirs.convert_tokens_to_ids(end)
     closing, rest = chat.close_reply(stopped=False), chat.close_reply(stopped=True)
-    assert tokenizer.decode(rest, keep_special=True) == after
+    assert all_text(tokenizer, rest) == after
     assert closing[len(closing) - len(rest) - 1 :] == [chat.end_token_id, *rest]
 
 

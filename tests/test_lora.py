@@ -23,9 +23,8 @@ from duologue.model.lora import (
     LoraSettings,
     merged,
     new_adapter,
-    read_adapter,
-    write_adapter,
 )
+from duologue.model.peft import read_adapter, write_adapter
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
 

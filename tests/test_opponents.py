@@ -46,7 +46,7 @@ from duologue.rollout.selfplay.guests import Guest, messages
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, digest, serving
-from test_trainer import TINY, lines, run_whole
+from tiny import RUN, lines, run_whole
 
 SOME = [
     "grpo.train_kinds=['utterance','final']",
@@ -71,7 +71,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(start: Path, lora: bool, *more: str) -> list[str]:
     onto = [f"model.path={start}", "imitation.steps=0", "lora.rank=4", "lora.alpha=64"] if lora else []
-    return [*TINY, *SOME, *onto, *more]
+    return [*RUN, *SOME, *onto, *more]
 
 
 def config(start: Path, lora: bool, *more: str) -> Config:
