@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.kernels import backend
+from duologue.kernels import backend, linear
 from duologue.model.checkpoint import load_weights, parse_dtype, read_config
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
@@ -106,7 +106,7 @@ def ceiling(model: Decoder, batch: int) -> float:
         2
         * x.shape[0]
         * w.numel()
-        / min(_best_seconds(lambda: backend.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
+        / min(_best_seconds(lambda: linear.forward(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
     )
     flops = 2 * sum(p.numel() for p in weights) * batch
     return batch / max(size / best_copy, flops / rate)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from duologue.kernels import backend
+from duologue.kernels import backend, linear
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
@@ -157,7 +157,7 @@ def rates(device: str) -> tuple[float, float]:
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
     product = min(
         best(lambda: a @ a),
-        best(lambda: backend.linear(a, a, None, None)) if device == "cpu" else float("inf"),
+        best(lambda: linear.forward(a, a, None, None)) if device == "cpu" else float("inf"),
     )
     return 2 * source.nbytes / best(lambda: target.copy_(source)), 2 * n**3 / product
 

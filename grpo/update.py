@@ -10,7 +10,7 @@ import torch
 from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.kernels import ops
-from duologue.kernels.head import LossFn, PolicyLoss
+from duologue.kernels.policy_loss import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder
 from torch import Tensor
 

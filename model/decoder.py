@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 from duologue.kernels import backend, ops
-from duologue.kernels.layers import LayerTensors, PagedDecoder
+from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
 from torch import Tensor, nn
 

@@ -1,4 +1,5 @@
-"""The Triton kernels of supports and group advantages in Triton's interpreter; run by test_kernels_sparse.py."""
+"""The Triton kernels of supports and group advantages in Triton's interpreter; run by
+test_kernels_sparse.py."""
 
 from __future__ import annotations
 

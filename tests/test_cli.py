@@ -264,4 +264,4 @@ def test_doctor_checks_the_promise_and_fails_when_it_is_broken(
     assert "torch" in said
     assert "log-prob difference 0.0e+00: exact" in said or "PyTorch (the C++ kernels are not built)" in said
     monkeypatch.setattr(doctor, "largest_mismatch", lambda device: 1e-3)
-    assert main(["doctor"]) == int(doctor.cpu.available())
+    assert main(["doctor"]) == int(doctor.backend.available())

@@ -135,7 +135,8 @@ CLIPS: list[dict[str, float]] = [{}, {"clip_high": 0.4}, {"dual_clip": 1.5}]
 
 @pytest.mark.parametrize("variant", ["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo"])
 def test_every_loss_has_its_autograd_gradient(variant: str) -> None:
-    """variant x KL x clip x entropy bonus x importance weights, in float64 and fp32, against autograd of the plain composition."""
+    """variant x KL x clip x entropy bonus x importance weights, in float64 and fp32, against autograd of the
+    plain composition."""
     N, H, V, S = 23, 6, 11, 4
     g = torch.Generator().manual_seed(1)
     segments = torch.sort(torch.randint(0, S, (N,), generator=g)).values
@@ -213,7 +214,8 @@ def test_rows_without_a_coefficient_change_nothing() -> None:
 
 
 def test_compaction_moves_only_into_gaps() -> None:
-    """Every active row once, in the first k places; a place that is written with another row is the source of none."""
+    """Every active row once, in the first k places; a place that is written with another row is the source of
+    none."""
     g = torch.Generator().manual_seed(0)
     for n in (1, 2, 7, 64):
         for share in (0.0, 0.2, 0.5, 0.9, 1.0):
@@ -221,9 +223,9 @@ def test_compaction_moves_only_into_gaps() -> None:
             moved = head.Compaction(active)
             k = moved.count()
             assert k == int(active.sum())
-            source = moved.source[:k]
+            source = moved.from_row[:k]
             assert sorted(source.tolist()) == active.nonzero()[:, 0].tolist()
-            assert (moved.source[k:] == -1).all()
+            assert (moved.from_row[k:] == -1).all()
             elsewhere = source != torch.arange(k)
             assert not active[:k][elsewhere].any()
 

@@ -1,4 +1,5 @@
-"""Linear, the norms, rope and the gate: held to float64, to plain PyTorch's own error, and to the bits of a row computed alone."""
+"""Linear, the norms, rope and the gate: held to float64, to plain PyTorch's own error, and to the bits of a
+row computed alone."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def outputs_and_gradients(fn: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    """The op's outputs and the gradients of a fixed random projection of them; tables and positions stay as they are."""
+    """The op's outputs and the gradients of a fixed random projection of them; tables and positions stay as
+    they are."""
     floats = [
         isinstance(a, Tensor) and a.is_floating_point() and not (a.dim() == 2 and a.shape[0] == 256)
         for a in arguments

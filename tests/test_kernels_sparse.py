@@ -1,4 +1,5 @@
-"""Kept supports, sampling fused with the head, group advantages: held to float64, to brute force, to each other's bits.
+"""Kept supports, sampling fused with the head, group advantages: held to float64, to brute force, to each
+other's bits.
 
 The Triton kernels run in Triton's interpreter on the same cases: interpreted_sparse.py.
 """
@@ -85,7 +86,7 @@ def drawn(case: Any, dtype: torch.dtype, top_p: float = 0.8) -> tuple[tuple[Any,
     return (hidden, weight, args, more), ops.linear_sample(hidden, weight, *args, *more)
 
 
-# ---- log-probs over a support ----------------------------------------------------------------------------------------
+# ---- log-probs over a support ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,16 +105,19 @@ def test_error_is_at_most_that_of_plain_torch(isa: str, case: Any, dtype: torch.
 def test_float64_gradient_is_that_of_differences() -> None:
     hidden, weight, targets, ids, offsets, temperature, bias, cap = ODD[1].make(torch.float64)
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
-    call = lambda h, w, b: reference.sparse_linear_logprob(
-        h, w, targets, ids, offsets, temperature.double(), b, cap
-    )  # noqa: E731
+
+    def call(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        rest = (targets, ids, offsets, temperature.double(), b, cap)
+        return reference.sparse_linear_logprob(h, w, *rest)
+
     assert torch.autograd.gradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ODD[1:], ids=lambda c: c.name)
 def test_what_was_sampled_is_what_is_trained(isa: str, case: Any, dtype: torch.dtype) -> None:
-    """Behaviour log-prob and entropy are those of the training op at the same weights, bit for bit, truncated or not."""
+    """Behaviour log-prob and entropy are those of the training op at the same weights, bit for bit, truncated
+    or not."""
     (hidden, weight, args, more), (token, logprob, entropy, ids, offsets) = drawn(case, dtype)
     counts = offsets.diff()
     assert int((counts > 0).sum()) > 0
@@ -223,7 +227,8 @@ def test_large_supports_take_the_bits_of_small_ones(isa: str) -> None:
 
 
 def test_draws_are_distributed_as_the_training_op_says(isa: str) -> None:
-    """Chi-square of 20,000 truncated draws against brute force in float64, and the op's own probabilities of them."""
+    """Chi-square of 20,000 truncated draws against brute force in float64, and the op's own probabilities of
+    them."""
     draws, H, V, top_p = 20_000, 8, 41, 0.8
     hidden, weight = (
         cases_sparse._randn(1, H, dtype=torch.float32),
@@ -254,7 +259,7 @@ def test_draws_are_distributed_as_the_training_op_says(isa: str) -> None:
     assert torch.equal(logprob, of_op[torch.searchsorted(kept, token)])
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton ------------------------------------------------------------------------------------------------
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
@@ -281,7 +286,7 @@ def test_compile_cases_name_every_argument(module: Any) -> None:
         assert warps in (1, 2, 4, 8)
 
 
-# ---- group advantages ------------------------------------------------------------------------------------------------
+# ---- group advantages --------------------------------------------------------------------------------------
 
 
 def members(n: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -331,7 +336,7 @@ def test_group_advantages(method: str, n: int, dtype: torch.dtype) -> None:
     assert_same_advantages(ours, theirs, exact, given["scored"])
 
 
-# ---- contracts -------------------------------------------------------------------------------------------------------
+# ---- contracts ---------------------------------------------------------------------------------------------
 
 
 def small() -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from duologue.kernels import backend, ops
-from duologue.kernels.layers import PagedDecoder
+from duologue.kernels.paged_decoder import PagedDecoder
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
