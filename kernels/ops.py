@@ -22,9 +22,9 @@ Errors: ValueError names the op, the argument, its value and what is accepted. I
 or device that does not fit; and on CPU for the values that an op lists under "Values". On a GPU values are
 not read, which would wait for it, but by `linear_logprob` and `linear_policy_loss`.
 
-Axes: T tokens of all sequences, S sequences, N rows, M rows of a matrix product, H hidden, V vocabulary, K
-in, O out, I intermediate, Hq and Hk query and key heads, D head dim, P pages, B tokens of a page, W pages of
-a block table's row, E ids of all supports, G groups of sequences.
+Axes: T tokens, S sequences, N rows, M rows of a product, H hidden, V vocabulary, K in, O out, I
+intermediate, Hq and Hk query and key heads, D head dim, P pages, B tokens of a page, W pages of a block
+table's row, E ids of all supports, G groups of sequences.
 """
 
 from __future__ import annotations
@@ -91,9 +91,7 @@ def add_rms_norm(
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding (Su et al. 2021) in the half-rotation layout: q [T, Hq, D], k [T, Hk, D], cos and sin
-    [max_position, D/2] fp32, positions [T] int64 -> rotated (q, k).
-
-    Values: positions within the tables. On Triton one outside gives NaN.
+    [max_position, D/2] fp32, positions [T] int64 -> rotated (q, k). Values: positions within the tables.
     """
     run = _form(reference.rotate, rows.rotate, rows.rotate_op, q, q, k)
     return run(q, cos, sin, positions), run(k, cos, sin, positions)
@@ -127,8 +125,7 @@ def packed_attention(
 
     Values: cu_seqlens rise from 0 to T.
     """
-    fast = libraries.attention(q, exact)
-    if fast is not None:
+    if fast := libraries.attention(q, exact):
         return fast(q, k, v, cu_seqlens, scale, max_seqlen or len(q))
     run = _form(reference.packed_attention, attention.packed, attention.packed_traced, q, q, k, v)
     return run(q, k, v, cu_seqlens, scale)
@@ -221,11 +218,9 @@ def sample_bounded(
     position: Tensor,
     most: int,
 ) -> softmax.Samples:
-    """`sample` in outputs of fixed size, so that a CUDA graph can hold it: (token, logprob, entropy, support
-    [N, most] int32, sizes [N] int32).
+    """`sample` for a CUDA graph: (token, logprob, entropy, support [N, most] int32, sizes [N] int32).
 
-    The support of row n is support[n, : sizes[n]]; sizes[n] is 0 where it is all tokens, and above `most`
-    where the ids do not fit.
+    Row n has support[n, : sizes[n]]; sizes[n] is 0 for all tokens, above `most` where they do not fit.
     """
     settings = (temperature, top_k, top_p, min_p, seed, position)
     if backend.triton(logits):
@@ -321,8 +316,7 @@ def linear_sample(
     whole: bool = False,
 ) -> softmax.Samples:
     """`sample` of the logits of `head`. On CPU without softcap the bits are those of `linear` and `sample`,
-    and of the logits only tiles exist: 64 rows of 512 tokens per thread, or where some row is truncated 64
-    rows of all tokens.
+    and of the logits only tiles exist: per thread 64 rows of 512 tokens, or of all where one is truncated.
 
     `whole` says that no row is truncated: top_k, top_p and min_p are not read, and CUDA need not wait for the
     sizes of the supports. Then, unless `exact`, no logits are stored there: one pass over the weight, with
@@ -396,8 +390,7 @@ def group_advantages(
 
     std: (r - mean) / (std + 1e-4) with the unbiased std; mean: r - mean; leave_one_out: r - mean of the
     others; running: r - baseline[role], baseline [n_roles] float64 with NaN for a role not yet seen, which
-    takes the mean of this batch; the new one is decay baseline + (1 - decay) mean. (Otherwise it is empty.)
-    C++ sums in double, Triton in fp32.
+    takes the mean of this batch; the new one is decay baseline + (1 - decay) mean (empty for the others).
 
     Values: group_ids from 0 to n_groups - 1, roles from 0 to n_roles - 1.
     """

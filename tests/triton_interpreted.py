@@ -181,23 +181,6 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     assert torch.equal(out[0], out[1])
 
 
-def test_rope_write_kv_is_rope_and_write_kv() -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(5, heads, 18) for heads in (9, 2, 2))
-    cos, sin, positions, slots = (
-        torch.randn(64, 9),
-        torch.randn(64, 9),
-        torch.arange(5) * 9,
-        torch.tensor([33, 2, 16, 47, 0]),
-    )
-    pages = torch.zeros(4, 3, 16, 2, 18)
-    turned = ops.rope_write_kv(q, k, v, cos, sin, positions, pages[0], pages[1], slots)
-    expected = ops.rope(q, k, cos, sin, positions)
-    reference.write_kv(expected[1], v, pages[2], pages[3], slots)
-    assert torch.equal(turned, expected[0])
-    assert torch.equal(pages[:2], pages[2:])
-
-
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
