@@ -238,8 +238,8 @@ def head(
     softcap: float | None = None,
     exact: bool = True,
 ) -> Tensor:
-    """fp32 logits z = hidden [N, H] @ weight [V, H]^T + bias [V]; or softcap * tanh(z / softcap)."""
-    return reference.softcapped(linear(hidden, weight, bias, torch.float32, exact), softcap)
+    """Logits z = hidden [N, H] @ weight [V, H]^T + bias [V], fp32 or float64; or softcap * tanh(z / softcap)."""
+    return reference.softcapped(linear(hidden, weight, bias, fused_head.wide(hidden), exact), softcap)
 
 
 def linear_logprob(
