@@ -87,8 +87,8 @@ def kernel_op(
     n_roles: int,
     decay: float,
 ) -> Advantages:
-    given = (rewards, group_ids, scored, roles, baseline)
-    return kernel(*given, method, n_groups, n_roles, decay)
+    members = (rewards, group_ids, scored, roles, baseline)
+    return kernel(*members, method, n_groups, n_roles, decay)
 
 
 @kernel_op.register_fake

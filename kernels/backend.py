@@ -104,6 +104,11 @@ def pointers(*tensors: Tensor | None) -> list[int]:
 # ---- contracts ---------------------------------------------------------------------------------------------
 
 
+def check_softcap(op: str, softcap: float | None) -> None:
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
+
+
 def check(
     op: str,
     name: str,

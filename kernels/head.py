@@ -75,8 +75,7 @@ def prepare(
         backend.check(op, "bias", bias, (V,), dtype, device)
     if mask is not None:
         backend.check(op, "mask", mask, (N,), torch.bool, device)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
+    backend.check_softcap(op, softcap)
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"{op}: chunk_bytes = {chunk_bytes}, accepted is None or a number above 0")
     return Inputs(hidden, weight, targets, temperature, bias, softcap or 0.0, mask, exact, chunk_bytes or 0)
@@ -197,16 +196,16 @@ class Head:
     def gradient(
         self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor
     ) -> None:
-        """Turn logits into their gradient, given those of log-prob and entropy [n], and add what it gives to
-        those needed."""
+        """Turn logits into their gradient, given those of log-prob and entropy (g and h, [n]), and add the
+        products of it."""
         moved = Compaction((g != 0) | (h != 0))
         targets, temperature = self.inputs.targets[rows], self.inputs.temperature[rows]
         softcap = self.inputs.softcap
         slope = 1 - (logits / softcap).square_() if softcap else None
-        given = (logits, targets, temperature, 1.0, entropy, stats, g, h)
+        inputs = (logits, targets, temperature, 1.0, entropy, stats, g, h)
         if self.library == "triton":  # launched while k is on its way
             dz = logits if self.in_place else self.hidden.new_empty(logits.shape)
-            softmax.backward(*given, dz, moved.from_row)
+            softmax.backward(*inputs, dz, moved.from_row)
         k = moved.count()
         if k == 0:
             return
@@ -215,11 +214,9 @@ class Head:
             dz = dz[:k]
         elif self.library == "cpp":
             dz = logits[:k]
-            softmax.backward(*given, dz, from_row)
+            softmax.backward(*inputs, dz, from_row)
         else:
-            with torch.enable_grad():
-                z = logits.requires_grad_()
-                dz = torch.autograd.grad(reference.logprob(z, targets, temperature), z, (g, h))[0]
+            dz = reference.logprob_backward(logits, targets, temperature, entropy, g, h)
             dz = dz if from_row is None else dz[from_row]
         if slope is not None:
             dz.mul_(slope if from_row is None else slope[from_row])

@@ -238,7 +238,7 @@ def head(
     softcap: float | None = None,
     exact: bool = True,
 ) -> Tensor:
-    """Logits z = hidden [N, H] @ weight [V, H]^T + bias [V], fp32 or float64; or softcap * tanh(z / softcap)."""
+    """z = hidden [N, H] @ weight [V, H]^T + bias [V], fp32 or float64; or softcap * tanh(z / softcap)."""
     return reference.softcapped(linear(hidden, weight, bias, fused_head.wide(hidden), exact), softcap)
 
 
@@ -394,7 +394,7 @@ def group_advantages(
 
     Values: group_ids from 0 to n_groups - 1, roles from 0 to n_roles - 1.
     """
-    given = (rewards, group_ids, scored, roles, baseline)
-    advantage.check(*given, method, n_roles)
+    members = (rewards, group_ids, scored, roles, baseline)
+    advantage.check(*members, method, n_roles)
     run = _form(reference.group_advantages, advantage.kernel, advantage.kernel_op, rewards)
-    return run(*given, method, n_groups, n_roles, decay)
+    return run(*members, method, n_groups, n_roles, decay)

@@ -122,5 +122,5 @@ def _chunked_policy_loss(
 ) -> PolicyLoss:
     check_values("linear_policy_loss", inputs)
     differentiable = (inputs.hidden, inputs.weight, inputs.bias)
-    found = _PolicyLoss.apply(*differentiable, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
-    return PolicyLoss(found[0], found[1], found[2], sums)
+    out = _PolicyLoss.apply(*differentiable, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
+    return PolicyLoss(out[0], out[1], out[2], sums)

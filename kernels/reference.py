@@ -122,6 +122,16 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
     return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
+def logprob_backward(
+    logits: Tensor, targets: Tensor, temperature: Tensor, entropy: Tensor, g: Tensor, h: Tensor
+) -> Tensor:
+    """The gradient of the logits [N, V], given those of log-prob (g) and entropy (h), both [N]."""
+    logp_NV = torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    g, h, entropy, targets = (x.unsqueeze(-1) for x in (g, h, entropy, targets))
+    grad_NV = -logp_NV.exp() * (g + h * (logp_NV + entropy))
+    return _scaled(grad_NV.scatter_add_(-1, targets, g), temperature)
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import linear, reference, softmax
-from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
+from duologue.kernels.backend import DTYPES, check, check_softcap, lib, pointers, triton
 from torch import Tensor
 
 
@@ -24,8 +24,7 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, sof
         raise ValueError(f"{op}: weight has an empty vocabulary")
     if bias is not None:
         check(op, "bias", bias, (len(weight),), hidden.dtype, device)
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
+    check_softcap(op, softcap)
 
 
 def _contiguous(*tensors: Tensor | None) -> Any:
@@ -60,8 +59,8 @@ def logprob(
     check(op, "kept_offsets", kept_offsets, (N + 1,), torch.int64, device)
     check(op, "temperature", temperature, (N,), torch.float32, device)
     support = (targets, kept_ids, kept_offsets, temperature)
-    found: tuple[Tensor, ...] = logprob_op(hidden, weight, bias, *support, softcap or 0.0)
-    return found[0], found[1]
+    out: tuple[Tensor, ...] = logprob_op(hidden, weight, bias, *support, softcap or 0.0)
+    return out[0], out[1]
 
 
 def _sizes(hidden: Tensor, weight: Tensor, kept_ids: Tensor) -> tuple[int, ...]:

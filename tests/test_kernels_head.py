@@ -113,6 +113,18 @@ def test_bits_are_those_of_linear_and_logprob_in_any_batch(dtype: torch.dtype) -
             assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("mask", [None, torch.arange(7) % 3 > 0])
+def test_float64_gradient_is_that_of_differences(mask: Tensor | None) -> None:
+    """No kernel takes float64: the definition has the gradient of every form too."""
+    x = doubled(inputs(7, 3, 5, torch.float32, bias=True))
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        rest = {"bias": bias, "softcap": 3.0, "mask": mask, "chunk_bytes": 3 * 5 * 20}
+        return ops.linear_logprob(hidden, weight, x["targets"], 0.7, **rest)
+
+    assert torch.autograd.gradcheck(call, (x["hidden"], x["weight"], x["bias"]))
+
+
 def test_masked_rows_return_zero_and_get_no_gradient() -> None:
     x = inputs(40, 16, 300, torch.float32)
     mask = torch.arange(40) % 3 > 0
