@@ -26,7 +26,8 @@ def check(
     n_roles: int,
 ) -> None:
     """Raise ValueError for an argument that does not fit, on any library."""
-    op, device = "group_advantages", rewards.device.type
+    op = "group_advantages"
+    device = rewards.device.type
     if method not in METHODS:
         raise ValueError(f"{op}: method = {method!r}, accepted is one of {', '.join(METHODS)}")
     if rewards.dtype not in (torch.float32, torch.float64):
@@ -69,26 +70,15 @@ def kernel(
 
 
 def _outputs(rewards: Tensor, baseline: Tensor | None, n_groups: int, n_roles: int) -> Advantages:
-    new, shape = rewards.new_empty, (n_groups, n_roles)
-    counts, flat = new(shape, dtype=torch.int64), new(shape, dtype=torch.bool)
-    new_baseline = new(0 if baseline is None else n_roles, dtype=torch.float64)
-    return new(rewards.shape, dtype=torch.float32), counts, flat, new_baseline
+    new = rewards.new_empty
+    shape = (n_groups, n_roles)
+    value = new(rewards.shape, dtype=torch.float32)
+    counts = new(shape, dtype=torch.int64)
+    flat = new(shape, dtype=torch.bool)
+    return value, counts, flat, new(0 if baseline is None else n_roles, dtype=torch.float64)
 
 
-@torch.library.custom_op("duologue::group_advantages", mutates_args=())
-def kernel_op(
-    rewards: Tensor,
-    group_ids: Tensor,
-    scored: Tensor,
-    roles: Tensor | None,
-    baseline: Tensor | None,
-    method: str,
-    n_groups: int,
-    n_roles: int,
-    decay: float,
-) -> Advantages:
-    members = (rewards, group_ids, scored, roles, baseline)
-    return kernel(*members, method, n_groups, n_roles, decay)
+kernel_op = torch.library.custom_op("duologue::group_advantages", kernel, mutates_args=())
 
 
 @kernel_op.register_fake

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
 from torch import Tensor
+from torch.library import custom_op
 
 
 def _check_heads(op: str, q: Tensor, Hk: int) -> None:
@@ -68,14 +69,15 @@ def packed_backward(
     out: Tensor,
     stats: Tensor,
     grad: Tensor,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
     q, k, v, grad, cu_seqlens = (x.contiguous() for x in (q, k, v, grad, cu_seqlens))
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if triton(q):
         from duologue.kernels.gpu import attention as gpu_attention
 
-        return gpu_attention.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
+        gpu_attention.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
+        return grads
     _, Hq, D = q.shape
     sizes = len(cu_seqlens) - 1, Hq, k.shape[1], D
     tensors = pointers(q, k, v, out, stats, grad, *grads, cu_seqlens)
@@ -145,29 +147,15 @@ def _like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("duologue::packed_attention", mutates_args=())
-def packed_op(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return packed_with_stats(q, k, v, cu_seqlens, scale)
+packed_op = custom_op("duologue::packed_attention", packed_with_stats, mutates_args=())
 
 
 @packed_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(q), q.new_empty((*q.shape[:2], 2), dtype=torch.float32)
 
 
-@torch.library.custom_op("duologue::packed_attention_backward", mutates_args=())
-def packed_backward_op(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    out: Tensor,
-    stats: Tensor,
-    grad: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_q, grad_k, grad_v = packed_backward(q, k, v, cu_seqlens, scale, out, stats, grad)
-    return grad_q, grad_k, grad_v
+packed_backward_op = custom_op("duologue::packed_attention_backward", packed_backward, mutates_args=())
 
 
 @packed_backward_op.register_fake
@@ -193,7 +181,7 @@ def packed_traced(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: fl
     return packed_op(q, k, v, cu_seqlens, scale)[0]
 
 
-@torch.library.custom_op("duologue::paged_attention", mutates_args=())
+@custom_op("duologue::paged_attention", mutates_args=())
 def paged_op(
     q: Tensor,
     k_pages: Tensor,

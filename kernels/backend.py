@@ -51,12 +51,12 @@ def library(x: Tensor) -> Library:
 
 def cpp(x: Tensor) -> bool:
     """Whether the C++ kernels serve `x`."""
-    return library(x) == "cpp"
+    return choose(x.device.type, x.dtype) == "cpp"
 
 
 def triton(x: Tensor) -> bool:
     """Whether the Triton kernels serve `x`."""
-    return library(x) == "triton"
+    return choose(x.device.type, x.dtype) == "triton"
 
 
 def describe(device: str = "cpu") -> str:
@@ -109,6 +109,11 @@ def check_softcap(op: str, softcap: float | None) -> None:
         raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
 
 
+def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
+    pairs = zip(shape, sizes, strict=False)
+    return len(sizes) == len(shape) and all(wanted is None or wanted == size for wanted, size in pairs)
+
+
 def check(
     op: str,
     name: str,
@@ -118,10 +123,7 @@ def check(
     device: str = "cpu",
 ) -> None:
     """Raise ValueError unless `x` has this shape (None = any size), dtype (None = any) and type of device."""
-    fits = len(x.shape) == len(shape) and all(
-        wanted is None or wanted == size for wanted, size in zip(shape, x.shape, strict=True)
-    )
-    if not fits:
+    if x.shape != shape and not _fits(x.shape, shape):
         accepted = ", ".join("*" if size is None else str(size) for size in shape)
         raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, accepted is ({accepted})")
     if dtype is not None and x.dtype != dtype:

@@ -118,7 +118,8 @@ class Compaction:
         movers.scatter_(0, torch.where(is_mover, is_mover.cumsum(0) - 1, n), row)
         into_gap = movers[(is_gap.cumsum(0) - 1).clamp_min(0)]
         self.from_row = torch.where(active & is_place, row, torch.where(is_gap, into_gap, -1))  # [n] int64
-        self._k, self._sent = k, None
+        self._k = k
+        self._sent = None
         if k.is_cuda:
             self._k = torch.empty((), dtype=k.dtype, pin_memory=True).copy_(k, non_blocking=True)
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -172,11 +173,12 @@ class Head:
 
     def project(self, rows: Rows) -> Tensor:
         """The chunk's logits [n, V]."""
-        x, exact = self.hidden[rows], self.inputs.exact
+        x = self.hidden[rows]
+        arguments = (x, self.weight, self.bias, self.wide, self.inputs.exact)
         if self.buffer is None:
-            logits = reference.linear(x, self.weight, self.bias, self.wide)
+            logits = reference.linear(*arguments)
         else:
-            logits = linear.forward(x, self.weight, self.bias, self.wide, exact, self.buffer[: len(x)])
+            logits = linear.forward(*arguments, self.buffer[: len(x)])
         return reference.softcapped(logits, self.inputs.softcap, out=logits)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -190,7 +192,7 @@ class Head:
         relative to it)."""
         targets, temperature = self.inputs.targets[rows], self.inputs.temperature[rows]
         if self.library == "reference":
-            return *reference.logprob(logits, targets, temperature), self.new(len(logits), 2)
+            return *reference.logprob(logits, targets, temperature), self.new(len(logits), 2).zero_()
         return softmax.forward(logits, targets, temperature, 1.0, keep_stats=True)
 
     def gradient(
@@ -230,7 +232,8 @@ class Head:
 
     def add_products(self, dz: Tensor, rows: Rows) -> None:
         """Add what dz [k, V], the gradient of these rows' logits, gives to hidden, weight and bias."""
-        x, k = self.hidden[rows], len(dz)
+        x = self.hidden[rows]
+        k = len(dz)
         if self.library == "cpp":
             if self.grad_hidden is not None:
                 out = self.new(k, self.H)
@@ -259,7 +262,8 @@ class Head:
 
 def score(head: Head, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [N], entropy [N], stats [N, 2]) of the rows `index`, 0 elsewhere."""
-    logprob, entropy, stats = head.new(head.N).zero_(), head.new(head.N).zero_(), head.new(head.N, 2).zero_()
+    logprob, entropy = head.new(head.N).zero_(), head.new(head.N).zero_()
+    stats = head.new(head.N, 2).zero_()
     for rows in head.chunks(index):
         logprob[rows], entropy[rows], stats[rows] = head.stats(head.project(rows), rows)
     return logprob, entropy, stats
@@ -294,10 +298,11 @@ def linear_logprob_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @linear_logprob_op.register_fake
-def _(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, ...]:
     hidden: Tensor = args[0]
-    new, N, dtype = hidden.new_empty, hidden.shape[0], wide(hidden)
-    return new(N, dtype=dtype), new(N, dtype=dtype), new((N, 2), dtype=dtype)
+    N = hidden.shape[0]
+    shapes = ((N,), (N,), (N, 2))
+    return tuple(hidden.new_empty(shape, dtype=wide(hidden)) for shape in shapes)
 
 
 @torch.library.custom_op(

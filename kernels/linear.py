@@ -54,25 +54,29 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
 def backward(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """(grad [M, O] @ weight [O, K], grad^T @ x [M, K]); what is not needed is empty.
+    """(grad [..., O] @ weight [O, K], grad^T @ x [..., K]); what is not needed is empty.
 
     On CPU not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the
     workers of these kernels.
     """
     grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
-    if not backend.cpp(x):
-        grad = grad.to(x.dtype)
-        return grad @ weight if need_x else grad_x, grad.t() @ x if need_weight else grad_weight
-    dtype = x.dtype
-    x, weight, grad = (tensor.float().contiguous() for tensor in (x, weight, grad))
-    M, O = grad.shape
-    K = x.shape[1]
-    if need_x:
-        grad_x = x.new_empty(M, K)
-        matmul(grad, weight, grad_x, (M, O, K, O, 1), add=False)
-    if need_weight:
-        grad_weight = x.new_empty(O, K)
-        matmul(grad, x, grad_weight, (O, M, K, 1, O), add=False)
+    shape, dtype = x.shape, x.dtype
+    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    if backend.cpp(x):
+        x, weight, grad = (tensor.float().contiguous() for tensor in (x, weight, grad))
+        M, O = grad.shape
+        K = x.shape[1]
+        if need_x:
+            grad_x = x.new_empty(M, K)
+            matmul(grad, weight, grad_x, (M, O, K, O, 1), add=False)
+        if need_weight:
+            grad_weight = x.new_empty(O, K)
+            matmul(grad, x, grad_weight, (O, M, K, 1, O), add=False)
+    else:
+        grad = grad.to(dtype)
+        grad_x = grad @ weight if need_x else grad_x
+        grad_weight = grad.t() @ x if need_weight else grad_weight
+    grad_x = grad_x.view(shape) if need_x else grad_x
     return grad_x.to(dtype), grad_weight.to(dtype)
 
 
@@ -91,29 +95,16 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype | None,
-    exact: bool = True,
-) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
 
 
-@torch.library.custom_op("duologue::linear_backward", mutates_args=())
-def backward_op(
-    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
-) -> tuple[Tensor, Tensor]:
-    grad_x, grad_weight = backward(x.flatten(0, -2), weight, grad.flatten(0, -2), need_x, need_weight)
-    return grad_x.view(x.shape) if need_x else grad_x, grad_weight
+backward_op = torch.library.custom_op("duologue::linear_backward", backward, mutates_args=())
 
 
 @backward_op.register_fake
 def _(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x) if need_x else x.new_empty(0), (
-        torch.empty_like(weight) if need_weight else weight.new_empty(0)
-    )
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -65,7 +65,8 @@ class PagedDecoder:
         eps: float,
         scale: float,
     ) -> None:
-        op, D = "PagedDecoder", head_dim
+        op = "PagedDecoder"
+        D = head_dim
         first = layers[0]
         self._dtype = dtype = first.q.dtype
         H, I, Q, G = len(final_norm), len(first.gate), len(first.q), len(first.k)
@@ -117,7 +118,8 @@ class PagedDecoder:
         """
         out = torch.empty((len(wanted), self._sizes[0]), dtype=self._dtype)
         arrays = (out, token_ids, wanted, cos, sin, positions, slots, block_table, cu_seqlens, context_lens)
-        sizes, weights = self._check(arrays, kv), self._pointers(kv)
+        sizes = self._check(arrays, kv)
+        weights = self._pointers(kv)
         if lib().decoder(*self._addresses(weights, arrays, sizes)):
             raise self._refusal(arrays, kv)
         return out
@@ -145,7 +147,8 @@ class PagedDecoder:
         Returns tokens [k, N] int64, log-probs and entropies [k, N] fp32, the sizes of the supports [k, N]
         int64 (0: all tokens) and their ids, one after the other, int32.
         """
-        op, N, H = "PagedDecoder.decode", len(token_ids), self._sizes[0]
+        op = "PagedDecoder.decode"
+        N, H = len(token_ids), self._sizes[0]
         check(op, "weight", weight, (len(self._embedding), H), self._dtype)
         weight = weight.contiguous()
         *how, next_position = check_settings(op, settings, N, "cpu")
@@ -159,7 +162,8 @@ class PagedDecoder:
         cu_seqlens = torch.arange(N + 1, dtype=torch.int32)
         of_step = (positions, slots, block_table, cu_seqlens, context_lens)
         arrays = (hidden, token_ids, rows, cos, sin, *of_step)
-        sizes, weights = self._check(arrays, kv), self._pointers(kv)
+        sizes = self._check(arrays, kv)
+        weights = self._pointers(kv)
         stop_ids = torch.tensor([token for row in stops for token in row], dtype=torch.int64)
         stop_ends = torch.tensor([0, *accumulate(map(len, stops))])
         token, counts, stash = (torch.zeros((steps, N), dtype=torch.int64) for _ in range(3))

@@ -121,6 +121,6 @@ def _chunked_policy_loss(
     inputs: Inputs, loss_fn: LossFn, by_sequence: bool, sums: dict[str, Tensor]
 ) -> PolicyLoss:
     check_values("linear_policy_loss", inputs)
-    differentiable = (inputs.hidden, inputs.weight, inputs.bias)
-    out = _PolicyLoss.apply(*differentiable, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
+    head = (inputs.hidden, inputs.weight, inputs.bias)
+    out = _PolicyLoss.apply(*head, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
     return PolicyLoss(out[0], out[1], out[2], sums)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
 from torch import Tensor
+from torch.library import custom_op
 
 
 def _shape(x: Tensor) -> tuple[int, int]:
@@ -72,37 +73,23 @@ def rms_norm_backward(
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-@torch.library.custom_op("duologue::rms_norm", mutates_args=())
-def rms_norm_op(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm(x, weight, eps)
-
-
-@torch.library.custom_op("duologue::add_rms_norm", mutates_args=())
-def add_rms_norm_op(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return add_rms_norm(x, residual, weight, eps)
-
-
-@torch.library.custom_op("duologue::rms_norm_backward", mutates_args=())
-def rms_norm_backward_op(
-    total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return rms_norm_backward(total, weight, eps, grad, grad_total)
+rms_norm_op = custom_op("duologue::rms_norm", rms_norm, mutates_args=())
+add_rms_norm_op = custom_op("duologue::add_rms_norm", add_rms_norm, mutates_args=())
+rms_norm_backward_op = custom_op("duologue::rms_norm_backward", rms_norm_backward, mutates_args=())
 
 
 @rms_norm_op.register_fake
-def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return _like(x)
 
 
 @add_rms_norm_op.register_fake
-def _(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(x), _like(x)
 
 
 @rms_norm_backward_op.register_fake
-def _(
-    total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _(total: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return _like(total), torch.empty_like(weight)
 
 
@@ -159,14 +146,8 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, T
     return grad_gate, grad_up
 
 
-@torch.library.custom_op("duologue::silu_mul", mutates_args=())
-def silu_mul_op(gate: Tensor, up: Tensor) -> Tensor:
-    return silu_mul(gate, up)
-
-
-@torch.library.custom_op("duologue::silu_mul_backward", mutates_args=())
-def silu_mul_backward_op(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return silu_mul_backward(gate, up, grad)
+silu_mul_op = custom_op("duologue::silu_mul", silu_mul, mutates_args=())
+silu_mul_backward_op = custom_op("duologue::silu_mul_backward", silu_mul_backward, mutates_args=())
 
 
 @silu_mul_op.register_fake
@@ -218,13 +199,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float =
     return out
 
 
-@torch.library.custom_op("duologue::rope", mutates_args=())
-def rotate_op(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
-    return rotate(x, cos, sin, positions, sign)
+rotate_op = custom_op("duologue::rope", rotate, mutates_args=())
 
 
 @rotate_op.register_fake
-def _(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
+def _(x: Tensor, *_: Any) -> Tensor:
     return _like(x)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
 from torch import Tensor
+from torch.library import custom_op
 
 # temperature, top_k, top_p, min_p, seed, position, each [N]
 Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -210,7 +211,7 @@ def bounded(samples: Samples, most: int) -> Samples:
 # ---- torch.library ops -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("duologue::logprob", mutates_args=())
+@custom_op("duologue::logprob", mutates_args=())
 def forward_op(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,14 +219,12 @@ def forward_op(
 
 
 @forward_op.register_fake
-def _(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    new, N = logits.new_empty, logits.shape[0]
-    return new(N, dtype=torch.float32), new(N, dtype=torch.float32), new((N, 2), dtype=torch.float32)
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    N = logits.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2)))
 
 
-@torch.library.custom_op("duologue::logprob_backward", mutates_args=())
+@custom_op("duologue::logprob_backward", mutates_args=())
 def backward_op(
     logits: Tensor,
     targets: Tensor,
@@ -265,23 +264,14 @@ def logprob_traced(logits: Tensor, targets: Tensor, temperature: float | Tensor)
     return forward_op(logits, targets, *split_temperature(temperature))[:2]
 
 
-@torch.library.custom_op("duologue::sample", mutates_args=())
-def sample_op(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Samples:
-    return sample(logits, temperature, top_k, top_p, min_p, seed, position)
+sample_op = custom_op("duologue::sample", sample, mutates_args=())
 
 
 @sample_op.register_fake
 def _(logits: Tensor, *_: Any) -> Samples:
     """How many tokens the supports have is known only to the kernel."""
-    new, N = logits.new_empty, logits.shape[0]
-    ids = new(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
-    token, offsets = new(N, dtype=torch.int64), new(N + 1, dtype=torch.int64)
-    return token, new(N, dtype=torch.float32), new(N, dtype=torch.float32), ids, offsets
+    new = logits.new_empty
+    N, E = logits.shape[0], torch.library.get_ctx().new_dynamic_size()
+    token, offsets = (new(size, dtype=torch.int64) for size in (N, N + 1))
+    logprob, entropy = (new(N, dtype=torch.float32) for _ in range(2))
+    return token, logprob, entropy, new(E, dtype=torch.int32), offsets

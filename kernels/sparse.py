@@ -52,7 +52,8 @@ def logprob(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-prob [N], entropy [N]); on Triton unwritten for rows without a support."""
-    op, N, device = "sparse_linear_logprob", len(hidden), hidden.device.type
+    op = "sparse_linear_logprob"
+    N, device = len(hidden), hidden.device.type
     temperature = per_row(temperature, hidden)
     check(op, "targets", targets, (N,), torch.int64, device)
     check(op, "kept_ids", kept_ids, (None,), torch.int32, device)
@@ -150,7 +151,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-    inputs, saved = ctx.saved_tensors[:7], [*ctx.saved_tensors[7:], *grads[:2]]
+    inputs = ctx.saved_tensors[:7]
+    saved = [*ctx.saved_tensors[7:], *grads[:2]]
     needs = ctx.needs_input_grad
     of_inputs = backward_op(*inputs, ctx.softcap, saved, needs[1] or needs[2])
     return *(grad if need else None for grad, need in zip(of_inputs, needs, strict=False)), *[None] * 5

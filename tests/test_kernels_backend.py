@@ -41,7 +41,10 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     rewards, scored = torch.tensor([1.0, 0.0, 2.0]), torch.ones(3, dtype=torch.bool)
     rewards = rewards if dtype.itemsize < 4 else rewards.to(dtype)  # it takes fp32 and float64 alone
     groups = torch.zeros(3, dtype=torch.int64)
-    loss_fn = lambda logprob, entropy, rows: (logprob - entropy).sum()  # noqa: E731
+
+    def loss_fn(logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        return (logprob - entropy).sum()
+
     of_kv = (q, pages[0], pages[1], table, cu_seqlens, lengths, 0.3)
     return {
         "linear": lambda: ops.linear(x, weight, bias),
@@ -84,6 +87,10 @@ class Reached(Exception):
 
 def refuse(*_: Any, **__: Any) -> Any:
     raise Reached
+
+
+def refuse_cpp() -> Any:
+    raise AssertionError("a tensor that is Triton's went to C++")
 
 
 def test_every_public_op_has_a_call_here() -> None:
@@ -157,10 +164,6 @@ def test_an_op_goes_to_triton_when_it_is_told_to(
     monkeypatch.setattr(backend, "lib", refuse_cpp)
     with pytest.raises(Reached):
         calls(dtype)[name]()
-
-
-def refuse_cpp() -> Any:
-    raise AssertionError("a tensor that is Triton's went to C++")
 
 
 @pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")

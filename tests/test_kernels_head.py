@@ -242,6 +242,12 @@ def test_compaction_moves_only_into_gaps() -> None:
             assert not active[:k][elsewhere].any()
 
 
+def test_compaction_is_as_drawn() -> None:
+    moved = head.Compaction(torch.tensor([False, True, False, True, True]))
+    assert moved.from_row.tolist() == [3, 1, 4, -1, -1]
+    assert moved.count() == 3
+
+
 def test_library_checks_and_compile() -> None:
     x = inputs(9, 16, 50, torch.float32, bias=True)
     op = torch.ops.duologue.linear_logprob.default
