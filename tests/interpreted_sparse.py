@@ -1,4 +1,4 @@
-"""Supports and group advantages on the Triton kernels, in Triton's interpreter: see test_kernels_sparse.py."""
+"""Supports and group advantages on Triton, in Triton's interpreter: see test_kernels_sparse.py."""
 
 from __future__ import annotations
 
