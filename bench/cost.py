@@ -33,10 +33,13 @@ from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.judge.judge import Ask, FeedbackJudge
+from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.dialogue import assign_rewards
+from duologue.rollout.selfplay.rules import Rules
 
 from bench.common import append_rows
 from bench.workload import rates
@@ -148,7 +151,7 @@ def clocked(into: dict[str, float], name: str) -> Iterator[None]:
 def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, dict[str, float], Shape]:
     game = DilemmaGame()
     texts = [text for _, text, _ in game.items["train"]]
-    tokenizer = train_tokenizer([*texts, *(p.instructions for p in game.personas())], 4096)
+    tokenizer = train_tokenizer([*texts, *(p.instructions for _, pair in game.pairs for p in pair)], 4096)
     config = ModelConfig(
         model_type="qwen3",
         vocab_size=4096,
@@ -170,9 +173,9 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
         {kind: load_prompt(kind) for kind in REQUIRED},
         max_unscored_share=0.99,
     )
-    rules = TalkRules(max_rounds=rounds + 1, temperature=0.7, top_p=1.0, **lengths)
+    rules = Rules(max_rounds=rounds + 1, temperature=0.7, context="last_2", **lengths)
     engine = Engine(model)
-    arena = Deliberation(engine, tokenizer, game, rules, judge)
+    arena = Arena(engine, tokenizer, game, rules, judge)
     rng = random.Random(0)
     seconds: dict[str, float] = {}
     scenarios = [game.sample(rng, "train") for _ in range(max(1, dialogues // 8))]
@@ -181,7 +184,7 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
     before = (engine.stats.steps, engine.stats.prefill_tokens, engine.stats.decode_tokens)
     with clocked(seconds, "rollout"):
         groups = arena.play(scenarios, group_size=min(8, dialogues), seed=0)
-    judge.settle([d for group in groups for d in group.dialogues])
+    assign_rewards(game, [d for group in groups for d in group.dialogues])
     steps, prefill, decode = (
         now - then
         for now, then in zip(

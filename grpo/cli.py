@@ -152,9 +152,10 @@ def _train(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
+    from duologue.rollout.games.catalogue import GAMES
 
     run = _open_run(options, config)
-    progress = Progress()
+    progress = Progress(measures=GAMES[config.game.name].measures)
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
@@ -252,15 +253,16 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.temperature": 0.0 if options.greedy else None,
     }
     config = _config(options.recipe, options.overrides, shortcuts)
-    from duologue.grpo.build import build_game, build_judge
+    from duologue.grpo.build import build_engine, build_game, build_judge
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
-    from duologue.grpo.judged import DILEMMAS
     from duologue.grpo.policy import load_policy, use_threads
     from duologue.model.atomic import write_file
+    from duologue.rollout.games.catalogue import GAMES
+    from duologue.rollout.games.dilemma import DilemmaGame
 
     use_threads(config)
-    if config.game.name in DILEMMAS:
+    if issubclass(GAMES[config.game.name], DilemmaGame):
         return _eval_dilemmas(options, config)
     if options.against is not None:
         raise ValueError(
@@ -268,10 +270,11 @@ def _eval(options: argparse.Namespace) -> int:
         )
     model, tokenizer = load_policy(options.checkpoint, config)
     game = build_game(config)
-    judge = build_judge(config, game, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
-    metrics, _ = evaluate(model, tokenizer, game, config, judge)
-    judge.close()
-    Progress().results({options.checkpoint.name: metrics}, _conditions(config))
+    judge = build_judge(config, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
+    metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, judge)
+    if judge is not None:
+        judge.close()
+    Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
         origin = {
             "checkpoint": str(options.checkpoint),

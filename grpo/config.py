@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from duologue.grpo.judged import DILEMMAS, judged_rules
+from duologue.grpo.judged import judged_rules
 from duologue.grpo.loss import KL_ESTIMATORS, VARIANTS
 from duologue.grpo.opposition import OpponentSection, opponent_rules
 from duologue.grpo.optimizer import SCHEDULES
@@ -22,6 +22,7 @@ from duologue.kernels.advantage import METHODS
 from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import TARGETS
 from duologue.rollout.games.catalogue import GAMES
+from duologue.rollout.games.game import GameSettings
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -190,6 +191,7 @@ class Config:
             for item in value if isinstance(value, tuple) else (value,):
                 if item not in accepted:
                     raise ValueError(f"{key} = {item!r}: accepted is one of {', '.join(map(repr, accepted))}")
+        game_settings(self.game)
         for key, (low, high) in _RANGES.items():
             value = self.value(key)
             if not low <= value <= high:
@@ -214,13 +216,18 @@ class Config:
         return "\n".join(lines)
 
 
+def game_settings(section: GameSection) -> GameSettings:
+    """The settings of the game that is named."""
+    kind = GAMES[section.name].Settings
+    return kind(**{field.name: getattr(section, field.name) for field in dataclasses.fields(kind)})
+
+
 _ANY = 10**12
 _CHOICES: dict[str, tuple[str, ...]] = {
     "model.dtype": tuple(DTYPES),
     "lora.targets": TARGETS,
     "lora.quantize": ("", "nf4"),
-    "game.name": (*GAMES, *DILEMMAS),
-    "game.objective": ("cooperative", "nash", "selfish"),
+    "game.name": (*GAMES,),
     "grpo.train_roles": ("both", "first"),
     "grpo.train_kinds": ("utterance", "final"),
     "grpo.schedule": SCHEDULES,
@@ -244,8 +251,6 @@ _RANGES: dict[str, tuple[float, float]] = {
     "lora.rank": (0, 4096),
     "lora.alpha": (1e-6, _ANY),
     "lora.dropout": (0, 0.99),
-    "game.item_types": (3, 5),
-    "game.total_value": (5, 40),
     "imitation.steps": (0, _ANY),
     "imitation.dialogues": (1, _ANY),
     "imitation.dialogues_per_step": (1, _ANY),
@@ -300,7 +305,6 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
     dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
     size = f"an even number, or 0 where hidden_size / num_heads ({m.hidden_size} / {m.num_heads}) is one"
     deal = "deal with item_types, total_value or walk_away changed, which the rules of other games set"
-    walk_away = f"0, or with game.objective = 'selfish' up to the total {game.total_value}"
     return [
         ("model.device", "cpu, cuda or cuda:N", bool(re.fullmatch(r"cpu|cuda(:\d+)?", m.device))),
         (
@@ -319,11 +323,6 @@ def _rules(c: Config) -> list[tuple[str, str, bool]]:
             "lora.quantize",
             "'' with lora.rank = 0, where all weights are trained",
             not c.lora.quantize or c.lora.rank > 0,
-        ),
-        (
-            "game.walk_away",
-            walk_away,
-            not game.walk_away or (game.objective == "selfish" and game.walk_away <= game.total_value),
         ),
         (
             "game.name",

@@ -1,4 +1,4 @@
-"""Whom the policy meets: a guest for every group of a step, snapshots to draw guests from, and how the policy fares against each.
+"""Whom the policy meets: an opponent for every group of a step, snapshots to draw from, and how the policy fares against each.
 
 What a step meets follows from the configuration, the seed and the step alone, so that a resumed run meets the same.
 """
@@ -23,7 +23,7 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import POLICY, Group
-from duologue.rollout.selfplay.guests import Guest
+from duologue.rollout.selfplay.speakers import Opponent
 
 START_RATING, RATING_STEP = 1000.0, 32.0
 START, SERVER = "start", "endpoint"
@@ -64,7 +64,7 @@ def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
 
 
 class Opponents:
-    """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
+    """`of_groups`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
     def __init__(
         self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine
@@ -82,7 +82,7 @@ class Opponents:
             return list(range(0, max(step, 1), o.pool_every))[-o.pool_size :]
         return [max(0, step - o.lag) if o.lag else 0]
 
-    def guests(self, step: int, seed: int, reference: Decoder | None = None) -> list[Guest | None]:
+    def of_groups(self, step: int, seed: int, reference: Decoder | None = None) -> list[Opponent | None]:
         """Whom each group of the step meets. Its side changes in a rhythm other than the first speaker's.
 
         `reference` is the policy of step 0 where it is loaded already.
@@ -93,14 +93,16 @@ class Opponents:
             return [None for _ in groups]
         roles = [1 if g.train_roles == "first" else (i // 2 + step // 2) % 2 for i in groups]
         if o.kind == "endpoint":
-            return [Guest(role=role, name=SERVER) for role in roles]
+            return [Opponent(role=role, name=SERVER) for role in roles]
         members, rng = self.members(step), random.Random(derive_seed(seed, "opponent"))
         weights = range(1, len(members) + 1) if o.pool_draw == "recent" else [1] * len(members)
         lora = isinstance(self.model, LoraDecoder)
         drawn = rng.choices(members, weights, k=len(groups) if lora else 1) * (1 if lora else len(groups))
         engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0], reference)
         return [
-            Guest(role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0)
+            Opponent(
+                role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0
+            )
             for role, i in zip(roles, drawn, strict=True)
         ]
 

@@ -13,7 +13,7 @@ from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, merged, new_adapter, read_adapter
 from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.seeds import derive_seed
 
 

@@ -9,7 +9,7 @@ from duologue.grpo.advantage import RunningBaseline, group_advantages
 from duologue.grpo.config import GrpoSection
 from duologue.grpo.packing import Row
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Group, Transcript, View
 
 

@@ -40,7 +40,7 @@ from duologue.grpo.update import (
 from duologue.model.checkpoint import write_checkpoint
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.dialogue import Group
+from duologue.rollout.selfplay.dialogue import Group, assign_rewards
 
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
@@ -57,7 +57,7 @@ class Trainer:
         self.stop = stop
         self.game = build.build_game(config)
         self.judge = build.build_judge(
-            config, self.game, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
+            config, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
         )
         self.corpus = build.build_corpus(config, self.game)
         self.baseline = RunningBaseline()
@@ -71,12 +71,11 @@ class Trainer:
             self.model, self.tokenizer = policy.load_policy(checkpoint, config)
             policy.check_sizes(config, self.model, checkpoint)
         self.optimizer = self._new_optimizer()
-        self.arena = build.build_arena(config, self.model, self.tokenizer, self.game, self.judge)
+        engine = build.build_engine(config, self.model)
+        self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
         self.reference: Decoder | None = None
-        self.opponents = Opponents(
-            config, run.path / "opponents", self.model, self.tokenizer, self.arena.engine
-        )
+        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, engine)
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
@@ -188,13 +187,18 @@ class Trainer:
     def _play(self) -> tuple[list[Group], dict[str, float]]:
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(self.config.grpo.groups_per_step)]
-        guests = self.opponents.guests(self._selfplay_index, self._seed("opponents"), self.reference)
+        opponents = self.opponents.of_groups(self._selfplay_index, self._seed("opponents"), self.reference)
         for engine in self.opponents.engines:
             engine.name_weights(self.step)  # the same in a resumed run
         groups = self.arena.play(
-            scenarios, group_size=self.config.grpo.group_size, seed=self._seed("play"), guests=guests
+            scenarios,
+            group_size=self.config.grpo.group_size,
+            seed=self._seed("play"),
+            opponents=opponents,
+            step=self.step,
         )
-        return groups, self.judge.settle([dialogue for group in groups for dialogue in group.dialogues])
+        assign_rewards(self.game, [dialogue for group in groups for dialogue in group.dialogues])
+        return groups, {} if self.judge is None else self.judge.costs()
 
     def _update(self, rows: list[Any]) -> tuple[UpdateStats, float, float]:
         """All updates of this step; the statistics are those of the first, the gradient norm and rate those of the last."""
@@ -286,7 +290,9 @@ class Trainer:
         self.progress.log(
             f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} dialogues"
         )
-        metrics, dialogues = evaluate(self.model, self.tokenizer, self.game, self.config, self.judge)
+        metrics, dialogues = evaluate(
+            self.opponents.engine, self.tokenizer, self.game, self.config, self.judge
+        )
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
         )
@@ -366,5 +372,6 @@ def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event
     try:
         return trainer.run()
     finally:
-        trainer.judge.close()
+        if trainer.judge is not None:
+            trainer.judge.close()
         trainer.arena.speakers.close()
