@@ -23,8 +23,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.kernels import backend
 from duologue.model.decoder import Decoder
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import SamplingParams
 
 from bench.common import append_rows
 from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint

@@ -20,8 +20,8 @@ import torch
 from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import SamplingParams
 
 VOCAB = 503
 

@@ -1,4 +1,4 @@
-"""The rollout engine against transformers' `generate`, and its promise: the training forward's log-probs, bit for bit."""
+"""The rollout engine against transformers; its log-probs are those of the training forward, bit for bit."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def test_unseeded_requests_differ_and_stop_tokens_end_them() -> None:
     )
     assert len({tuple(c.token_ids) for c in completions}) == 8
     for c in completions:
-        assert c.stopped
+        assert c.finish_reason == "stop"
         assert c.token_ids[-1] in (3, 4, 5)
         assert not set(c.token_ids[:-1]) & {3, 4, 5}
         assert len(c.token_ids) == len(c.logprobs) == len(c.entropies)

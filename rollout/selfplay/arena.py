@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
 from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.selfplay.dialogue import FINAL, POLICY, UTTERANCE, Dialogue, Group, Transcript
 from duologue.rollout.selfplay.guests import Guest, Speakers, behind_network, messages, players

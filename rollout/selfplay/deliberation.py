@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.games.template import fill

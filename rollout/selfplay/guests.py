@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.selfplay.dialogue import POLICY, Turn
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ class Speakers(Generic[T]):
         self.engine = engine  # the policy's
         self.server: Remote | None = None
         self.max_unscored_share = 0.1
-        self._requests: dict[Request, T] = {}
+        self._requests: dict[Request, tuple[Branch, T]] = {}
         self._remote: dict[int, T] = {}
         self._n_asked = 0
 
@@ -60,7 +60,7 @@ class Speakers(Generic[T]):
     def start(self, tag: T, branch: Branch, params: SamplingParams) -> None:
         """Ask the engine of a branch."""
         assert branch.engine is not None
-        self._requests[branch.engine.start(branch, params)] = tag
+        self._requests[branch.engine.start(branch, params)] = branch, tag
 
     def ask(self, tag: T, messages: list[Message], params: SamplingParams) -> None:
         """Ask the server."""
@@ -77,9 +77,9 @@ class Speakers(Generic[T]):
         """One step of every engine at work, and what the server has answered; None is no answer. Waits a little for the server
         when there is nothing else to do."""
         found: list[tuple[T, Completion | None]] = []
-        engines = list(dict.fromkeys(request.branch.engine for request in self._requests))
+        engines = list(dict.fromkeys(branch.engine for branch, _ in self._requests.values()))
         for engine in filter(None, engines):
-            found += [(self._requests.pop(request), request.completion) for request in engine.step()]
+            found += [(self._requests.pop(request)[1], request.completion) for request in engine.step()]
         if self._remote:
             assert self.server is not None
             for number, ids in self.server.answered(0.0 if engines else 0.02):
