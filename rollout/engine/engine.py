@@ -116,7 +116,6 @@ class Engine:
             cache_tokens = measured_tokens(model, page_size)
         self.model = model
         self.adapters: list[Adapter | None] = [model.adapter if isinstance(model, LoraDecoder) else None]
-        self.pool = PagePool(cache_tokens // page_size, page_size)
         self.weights_version = 0
         self._parameters = list(model.parameters())  # walking the modules costs as much as a layer
         self._weights_seen = self._weights_counter()
@@ -124,7 +123,8 @@ class Engine:
         self._n_requests = 0
         self._decode = decode
         self._branches: dict[BranchState, None] = {}  # open branches, the longest unused first
-        self._runner = Runner(model, self.adapters, self.pool.n_pages, page_size, decode_steps)
+        self._runner = Runner(model, self.adapters, cache_tokens // page_size, page_size, decode_steps)
+        self.pool = PagePool(cache_tokens // page_size, page_size)
         self._scheduler = Scheduler(self.pool, max_batch, max_step_tokens, self._branches)
         self.stats: Stats = self._scheduler.stats
 
