@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
 from bench.common import append_rows
-from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint
-from bench.workload import QWEN3, qwen3
+from bench.models import QWEN3, chosen
+from bench.rollout import alternate
 
 PRIVATE = 16
 
@@ -162,17 +161,7 @@ def main() -> None:
         "--model", choices=["4.2M", *QWEN3], default="4.2M", help="Qwen3's shapes with --only ours"
     )
     args = parser.parse_args()
-    theirs = None
-    if args.model in QWEN3:
-        if args.only is None:
-            parser.error(
-                f"--model {args.model}: its weights are made here, without transformers; add --only ours"
-            )
-        model = qwen3(args.model, args.device)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = make_checkpoint(SHAPES[args.model], Path(folder), max_positions=4096).to(args.device)
-            model = load_ours(SHAPES[args.model], Path(folder), args.device)
+    theirs, model = chosen(parser, args, max_positions=4096)
     compared, grown = compare(model, theirs, args), costs(model, args)
     if not args.json:
         for row in (compared, *grown):

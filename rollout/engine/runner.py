@@ -73,7 +73,6 @@ class Runner:
         self.adapters = adapters
         self.layers = model.paged_layers()
         self.page_size = page_size
-        self.scale = config.head_dim**-0.5
         self.device = model.model.embed_tokens.weight.device
         self._sampled: list[Request] = []
         self._settings: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
@@ -237,7 +236,7 @@ class Runner:
             block_table=self._to_device(pages),
             cu_seqlens=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
             context_lens=self._tensor((start + n).astype(np.int32)),
-            scale=self.scale,
+            scale=self.model.scale,
             groups=None if groups is None else (self._tensor(groups[0]), self._tensor(groups[1])),
         )
         last = self._tensor(ends[samples] - 1)
