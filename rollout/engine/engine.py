@@ -120,7 +120,7 @@ class Engine:
         self._parameters = list(model.parameters())  # walking the modules costs as much as a layer
         self._weights_seen = self._weights_counter()
         self._seed = seed
-        self._n_requests = 0
+        self._n_unseeded = 0
         self._decode = decode
         self._branches: dict[BranchState, None] = {}  # open branches, the longest unused first
         self._runner = Runner(model, self.adapters, cache_tokens // page_size, page_size, decode_steps)
@@ -187,8 +187,8 @@ class Engine:
         self._notice_new_weights()
         seed = params.seed
         if seed is None:  # a multiplicative hash keeps the engine's own seeds apart from small user seeds
-            seed = ((self._seed << 32) + self._n_requests) * 0x9E3779B97F4A7C15 % 2**63
-        self._n_requests += 1
+            seed = ((self._seed << 32) + self._n_unseeded) * 0x9E3779B97F4A7C15 % 2**63
+            self._n_unseeded += 1
         self.pool.trim(branch, len(branch) - 1)  # the last token is computed again, to sample after it
         return self._queue(branch, params, seed, prefill_only=False)
 

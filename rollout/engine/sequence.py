@@ -17,9 +17,9 @@ from typing import NamedTuple
 class SamplingParams:
     """How one completion is drawn. The defaults sample the model's full distribution.
 
-    temperature 0 is greedy. `seed` fixes the draw whatever else is in the batch; without one the engine
-    numbers requests. `stop_strings` end a completion whose text (the engine's `decode`) contains one; the
-    token that completed it stays. `allow` gets the ids sampled so far and returns those allowed next (None:
+    temperature 0 is greedy. `seed` fixes the draw whatever else is in the batch; the engine numbers requests
+    without one. `stop_strings` end a completion whose text (the engine's `decode`) contains one; the token
+    that completed it stays. `allow` gets the ids sampled so far and returns those allowed next (None:
     all), for structured output; log-prob and entropy are then of the softmax over the allowed ids. When it
     raises, this request ends with finish_reason "error".
     """
