@@ -20,8 +20,11 @@ RESULTS = Path(__file__).resolve().parent / "results"
 def take_turns(
     runs: Mapping[str, Callable[[], Any]], *, repeats: int = 100, seconds: float = 0.5
 ) -> dict[str, list[float]]:
-    """Seconds per call of each run, sorted. The runs alternate in blocks, so that all see the same machine. A pause between blocks
-    lets the other side's spinning threads fall asleep, and a block's first 10 ms, in which threads find their cores, do not count."""
+    """Seconds per call of each run, sorted. The runs alternate in blocks, so that all see the same machine.
+
+    A pause between blocks lets the other side's spinning threads fall asleep, and a block's first 10 ms, in
+    which threads find their cores, do not count.
+    """
     found: dict[str, list[float]] = {name: [] for name in runs}
     for name, run in runs.items():
         run()
@@ -40,6 +43,19 @@ def take_turns(
                 run()
                 found[name].append(time.perf_counter() - began)
     return {name: sorted(values[1:]) for name, values in found.items()}
+
+
+def best_seconds(run: Callable[[], Any], device: str = "cpu") -> float:
+    """Of five calls after a first."""
+    best = float("inf")
+    for i in range(6):
+        began = time.perf_counter()
+        run()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        if i:
+            best = min(best, time.perf_counter() - began)
+    return best
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:

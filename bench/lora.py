@@ -35,7 +35,7 @@ from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.rollout import SHAPES
+from bench.models import SHAPES
 
 ROWS, PROMPT, NEW, CACHE = 4, 32, 32, 4096
 SIZES = ("weights", "trained", "optimizer", "held", "peak")

@@ -280,7 +280,9 @@ def test_draws_follow_the_seed_and_have_their_shares(
 ) -> None:
     more = ("opponent.pool_every=1", "opponent.pool_size=3", f"opponent.pool_draw={draw}", "train.steps=4")
     trainer = run(tmp_path / "run", config(start, True, "opponent.kind=pool", "train.save_every=100", *more))
-    found = Counter(g.name for seed in range(400) for g in trainer.opponents.of_groups(4, seed) if g is not None)
+    found = Counter(
+        g.name for seed in range(400) for g in trainer.opponents.of_groups(4, seed) if g is not None
+    )
     total = sum(found.values())
     for step, share in zip((1, 2, 3), shares, strict=True):
         assert found[f"step_{step:06d}"] / total == pytest.approx(share, abs=0.05)
@@ -583,7 +585,11 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
     server = Mumbler({5})
     here.arena.speakers.outside = server
     rng = random.Random(1)
-    opponents = [Opponent(role=0, name="guest", engine=engine), None, Opponent(role=1, name="guest", engine=engine)]
+    opponents = [
+        Opponent(role=0, name="guest", engine=engine),
+        None,
+        Opponent(role=1, name="guest", engine=engine),
+    ]
     groups = here.arena.play(
         [here.game.sample(rng, "train") for _ in range(3)], group_size=4, seed=5, opponents=opponents
     )
@@ -595,7 +601,9 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
         for d in group.dialogues:
             assert (
                 d.players
-                == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[opponent and opponent.role]
+                == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[
+                    opponent and opponent.role
+                ]
             )
             own = [i for i in (0, 1) if d.players[i] == POLICY]
             finals += sum(turn.kind == "final" for turn in d.turns)
