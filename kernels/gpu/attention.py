@@ -1,9 +1,10 @@
 """Causal attention on CUDA over packed or paged keys: kernels and launchers of kernels/attention.py.
 
-The keys of a sequence are cut into chunks of 256 from its first token on; each chunk gives a softmax of its own, and chunks are
-merged in order (`_merge`). Training, prefill and decode run the same code on tiles of 64 rows, so a row's bits depend on its keys
-alone. Where programs are few, chunks are computed side by side and merged by a second kernel; there, a prefix that
-neighbouring sequences share is read once for all their queries. Exponents are base 2.
+The keys of a sequence are cut into chunks of 256 from its first token on; each chunk gives a softmax of its
+own, and chunks are merged in order (`_merge`). Training, prefill and decode run the same code on tiles of 64
+rows, so a row's bits depend on its keys alone. Where programs are few, chunks are computed side by side and
+merged by a second kernel; there, a prefix that neighbouring sequences share is read once for all their
+queries. Exponents are base 2.
 
 The rows of a sequence and key head are numbered x = query * R + r, R = Hq / Hk the query heads of a key head.
 """
@@ -24,8 +25,8 @@ Groups = tuple[Tensor, Tensor]
 
 @triton.jit
 def _sequence(cu_seqlens, S, R, ROWS: tl.constexpr):
-    """Block program_id(0) of `ROWS` rows: its sequence s (the last with cu_seqlens[s] * R // ROWS + s at most the block's number),
-    the sequence's first token, its length, and the rows, which may lie past the end."""
+    """Block program_id(0) of `ROWS` rows: its sequence s (the last with cu_seqlens[s] * R // ROWS + s at most
+    the block's number), the sequence's first token, its length, and the rows, which may lie past the end."""
     block, low, high = tl.program_id(0), tl.program_id(0) * 0, S
     while high - low > 1:
         mid = (low + high) // 2
@@ -38,7 +39,8 @@ def _sequence(cu_seqlens, S, R, ROWS: tl.constexpr):
 
 @triton.jit
 def _merge(top, total, acc, next_top, next_total, next_acc):
-    """The state of rows (largest score, sum of weights, sum of weighted values) and that of their next chunk."""
+    """The state of rows (largest score, sum of weights, sum of weighted values) and that of their next
+    chunk."""
     most = tl.maximum(top, next_top)
     old, new = tl.exp2(top - most), tl.exp2(next_top - most)
     acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), next_acc * new[:, None])
@@ -63,7 +65,8 @@ def _chunk(
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The state of rows q [ROWS, BLOCK] over the chunk from key `start` on, of which row i sees keys below seen[i] <= limit."""
+    """The state of rows q [ROWS, BLOCK] over the chunk from key `start` on, of which row i sees keys below
+    seen[i] <= limit."""
     top = tl.full((q.shape[0],), LOWEST, tl.float32)
     total, acc, d = tl.zeros_like(top), tl.zeros(q.shape, tl.float32), tl.arange(0, q.shape[1])
     for first in range(start, tl.minimum(start + CHUNK, limit), KEYS):
@@ -109,10 +112,11 @@ def attention_kernel(
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (block, g): out [T, Hq, D] and stats [T, Hq, 2], the largest score and 1 / sum. With SPLIT program (block, g, c):
-    the state of chunk c, in out [T, Hq, n_chunks, D] and stats [T, Hq, n_chunks, 2].
+    """Program (block, g): out [T, Hq, D] and stats [T, Hq, 2], the largest score and 1 / sum. With SPLIT
+    program (block, g, c): the state of chunk c, in out [T, Hq, n_chunks, D] and stats [T, Hq, n_chunks, 2].
 
-    Of a sequence the first shared[s] keys, in whole chunks, are left out with PREFIX = 2 and the only ones with PREFIX = 1.
+    Of a sequence the first shared[s] keys, in whole chunks, are left out with PREFIX = 2 and the only ones
+    with PREFIX = 1.
     """
     R = Hq // Hk
     s, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
@@ -277,7 +281,8 @@ def grad_key_kernel(
 
 
 def tile(D: int, narrow: bool) -> dict[str, Any]:
-    """The launch for head dim D and inputs of 16 bits or of 32: one for all numbers of rows, or bits would differ."""
+    """The launch for head dim D and inputs of 16 bits or of 32: one for all numbers of rows, or bits would
+    differ."""
     size, block = 64 if narrow else 32, max(16, triton.next_power_of_2(D))
     fixed = {"ROWS": size, "KEYS": size, "BLOCK": block, "num_warps": 4 if block <= 64 else 8}
     return {**fixed, "num_stages": 2 if narrow else 1, "enable_fp_fusion": False}
@@ -296,11 +301,13 @@ def forward(
     groups: Groups | None = None,
     split: bool | None = None,
 ) -> Tensor:
-    """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table [S, max_pages].
+    """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table
+    [S, max_pages].
 
-    `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their pages the first shared[i]
-    keys in common, all before their queries; these are read once per group. Groups at the end may be empty. Bits stay the same.
-    `split` forces chunks side by side (pages only) or in a loop; None chooses.
+    `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their
+    pages the first shared[i] keys in common, all before their queries; these are read once per group. Groups
+    at the end may be empty. Bits stay the same. `split` forces chunks side by side (pages only) or in a loop;
+    None chooses.
     """
     (T, Hq, D), Hk, S, page = q.shape, k.shape[-2], len(cu_seqlens) - 1, 0 if table is None else k.shape[1]
     launch = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}

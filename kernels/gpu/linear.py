@@ -1,9 +1,10 @@
-"""linear on CUDA with one order of summation: the kernel of `duologue::linear` in exact mode, and its launcher.
+"""linear on CUDA with one order of summation: the kernel of `duologue::linear` in exact mode, and its
+launcher.
 
-Why a row's bits do not depend on M: K is walked in ascending order in one loop by one program (no split-K), fp32 accumulates, and
-rows past M are zeros. Tiles of few and of many rows differ only in their rows and columns, which share no sum; both are at least 64
-rows high, so that Hopper multiplies both by the same instruction family (wgmma), in steps of 16 along K. fp32 inputs are multiplied
-in fp32, without tensor cores.
+Why a row's bits do not depend on M: K is walked in ascending order in one loop by one program (no split-K),
+fp32 accumulates, and rows past M are zeros. Tiles of few and of many rows differ only in their rows and
+columns, which share no sum; both are at least 64 rows high, so that Hopper multiplies both by the same
+instruction family (wgmma), in steps of 16 along K. fp32 inputs are multiplied in fp32, without tensor cores.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def linear_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of out [M, O] = x [M, K] @ weight [O, K]^T + bias [O]; eight row tiles in turn share a panel of the weight."""
+    """One tile of out [M, O] = x [M, K] @ weight [O, K]^T + bias [O]; eight row tiles in turn share a panel
+    of the weight."""
     rows, columns = tl.cdiv(M, ROWS), tl.cdiv(O, COLUMNS)
     group, place = tl.program_id(0) // (8 * columns), tl.program_id(0) % (8 * columns)
     height = tl.minimum(rows - group * 8, 8)

@@ -1,7 +1,7 @@
 """RMS norm, the gate, rotary embedding and KV writes on CUDA: kernels and launchers. All are bound by memory.
 
-A row is summed in one program by one layout, which depends on its length alone: so its bits depend on that row alone. Tensors are
-contiguous and checked by the caller.
+A row is summed in one program by one layout, which depends on its length alone: so its bits depend on that
+row alone. Tensors are contiguous and checked by the caller.
 """
 
 from __future__ import annotations
@@ -113,8 +113,9 @@ def rotary_kernel(
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
 ):
-    """Program (t, b): a block of heads of token t, of q, then k, then v. q and (if ROTATE) k are turned; q goes to the same row of
-    q_out, k and v go to the token's slot of k_out and v_out. A position outside of the tables gives NaN."""
+    """Program (t, b): a block of heads of token t, of q, then k, then v. q and (if ROTATE) k are turned; q
+    goes to the same row of q_out, k and v go to the token's slot of k_out and v_out. A position outside of
+    the tables gives NaN."""
     t, b, d, half = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, HALF), tl.cdiv(D, 2)
     of_k, of_v = tl.cdiv(Hq, HEADS), tl.cdiv(Hq, HEADS) + tl.cdiv(Hk, HEADS)
     x, to = q, q_out
@@ -187,8 +188,8 @@ def rotary(
     sign: float,
     slots: Tensor,
 ) -> Tensor:
-    """q [T, Hq, D] turned by its positions [T] into q_out; `kv`, where not empty, is k and v [T, Hk, D] and their pages: k is turned
-    too, unless Hq = 0, and both go to the slots [T] of the pages."""
+    """q [T, Hq, D] turned by its positions [T] into q_out; `kv`, where not empty, is k and v [T, Hk, D] and
+    their pages: k is turned too, unless Hq = 0, and both go to the slots [T] of the pages."""
     (T, Hq, D), (k, v, k_pages, v_pages) = q.shape, kv or (q, q, q_out, q_out)
     Hk = k.shape[1] if kv else 0
     if T:
