@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time for A100, H100 / H200 and B200; no GPU or driver is needed.
 
-    python -m bench.compile_check [--chips 80,90,100] [--only SUBSTRING] [--jobs 2] [--json]      from the root
+    python -m bench.compile_check [--chips 80,90,100] [--only SUBSTRING] [--jobs 2] [--json]   from the root
 
 Prints per kernel and chip the registers, bytes of stack (spills), shared memory and tensor-core instructions,
 and one JSON line last. Exits 1 when a kernel does not compile, spills more than SPILL_BYTES, or needs more

@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 import torch
 from duologue.kernels import backend, ops, reference, sparse
-from duologue.kernels.gpu import advantage as gpu_advantage
-from duologue.kernels.gpu import sparse as gpu_sparse
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -272,13 +270,6 @@ def test_triton_kernels_in_the_interpreter() -> None:
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-4_000:]
-
-
-@pytest.mark.parametrize("module", [gpu_sparse, gpu_advantage], ids=lambda m: m.__name__)
-def test_compile_cases_name_every_argument(module: Any) -> None:
-    for kernel, signature, constants, warps in module.compile_cases():
-        assert [*signature, *constants] == list(kernel.arg_names)
-        assert warps in (1, 2, 4, 8)
 
 
 # ---- group advantages ------------------------------------------------------------------------------------------------

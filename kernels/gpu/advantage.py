@@ -1,6 +1,7 @@
 """Group-relative advantages on CUDA. A step has a few thousand members in any order: each program looks
 through all for its own."""
 
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 from collections.abc import Sequence

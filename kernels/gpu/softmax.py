@@ -32,7 +32,7 @@ def noise(seed, position, block):
     block = block.to(tl.uint32) + low * 0
     a, b, c, d = tl.philox(seed, block, block * 0, block * 0 + low, block * 0 + high)
     words = tl.join(tl.join(a, c), tl.join(b, d))
-    words = tl.reshape(words, block.shape[:-1] + (4 * block.shape[-1],))
+    words = tl.reshape(words, block.shape[:-1] + (4 * block.shape[-1],))  # noqa: RUF005
     u = tl.minimum((words.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.9999999403953552)
     w = 1.0 - u  # -log1p(-u) by Kahan's correction of log(w) for the rounding of w
     return -tl.log(tl.where(w == 1.0, u, u * (tl.log(w) / (w - 1.0))))

@@ -8,6 +8,7 @@ contiguous.
 Shapes: N rows, H hidden, V vocabulary, E kept entries of all rows.
 """
 
+# mypy: disable-error-code="attr-defined"
 from __future__ import annotations
 
 from collections.abc import Sequence
