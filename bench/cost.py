@@ -38,8 +38,7 @@ from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
 from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
 
-from bench.common import append_rows
-from bench.workload import rates
+from bench.common import append_rows, ceilings
 
 ANSWER_TOKENS = 60  # of a judge
 LENGTHS = {"max_tokens_per_turn": 256, "max_tokens_final": 512}  # the recipe's
@@ -228,7 +227,7 @@ def main() -> int:
         parser.error("--dialogues, --rounds and --tokens: accepted is 1 or more")
     lengths = {"max_tokens_per_turn": args.tokens, "max_tokens_final": 2 * args.tokens}
     counts, seconds, shape = play(args.dialogues, args.rounds, lengths)
-    bandwidth, rate = rates("cpu")
+    bandwidth, rate = ceilings("cpu")
     here = predict(counts, shape, bandwidth, rate)
     rollout = here["prefill"] + here["decode"]
     there = predict(counts.longer(LENGTHS["max_tokens_per_turn"] / args.tokens), QWEN3_14B, *H200)

@@ -26,8 +26,8 @@ from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, SamplingParams
 
-from bench.common import append_rows
-from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint
+from bench.common import append_rows, tokens_per_second
+from bench.rollout import SHAPES, load_ours, make_checkpoint
 from bench.workload import QWEN3, qwen3
 
 PRIVATE = 16
@@ -100,7 +100,7 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
     runs = {"ours": lambda: play(engine, opening, 8, args.turns, args.tokens)[0]}
     if args.only is None:
         runs["transformers"] = lambda: loop(theirs, opening, 8, args.turns, args.tokens)
-    rates = alternate(runs, args.repeats)
+    speeds = tokens_per_second(runs, args.repeats)
     row: dict[str, Any] = {
         "case": "dialogues",
         "model": args.model,
@@ -109,8 +109,8 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
         "turns": args.turns,
     }
     row["tokens"] = args.tokens
-    row |= {f"{side}_tokens_per_s": round(found[len(found) // 2], 1) for side, found in rates.items()}
-    if "transformers" in rates:
+    row |= {f"{side}_tokens_per_s": round(speed, 1) for side, speed in speeds.items()}
+    if "transformers" in speeds:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     return row | {
         "shared_tokens": engine.stats.shared_tokens,

@@ -1,10 +1,10 @@
 """Rollout throughput beside transformers' `generate`: same weights, same prompts, one process.
 
-    python -m bench.rollout [--only ours] [--json] [--save]      from the root, after `pip install -e '.[bench]'`
+    python -m bench.rollout [--only ours] [--json] [--save]   from the root, after `pip install -e '.[bench]'`
 
-Prompts of 64 tokens, 64 new tokens, sampled. Both sides run on all cores; they take turns, so that both see the same machine. The
-ceiling is the larger of two times per step: reading every weight once at the measured copy bandwidth, and multiplying them at the
-measured rate of the best matrix product of this shape's dtype.
+Prompts of 64 tokens, 64 new tokens, sampled. Both sides run on all cores; they take turns, so that both see
+the same machine. The ceiling is the larger of two times per step: reading every weight once at the measured
+copy bandwidth, and multiplying them at the measured rate of the best matrix product of this shape's dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.common import append_rows
+from bench.common import append_rows, copy_bandwidth, product_rate, tokens_per_second
 
 SHAPES: dict[str, dict[str, Any]] = {
     "4.2M": {
@@ -74,52 +73,16 @@ def load_ours(shape: dict[str, Any], folder: Path, device: str) -> Decoder:
     return model
 
 
-def timed(run: Callable[[], int]) -> float:
-    """Tokens per second of one call."""
-    began = time.perf_counter()
-    tokens = run()
-    return tokens / (time.perf_counter() - began)
-
-
-def alternate(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Each run `repeats` times, taking turns after one warm-up; tokens per second, sorted."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            rates[name].append(timed(run))
-            time.sleep(0.05)  # lets the other side's spinning threads fall asleep
-    return {name: sorted(found) for name, found in rates.items()}
-
-
 def ceiling(model: Decoder, batch: int) -> float:
-    """Tokens per second that the weights' bytes and multiplications allow, both rates measured here and now."""
+    """Tokens per second that the weights' bytes and multiplications allow, both rates measured here and
+    now."""
     weights = [p for p in model.parameters() if p.dim() == 2]
     size = sum(p.nbytes for p in weights)
-    source = torch.empty(64 * 2**20, dtype=torch.float32)
-    target = torch.empty_like(source)
-    best_copy = max(2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) for _ in range(3))
     w = max(weights, key=lambda p: p.numel()).detach()
     x = torch.randn(512, w.shape[1], dtype=w.dtype, device=w.device)
-    rate = (
-        2
-        * x.shape[0]
-        * w.numel()
-        / min(_best_seconds(lambda: backend.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
-    )
+    rate = product_rate(x, w)
     flops = 2 * sum(p.numel() for p in weights) * batch
-    return batch / max(size / best_copy, flops / rate)
-
-
-def _best_seconds(run: Callable[[], Any]) -> float:
-    run()
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best
+    return batch / max(size / copy_bandwidth(), flops / rate)
 
 
 def bench(
@@ -152,10 +115,9 @@ def bench(
     runs: dict[str, Callable[[], int]] = {"ours": ours}
     if not only_ours:
         runs["transformers"] = transformers_generate
-    rates = alternate(runs, repeats)
     row: dict[str, Any] = {"model": name, "dtype": SHAPES[name]["dtype"], "batch": batch}
-    for side, found in rates.items():
-        row[f"{side}_tokens_per_s"] = round(found[len(found) // 2], 1)
+    for side, speed in tokens_per_second(runs, repeats).items():
+        row[f"{side}_tokens_per_s"] = round(speed, 1)
     if not only_ours:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     row["share_of_ceiling"] = round(row["ours_tokens_per_s"] / ceiling(model, batch), 3)

@@ -1,13 +1,16 @@
-"""The common rollout workload: sequences of many lengths, in and out, at once. Ours beside transformers, and the roofline.
+"""The common rollout workload: sequences of many lengths, in and out, at once. Ours beside transformers, and
+the roofline.
 
-    python -m bench.workload [--model 4.2M] [--sequences 64] [--shortest 12 --longest 128] [--only ours] [--json] [--save]
+    python -m bench.workload [--model 4.2M] [--sequences 64] [--shortest 12 --longest 128]
+                             [--only ours] [--json] [--save]
 
-On a GPU: python -m bench.workload --device cuda --model 0.6B --sequences 256 --shortest 100 --longest 1024 --only ours
+On a GPU: --device cuda --model 0.6B --sequences 256 --shortest 100 --longest 1024 --only ours
 
-Prompt and output lengths are uniform between the two bounds; ids and weights are random. Peers get the same: `generate` in batches
-sorted by length, whose rows all run to the batch's longest output; and transformers' continuous batching. Tokens per second count
-what was asked for. The ideal reads the weights once per step and each live sequence's KV, or multiplies the weights, whichever takes
-longer, at the rates measured here. nano-vllm reports 1,434 tokens/s against vLLM's 1,362 for 0.6B on a laptop RTX 4070.
+Prompt and output lengths are uniform between the two bounds; ids and weights are random. Peers get the same:
+`generate` in batches sorted by length, whose rows all run to the batch's longest output; and transformers'
+continuous batching. Tokens per second count what was asked for. The ideal reads the weights once per step and
+each live sequence's KV, or multiplies the weights, whichever takes longer, at the rates measured here.
+nano-vllm reports 1,434 tokens/s against vLLM's 1,362 for 0.6B on a laptop RTX 4070.
 """
 
 from __future__ import annotations
@@ -30,8 +33,8 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.common import append_rows
-from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint, timed
+from bench.common import append_rows, calls, ceilings, tokens_per_second
+from bench.rollout import SHAPES, load_ours, make_checkpoint
 
 QWEN3 = {  # name: hidden, inner, layers, heads
     "0.6B": (1024, 3072, 28, 16),
@@ -125,7 +128,8 @@ def run_continuous(theirs: Any, prompts: list[list[int]], out: list[int]) -> int
 def ideal_seconds(
     model: Decoder, prompts: list[list[int]], out: list[int], bandwidth: float, rate: float
 ) -> float:
-    """All sequences at once: prompts at the rate of a product, then one step for each token of the longest output."""
+    """All sequences at once: prompts at the rate of a product, then one step for each token of the longest
+    output."""
     weights = [
         p
         for name, p in model.named_parameters()
@@ -137,29 +141,6 @@ def ideal_seconds(
         live = [len(p) + step for p, n in zip(prompts, out, strict=True) if n > step]
         seconds += max((size + kv * sum(live)) / bandwidth, 2 * count * len(live) / rate)
     return seconds
-
-
-def rates(device: str) -> tuple[float, float]:
-    """(bytes per second of a copy, FLOP per second of a product in bf16 on a GPU, in fp32 on CPU), the best of several."""
-
-    def best(run: Any) -> float:
-        found = []
-        for _ in range(6):
-            began = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-        return min(found[1:])
-
-    source = torch.ones(2**29 if device != "cpu" else 2**26, device=device)
-    target, n = torch.empty_like(source), 8192 if device != "cpu" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
-    product = min(
-        best(lambda: a @ a),
-        best(lambda: backend.linear(a, a, None, None)) if device == "cpu" else float("inf"),
-    )
-    return 2 * source.nbytes / best(lambda: target.copy_(source)), 2 * n**3 / product
 
 
 def main() -> int:
@@ -211,7 +192,7 @@ def main() -> int:
     if theirs is not None and args.only is None:
         runs["generate"] = lambda: run_generate(theirs, prompts, out, args.batch)
         runs["continuous"] = lambda: run_continuous(theirs, prompts, out)
-    bandwidth, rate = rates(args.device)
+    bandwidth, rate = ceilings(args.device)
     row: dict[str, Any] = {
         "model": args.model,
         "device_type": args.device,
@@ -220,16 +201,15 @@ def main() -> int:
     }
     row |= {"shortest": args.shortest, "longest": args.longest}
     continuous = runs.pop("continuous", None)
-    found = alternate(runs, args.repeats)
+    speeds = tokens_per_second(runs, args.repeats)
     if continuous is not None:  # once, and without a warm-up: its start takes seconds of threads
-        found["continuous"] = [timed(continuous)]
-    for side, speeds in found.items():
-        row[f"{side}_tokens_per_s"] = round(speeds[len(speeds) // 2], 1)
+        speeds["continuous"] = sum(out) / calls(continuous, seconds=0, fewest=1, warm_up=0)[0]
+    for side, speed in speeds.items():
+        row[f"{side}_tokens_per_s"] = round(speed, 1)
         if side != "ours":
             row[f"of_{side}"] = round(row["ours_tokens_per_s"] / row[f"{side}_tokens_per_s"], 2)
-    bandwidth, rate = map(
-        max, zip((bandwidth, rate), rates(args.device), strict=True)
-    )  # the machine may have been slow at first
+    again = ceilings(args.device)  # the machine may have been slow at first
+    bandwidth, rate = max(bandwidth, again[0]), max(rate, again[1])
     row["share_of_ideal"] = round(
         row["ours_tokens_per_s"] * ideal_seconds(model, prompts, out, bandwidth, rate) / sum(out), 3
     )

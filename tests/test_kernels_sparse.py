@@ -130,7 +130,7 @@ def test_what_was_sampled_is_what_is_trained(isa: str, case: Any, dtype: torch.d
 def test_linear_sample_is_linear_then_sample(
     isa: str, dtype: torch.dtype, top_p: float, N: int, H: int, V: int
 ) -> None:
-    hidden, weight, bias = (cases_sparse._randn(*s, dtype=dtype) for s in ((N, H), (V, H), (V,)))
+    hidden, weight, bias = (cases_sparse.randn(*s, dtype=dtype) for s in ((N, H), (V, H), (V,)))
     n = torch.arange(N)
     temperature = torch.where(n % 5 == 3, 0.0, 0.3 + n / N)
     args = (temperature, (n % 3).int() * 4 * (top_p < 1), torch.full((N,), top_p), 0 * temperature, n * 31, n)
@@ -203,8 +203,8 @@ def test_a_row_without_a_support_is_the_full_head(isa: str, dtype: torch.dtype) 
 def test_large_supports_take_the_bits_of_small_ones(isa: str) -> None:
     """Above an eighth of the vocabulary all logits are computed instead of gathered."""
     hidden, weight = (
-        cases_sparse._randn(70, 33, dtype=torch.float32),
-        cases_sparse._randn(300, 33, dtype=torch.float32),
+        cases_sparse.randn(70, 33, dtype=torch.float32),
+        cases_sparse.randn(300, 33, dtype=torch.float32),
     )
     small, large = torch.tensor([3, 40, 299], dtype=torch.int32), torch.arange(0, 300, 3, dtype=torch.int32)
     targets, padding = torch.full((70,), 3), torch.zeros(70, 33)
@@ -224,8 +224,8 @@ def test_draws_are_distributed_as_the_training_op_says(isa: str) -> None:
     """Chi-square of 20,000 truncated draws against brute force in float64, and the op's own probabilities of them."""
     draws, H, V, top_p = 20_000, 8, 41, 0.8
     hidden, weight = (
-        cases_sparse._randn(1, H, dtype=torch.float32),
-        cases_sparse._randn(V, H, dtype=torch.float32) / 3,
+        cases_sparse.randn(1, H, dtype=torch.float32),
+        cases_sparse.randn(V, H, dtype=torch.float32) / 3,
     )
     n = torch.arange(draws)
     half = torch.full((draws,), 0.8)

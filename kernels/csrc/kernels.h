@@ -106,7 +106,8 @@ struct HeadArgs { // log-probs and draws from hidden states: logits = softcap * 
   void *grad_hidden, *grad_weight, *grad_bias; // the last two: zeros, or null when not wanted
 };
 
-struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the order of kernels/layers.py
+struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the order of
+                      // kernels/paged_decoder.py
   const void *input_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
   const void *post_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
   void *k_pages, *v_pages; // [n_pages, page_size, Hk, D]
