@@ -1,11 +1,13 @@
-"""What a dialogue of `collective-agency` costs: requests, tokens and seconds, by a model of the machine that is checked here.
+"""What a dialogue of `collective-agency` costs: requests, tokens and seconds, by a model of the machine that
+is checked here.
 
     python -m bench.cost [--dialogues 16] [--rounds 3] [--json] [--save]
 
-Plays the recipe's protocol on the shipped dilemmas with a random 4.2M model and a judge in this process that agrees after --rounds
-rounds, and makes the update. What was counted (steps, tokens, contexts) goes into the cost model with the rates of a copy and of a
-matrix product measured here; the table shows predicted beside measured seconds. The same counts, in Qwen3-14B's shape and with the
-recipe's lengths, give the seconds on one H200 (4.3 TB/s, 790 TFLOP/s measured elsewhere). The paper reports 13 s per dialogue.
+Plays the recipe's protocol on the shipped dilemmas with a random 4.2M model and a judge in this process that
+agrees after --rounds rounds, and makes the update. What was counted (steps, tokens, contexts) goes into the
+cost model with the rates of a copy and of a matrix product measured here; the table shows predicted beside
+measured seconds. The same counts, in Qwen3-14B's shape and with the recipe's lengths, give the seconds on one
+H200 (4.3 TB/s, 790 TFLOP/s measured elsewhere). The paper reports 13 s per dialogue.
 """
 
 from __future__ import annotations
@@ -71,7 +73,8 @@ class Counts:
     judge_rounds: float  # questions one after the other
 
     def longer(self, factor: float) -> Counts:
-        """The same talks with turns `factor` times as long; openings keep their length, so this is an upper bound."""
+        """The same talks with turns `factor` times as long; openings keep their length, so this is an upper
+        bound."""
         return Counts(
             dialogues=self.dialogues,
             steps=self.steps * factor,
@@ -86,7 +89,8 @@ class Counts:
 
 
 def predict(counts: Counts, shape: Shape, bandwidth: float, rate: float) -> dict[str, float]:
-    """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever takes longer."""
+    """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever
+    takes longer."""
     read = (
         counts.steps * shape.bytes_ / bandwidth + counts.decode * counts.context * shape.kv_bytes / bandwidth
     )

@@ -1,11 +1,13 @@
-"""Two-persona dialogues on the engine beside a plain transformers loop, and what turns, groups and context cost.
+"""Two-persona dialogues on the engine beside a plain transformers loop, and what turns, groups and context
+cost.
 
     python bench/dialogues.py [--only ours] [--json] [--save] [--turns 6] [--tokens 48] [--groups 1]
     python bench/dialogues.py --device cuda --model 0.6B --only ours --groups 16
 
-A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which the sides alternate; G = 8
-dialogues per scenario. Ours keeps both sides' KV between turns and computes the scenario once for all. The loop feeds each turn's whole
-context to `generate`, batched over all dialogues. Both sample; tokens per second count sampled tokens only. Random Qwen3 weights, 4.2M.
+A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which
+the sides alternate; G = 8 dialogues per scenario. Ours keeps both sides' KV between turns and computes the
+scenario once for all. The loop feeds each turn's whole context to `generate`, batched over all dialogues.
+Both sample; tokens per second count sampled tokens only. Random Qwen3 weights, 4.2M.
 """
 
 from __future__ import annotations
@@ -119,7 +121,8 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
 
 
 def costs(model: Decoder, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds per turn as turns, the group and the scenario grow; and the tokens computed that were not sampled."""
+    """Milliseconds per turn as turns, the group and the scenario grow; and the tokens computed that were not
+    sampled."""
     rows = []
     vocab = model.config.vocab_size
     cases = [("turns", 8, 256, n) for n in (2, 4, 8, 12)]

@@ -2,9 +2,10 @@
 
     python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json]
 
-Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six turns with rewinds between
-them, chunked prefill among decoding rows, and in every other round a pool so small that requests are preempted. Each sampled
-token's recorded log-prob is compared with `score`, the packed training forward. Exit code 1 when one differs.
+Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six
+turns with rewinds between them, chunked prefill among decoding rows, and in every other round a pool so small
+that requests are preempted. Each sampled token's recorded log-prob is compared with `score`, the packed
+training forward. Exit code 1 when one differs.
 """
 
 from __future__ import annotations
