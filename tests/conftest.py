@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights, written by transformers: one per family and option, made when first asked for."""
+"""Tiny checkpoints with random weights, written by transformers, made when first asked for."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {  # name: (family, what di
 
 
 def write_transformers_checkpoint(name: str, folder: Path) -> Any:
-    """The transformers model `name` of CHECKPOINTS, also saved in `folder`. No parameter is left at a special value."""
+    """The transformers model `name`, also saved in `folder`. No parameter has a special value."""
     import transformers
 
     family, options = CHECKPOINTS[name]
@@ -78,7 +78,7 @@ def tiny_tokenizer() -> Tokenizer:
 def checkpoint(
     tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Tokenizer
 ) -> Callable[[str], tuple[Path, Any]]:
-    """checkpoint(name) -> (folder, transformers model); the folder holds a tokenizer too. Neither may be changed."""
+    """checkpoint(name) -> (folder with a tokenizer too, transformers model). Neither may be changed."""
     made: dict[str, tuple[Path, Any]] = {}
 
     def get(name: str) -> tuple[Path, Any]:
@@ -99,8 +99,11 @@ def each_checkpoint(
     return checkpoint(request.param)
 
 
-# One run of letters with what stands before it, single digits, punctuation with its newlines, newlines, spaces: as in Qwen's.
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# Letters with what stands before them, single digits, punctuation with its newlines, spaces: as in Qwen's.
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 TEXT = [
     "the cat and the hat and more of my 3 books",
     "user assistant system\n\nthe deal is 2 hats, naïve café\n",
@@ -130,10 +133,11 @@ def write_core(folder: Path, special: list[str], plain: tuple[str, ...] = ()) ->
 
 @pytest.fixture
 def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
-    """make(special, template=None, plain=(), **settings) -> (ours, transformers'), both from one folder of files.
+    """make(special, template=None, plain=(), **settings) -> (ours, transformers'), both from one folder.
 
-    A byte-level BPE tokenizer with the layout of Qwen's and Llama 3's, whose special tokens are the given ones. `plain` are
-    added tokens that are not special; `settings` go into tokenizer_config.json, of which transformers also gets `template`.
+    A byte-level BPE tokenizer with the layout of Qwen's and Llama 3's, whose special tokens are the given
+    ones. `plain` are added tokens that are not special; `settings` go into tokenizer_config.json, of which
+    transformers also gets `template`.
     """
     import transformers
 
@@ -148,6 +152,48 @@ def tokenizer_pair(tmp_path: Path) -> Callable[..., tuple[Tokenizer, Any]]:
         return Tokenizer.from_dir(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Qwen3 as it lies on the Hub, with the model's own chat template."""
+    import shutil
+
+    import transformers
+
+    trl = pytest.importorskip("trl", reason="trl has the chat templates of the models")
+
+    folder = tmp_path_factory.mktemp("models") / "qwen3-tiny"
+    folder.mkdir()
+    write_core(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"])
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    shutil.copy(Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja", folder / "chat_template.jinja")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    config = transformers.Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=8192,
+        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
