@@ -34,9 +34,8 @@ from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Speak, Speaker
 
-from bench.common import append_rows
+from bench.common import append_rows, tokens_per_second
 from bench.models import QWEN3, chosen
-from bench.rollout import alternate
 
 PRIVATE = 16
 Opening = tuple[list[int], list[int]]
@@ -181,7 +180,7 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
         name: partial(play, speaker, opening, 8, args.turns, args.tokens)
         for name, speaker in speakers.items()
     }
-    rates = alternate(runs, args.repeats)
+    rates = tokens_per_second(runs, args.repeats)
     row: dict[str, Any] = {
         "case": "dialogues",
         "model": args.model,
@@ -190,7 +189,7 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
         "turns": args.turns,
     }
     row["tokens"] = args.tokens
-    row |= {f"{side}_tokens_per_s": round(found[len(found) // 2], 1) for side, found in rates.items()}
+    row |= {f"{side}_tokens_per_s": round(speed, 1) for side, speed in rates.items()}
     if "transformers" in rates:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     return row | {
