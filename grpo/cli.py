@@ -141,9 +141,10 @@ def _train(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
+    from duologue.rollout.games.catalogue import GAMES
 
     run = _open_run(options, config)
-    progress = Progress()
+    progress = Progress(measures=GAMES[config.game.name].measures)
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
@@ -292,9 +293,9 @@ def _eval(options: argparse.Namespace) -> int:
             f"{config.game.name} has rules"
         )
     model, tokenizer = load_policy(options.checkpoint, config)
-    engine = build_engine(config, model)
-    metrics, _ = evaluate(engine, tokenizer, build_game(config), config, None)
-    Progress().results({options.checkpoint.name: metrics}, _conditions(config))
+    game = build_game(config)
+    metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
+    Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
         origin = {
             "checkpoint": str(options.checkpoint),

@@ -13,7 +13,7 @@ from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estima
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import ops
-from duologue.kernels.head import LossFn, PolicyLoss
+from duologue.kernels.policy_loss import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder
 from torch import Tensor
 

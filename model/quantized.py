@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import ops
-from duologue.kernels.autograd import linear_backward
+from duologue.kernels.linear import backward_op as linear_backward
 from duologue.model.decoder import Decoder, Linear
 from torch import Tensor, nn
 

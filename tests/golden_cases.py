@@ -53,8 +53,8 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.judge import FeedbackJudge

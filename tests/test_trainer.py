@@ -270,7 +270,7 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     import copy
     import random
 
-    from duologue.grpo.build import build_arena
+    from duologue.grpo.build import build_arena, build_engine
     from duologue.grpo.packing import Row
     from duologue.grpo.rows import view_row
 
@@ -281,7 +281,7 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)  # far from uniform, so that supports are small
-    arena = build_arena(c, model, tokenizer, game)
+    arena = build_arena(c, build_engine(c, model), tokenizer, game)
     group = arena.play([game.sample(random.Random(0), "train")], group_size=3, seed=1)[0]
     rows: list[Row] = [
         view_row(d.views[role], ("utterance",), 0.5 - i - role / 3, i, role)

@@ -268,7 +268,10 @@ class DealGame(SelectionGame[Deal]):
 
     @classmethod
     def published(cls, settings: GameSettings) -> Published:
-        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (3, 10)
+        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (
+            3,
+            10,
+        )
         return PUBLISHED if standard else Published()
 
     @classmethod

@@ -42,7 +42,9 @@ class DilemmaSettings(GameSettings):
 
     dilemmas: str = setting("", "a .jsonl file of dilemmas to train on")
     personas: str = setting("", "a .jsonl file of pairs of personas")
-    tasks: str = setting("", "a .jsonl file of held-out tasks, which bring their personas; alone, of questions")
+    tasks: str = setting(
+        "", "a .jsonl file of held-out tasks, which bring their personas; alone, of questions"
+    )
     prompts: str = setting("", "a folder of prompts that replace the package's")
 
 
@@ -117,7 +119,11 @@ class DilemmaGame(Game):
         return self.scenario(item, "train", (Persona(name, instructions),) * 2)
 
     def outcome(
-        self, rounds: int, agreed: bool = False, failure: str | None = None, answer: Mapping[str, Any] | None = None
+        self,
+        rounds: int,
+        agreed: bool = False,
+        failure: str | None = None,
+        answer: Mapping[str, Any] | None = None,
     ) -> Outcome:
         """`answer` is the judge's, where it scored the resolution."""
         metrics = {} if answer is None else {aspect: float(answer[aspect]) for aspect in ASPECTS}
@@ -170,10 +176,10 @@ class DilemmaGame(Game):
     @classmethod
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         if not outcome.get("agreed"):
-            return cls.failure_in_words(outcome)
+            return cls.failure_in_words(outcome.get("failure"))
         start = "" if cls.alone else f"agreed after {outcome['rounds']} rounds, "
         if outcome["failure"]:
-            return start + cls.failure_in_words(outcome)
+            return start + cls.failure_in_words(outcome.get("failure"))
         return start + f"the judge gives {outcome['scores'][0]:g} of {HIGHEST}"
 
     @classmethod

@@ -112,6 +112,7 @@ class Game(ABC):
     measures: ClassVar[Mapping[str, Measure]] = {}  # of `summarise`, in the order of tables
     failures: ClassVar[Mapping[str, str]] = {}  # the kinds of a failed dialogue, in words
     ending: str = ""  # tells a person how the talk ends
+    selection_form: str = "any words"  # how a person's final statement is written
     final_form: str = "{}"  # a policy's final statement, as a person who plays sees it
 
     def __init__(self, settings: Any = None) -> None:
@@ -163,11 +164,12 @@ class Game(ABC):
         """How a dialogue ended, of its record; an empty one is unscored."""
         if outcome.get("agreed") and not outcome["failure"]:
             return "agreed, {:g} and {:g} points".format(*outcome["scores"])
-        return f"not agreed: {cls.failure_in_words(outcome)}"
+        return f"not agreed: {cls.failure_in_words(outcome.get('failure'))}"
 
     @classmethod
-    def failure_in_words(cls, outcome: Mapping[str, Any]) -> str:
-        kind = outcome.get("failure") or UNSCORED
+    def failure_in_words(cls, kind: str | None) -> str:
+        """None: there is no outcome at all."""
+        kind = kind or UNSCORED
         return {UNSCORED: "nobody gave a valid answer", **cls.failures}.get(kind, kind)
 
     @classmethod

@@ -46,7 +46,6 @@ class SelectionGame(Game, Generic[Context]):
     final_prompt = "selection ?"  # what both sides are asked once the talk is closed
     final_form = "policy states> {}"
     close = CLOSE  # what an utterance that closes the talk ends with
-    selection_form: str  # for people: how a final statement is written
 
     @cached_property
     @abstractmethod
@@ -84,7 +83,7 @@ class SelectionGame(Game, Generic[Context]):
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         if outcome.get("agreed") and not outcome["failure"]:
             return "deal, {:g} and {:g} points".format(*outcome["scores"])
-        return f"no deal: {cls.failure_in_words(outcome)}"
+        return f"no deal: {cls.failure_in_words(outcome.get('failure'))}"
 
     def can_state(self, scenario: Scenario, text: str) -> bool:
         return self.judge(scenario, (text, text)).failure not in UNCLEAR

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch
+from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.judge.asking import check_share
-from duologue.rollout.judge.judge import FeedbackJudge
+from duologue.rollout.judge.judge import Judge
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Group
@@ -57,12 +56,18 @@ class Arena:
         tokenizer: Tokenizer,
         game: Game,
         rules: Rules,
-        judge: FeedbackJudge | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.tokenizer, self.game, self.rules, self.judge = tokenizer, game, rules, judge
         self.contexts = Contexts(tokenizer, game, rules)
         self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
         self._running: dict[Request, _Running] = {}
+
+    @property
+    def engine(self) -> Engine:
+        """The policy's."""
+        assert isinstance(self.speakers.policy, EngineSpeaker)
+        return self.speakers.policy.engine
 
     def play(
         self,

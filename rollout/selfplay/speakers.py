@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.judge.asking import Asking, Fallible
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.selfplay.dialogue import POLICY, Turn, View
@@ -112,7 +112,13 @@ class Server:
     who = "the opponent's server"
 
     def __init__(
-        self, url: str, model: str, ledger: Ledger, tokenizer: Tokenizer, max_unscored_share: float, **limits: Any
+        self,
+        url: str,
+        model: str,
+        ledger: Ledger,
+        tokenizer: Tokenizer,
+        max_unscored_share: float,
+        **limits: Any,
     ) -> None:
         """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
         from duologue.rollout.judge.endpoint import ChatEndpoint
