@@ -1,11 +1,13 @@
-"""What a dialogue of `collective-agency` costs: requests, tokens and seconds, by a model of the machine that is checked here.
+"""What a dialogue of `collective-agency` costs: requests, tokens and seconds, by a model of the machine that
+is checked here.
 
     python -m bench.cost [--dialogues 16] [--rounds 3] [--json] [--save]
 
-Plays the recipe's protocol on the shipped dilemmas with a random 4.2M model and a judge in this process that agrees after --rounds
-rounds, and makes the update. What was counted (steps, tokens, contexts) goes into the cost model with the rates of a copy and of a
-matrix product measured here; the table shows predicted beside measured seconds. The same counts, in Qwen3-14B's shape and with the
-recipe's lengths, give the seconds on one H200 (4.3 TB/s, 790 TFLOP/s measured elsewhere). The paper reports 13 s per dialogue.
+Plays the recipe's protocol on the shipped dilemmas with a random 4.2M model and a judge in this process that
+agrees after --rounds rounds, and makes the update. What was counted (steps, tokens, contexts) goes into the
+cost model with the rates of a copy and of a matrix product measured here; the table shows predicted beside
+measured seconds. The same counts, in Qwen3-14B's shape and with the recipe's lengths, give the seconds on one
+H200 (4.3 TB/s, 790 TFLOP/s measured elsewhere). The paper reports 13 s per dialogue.
 """
 
 from __future__ import annotations
@@ -41,8 +43,7 @@ from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import assign_rewards
 from duologue.rollout.selfplay.rules import Rules
 
-from bench.common import append_rows
-from bench.workload import rates
+from bench.common import append_rows, ceilings
 
 ANSWER_TOKENS = 60  # of a judge
 LENGTHS = {"max_tokens_per_turn": 256, "max_tokens_final": 512}  # the recipe's
@@ -75,7 +76,8 @@ class Counts:
     judge_rounds: float  # questions one after the other
 
     def longer(self, factor: float) -> Counts:
-        """The same talks with turns `factor` times as long; openings keep their length, so this is an upper bound."""
+        """The same talks with turns `factor` times as long; openings keep their length, so this is an upper
+        bound."""
         return Counts(
             dialogues=self.dialogues,
             steps=self.steps * factor,
@@ -90,7 +92,8 @@ class Counts:
 
 
 def predict(counts: Counts, shape: Shape, bandwidth: float, rate: float) -> dict[str, float]:
-    """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever takes longer."""
+    """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever
+    takes longer."""
     read = (
         counts.steps * shape.bytes_ / bandwidth + counts.decode * counts.context * shape.kv_bytes / bandwidth
     )
@@ -231,7 +234,7 @@ def main() -> int:
         parser.error("--dialogues, --rounds and --tokens: accepted is 1 or more")
     lengths = {"max_tokens_per_turn": args.tokens, "max_tokens_final": 2 * args.tokens}
     counts, seconds, shape = play(args.dialogues, args.rounds, lengths)
-    bandwidth, rate = rates("cpu")
+    bandwidth, rate = ceilings("cpu")
     here = predict(counts, shape, bandwidth, rate)
     rollout = here["prefill"] + here["decode"]
     there = predict(counts.longer(LENGTHS["max_tokens_per_turn"] / args.tokens), QWEN3_14B, *H200)

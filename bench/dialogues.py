@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -35,9 +34,8 @@ from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Speak, Speaker
 
-from bench.common import append_rows
-from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint
-from bench.workload import QWEN3, qwen3
+from bench.common import append_rows, tokens_per_second
+from bench.models import QWEN3, chosen
 
 PRIVATE = 16
 Opening = tuple[list[int], list[int]]
@@ -182,7 +180,7 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
         name: partial(play, speaker, opening, 8, args.turns, args.tokens)
         for name, speaker in speakers.items()
     }
-    rates = alternate(runs, args.repeats)
+    rates = tokens_per_second(runs, args.repeats)
     row: dict[str, Any] = {
         "case": "dialogues",
         "model": args.model,
@@ -191,7 +189,7 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
         "turns": args.turns,
     }
     row["tokens"] = args.tokens
-    row |= {f"{side}_tokens_per_s": round(found[len(found) // 2], 1) for side, found in rates.items()}
+    row |= {f"{side}_tokens_per_s": round(speed, 1) for side, speed in rates.items()}
     if "transformers" in rates:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     return row | {
@@ -248,17 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.turns % 2:
         parser.error(f"--turns {args.turns}: accepted is an even number, the sides alternate")
-    theirs = None
-    if args.model in QWEN3:
-        if args.only is None:
-            parser.error(
-                f"--model {args.model}: its weights are made here, without transformers; add --only ours"
-            )
-        model = qwen3(args.model, args.device)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = make_checkpoint(SHAPES[args.model], Path(folder), max_positions=4096).to(args.device)
-            model = load_ours(SHAPES[args.model], Path(folder), args.device)
+    theirs, model = chosen(parser, args, max_positions=4096)
     compared, grown = compare(model, theirs, args), costs(model, args)
     if not args.json:
         for row in (compared, *grown):

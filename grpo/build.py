@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo.config import Config, game_settings
+from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from duologue.rollout.selfplay.speakers import Server
 
 
 def build_game(config: Config) -> Game:
-    return GAMES[config.game.name](game_settings(config.game))
+    return GAMES[config.game.name](config.game)
 
 
 def build_judge(
@@ -132,10 +132,9 @@ def build_arena(
     temperature: float | None = None,
 ) -> Arena:
     """An arena on `engine`; `temperature` replaces the one of training, and a final is then always written."""
-    d = config.dialogue
-    rules = Rules(**dataclasses.asdict(d))
+    rules = config.dialogue
     if temperature is not None:
-        final = d.final_temperature if temperature else 0.0
+        final = rules.final_temperature if temperature else 0.0
         rules = dataclasses.replace(
             rules, temperature=temperature, final_temperature=final, always_final=True
         )

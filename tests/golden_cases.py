@@ -53,8 +53,8 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.judge import FeedbackJudge
@@ -363,7 +363,7 @@ def policy_gradient(
         }
         for r in rows
     ]
-    return {**dataclasses.asdict(stats), **row_stats, **extra}, found
+    return {**stats.metrics(), **row_stats, **extra}, found
 
 
 def imitation_gradient(
@@ -375,7 +375,7 @@ def imitation_gradient(
     stats = accumulate_imitation_gradient(
         model, rows, max_tokens=max_tokens, coefficient=coefficient, dropout_seed=12
     )
-    return dataclasses.asdict(stats)
+    return stats.metrics()
 
 
 def optimizer_step(optimizer: Optimizer, lr: float) -> float:

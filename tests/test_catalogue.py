@@ -17,9 +17,9 @@ from duologue.grpo.rows import demonstration_rows
 from duologue.grpo.run_dir import read_lines
 from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS, corpus
+from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import MAX_UTTERANCES, ScriptedDialogue
 from duologue.rollout.games.selection import CLOSE
-from duologue.rollout.games.game import Game
 
 TINY = [
     "model.hidden_size=32",

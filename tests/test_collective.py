@@ -493,7 +493,9 @@ def test_rewards_of_a_finished_run_come_from_its_files_alone(
         )
     answers = dict(judge.answered(wait=True))
     judge.close()
-    assert [sum(answers[i][aspect] for aspect in ASPECTS) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
+    assert [sum(answers[i][aspect] for aspect in ASPECTS) / 4 for i in range(len(agreed))] == [
+        d["reward"][0] for d in agreed
+    ]
 
 
 # ---- a server that is not ours ---------------------------------------------------------------------------------------

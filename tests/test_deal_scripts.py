@@ -11,11 +11,11 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
-from duologue.rollout.games.selection import CLOSE, Vector
 from duologue.rollout.games.deal import Deal, DealGame, DealSettings, summarise
 from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, Vector
 
 GAME = DealGame()
 CORPUS = corpus(GAME, 4000, seed=11)

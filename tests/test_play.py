@@ -20,8 +20,8 @@ import pytest
 from duologue.grpo.cli import main
 from duologue.grpo.commands.play import Terminal
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.seeds import derive_seed
 from test_cli import TINY

@@ -9,10 +9,10 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
-from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.game import Outcome
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 
 GAME = PriceGame()
 CONTEXTS = [*GAME.splits["train"], *GAME.splits["heldout"]]

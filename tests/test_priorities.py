@@ -10,12 +10,12 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
-from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.deal import Deal, Vector, class_of
 from duologue.rollout.games.deal_scripts import scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 
 GAME = PrioritiesGame()
 CORPUS = corpus(GAME, 3000, seed=9)

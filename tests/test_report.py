@@ -16,8 +16,8 @@ from duologue.grpo.commands.report import _pieces, write_report
 from duologue.grpo.config import load_config
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.games.deal import DealGame, summarise
+from duologue.rollout.games.scripted import ScriptedDialogue
 
 IMITATION, SELFPLAY = 60, 40
 HOSTILE = "<script>alert('1')</script> & \"quoted\""

@@ -148,10 +148,10 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
 
 def compare(config: Config, models: dict[str, tuple[Decoder, Tokenizer]]) -> dict[str, Any]:
     """`models`: the policy that is measured, and perhaps one to compare it with. See the module; JSON-able."""
-    c = config.game
-    if c.name == "dilemma_alone":  # a recipe without talks has no context for them
+    texts = config.game
+    if texts.name == "dilemma_alone":  # a recipe without talks has no context for them
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
-    texts = DilemmaSettings(dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
+    assert isinstance(texts, DilemmaSettings)
     questions = config.eval.questions or str(DilemmaGame.questions)
     talks, alone = DilemmaGame(texts), AloneGame(dataclasses.replace(texts, tasks=questions))
     scorer, second = judges(config, next(iter(models.values())))

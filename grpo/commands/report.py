@@ -19,7 +19,7 @@ from typing import Any
 import jinja2
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
 from duologue.grpo.console import COUNT
-from duologue.grpo.run_dir import iter_lines, read_lines
+from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
 from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.catalogue import GAMES
@@ -99,10 +99,10 @@ def _summary(run_dir: Path) -> dict[str, Any]:
     """summary.json, or what the newest checkpoint of an unfinished run knows of it."""
     found = run_dir / "summary.json"
     if not found.is_file():
-        states = sorted(run_dir.glob("checkpoints/step_*/trainer_state.json"))
-        if not states:
+        latest = latest_checkpoint(run_dir)
+        if latest is None:
             return {}
-        found = states[-1]
+        found = latest / STATE
     try:
         summary: dict[str, Any] = json.loads(found.read_text("utf-8"))
     except ValueError as error:

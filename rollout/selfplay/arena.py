@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch
+from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.judge.asking import check_share
 from duologue.rollout.judge.judge import Judge

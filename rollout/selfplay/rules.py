@@ -31,7 +31,7 @@ class Rules:
     )
     final_top_p: float = setting(0.0, "of a final statement; 0: as top_p", least=0, most=1)
     first_speaker: str = setting("random", "side that speaks first", one_of=("random", "first", "alternate"))
-    always_final: bool = setting(False, "write a final, not scored, where a judge saw no agreement too")
+    always_final: bool = False  # no key: a final is written, not scored, where a judge saw no agreement too
 
     def __post_init__(self) -> None:
         check("dialogue", self)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.judge.asking import Asking, Fallible
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.selfplay.dialogue import POLICY, Turn, View

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duologue.rollout.engine.sequence import Branch, Completion
+from duologue.rollout.engine.engine import Branch
+from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.judge.questions import Case
 from duologue.rollout.seeds import derive_seed
