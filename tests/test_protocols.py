@@ -1,4 +1,6 @@
-"""What somebody adds: a protocol is one function, a game is one file, an entry and a recipe; both show everywhere."""
+"""What somebody adds: a protocol is one function, a game is one file, an entry and a recipe; both show
+everywhere.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,10 @@ class GuessGame(SelectionGame):
 
     name = "guess"
     splits = {"train": list(range(8)), "heldout": [8, 9]}
-    measures = {"agreement": Measure("same guess", "{:.1%}", "same"), "sum": Measure("sum of guesses", "{:.2f}", "sum")}
+    measures = {
+        "agreement": Measure("same guess", "{:.1%}", "same"),
+        "sum": Measure("sum of guesses", "{:.2f}", "sum"),
+    }
     failures = {"no_close": "nobody dared to close", "apart": "two guesses far apart"}
 
     def scenario(self, context, split):
@@ -152,15 +157,22 @@ class GuessGame(SelectionGame):
         n = max(len(outcomes), 1)
         shares = {f"failure_{kind}": sum(o.failure == kind for o in outcomes) / n for kind in self.failures}
         total = sum(o.metrics.get("sum", 0.0) for o in outcomes)
-        return {"dialogues": float(len(outcomes)), "agreement": sum(o.agreed for o in outcomes) / n, "sum": total, **shares}
+        agreement = sum(o.agreed for o in outcomes) / n
+        return {"dialogues": float(len(outcomes)), "agreement": agreement, "sum": total, **shares}
 
 
 def script(game, scenario, rng):
     said = str(scenario.data)
-    turns = [(0, f"i say {said}", "utterance"), (1, f"so do i {CLOSE}", "utterance"), (1, said, "final"), (0, said, "final")]
+    turns = [(0, f"i say {said}", "utterance"), (1, f"so do i {CLOSE}", "utterance")]
+    turns += [(1, said, "final"), (0, said, "final")]
     outcome = game.judge(scenario, (said, said))
     return ScriptedDialogue(
-        scenario=scenario, first_speaker=0, temperaments=("", ""), turns=turns, outcome=outcome, final_prompt=game.final_prompt
+        scenario=scenario,
+        first_speaker=0,
+        temperaments=("", ""),
+        turns=turns,
+        outcome=outcome,
+        final_prompt=game.final_prompt,
     )
 '''
 RECIPE = """
