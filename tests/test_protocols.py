@@ -1,30 +1,22 @@
-"""What somebody adds: a protocol is one function, a game is one file, an entry and a recipe; both show everywhere."""
+"""What somebody adds: a protocol is one function, a game is one file, an entry and a recipe; both show
+everywhere.
+"""
 
 from __future__ import annotations
 
 import importlib.util
-import io
-import json
 import random
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from duologue.grpo.advantage import RunningBaseline
-from duologue.grpo.commands.report import write_report
-from duologue.grpo.config import GrpoSection, load_config
-from duologue.grpo.console import Progress
+from duologue.grpo.config import GrpoSection
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.rows import grpo_rows
-from duologue.grpo.run_dir import RunDir
-from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_policy_gradient
-from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS
@@ -36,7 +28,7 @@ from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Opponent
 from duologue.rollout.selfplay.talk import Talk
 from test_report import Page
-from test_trainer import TINY
+from tiny import TINY, decoder
 
 
 def ultimatum(talk: Talk) -> Protocol:
@@ -75,28 +67,11 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["you offer 3 take it ? you answer 0 1 2"] * 4, 290)
 
 
-def model(tokenizer: Tokenizer) -> Decoder:
-    decoder = Decoder(
-        ModelConfig(
-            model_type="qwen3",
-            vocab_size=tokenizer.vocab_size,
-            hidden_size=32,
-            intermediate_size=48,
-            num_layers=2,
-            num_heads=2,
-            num_kv_heads=1,
-            head_dim=16,
-            max_position_embeddings=300,
-        )
-    )
-    decoder.init_weights(0)
-    return decoder
-
-
 def test_a_third_protocol_is_one_function(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is played, also against an opponent, and the policy learns from its rows."""
     monkeypatch.setitem(PROTOCOLS, "ultimatum", ultimatum)
-    policy, other, game = model(tokenizer), model(tokenizer), Ultimatum()
+    game = Ultimatum()
+    policy, other = (decoder(vocab_size=tokenizer.vocab_size) for _ in range(2))
     rules = Rules(max_tokens_per_turn=7, max_tokens_final=5, first_speaker="alternate")
     engine, beside = Engine(policy, cache_tokens=8192), Engine(other, cache_tokens=8192)
     arena, rng = Arena(engine, tokenizer, game, rules), random.Random(0)
@@ -123,13 +98,18 @@ def test_a_third_protocol_is_one_function(tokenizer: Tokenizer, monkeypatch: pyt
 
 
 def facts(groups: Sequence[Group]) -> list[Any]:
-    return [(d.first_speaker, [(t.token_ids, t.logprobs) for t in d.turns]) for g in groups for d in g.dialogues]
+    return [
+        (d.first_speaker, [(t.token_ids, t.logprobs) for t in d.turns]) for g in groups for d in g.dialogues
+    ]
 
 
-def test_groups_are_drawn_by_their_global_number(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_groups_are_drawn_by_their_global_number(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two halves of a step, played apart, are the whole step."""
     monkeypatch.setitem(PROTOCOLS, "ultimatum", ultimatum)
-    policy, game, rng = model(tokenizer), Ultimatum(), random.Random(0)
+    policy, game = decoder(vocab_size=tokenizer.vocab_size), Ultimatum()
+    rng = random.Random(0)
     scenarios = [game.sample(rng, "train") for _ in range(4)]
     for first_speaker in ("random", "alternate"):
         rules = Rules(max_tokens_per_turn=7, max_tokens_final=5, first_speaker=first_speaker)
@@ -153,7 +133,10 @@ class GuessGame(SelectionGame):
 
     name = "guess"
     splits = {"train": list(range(8)), "heldout": [8, 9]}
-    measures = {"agreement": Measure("same guess", "{:.1%}", "same"), "sum": Measure("sum of guesses", "{:.2f}", "sum")}
+    measures = {
+        "agreement": Measure("same guess", "{:.1%}", "same"),
+        "sum": Measure("sum of guesses", "{:.2f}", "sum"),
+    }
     failures = {"no_close": "nobody dared to close", "apart": "two guesses far apart"}
 
     def scenario(self, context, split):
@@ -174,15 +157,22 @@ class GuessGame(SelectionGame):
         n = max(len(outcomes), 1)
         shares = {f"failure_{kind}": sum(o.failure == kind for o in outcomes) / n for kind in self.failures}
         total = sum(o.metrics.get("sum", 0.0) for o in outcomes)
-        return {"dialogues": float(len(outcomes)), "agreement": sum(o.agreed for o in outcomes) / n, "sum": total, **shares}
+        agreement = sum(o.agreed for o in outcomes) / n
+        return {"dialogues": float(len(outcomes)), "agreement": agreement, "sum": total, **shares}
 
 
 def script(game, scenario, rng):
     said = str(scenario.data)
-    turns = [(0, f"i say {said}", "utterance"), (1, f"so do i {CLOSE}", "utterance"), (1, said, "final"), (0, said, "final")]
+    turns = [(0, f"i say {said}", "utterance"), (1, f"so do i {CLOSE}", "utterance")]
+    turns += [(1, said, "final"), (0, said, "final")]
     outcome = game.judge(scenario, (said, said))
     return ScriptedDialogue(
-        scenario=scenario, first_speaker=0, temperaments=("", ""), turns=turns, outcome=outcome, final_prompt=game.final_prompt
+        scenario=scenario,
+        first_speaker=0,
+        temperaments=("", ""),
+        turns=turns,
+        outcome=outcome,
+        final_prompt=game.final_prompt,
     )
 '''
 RECIPE = """
@@ -212,9 +202,7 @@ def test_a_new_game_is_a_file_an_entry_and_a_recipe(
     from duologue.grpo.cli import main
 
     path = tmp_path / "run"
-    small = [w for w in TINY if not w.startswith(("game.", "dialogue."))]
-    more = ["imitation.steps=2", "train.steps=2", "train.kl_every=0", "grpo.imitation_coef=0"]
-    assert main(["train", str(tmp_path / "guess.toml"), *small, *more, "--run-dir", str(path)]) == 0
+    assert main(["train", str(tmp_path / "guess.toml"), *TINY, "--run-dir", str(path)]) == 0
     shown = capsys.readouterr().out
     progress = next(line for line in shown.splitlines() if line.startswith("self-play 2/2"))
     assert "same " in progress

@@ -27,14 +27,18 @@ from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers, 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Question:
-    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there is none."""
+    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there
+    is none.
+    """
 
     kind: str
     case: Case
 
 
 class Talk:
-    """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what `turn` and `question` make."""
+    """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what
+    `turn` and `question` make.
+    """
 
     def __init__(
         self,
@@ -70,7 +74,9 @@ class Talk:
         return self._left
 
     def turn(self, role: int, kind: int = UTTERANCE, draw: int | str | None = None) -> Speak:
-        """`role`'s next words. Draws of a dialogue that must differ have different `draw`s, by default the turn's number."""
+        """`role`'s next words. Draws of a dialogue that must differ have different `draw`s, by default the
+        turn's number.
+        """
         seed = derive_seed(self._seed, len(self.turns) if draw is None else draw)
         question = self.game.final_prompt if kind == FINAL else ""
         apart = kind == FINAL and bool(self.game.final_parts(self.scenario))
