@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -21,44 +20,21 @@ from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.common import append_rows, best_seconds
+from bench.common import append_rows, copy_bandwidth, product_rate, tokens_per_second
 from bench.models import SHAPES, both
 
 PROMPT, NEW = 64, 64
-
-
-def timed(run: Callable[[], int]) -> float:
-    """Tokens per second of one call."""
-    began = time.perf_counter()
-    tokens = run()
-    return tokens / (time.perf_counter() - began)
-
-
-def alternate(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Each run `repeats` times, taking turns after one warm-up; tokens per second, sorted."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            rates[name].append(timed(run))
-            time.sleep(0.05)  # lets the other side's spinning threads fall asleep
-    return {name: sorted(speeds) for name, speeds in rates.items()}
 
 
 def ceiling(model: Decoder, batch: int) -> float:
     """Tokens per second that the weights' bytes and multiplications allow, at rates measured here and now."""
     weights = [p for p in model.parameters() if p.dim() == 2]
     size = sum(p.nbytes for p in weights)
-    source = torch.empty(64 * 2**20, dtype=torch.float32)
-    target = torch.empty_like(source)
-    bandwidth = max(2 * source.nbytes / best_seconds(lambda: target.copy_(source)) for _ in range(3))
     w = max(weights, key=lambda p: p.numel()).detach()
     x = torch.randn(512, w.shape[1], dtype=w.dtype, device=w.device)
-    products = (lambda: backend.linear(x, w, None, None), lambda: x @ w.t())
-    rate = 2 * x.shape[0] * w.numel() / min(map(best_seconds, products))
+    rate = product_rate(x, w)
     flops = 2 * sum(p.numel() for p in weights) * batch
-    return batch / max(size / bandwidth, flops / rate)
+    return batch / max(size / copy_bandwidth(), flops / rate)
 
 
 def bench(
@@ -91,10 +67,9 @@ def bench(
     runs: dict[str, Callable[[], int]] = {"ours": ours}
     if not only_ours:
         runs["transformers"] = transformers_generate
-    rates = alternate(runs, repeats)
     row: dict[str, Any] = {"model": name, "dtype": SHAPES[name]["dtype"], "batch": batch}
-    for side, speeds in rates.items():
-        row[f"{side}_tokens_per_s"] = round(speeds[len(speeds) // 2], 1)
+    for side, speed in tokens_per_second(runs, repeats).items():
+        row[f"{side}_tokens_per_s"] = round(speed, 1)
     if not only_ours:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     row["share_of_ceiling"] = round(row["ours_tokens_per_s"] / ceiling(model, batch), 3)

@@ -31,9 +31,8 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.common import append_rows, best_seconds
+from bench.common import append_rows, calls, ceilings, tokens_per_second
 from bench.models import QWEN3, SHAPES, chosen
-from bench.rollout import alternate, timed
 
 
 def lengths(n: int, shortest: int, longest: int) -> tuple[list[int], list[int]]:
@@ -114,20 +113,6 @@ def ideal_seconds(
     return seconds
 
 
-def rates(device: str) -> tuple[float, float]:
-    """The best bytes per second of a copy, and FLOP per second of a product in bf16 on a GPU, fp32 on CPU."""
-    on_cpu = device == "cpu"
-    source = torch.ones(2**26 if on_cpu else 2**29, device=device)
-    target = torch.empty_like(source)
-    copy = best_seconds(lambda: target.copy_(source), device)
-    n = 1024 if on_cpu else 8192
-    a = torch.randn(n, n, device=device, dtype=torch.float32 if on_cpu else torch.bfloat16)
-    product = best_seconds(lambda: a @ a, device)
-    if on_cpu:
-        product = min(product, best_seconds(lambda: backend.linear(a, a, None, None)))
-    return 2 * source.nbytes / copy, 2 * n**3 / product
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,7 +150,7 @@ def main() -> int:
     if theirs is not None and args.only is None:
         runs["generate"] = lambda: run_generate(theirs, prompts, out, args.batch)
         runs["continuous"] = lambda: run_continuous(theirs, prompts, out)
-    bandwidth, rate = rates(args.device)
+    bandwidth, rate = ceilings(args.device)
     row: dict[str, Any] = {
         "model": args.model,
         "device_type": args.device,
@@ -174,14 +159,14 @@ def main() -> int:
     }
     row |= {"shortest": args.shortest, "longest": args.longest}
     continuous = runs.pop("continuous", None)
-    measured = alternate(runs, args.repeats)
+    speeds = tokens_per_second(runs, args.repeats)
     if continuous is not None:  # once, and without a warm-up: its start takes seconds of threads
-        measured["continuous"] = [timed(continuous)]
-    for side, speeds in measured.items():
-        row[f"{side}_tokens_per_s"] = round(speeds[len(speeds) // 2], 1)
+        speeds["continuous"] = sum(out) / calls(continuous, seconds=0, fewest=1, warm_up=0)[0]
+    for side, speed in speeds.items():
+        row[f"{side}_tokens_per_s"] = round(speed, 1)
         if side != "ours":
             row[f"of_{side}"] = round(row["ours_tokens_per_s"] / row[f"{side}_tokens_per_s"], 2)
-    again = rates(args.device)  # the machine may have been slow at first
+    again = ceilings(args.device)  # the machine may have been slow at first
     bandwidth, rate = max(bandwidth, again[0]), max(rate, again[1])
     row["share_of_ideal"] = round(
         row["ours_tokens_per_s"] * ideal_seconds(model, prompts, out, bandwidth, rate) / sum(out), 3

@@ -1,8 +1,9 @@
-"""A frozen base in four bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) under an adapter, by bitsandbytes where it is installed.
+"""A frozen base in four bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) under an adapter, by bitsandbytes
+where it is installed.
 
-Only the weights of the layers' linears are packed; embedding, head and norms stay as they are. Each use unpacks one weight, in the
-forward and again in the backward, so that no unpacked copy outlives its layer. Rollout and training unpack to the same values:
-their log-probs agree as they do without.
+Only the weights of the layers' linears are packed; embedding, head and norms stay as they are. Each use
+unpacks one weight, in the forward and again in the backward, so that no unpacked copy outlives its layer.
+Rollout and training unpack to the same values: their log-probs agree as they do without.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import ops
-from duologue.kernels.autograd import linear_backward
+from duologue.kernels.linear import backward_op as linear_backward
 from duologue.model.decoder import Decoder, Linear
 from torch import Tensor, nn
 
@@ -70,7 +71,8 @@ def _functional() -> Any:
 
 
 def quantize(model: Decoder) -> Decoder:
-    """Pack the layers' linears of `model` in place; what they took before is free when nobody else holds it."""
+    """Pack the layers' linears of `model` in place; what they took before is free when nobody else
+    holds it."""
     model.requires_grad_(False)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):

@@ -437,7 +437,7 @@ def test_the_policy_scores_its_own_answers_by_its_starting_weights(
         answers |= dict(judge.answered(wait=True))
     judge.close()
     for i, d in enumerate(found):  # the frozen start, though the policy has moved
-        assert d["reward"][0] == sum(answers[i].values()) / 4
+        assert d["reward"][0] == sum(answers[i][aspect] for aspect in ASPECTS) / 4
     offline = [f"judge.ledger={tmp_path / 'run' / 'judge.sqlite'}", "judge.offline=true"]
     assert run("again", *settings, *offline, recipe="dynamic-alignment") == 0
     assert dialogues(tmp_path / "again") == found
@@ -493,7 +493,9 @@ def test_rewards_of_a_finished_run_come_from_its_files_alone(
         )
     answers = dict(judge.answered(wait=True))
     judge.close()
-    assert [sum(answers[i].values()) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
+    assert [sum(answers[i][aspect] for aspect in ASPECTS) / 4 for i in range(len(agreed))] == [
+        d["reward"][0] for d in agreed
+    ]
 
 
 # ---- a server that is not ours ---------------------------------------------------------------------------------------

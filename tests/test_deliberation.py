@@ -22,12 +22,21 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.judge.judge import Ask, FeedbackJudge
+from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
+from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
-from duologue.rollout.selfplay.dialogue import FINAL, PROMPT, UTTERANCE, Dialogue, Group
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.dialogue import (
+    FINAL,
+    PROMPT,
+    UTTERANCE,
+    Dialogue,
+    Group,
+    assign_rewards,
+)
+from duologue.rollout.selfplay.rules import Rules
 from judge_server import answer, inside, scores
 from torch import Tensor
 
@@ -41,7 +50,14 @@ TWO = {
     "first": {"name": "Cy", "instructions": "be quick"},
     "second": {"name": "Di", "instructions": "be sure"},
 }
-RULES = {"max_rounds": 3, "max_tokens_per_turn": 9, "max_tokens_final": 11, "temperature": 0.7, "top_p": 0.9}
+RULES = {
+    "max_rounds": 3,
+    "max_tokens_per_turn": 9,
+    "max_tokens_final": 11,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "context": "last_2",
+}
 TEMPLATE = (  # thoughts stand before a reply and leave the history, as in Qwen3
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{{ '(think)' if m['role'] == 'assistant' and loop.last }}{{ m['content'] + '<|end|>' }}{% endfor %}"
@@ -125,7 +141,8 @@ def game(tmp_path: Path) -> Callable[..., DilemmaGame]:
         }
         for key, found in rows.items():
             (tmp_path / f"{key}.jsonl").write_text("\n".join(map(json.dumps, found)))
-        return DilemmaGame(alone=alone, **{key: str(tmp_path / f"{key}.jsonl") for key in rows})
+        settings = DilemmaSettings(**{key: str(tmp_path / f"{key}.jsonl") for key in rows})
+        return (AloneGame if alone else DilemmaGame)(settings)
 
     return make
 
@@ -152,7 +169,7 @@ class Table:
         prompts = {kind: load_prompt(kind) for kind in REQUIRED}
         self.judge = FeedbackJudge(self.backend, Ledger(path), prompts, max_unscored_share=0.99)
         self.engine = Engine(self.model, **{"cache_tokens": 16384, **engine})
-        self.arena = Deliberation(self.engine, tokenizer, game, TalkRules(**{**RULES, **rules}), self.judge)
+        self.arena = Arena(self.engine, tokenizer, game, Rules(**{**RULES, **rules}), self.judge)
 
     def play(self, n: int = 2, size: int = 4, split: str = "train") -> list[Group]:
         rng = random.Random(1)
@@ -160,7 +177,7 @@ class Table:
         assert [len(group.dialogues) for group in groups] == [size] * n
         assert not self.engine.busy
         assert not self.engine._branches
-        self.judge.settle([d for group in groups for d in group.dialogues])
+        assign_rewards(self.game, [d for group in groups for d in group.dialogues])
         return groups
 
 
@@ -403,7 +420,7 @@ def test_the_longest_context_is_a_bound_that_is_nearly_met(table: Any, tokenizer
             continue
         here = table(tokenizer, judge=refusing, always_final=True, **rules)
         found = max(len(view.token_ids) for d in every(here.play(n=6, split="heldout")) for view in d.views)
-        assert found <= here.arena.longest_context() < 1.6 * found
+        assert found <= here.arena.contexts.longest() < 1.6 * found
 
 
 # ---- the gradient ----------------------------------------------------------------------------------------------------

@@ -12,19 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from duologue.grpo.build import build_arena, build_judge
+from duologue.grpo.build import build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.judge.judge import UNSCORED, FeedbackJudge
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
+from duologue.rollout.games.game import UNSCORED
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.questions import PREFERENCE, Case
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
 from rich.table import Table
 
-Policy = tuple[Decoder, Tokenizer]
+Policy = tuple[Engine, Tokenizer]
 Interval = dict[str, float | None]  # value, low, high; None where nothing was measured
 RESAMPLES = 2000
 
@@ -59,11 +61,12 @@ def hold(
     policy: Policy, game: DilemmaGame, config: Config, judge: FeedbackJudge, temperature: float
 ) -> list[Dialogue]:
     """One dialogue, or answer, per held-out task, in their order."""
-    arena = build_arena(config, *policy, game, judge, temperature=temperature)
-    scenarios = [
-        game.scenario(item, "heldout", item[2]) for item in game.items["heldout"][: config.eval.dialogues]
-    ]
+    engine, tokenizer = policy
+    arena = build_arena(config, engine, tokenizer, game, judge, temperature=temperature)
+    tasks = game.items["heldout"][: config.eval.dialogues]
+    scenarios = [game.scenario(item, "heldout", item.personas) for item in tasks]
     groups = arena.play(scenarios, group_size=1, seed=derive_seed(config.train.seed, "eval"))
+    engine.release_memory()
     return [group.dialogues[0] for group in groups]
 
 
@@ -126,37 +129,36 @@ def prefer(
     }
 
 
-def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJudge, FeedbackJudge]:
+def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJudge, FeedbackJudge]:
     """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model name."""
     ledger = Path(":memory:")
     start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
-    scorer = build_judge(config, game, ledger, start)
-    assert isinstance(scorer, FeedbackJudge)
+    scorer = build_judge(config, ledger, start)
+    assert scorer is not None
     e = config.eval
     if not (e.judge_url or e.judge_model):
         return scorer, scorer
     other = dataclasses.replace(
         config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model
     )
-    second = build_judge(dataclasses.replace(config, judge=other), game, ledger, start)
-    assert isinstance(second, FeedbackJudge)
+    second = build_judge(dataclasses.replace(config, judge=other), ledger, start)
+    assert second is not None
     return scorer, second
 
 
-def compare(config: Config, policies: dict[str, Policy]) -> dict[str, Any]:
-    """`policies`: the one that is measured, and perhaps one to compare it with. See the module; JSON-able."""
-    c = config.game
-    if c.name == "dilemma_alone":  # a recipe without talks has no context for them
+def compare(config: Config, models: dict[str, tuple[Decoder, Tokenizer]]) -> dict[str, Any]:
+    """`models`: the policy that is measured, and perhaps one to compare it with. See the module; JSON-able."""
+    texts = config.game
+    if texts.name == "dilemma_alone":  # a recipe without talks has no context for them
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
-    talks = DilemmaGame(dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
-    alone = DilemmaGame(
-        alone=True,
-        dilemmas=c.dilemmas,
-        personas=c.personas,
-        tasks=config.eval.questions or str(talks.questions),
-        prompts=c.prompts,
-    )
-    scorer, second = judges(config, talks, next(iter(policies.values())))
+    assert isinstance(texts, DilemmaSettings)
+    questions = config.eval.questions or str(DilemmaGame.questions)
+    talks, alone = DilemmaGame(texts), AloneGame(dataclasses.replace(texts, tasks=questions))
+    scorer, second = judges(config, next(iter(models.values())))
+    policies: dict[str, Policy] = {}
+    for name, (model, tokenizer) in models.items():
+        policies[name] = build_engine(config, model), tokenizer
+        policies[name][0].release_memory()  # only one pool is there at a time
     result: dict[str, Any] = {
         "judge": scorer.backend.name,
         "preference_judge": second.backend.name,

@@ -23,7 +23,8 @@ def version(name: str) -> str:
 
 
 def largest_mismatch(device: str) -> float:
-    """Largest difference between the engine's log-probs and the training forward's, on a small random model."""
+    """Largest difference between the engine's log-probs and the training forward's, on a small random
+    model."""
     config = ModelConfig(
         model_type="qwen3",
         vocab_size=257,
@@ -62,7 +63,7 @@ def examine() -> int:
         torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})",
     )
     table.add_row("CPU tensors", backend.describe())
-    table.add_row("CUDA tensors", "PyTorch" if cuda else "no CUDA device")
+    table.add_row("CUDA tensors", backend.describe("cuda") if cuda else "no CUDA device")
     mismatch = largest_mismatch("cpu")
     broken = backend.available() and mismatch != 0.0
     verdict = "exact" if mismatch == 0.0 else "NOT EXACT" if broken else "approximate, as PyTorch is"

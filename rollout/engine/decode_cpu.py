@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 
 import torch
-from duologue.kernels.layers import PagedDecoder
+from duologue.kernels.paged_decoder import PagedDecoder
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter
 from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
