@@ -13,6 +13,7 @@ from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
@@ -71,7 +72,9 @@ def build_judge(
 
         def engine() -> tuple[Engine, Tokenizer]:
             model, tokenizer = load()
-            return build_engine(config, model, 65_536), tokenizer  # the policy's pool took what was free
+            return build_engine(
+                config, model, CACHE_TOKENS
+            ), tokenizer  # the policy's pool took what was free
 
         backend = ModelJudge(engine, **answers)
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
