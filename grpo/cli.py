@@ -174,9 +174,9 @@ def _config(recipe: str, overrides: list[str], shortcuts: dict[str, Any]) -> Con
     config = load_config(recipe, overrides)
     device = torch.device(config.model.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         raise ValueError(
-            f"model.device = {config.model.device!r}: accepted is cpu or one of {found} CUDA devices here"
+            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
         )
     return config
 
@@ -222,15 +222,15 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: Any) -> None:
+    def ask_to_stop(*_: Any) -> None:
         stop.set()
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     try:
         for number in before:
-            signal.signal(number, ask)
+            signal.signal(number, ask_to_stop)
         yield stop
     finally:
         for number, handler in before.items():

@@ -128,9 +128,7 @@ class Trainer:
 
     @clocked
     def play(self) -> list[Group]:
-        """This rank's groups of the step, with their rewards. Both sides are the policy, or one is an
-        opponent.
-        """
+        """This rank's groups of the step, with their rewards and what they cost."""
         c = self.config.grpo
         rng = random.Random(self._seed("scenarios"))
         scenarios = [self.game.sample(rng, "train") for _ in range(c.groups_per_step)]
@@ -151,9 +149,7 @@ class Trainer:
         return groups
 
     def outcomes(self, groups: Sequence[Group]) -> Metrics:
-        """What came of the dialogues of all ranks, by the game's measures, and what the judge and opponents
-        say.
-        """
+        """What came of the dialogues of all ranks, by the game's measures, and their scores."""
         ended = [[(d.outcome, d.reward, _sampled(d)) for d in group.dialogues] for group in groups]
         of_all = [dialogue for group in self.world.gather(ended) for dialogue in group]  # world
         rewards = [sum(reward) / 2 for _, reward, _ in of_all if reward is not None]
@@ -170,12 +166,9 @@ class Trainer:
         metrics: Metrics = {}
         t, temperature = self.config.train, self.config.dialogue.temperature
         if self.reference is not None and t.kl_every and self.selfplay_index % t.kl_every == 0:
+            limit = t.tokens_per_microbatch
             metrics["kl_start"] = kl_to_reference(
-                self.reference,
-                rows,
-                temperature=temperature,
-                max_tokens=t.tokens_per_microbatch,
-                world=self.world,
+                self.reference, rows, temperature=temperature, max_tokens=limit, world=self.world
             )
         if self.config.rollout.released:
             for engine in self.opponents.engines:
@@ -297,8 +290,7 @@ class Trainer:
         return self.world.agree(bool(limit) and self.seconds >= limit)  # world
 
     def _end_of_imitation(self) -> None:
-        """Keep the starting policy as `warm_start`, evaluate it, and begin self-play with a fresh
-        optimizer."""
+        """Keep the policy as `warm_start`, measure it, and begin self-play with a fresh optimizer."""
         self.run_dir.save_checkpoint(
             "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
         )
@@ -307,10 +299,8 @@ class Trainer:
         self._save()
 
     def _evaluate(self, policy: str) -> dict[str, float]:
-        self.progress.log(
-            f"evaluating {policy.replace('_', ' ')} on {self.config.eval.dialogues} {self.config.eval.split} "
-            "dialogues"
-        )
+        e, name = self.config.eval, policy.replace("_", " ")
+        self.progress.log(f"evaluating {name} on {e.dialogues} {e.split} dialogues")
         metrics, dialogues = evaluate(
             self.opponents.engine, self.tokenizer, self.game, self.config, self.judge
         )
@@ -396,9 +386,7 @@ def _peak_memory() -> int:
 
 
 def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> dict[str, Any]:
-    """Train to the end of the configuration and return the summary; `Interrupted` after a save once `stop` is
-    set.
-    """
+    """Train to the end and return the summary; `Interrupted` after a save once `stop` is set."""
     trainer = Trainer(config, run, progress, stop)
     try:
         return trainer.run()

@@ -81,7 +81,7 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
     The parameters are new objects afterwards: make an optimizer later than this.
     """
     wanted = dict(model.named_parameters())
-    found: set[str] = set()
+    loaded: set[str] = set()
     stored_head: Tensor | None = None
     for name, file, tensor in _tensors(folder):
         if name == HEAD and model.lm_head is None:
@@ -101,8 +101,8 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
             )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
-        found.add(name)
-    if missing := sorted(wanted.keys() - found):
+        loaded.add(name)
+    if missing := sorted(wanted.keys() - loaded):
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
     if stored_head is not None and not torch.equal(
         stored_head.to(device=device, dtype=dtype), model.head_weight

@@ -102,11 +102,11 @@ def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
         a, b = (tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None) for letter in "AB")
         if a is None and b is None:
             continue
-        found = [None if t is None else [*t.shape] for t in (a, b)]
+        shapes = [None if t is None else [*t.shape] for t in (a, b)]
         wanted = [[settings.rank, weight.shape[1]], [weight.shape[0], settings.rank]]
-        if a is None or b is None or found != wanted:
+        if a is None or b is None or shapes != wanted:
             raise ValueError(
-                f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and "
+                f"{file}: A and B of {name} are {shapes[0]} and {shapes[1]}, the model's are {wanted[0]} and "
                 f"{wanted[1]}"
             )
         pairs[name] = (a.to(weight), b.to(weight))

@@ -35,8 +35,8 @@ class QuantizedLinear(Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """[out, in], unpacked for this use."""
-        found: Tensor = _functional().dequantize_4bit(self.packed, self.state)
-        return found
+        weight: Tensor = _functional().dequantize_4bit(self.packed, self.state)
+        return weight
 
     def forward(self, x: Tensor, lora: Any = None) -> Tensor:
         out: Tensor = _Unpacked.apply(x, self)  # type: ignore[no-untyped-call]

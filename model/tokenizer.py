@@ -46,10 +46,10 @@ class Tokenizer:
         self._template = template
         # As transformers does: the named tokens are special, even where tokenizer.json does not say so.
         known = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
-        found = {token for token in self._named().values() if core.token_to_id(token) is not None}
-        core.add_special_tokens(sorted(found - known))
-        own = self._token_id("eos_token")
-        self.eos_token_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *eos]))
+        named = {token for token in self._named().values() if core.token_to_id(token) is not None}
+        core.add_special_tokens(sorted(named - known))
+        eos_token = self._token_id("eos_token")
+        self.eos_token_ids = tuple(dict.fromkeys([*([] if eos_token is None else [eos_token]), *eos]))
         self.bos_token_id = self._token_id("bos_token")
 
     @cached_property
@@ -115,12 +115,12 @@ class Tokenizer:
         token = self._named().get(key)
         if token is None:
             return None
-        found: int | None = self._core.token_to_id(token)
-        if found is None:
+        token_id: int | None = self._core.token_to_id(token)
+        if token_id is None:
             raise ValueError(
                 f"{key} = {token!r} in tokenizer_config.json is not in tokenizer.json's vocabulary"
             )
-        return found
+        return token_id
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
@@ -161,12 +161,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
-    return found
+    return content
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:

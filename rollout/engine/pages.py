@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from duologue.rollout.engine.sequence import BranchState
 
+CACHE_TOKENS = 65_536  # of a pool whose size nobody names
+
 Key = tuple[int, int, tuple[int, ...]]  # version, page before (-1 - adapter at the start), token ids
 
 
