@@ -40,48 +40,7 @@ def build_judge(
     j = config.judge
     if j.backend == "rules":
         return None
-<<<<<<< HEAD
     backend = _endpoint(config) if j.backend == "endpoint" else _model_judge(config, start)
-=======
-    answers: dict[str, Any] = {"temperature": j.temperature, "max_tokens": j.max_tokens}
-    backend: Backend
-    if j.backend == "endpoint":
-        if not j.url:
-            raise ValueError(
-                "judge.url = '': accepted is an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
-            )
-        try:
-            from duologue.rollout.judge.endpoint import Endpoint
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
-            ) from None
-        key = os.environ.get(j.key_env, "").strip()
-        limits: dict[str, Any] = {
-            "concurrency": j.concurrency,
-            "deadline_s": j.deadline_s,
-            "timeout_s": j.timeout_s,
-        }
-        backend = Endpoint(j.url, j.model, api_key=key, **limits, **answers)
-    else:
-        if (j.backend == "model") != bool(j.model):
-            raise ValueError(
-                f"judge.model = {j.model!r}: accepted is a checkpoint with judge.backend = 'model', '' with 'policy'"
-            )
-        if not config.model.path:
-            raise ValueError(
-                f"model.path = '': judge.backend = {j.backend!r} needs a checkpoint that the policy starts from"
-            )
-        load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config)
-
-        def engine() -> tuple[Engine, Tokenizer]:
-            model, tokenizer = load()
-            return build_engine(
-                config, model, CACHE_TOKENS
-            ), tokenizer  # the policy's pool took what was free
-
-        backend = ModelJudge(engine, **answers)
->>>>>>> conf
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
