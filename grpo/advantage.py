@@ -1,7 +1,7 @@
 """Group-relative advantages by segment ids, for ragged groups with unscored members.
 
-An unscored dialogue (its judge failed) is no zero: it takes no part in its group's statistics, its own advantage is
-0, and the caller masks its tokens and counts it.
+An unscored dialogue (its judge failed) is no zero: it takes no part in its group's statistics, its own
+advantage is 0, and the caller masks its tokens and counts it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Advantages:
-    """`value` [N] fp32. `no_variance` counts the groups whose scored rewards are all equal: they teach nothing."""
+    """`value` [N] fp32. `no_variance` counts the groups whose scored rewards are all equal: they teach
+    nothing.
+    """
 
     value: Tensor
     no_variance: int
@@ -27,7 +29,9 @@ class Advantages:
 
 @dataclass(kw_only=True, slots=True)
 class RunningBaseline:
-    """An exponential average of the reward per role (SPIRAL, Liu et al. 2025, arXiv 2506.24119); saved with a run."""
+    """An exponential average of the reward per role (SPIRAL, Liu et al. 2025, arXiv 2506.24119); saved with a
+    run.
+    """
 
     decay: float = 0.95
     means: dict[int, float] = field(default_factory=dict)
@@ -51,9 +55,9 @@ def group_advantages(
 ) -> Advantages:
     """Advantages of rewards [N] in groups group_ids [N] (ids 0 .. n - 1); scored [N] bool.
 
-    std: (r - mean) / (std + 1e-4) with the unbiased std; mean: r - mean; leave_one_out: r - mean of the others
-    (RLOO, Ahmadian et al. 2024, arXiv 2402.14740); running: r - the role's running mean before this batch, which is
-    then updated. `roles` [N] (0, 1, ..) given, a group is split by role.
+    std: (r - mean) / (std + 1e-4) with the unbiased std; mean: r - mean; leave_one_out: r - mean of the
+    others (RLOO, Ahmadian et al. 2024, arXiv 2402.14740); running: r - the role's running mean before this
+    batch, which is then updated. `roles` [N] (0, 1, ..) given, a group is split by role.
     """
     if method not in METHODS:
         raise ValueError(f"grpo.advantage = {method!r}: accepted is one of {', '.join(METHODS)}")

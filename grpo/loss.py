@@ -1,17 +1,22 @@
 """The policy-gradient losses: pure functions of per-token vectors, each defined here and nowhere else.
 
 All take [N] vectors over the trained tokens of a micro-batch: `logp` (of the policy that is trained, with
-gradient), `old_logp` (of the policy that sampled), `advantage`, `segment_ids` (which row a token belongs to, 0 ..
-n_segments - 1). Nothing is averaged implicitly: the caller passes a `Normaliser` with sums over all micro-batches
-and ranks, so the losses of the parts of a batch add up to the loss of the whole, and so do the gradients.
+gradient), `old_logp` (of the policy that sampled), `advantage`, `segment_ids` (which row a token belongs to,
+0 .. n_segments - 1). Nothing is averaged implicitly: the caller passes a `Normaliser` with sums over all
+micro-batches and ranks, so the losses of the parts of a batch add up to the loss of the whole, and so do the
+gradients.
 
-Variants (ratio r = exp(logp - old_logp), clip bounds 1 - low and 1 + high, advantage A; a loss is minus the objective):
+Variants (ratio r = exp(logp - old_logp), clip bounds 1 - low and 1 + high, advantage A; a loss is minus the
+objective):
 
 - grpo    min(r A, clip(r) A), mean over a row's tokens, then over rows (Shao et al. 2024, arXiv 2402.03300)
-- dapo    the same terms, divided by the number of trained tokens of the whole step (Yu et al. 2025, arXiv 2503.14476)
-- bnpo    as dapo: TRL's `bnpo` differs only in dividing by each micro-batch's tokens, which changes with the split
+- dapo    the same terms, divided by the number of trained tokens of the whole step (Yu et al. 2025, arXiv
+  2503.14476)
+- bnpo    as dapo: TRL's `bnpo` differs only in dividing by each micro-batch's tokens, which changes with the
+  split
 - dr_grpo the same terms, divided by rows x the largest completion length (Liu et al. 2025, arXiv 2503.20783)
-- gspo    r of a row is exp(mean of its log-ratios), for all tokens; then as grpo (Zheng et al. 2025, arXiv 2507.18071)
+- gspo    r of a row is exp(mean of its log-ratios), for all tokens; then as grpo (Zheng et al. 2025, arXiv
+  2507.18071)
 - cispo   stop-gradient(min(r, 1 + high)) A logp, divided like dapo (MiniMax 2025, arXiv 2506.13585)
 
 The entropy bonus is the mean over trained tokens whatever the variant, as in TRL.
@@ -22,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from duologue.model.settings import check, setting
 from torch import Tensor
 
 VARIANTS = ("dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo")
@@ -30,31 +36,30 @@ KL_ESTIMATORS = ("k1", "k2", "k3")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LossConfig:
-    """`dual_clip`, `kl_coef`, `entropy_coef` and `tis_cap` are off at 0."""
+    """What is minimised. `dual_clip`, `kl_coef`, `entropy_coef` and `tis_cap` are off at 0."""
 
-    variant: str = "dapo"
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    dual_clip: float = 0.0  # c > 1: with A < 0 the term is bounded by c A (Ye et al. 2020, arXiv 1912.09729)
-    kl_coef: float = 0.0
-    kl_estimator: str = "k3"
-    entropy_coef: float = 0.0
-    tis_cap: float = 0.0  # truncated importance sampling between the sampler's and the trainer's log-probs
+    variant: str = setting("dapo", "the policy loss (grpo/loss.py)", one_of=VARIANTS)
+    clip_low: float = setting(0.2, "the ratio is clipped to 1 - clip_low ..", least=0, most=1)
+    clip_high: float = setting(0.2, ".. and 1 + clip_high", least=0)
+    dual_clip: float = setting(
+        0.0, "c above 1: with advantage A < 0 a term is bounded by c A (arXiv 1912.09729); 0: off", least=0
+    )
+    kl_coef: float = setting(0.0, "weight of the KL to the start of self-play", least=0)
+    kl_estimator: str = setting("k3", "of that KL (joschu.net/blog/kl-approx.html)", one_of=KL_ESTIMATORS)
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", least=0)
+    tis_cap: float = setting(
+        0.0, "cap of the importance weight between the sampler's and the trainer's log-probs; 0: off", least=0
+    )
 
     def __post_init__(self) -> None:
-        if self.variant not in VARIANTS:
-            raise ValueError(f"grpo.loss = {self.variant!r}: accepted is one of {', '.join(VARIANTS)}")
-        if self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"grpo.kl_estimator = {self.kl_estimator!r}: accepted is one of {', '.join(KL_ESTIMATORS)}"
-            )
+        check("grpo", self, {"variant": "loss"})
         if self.dual_clip != 0 and self.dual_clip <= 1:
             raise ValueError(f"grpo.dual_clip = {self.dual_clip}: accepted is 0 (off) or a number above 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normaliser:
-    """Sums over all micro-batches and ranks of one update."""
+    """Of all micro-batches and ranks of one update; 0 where nothing is trained."""
 
     tokens: float  # trained tokens
     rows: float  # rows that have trained tokens
@@ -68,11 +73,11 @@ class LossStats:
     clipped_low: Tensor
     clipped_high: Tensor
     kl_old: Tensor  # k3 estimate of KL(old || new)
-    ratio: Tensor
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
-    """Per-token estimate of KL(policy || reference) from the policy's samples (http://joschu.net/blog/kl-approx.html).
+    """Per-token estimate of KL(policy || reference) from the policy's samples
+    (http://joschu.net/blog/kl-approx.html).
 
     With d = logp - ref_logp: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d.
     """
@@ -94,11 +99,11 @@ def token_weights(
     """[N] weight of each token's term in the loss, of logp's dtype."""
     ones = torch.ones_like(logp)
     if config.variant in ("dapo", "bnpo", "cispo"):
-        return ones / total.tokens
+        return ones / max(total.tokens, 1)
     if config.variant == "dr_grpo":
-        return ones / (total.rows * total.max_length)
+        return ones / max(total.rows * total.max_length, 1)
     lengths = segment_sum(ones, segment_ids, n_segments)
-    return 1.0 / (lengths[segment_ids] * total.rows)
+    return 1.0 / (lengths[segment_ids] * max(total.rows, 1))
 
 
 def log_ratio(
@@ -127,9 +132,9 @@ def policy_loss(
 ) -> tuple[Tensor, LossStats]:
     """(loss, stats) of a micro-batch; see the module's docstring for the variants.
 
-    ref_logp [N] is needed when kl_coef is set, entropy [N] (with gradient) when entropy_coef is. sampler_logp [N]
-    holds the log-probs that the rollout recorded when they differ from the trainer's own at the old policy
-    (`old_logp`): each term is then weighted by min(exp(old_logp - sampler_logp), tis_cap), a constant.
+    ref_logp [N] is needed when kl_coef is set, entropy [N] (with gradient) when entropy_coef is. sampler_logp
+    [N] holds the log-probs that the rollout recorded when they differ from the trainer's own at the old
+    policy (`old_logp`): each term is then weighted by min(exp(old_logp - sampler_logp), tis_cap), a constant.
     """
     log_r = log_ratio(config, logp, old_logp, segment_ids, n_segments)
     ratio = torch.exp(log_r)
@@ -154,17 +159,16 @@ def policy_loss(
     loss = -(token_weights(config, logp, segment_ids, n_segments, total) * term).sum()
     if config.entropy_coef:
         assert entropy is not None, "entropy_coef needs entropy"
-        loss = loss - config.entropy_coef * entropy.sum() / total.tokens
+        loss = loss - config.entropy_coef * entropy.sum() / max(total.tokens, 1)
     with torch.no_grad():
         stats = LossStats(
             clipped_low=((ratio < low) & (advantage < 0)).sum(),
             clipped_high=((ratio > high) & (advantage > 0)).sum(),
             kl_old=(ratio - 1 - log_r).sum(),
-            ratio=ratio.sum(),
         )
     return loss, stats
 
 
 def imitation_loss(logp: Tensor, total_tokens: float) -> Tensor:
     """Negative log-likelihood of demonstrated tokens [N], over the tokens of the whole step."""
-    return -logp.sum() / total_tokens
+    return -logp.sum() / max(total_tokens, 1)

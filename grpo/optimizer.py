@@ -1,8 +1,8 @@
 """AdamW with fp32 master weights, a learning-rate schedule, and gradient clipping by the global norm.
 
-The update is `torch.optim.AdamW`'s, fused (5 to 7 times as fast as its foreach form on a 4M-parameter model on
-CPU). The model's parameters are written in place, so the rollout engine, which holds the same tensors, has the new
-weights at once.
+The update is `torch.optim.AdamW`'s, fused (5 to 7 times as fast as its foreach form on a 4M-parameter model
+on CPU). The model's parameters are written in place, so the rollout engine, which holds the same tensors, has
+the new weights at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 def learning_rate(
     step: int, *, peak: float, warmup_steps: int, total_steps: int, schedule: str, floor: float = 0.1
 ) -> float:
-    """Of update `step` (from 0): linear warm-up, then constant, or a cosine down to `floor * peak` at the last step."""
+    """Of update `step` (from 0): linear warm-up, then constant, or a cosine down to `floor * peak` at the
+    last step.
+    """
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule = {schedule!r}: accepted is one of {', '.join(SCHEDULES)}")
     if step < warmup_steps:
@@ -58,7 +60,9 @@ class Optimizer:
             self._adamw.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
 
     def accumulate(self) -> None:
-        """After a micro-batch: move low-precision gradients into fp32 sums; autograd sums the others well enough."""
+        """After a micro-batch: move low-precision gradients into fp32 sums; autograd sums the others well
+        enough.
+        """
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
@@ -73,13 +77,15 @@ class Optimizer:
 
     @torch.no_grad()
     def squared_grad_norm(self) -> Tensor:
-        """[] fp64, 0 without gradients; where parameters are sharded, add it up over ranks and hand it to `step`."""
+        """[] fp64, 0 without gradients; where parameters are sharded, add it up over ranks and hand it to
+        `step`.
+        """
         gradients = self.gradients()
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
         return torch.stack(norms).double().square().sum()
 
     @torch.no_grad()
-    def step(self, lr: float, squared_norm: Tensor | None = None) -> float:
+    def step(self, lr: float, squared_norm: Tensor | float | None = None) -> float:
         """Clip, update in place, drop the gradients; returns the gradient norm before clipping.
 
         A norm that is not finite raises, with weights and state as they were.
@@ -103,7 +109,9 @@ class Optimizer:
         return norm
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for low precision; no copies are made."""
+        """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for low precision; no copies are
+        made.
+        """
         state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             state |= {f"{key}.{name}": self._adamw.state[master][key] for key in MOMENTS}
@@ -113,17 +121,19 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on exactly where `state` was taken. ValueError names a tensor missing, surplus or of another shape."""
-        own = self.state_dict()
-        if wrong := sorted(own.keys() ^ state.keys()):
-            problem = "is missing" if wrong[0] in own else "belongs to no parameter here"
+        """Go on exactly where `state` was taken. ValueError names a tensor missing, surplus or of another
+        shape.
+        """
+        present = self.state_dict()
+        if wrong := sorted(present.keys() ^ state.keys()):
+            problem = "is missing" if wrong[0] in present else "belongs to no parameter here"
             raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
-        for key, tensor in own.items():
+        for key, tensor in present.items():
             if state[key].shape != tensor.shape:
                 raise ValueError(
                     f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}"
                 )
-        for key, tensor in own.items():
+        for key, tensor in present.items():
             tensor.copy_(state[key])
         self._write_back()
 

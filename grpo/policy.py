@@ -9,8 +9,9 @@ from duologue.grpo.config import Config
 from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder
-from duologue.model.lora import LoraDecoder, LoraSettings, merged, new_adapter, read_adapter
+from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.lora import LoraDecoder, merged, new_adapter
+from duologue.model.peft import read_adapter
 from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.scripted import ScriptedDialogue
@@ -18,7 +19,9 @@ from duologue.rollout.seeds import derive_seed
 
 
 def use_threads(config: Config) -> None:
-    """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve them."""
+    """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve
+    them.
+    """
     if config.model.device == "cpu" and backend.available():
         backend.lib().set_threads(config.train.threads)
         torch.set_num_threads(1)
@@ -27,15 +30,17 @@ def use_threads(config: Config) -> None:
 
 
 def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from nothing with a tokenizer
-    trained on the demonstrations."""
+    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from
+    nothing with a tokenizer trained on the demonstrations.
+    """
     dtype = parse_dtype(config.model.dtype)
     if config.model.path:
         loaded, known_tokenizer = load_policy(Path(config.model.path), config)
         return with_adapter(loaded, config), known_tokenizer
     if not demonstrations:
         raise ValueError(
-            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to learn from"
+            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to "
+            "learn from"
         )
     texts = [
         line
@@ -73,22 +78,22 @@ def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
 
 
 def with_adapter(model: Decoder, config: Config) -> Decoder:
-    """What is trained: a new adapter on `model`, or the one that came with it, or with `lora.rank` 0 all weights, that one merged."""
+    """What is trained: a new adapter on `model`, or the one that came with it, or with `lora.rank` 0 all
+    weights, that one merged.
+    """
     c = config.lora
     if isinstance(model, LoraDecoder):
         if c.rank not in (0, model.adapter.settings.rank):
             raise ValueError(
-                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank {model.adapter.settings.rank}"
+                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank "
+                f"{model.adapter.settings.rank}"
             )
         return model if c.rank else merged(model)
     if not c.rank:
         return model
     base = str(Path(config.model.path).resolve())
     model = quantize(model) if c.quantize else model
-    settings = LoraSettings(
-        rank=c.rank, alpha=c.alpha, targets=tuple(c.targets), dropout=c.dropout, base=base
-    )
-    return LoraDecoder(model, new_adapter(model, settings, derive_seed(config.train.seed, "adapter")))
+    return LoraDecoder(model, new_adapter(model, c.settings(base), derive_seed(config.train.seed, "adapter")))
 
 
 def check_sizes(config: Config, model: Decoder, path: Path) -> None:
@@ -96,23 +101,24 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
     if config.model.path:
         return
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-        wanted, found = getattr(config.model, key), getattr(model.config, key)
-        if wanted != found:
+        wanted, present = getattr(config.model, key), getattr(model.config, key)
+        if wanted != present:
             raise ValueError(
-                f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}"
+                f"{path} has {key} = {present}, but the run's configuration says model.{key} = {wanted}"
             )
 
 
 def load_beside(model: Decoder, folder: Path) -> Decoder:
-    """The weights in `folder`, without gradient, for use beside `model`: a KL term's reference, or an opponent.
+    """The weights in `folder`, without gradient, for use beside `model`: a KL term's reference, or an
+    opponent.
 
-    Beside a `LoraDecoder` they are its own base with the folder's adapter, or with none when that changes nothing.
+    Beside a `LoraDecoder` they are its own base with the folder's adapter, or with none when that changes
+    nothing.
     """
     if isinstance(model, LoraDecoder):
         adapter = read_adapter(folder, model.adapter_off).requires_grad_(False)
         return model.adapter_off if adapter.changes_nothing else LoraDecoder(model.adapter_off, adapter)
     weight = model.head_weight
-    with torch.device("meta"):
-        other = Decoder(model.config)
+    other = empty_decoder(model.config)
     load_weights(other, folder, weight.device, weight.dtype)
     return other.requires_grad_(False)

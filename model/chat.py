@@ -1,14 +1,16 @@
 """A chat template, compiled once into id fragments around turns.
 
-Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation renders
-conversations with marker contents, cuts the fragments out between the markers, as text and then as ids, and checks that
-longer conversations are the concatenation of those fragments. Contexts are append-only, so a template that renders a
-turn differently once others follow is refused, with the turn and both renderings; where every turn gets a context of its
-own, such a template is taken as it is (Qwen3's drops the empty thoughts that stand before a reply). What fragments cannot
-stand for is refused: no system turn, one side that must speak first, or today's date.
+Text is a view: after compilation no template is rendered and no sampled text is tokenised again. Compilation
+renders conversations with marker contents, cuts the fragments out between the markers, as text and then as
+ids, and checks that longer conversations are the concatenation of those fragments. Contexts are append-only,
+so a template that renders a turn differently once others follow is refused, with the turn and both
+renderings; where every turn gets a context of its own, such a template is taken as it is (Qwen3's drops the
+empty thoughts that stand before a reply). What fragments cannot stand for is refused: no system turn, one
+side that must speak first, or today's date.
 
-Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding. A content and the text
-around it never join in one token, which for a content that ends in punctuation a tokenizer might do on the whole text.
+Contents are inserted as ids, as they are: where a template trims a content, trim it before encoding. A
+content and the text around it never join in one token, which for a content that ends in punctuation a
+tokenizer might do on the whole text.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 Offsets = list[tuple[int, int]]
 ACCEPTED = (
-    "accepted is a template that takes a system turn, then user and assistant turns in any order: every context begins "
+    "accepted is a template that takes a system turn, then user and assistant turns in any order: every "
+    "context begins "
     "with private instructions, and either side may speak first"
 )
 
@@ -53,7 +56,8 @@ def _tojson(x: Any, ensure_ascii: bool = False, **options: Any) -> str:
 def compile_template(source: str) -> jinja2.Template:
     """`source` in the sandboxed environment that Hugging Face templates are written for, less one function.
 
-    There is no `strftime_now`: contexts must not change from day to day. Templates that have a fixed date too use it.
+    There is no `strftime_now`: contexts must not change from day to day. Templates that have a fixed date too
+    use it.
     """
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
@@ -81,11 +85,11 @@ class Pieces(NamedTuple):
             "user": ("user_before", "user_after"),
             "assistant": ("earlier", "closing"),
         }
-        found = []
+        fragments = []
         for i, role in enumerate(roles):
             before, after = around[role]
-            found += [(before, getattr(self, before)), (str(i), _mark(i)), (after, getattr(self, after))]
-        return found
+            fragments += [(before, getattr(self, before)), (str(i), _mark(i)), (after, getattr(self, after))]
+        return fragments
 
 
 def _mark(i: int) -> str:
@@ -97,18 +101,22 @@ def _first_difference(a: str, b: str) -> int:
 
 
 def _conversations() -> list[list[str]]:
-    """What a context can look like: either side first, several turns, and a question after the other side's words."""
+    """What a context can look like: either side first, several turns, and a question after the other side's
+    words.
+    """
     u, a = "user", "assistant"
     turns = [[], [u], [u, a], [u, a, u, a, u], [a], [a, u], [a, u, a, u, a], [u, u, a], [a, u, u, a, u]]
     return [["system", *t] for t in turns]
 
 
 class Chat:
-    """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` in order are the ids of a conversation.
+    """Id fragments of a template: `open`, `heard`, `reply`, `close_reply` in order are the ids of a
+    conversation.
 
     Without `append_only` a conversation is `open`, then `heard` and `said`, and a `reply` at the end.
 
-    stop_token_ids: what ends a reply when sampled. end_token_id: the one of them that this template writes itself.
+    stop_token_ids: what ends a reply when sampled. end_token_id: the one of them that this template writes
+    itself.
     """
 
     def __init__(
@@ -120,7 +128,8 @@ class Chat:
         special_ids: Iterable[int],
         append_only: bool = True,
     ) -> None:
-        """`encode` parses special tokens and gives character offsets; `variables` are bos_token, eos_token and such.
+        """`encode` parses special tokens and gives character offsets; `variables` are bos_token, eos_token
+        and such.
 
         ValueError says why a template cannot be compiled.
         """
@@ -147,7 +156,8 @@ class Chat:
         self._after_stop = closing if end is None else closing[end + 1 :]
 
     def open(self, system_ids: list[int]) -> list[int]:
-        """Everything before the first turn: the template's own beginning and the system turn with these ids."""
+        """Everything before the first turn: the template's own beginning and the system turn with these
+        ids."""
         return [*self._ids["system_before"], *system_ids, *self._ids["system_after"]]
 
     def heard(self, token_ids: list[int]) -> list[int]:
@@ -166,7 +176,7 @@ class Chat:
         """What follows our own words. When a stop token was sampled (`stopped`) it already stands there."""
         return list(self._after_stop if stopped else self._ids["closing"])
 
-    # ---- compilation -------------------------------------------------------------------------------------------------
+    # ---- compilation ---------------------------------------------------------------------------------------
 
     def _render(self, roles: list[str], generate: bool = False) -> str:
         messages = [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)]
@@ -219,7 +229,8 @@ class Chat:
         parts = text.split(_mark(turn))
         if len(parts) != 2:
             raise ValueError(
-                f"the chat template writes the content of the {role} turn {len(parts) - 1} times, not once. {ACCEPTED}"
+                f"the chat template writes the content of the {role} turn {len(parts) - 1} times, not once. "
+                f"{ACCEPTED}"
             )
         return parts[0], parts[1]
 
@@ -251,7 +262,8 @@ class Chat:
                     at += 1
                 if end > ends[at]:
                     raise ValueError(
-                        f"the tokenizer joins the end of {segments[at][1]!r} and what follows in one token: the chat "
+                        f"the tokenizer joins the end of {segments[at][1]!r} and what follows in one token: "
+                        "the chat "
                         "template has no boundary of tokens between a content and what stands around it"
                     )
                 cut[at].append(token)
@@ -269,7 +281,9 @@ class Chat:
 
     def _refuse(self, turn: int, reason: str) -> NoReturn:
         raise ValueError(
-            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must be rendered "
-            "the same whatever follows it. Put a template that does so into chat_template.jinja; dilemmas with "
+            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must "
+            "be rendered "
+            "the same whatever follows it. Put a template that does so into chat_template.jinja; dilemmas "
+            "with "
             "dialogue.context = 'last_2' need none"
         )

@@ -1,4 +1,6 @@
-"""Hugging Face checkpoints, in and out: config.json, safetensors in one file or in shards, tokenizer, chat template."""
+"""Hugging Face checkpoints, in and out: config.json, safetensors in one file or in shards, tokenizer, chat
+template.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,10 @@ from pathlib import Path
 import torch
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
-from duologue.model.decoder import Decoder
-from duologue.model.lora import CONFIG as ADAPTER_CONFIG
-from duologue.model.lora import LoraDecoder, read_adapter, read_settings, write_adapter
+from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.lora import LoraDecoder
+from duologue.model.peft import CONFIG as ADAPTER_CONFIG
+from duologue.model.peft import read_adapter, read_settings, write_adapter
 from duologue.model.tokenizer import Tokenizer, read_json
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -35,17 +38,20 @@ def load_model(
     dtype: torch.dtype | None = None,
     base: str | Path = "",
 ) -> tuple[Decoder, Tokenizer]:
-    """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else float32).
+    """The model and tokenizer in a checkpoint folder; `dtype` None is the one that config.json names (else
+    float32).
 
-    A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and that one's tokenizer.
-    ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a damaged file, a model type.
+    A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and
+    that one's tokenizer. ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a
+    damaged file, a model type.
     """
     folder = Path(path)
     if (folder / ADAPTER_CONFIG).is_file():
         below = Path(base or read_settings(folder).base)
         if not (below / "config.json").is_file():
             raise ValueError(
-                f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as model.path"
+                f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as "
+                "model.path"
             )
         model, tokenizer = load_model(below, device, dtype)
         return LoraDecoder(model, read_adapter(folder, model, str(below.resolve()))), tokenizer
@@ -56,8 +62,7 @@ def load_model(
         raise ValueError(
             f"{folder}: tokenizer.json has the id {highest}, config.json a vocab_size of {config.vocab_size}"
         )
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = empty_decoder(config)
     load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
     return model, tokenizer
 
@@ -70,12 +75,13 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Fill `model` (which may be on the meta device) from the folder; every tensor must match by name and shape.
+    """Fill `model` (which may be on the meta device) from the folder; every tensor must match by name and
+    shape.
 
     The parameters are new objects afterwards: make an optimizer later than this.
     """
     wanted = dict(model.named_parameters())
-    found: set[str] = set()
+    loaded: set[str] = set()
     stored_head: Tensor | None = None
     for name, file, tensor in _tensors(folder):
         if name == HEAD and model.lm_head is None:
@@ -95,8 +101,8 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
             )
         owner, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
-        found.add(name)
-    if missing := sorted(wanted.keys() - found):
+        loaded.add(name)
+    if missing := sorted(wanted.keys() - loaded):
         raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
     if stored_head is not None and not torch.equal(
         stored_head.to(device=device, dtype=dtype), model.head_weight
@@ -129,14 +135,18 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
 def save_model(
     model: Decoder, tokenizer: Tokenizer, path: str | Path, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """Write a folder that transformers and `load_model` load. It appears whole, or what was there before stays."""
+    """Write a folder that transformers and `load_model` load. It appears whole, or what was there before
+    stays.
+    """
     write_folder(Path(path), lambda folder: write_checkpoint(model, tokenizer, folder, max_shard_bytes))
 
 
 def write_checkpoint(
     model: Decoder, tokenizer: Tokenizer, folder: Path, max_shard_bytes: int = 5_000_000_000
 ) -> None:
-    """The files of a checkpoint, into an existing folder; of a `LoraDecoder` its adapter, which names the folder of its base."""
+    """The files of a checkpoint, into an existing folder; of a `LoraDecoder` its adapter, which names the
+    folder of its base.
+    """
     if isinstance(model, LoraDecoder):
         tokenizer.save(folder)
         write_adapter(model.adapter, folder)

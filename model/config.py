@@ -23,7 +23,9 @@ FIXED = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """`kind` "linear" divides every frequency by `factor`, "llama3" the low ones only (decoder.rope_frequencies)."""
+    """`kind` "linear" divides every frequency by `factor`, "llama3" the low ones only
+    (decoder.rope_frequencies).
+    """
 
     kind: str
     factor: float
@@ -34,7 +36,8 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """A Llama, Qwen2 or Qwen3 decoder. The family decides what can be said and whether heads are normalised."""
+    """A Llama, Qwen2 or Qwen3 decoder. The family decides what can be said and whether heads are
+    normalised."""
 
     model_type: str
     vocab_size: int
@@ -84,21 +87,11 @@ class ModelConfig:
         """Qwen3 normalises every query and key head."""
         return self.model_type == "qwen3"
 
-    @property
-    def num_parameters(self) -> int:
-        """Trained numbers of the whole model; a tied head counts once."""
-        H, I, D = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_heads * D, self.num_kv_heads * D
-        attention = (
-            2 * H * q + 2 * H * kv + self.qkv_bias * (q + 2 * kv) + self.o_bias * H + self.qk_norm * 2 * D
-        )
-        mlp = 3 * H * I + self.mlp_bias * (2 * I + H)
-        embeddings = self.vocab_size * H * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_layers * (attention + mlp + 2 * H) + H
-
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
-        """From the object in config.json; what is missing or not computed here raises ValueError with its name."""
+        """From the object in config.json; what is missing or not computed here raises ValueError with its
+        name.
+        """
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise ValueError(
@@ -190,7 +183,9 @@ def _required(raw: dict[str, Any], key: str) -> int:
 
 
 def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling) of either layout: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling` (4)."""
+    """(theta, scaling) of either layout: `rope_parameters` (transformers 5), or `rope_theta` and
+    `rope_scaling` (4).
+    """
     rope = {**(raw.get("rope_scaling") or {}), **(raw.get("rope_parameters") or {})}
     theta = float(rope.get("rope_theta", raw.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))

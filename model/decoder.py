@@ -1,18 +1,21 @@
 """One decoder for training and rollout: Llama, Qwen2 and Qwen3 by configuration.
 
-The modules mirror Hugging Face's names, so a checkpoint's tensors are this model's parameters. Attention is computed
-elsewhere: layers hand q, k and v to a context object, which trains on packed rows or reads the rollout engine's pages.
+The modules mirror Hugging Face's names, so a checkpoint's tensors are this model's parameters. Attention is
+computed elsewhere: layers hand q, k and v to a context object, which trains on packed rows or reads the
+rollout engine's pages.
 
-A decode step of a small model is all overhead, so what runs per token avoids the slow parts of nn.Module: `.forward`
-skips the hooks (a Layer is the smallest unit with hooks), `_parameters` and `_at_hand` the search for an attribute.
+A decode step of a small model is all overhead, so what runs per token avoids the slow parts of nn.Module:
+`.forward` skips the hooks (a Layer is the smallest unit with hooks), `_parameters` and `_at_hand` the search
+for an attribute.
 
-Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head dim, V vocabulary, S sequences.
+Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head dim, V vocabulary, S
+sequences.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from duologue.kernels import backend, ops
@@ -20,17 +23,22 @@ from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from duologue.model.lora import AdapterRows
-
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
 ROPE_ROWS = 262_144  # positions tabled from the start; beyond, the tables grow with the positions that come
 
 
 class AttentionContext(Protocol):
-    """What the decoder asks for attention: q [T, A, D], k and v [T, G, D] of a layer, already rotated -> [T, A, D]."""
+    """What the decoder asks for attention: q [T, A, D], k and v [T, G, D] of a layer, already rotated -> [T,
+    A, D].
+    """
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor: ...
+
+
+class Adapters(Protocol):
+    """What a forward adds to what the linear `name` makes of x [T, K]: to `out` [T, O], in place."""
+
+    def add(self, name: str, x_TK: Tensor, out_TO: Tensor) -> Tensor: ...
 
 
 class PackedAttention:
@@ -46,7 +54,9 @@ class PackedAttention:
 
 
 class Linear(nn.Module):
-    """weight [out, in] and an optional bias [out], as in the checkpoint. `name` is where it stands in the body."""
+    """weight [out, in] and an optional bias [out], as in the checkpoint. `name` is where it stands in the
+    body.
+    """
 
     name = ""
     exact = True
@@ -56,7 +66,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
-    def forward(self, x: Tensor, lora: AdapterRows | None = None) -> Tensor:
+    def forward(self, x: Tensor, lora: Adapters | None = None) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
         out = ops.linear(x, weight, self.bias, exact=self.exact)
@@ -104,9 +114,7 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
         _at_hand(self)
 
-    def forward(
-        self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: Adapters | None) -> Tensor:
         T, D = len(x_TH), self.head_dim
         q_TAD = self.q_proj.forward(x_TH, lora).view(T, -1, D)
         k_TGD = self.k_proj.forward(x_TH, lora).view(T, -1, D)
@@ -128,13 +136,15 @@ class MLP(nn.Module):
         self.down_proj = Linear(I, H, config.mlp_bias)
         _at_hand(self)
 
-    def forward(self, x_TH: Tensor, lora: AdapterRows | None) -> Tensor:
+    def forward(self, x_TH: Tensor, lora: Adapters | None) -> Tensor:
         gate, up = self.gate_proj.forward(x_TH, lora), self.up_proj.forward(x_TH, lora)
         return self.down_proj.forward(ops.silu_mul(gate, up, self.exact), lora)
 
 
 class Layer(nn.Module):
-    """Takes what the previous layer adds to the residual stream (None at the first) and returns what this one adds."""
+    """Takes what the previous layer adds to the residual stream (None at the first) and returns what this one
+    adds.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -150,7 +160,7 @@ class Layer(nn.Module):
         residual_TH: Tensor,
         rotary: Rotary,
         attn: AttentionContext,
-        lora: AdapterRows | None = None,
+        lora: Adapters | None = None,
     ) -> tuple[Tensor, Tensor]:
         if update_TH is None:
             x_TH = self.input_layernorm.forward(residual_TH)
@@ -198,7 +208,8 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed tokens."""
+    """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed
+    tokens."""
 
     exact = True
     packed = False  # whether the layers' weights are in four bits
@@ -212,8 +223,9 @@ class Decoder(nn.Module):
         self._tables: tuple[Tensor, Tensor] | None = None
 
     def use_exact(self, exact: bool) -> None:
-        """Whether rollout and training have one set of bits. Without it CUDA may use libraries that are faster; on CPU the kernels
-        are both."""
+        """Whether rollout and training have one set of bits. Without it CUDA may use libraries that are
+        faster; on CPU the kernels are both.
+        """
         for module in self.modules():
             if isinstance(module, (Decoder, Linear, RMSNorm, MLP)):
                 module.exact = exact
@@ -223,14 +235,17 @@ class Decoder(nn.Module):
         """[V, H]; the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def rows(self, dropout_seed: int | None = None) -> AdapterRows | None:
-        """Where tokens go when nothing else is said: all through the model's adapter, which this one does not have."""
+    def rows(self, dropout_seed: int | None = None) -> Adapters | None:
+        """Where tokens go when nothing else is said: all through the model's adapter, which this one does not
+        have.
+        """
         return None
 
     def hidden(
-        self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: AdapterRows | None = None
+        self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: Adapters | None = None
     ) -> Tensor:
-        """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
+        """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]. `lora` None is
+        `rows()`."""
         body = self.model
         lora = self.rows() if lora is None else lora
         rotary = (*self.rotary_tables(positions), positions)
@@ -241,8 +256,9 @@ class Decoder(nn.Module):
         return body.norm.add(update_TH, residual_TH)[0]
 
     def paged_layers(self) -> PagedDecoder | None:
-        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for this device,
-        dtype or packing)."""
+        """The layers as one call over paged keys; None where the single ops must serve (no C++ kernels for
+        this device, dtype or packing).
+        """
         body, weight = self.model, self.model.embed_tokens.weight
         if not backend.cpp(weight) or self.packed:
             return None
@@ -288,7 +304,9 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Normal(0, 0.02), projections into the residual stream over sqrt(2 layers) (GPT-2), norms 1, biases 0."""
+        """Normal(0, 0.02), projections into the residual stream over sqrt(2 layers) (GPT-2), norms 1, biases
+        0.
+        """
         generator = torch.Generator().manual_seed(seed)
         into_residual = 0.02 / math.sqrt(2 * self.config.num_layers)
         for name, parameter in self.named_parameters():
@@ -301,8 +319,16 @@ class Decoder(nn.Module):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
 
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """A decoder on the meta device, for weights that are put in afterwards."""
+    with torch.device("meta"):
+        return Decoder(config)
+
+
 def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama 3.1)."""
+    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama
+    3.1).
+    """
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
     scaling = config.rope_scaling
@@ -328,9 +354,11 @@ def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
 
 
 def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) -> list[Tensor]:
-    """Log-prob of each token given those before it, [T - 1] per sequence, by the training forward on packed rows.
+    """Log-prob of each token given those before it, [T - 1] per sequence, by the training forward on packed
+    rows.
 
-    Differentiable when grad is on. Raises ValueError for an id outside the vocabulary or a sequence beyond the context.
+    Differentiable when grad is on. Raises ValueError for an id outside the vocabulary or a sequence beyond
+    the context.
     """
     limit, V = model.config.max_position_embeddings, model.config.vocab_size
     for i, ids in enumerate(sequences):

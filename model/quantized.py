@@ -1,8 +1,9 @@
-"""A frozen base in four bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) under an adapter, by bitsandbytes where it is installed.
+"""A frozen base in four bits (NF4, Dettmers et al. 2023, arXiv 2305.14314) under an adapter, by bitsandbytes
+where it is installed.
 
-Only the weights of the layers' linears are packed; embedding, head and norms stay as they are. Each use unpacks one weight, in the
-forward and again in the backward, so that no unpacked copy outlives its layer. Rollout and training unpack to the same values:
-their log-probs agree as they do without.
+Only the weights of the layers' linears are packed; embedding, head and norms stay as they are. Each use
+unpacks one weight, in the forward and again in the backward, so that no unpacked copy outlives its layer.
+Rollout and training unpack to the same values: their log-probs agree as they do without.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ class QuantizedLinear(Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """[out, in], unpacked for this use."""
-        found: Tensor = _functional().dequantize_4bit(self.packed, self.state)
-        return found
+        weight: Tensor = _functional().dequantize_4bit(self.packed, self.state)
+        return weight
 
     def forward(self, x: Tensor, lora: Any = None) -> Tensor:
         out: Tensor = _Unpacked.apply(x, self)  # type: ignore[no-untyped-call]
@@ -70,7 +71,8 @@ def _functional() -> Any:
 
 
 def quantize(model: Decoder) -> Decoder:
-    """Pack the layers' linears of `model` in place; what they took before is free when nobody else holds it."""
+    """Pack the layers' linears of `model` in place; what they took before is free when nobody else
+    holds it."""
     model.requires_grad_(False)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):

@@ -13,24 +13,37 @@ Every layer defines the settings of what it does; a run's configuration is made 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a value must obey. Of a tuple, `one_of` speaks of the items; None is no limit."""
+    """What a value must obey. Of a tuple, `one_of` speaks of the items; None is no limit, but inf is never
+    accepted.
+
+    `form` is a regular expression for all of a string. `words` say what is accepted where the limits would
+    say it badly.
+    """
 
     meaning: str
     least: float | None = None
     above: float | None = None
     most: float | None = None
     one_of: tuple[str, ...] = ()
+    form: str = ""
+    words: str = ""
 
     @property
     def accepted(self) -> str:
         """In words; "" where any value of the type is accepted."""
+        if self.words:
+            return self.words
         if self.one_of:
             return f"one of {', '.join(map(repr, self.one_of))}"
         if self.above is not None:
@@ -42,15 +55,22 @@ class Limits:
     def refused(self, value: Any) -> Iterator[Any]:
         """The value, or the items of it, that are not accepted."""
         for item in value if isinstance(value, tuple) else (value,):
-            if self.one_of:
-                if item not in self.one_of:
-                    yield item
-            elif (
-                (self.least is not None and not item >= self.least)
-                or (self.above is not None and not item > self.above)
-                or (self.most is not None and not item <= self.most)
-            ):
+            if not self._accepts(item):
                 yield item
+
+    def _accepts(self, item: Any) -> bool:
+        if self.one_of:
+            return item in self.one_of
+        if self.form:
+            return re.fullmatch(self.form, item, re.DOTALL) is not None
+        if self.least is None and self.above is None and self.most is None:
+            return True
+        return (
+            math.isfinite(item)
+            and (self.least is None or item >= self.least)
+            and (self.above is None or item > self.above)
+            and (self.most is None or item <= self.most)
+        )
 
 
 def setting(
@@ -61,25 +81,45 @@ def setting(
     above: float | None = None,
     most: float | None = None,
     one_of: Sequence[str] = (),
+    form: str = "",
+    words: str = "",
 ) -> Any:
     """A dataclass field with limits: `least` and `most` are accepted themselves, `above` is not."""
-    limits = Limits(meaning=meaning, least=least, above=above, most=most, one_of=tuple(one_of))
+    limits = Limits(
+        meaning=meaning, least=least, above=above, most=most, one_of=tuple(one_of), form=form, words=words
+    )
     return dataclasses.field(default=default, metadata={"limits": limits})
+
+
+def like(owner: Any, name: str) -> Any:
+    """The setting `name` of another dataclass: its default, limits and meaning."""
+    field = next(f for f in dataclasses.fields(owner) if f.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+def keys(owner: Any) -> list[dataclasses.Field[Any]]:
+    """The settings of a dataclass, or of an object of it: its other fields are nothing that a user sets."""
+    return [field for field in dataclasses.fields(owner) if "limits" in field.metadata]
 
 
 def limits(field: dataclasses.Field[Any]) -> Limits:
     """Of a field made by `setting`."""
-    found: Limits = field.metadata["limits"]
-    return found
+    accepted: Limits = field.metadata["limits"]
+    return accepted
 
 
-def check(section: str, values: Any) -> None:
-    """Raise ValueError for the first setting out of its limits; it names `section.key`, the value and what is accepted."""
-    for field in dataclasses.fields(values):
+def check(section: str, values: Any, names: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Raise ValueError for the first setting out of its limits; it names `section.key`, the value and what is
+    accepted.
+
+    `names` holds the keys that are called otherwise than their fields.
+    """
+    for field in keys(values):
         accepted = limits(field)
         for item in accepted.refused(getattr(values, field.name)):
-            shown = repr(item) if isinstance(item, str) else item
-            raise ValueError(f"{section}.{field.name} = {shown}: accepted is {accepted.accepted}")
+            shown = json.dumps(item) if accepted.words else repr(item)
+            key = names.get(field.name, field.name)
+            raise ValueError(f"{section}.{key} = {shown}: accepted is {accepted.accepted}")
 
 
 def _plain(limit: float | None) -> str:

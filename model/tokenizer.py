@@ -1,4 +1,6 @@
-"""Text to ids and back, and the chat template's fragments; `tokenizers` does the work, on Hugging Face's files."""
+"""Text to ids and back, and the chat template's fragments; `tokenizers` does the work, on Hugging Face's
+files.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from duologue.model.chat import Chat, Offsets
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+LEAST_IDS = 256 + len(SPECIAL)  # all bytes and the markers
 # One token per marker, and a turn ends with the token that stops generation.
 TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
+    "{{ bos_token }}"
+    "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
@@ -23,7 +27,8 @@ TEMPLATE = (
 class Tokenizer:
     """`encode` treats its text as text: a special token written in it stays ordinary characters.
 
-    eos_token_ids: what ends a text, the first is the tokenizer's own. chat: the fragments of its chat template.
+    eos_token_ids: what ends a text, the first is the tokenizer's own. chat: the fragments of its chat
+    template.
     """
 
     def __init__(
@@ -33,16 +38,18 @@ class Tokenizer:
         template: str | None,
         eos: Iterable[int] = (),
     ) -> None:
-        """`settings` is the object of tokenizer_config.json, `eos` are ids that end a text (generation_config.json)."""
+        """`settings` is the object of tokenizer_config.json, `eos` are ids that end a text
+        (generation_config.json).
+        """
         self._core = core
         self._settings = settings
         self._template = template
         # As transformers does: the named tokens are special, even where tokenizer.json does not say so.
         known = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
-        found = {token for token in self._named().values() if core.token_to_id(token) is not None}
-        core.add_special_tokens(sorted(found - known))
-        own = self._token_id("eos_token")
-        self.eos_token_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *eos]))
+        named = {token for token in self._named().values() if core.token_to_id(token) is not None}
+        core.add_special_tokens(sorted(named - known))
+        eos_token = self._token_id("eos_token")
+        self.eos_token_ids = tuple(dict.fromkeys([*([] if eos_token is None else [eos_token]), *eos]))
         self.bos_token_id = self._token_id("bos_token")
 
     @cached_property
@@ -61,12 +68,16 @@ class Tokenizer:
 
     @cached_property
     def chat(self) -> Chat:
-        """The template's fragments, for contexts that grow; ValueError when there is no template or it cannot be compiled."""
+        """The template's fragments, for contexts that grow; ValueError when there is no template or it cannot
+        be compiled.
+        """
         return self._compiled(append_only=True)
 
     @cached_property
     def turn_chat(self) -> Chat:
-        """The same for contexts that are written anew for every turn, where a template may rewrite what went before."""
+        """The same for contexts that are written anew for every turn, where a template may rewrite what went
+        before.
+        """
         return self._compiled(append_only=False)
 
     def _compiled(self, append_only: bool) -> Chat:
@@ -84,8 +95,9 @@ class Tokenizer:
         ids: list[int] = self._core.encode(text, add_special_tokens=False).ids
         return ids
 
-    def decode(self, token_ids: Iterable[int], keep_special: bool = False) -> str:
-        text: str = self._core.decode(list(token_ids), skip_special_tokens=not keep_special)
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text, without special tokens."""
+        text: str = self._core.decode(list(token_ids))
         return text
 
     def _encode_template(self, text: str) -> tuple[list[int], Offsets]:
@@ -103,16 +115,18 @@ class Tokenizer:
         token = self._named().get(key)
         if token is None:
             return None
-        found: int | None = self._core.token_to_id(token)
-        if found is None:
+        token_id: int | None = self._core.token_to_id(token)
+        if token_id is None:
             raise ValueError(
                 f"{key} = {token!r} in tokenizer_config.json is not in tokenizer.json's vocabulary"
             )
-        return found
+        return token_id
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:
-        """Read tokenizer.json and, where there, tokenizer_config.json, generation_config.json, chat_template.jinja."""
+        """Read tokenizer.json and, where there, tokenizer_config.json, generation_config.json,
+        chat_template.jinja.
+        """
         folder = Path(path)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{folder} has no tokenizer.json")
@@ -147,25 +161,25 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text("utf-8"))
+        content = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
-    return found
+    return content
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` ids, learned from `texts`.
 
-    A word and the space before it are one unit, and a text gets no space of its own, so a word inside a sentence has
-    the same ids everywhere. Digits stand alone, so that numbers are read digit by digit. The same texts give the same
-    tokenizer. Without `chat_template` it has a compact one, in which each role is one token and `<|end|>` ends a turn.
+    A word and the space before it are one unit, and a text gets no space of its own, so a word inside a
+    sentence has the same ids everywhere. Digits stand alone, so that numbers are read digit by digit. The
+    same texts give the same tokenizer. Without `chat_template` it has a compact one, in which each role is
+    one token and `<|end|>` ends a turn.
     """
-    least = 256 + len(SPECIAL)
-    if vocab_size < least:
+    if vocab_size < LEAST_IDS:
         raise ValueError(
-            f"vocab_size = {vocab_size}: accepted is at least {least} (all bytes, {len(SPECIAL)} markers)"
+            f"vocab_size = {vocab_size}: accepted is at least {LEAST_IDS} (all bytes, {len(SPECIAL)} markers)"
         )
     core = tokenizers.Tokenizer(models.BPE())
     words = tokenizers.Regex(r" ?\d| ?[A-Za-z]+| ?[^\sA-Za-z\d]+|\s+")

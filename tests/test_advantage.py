@@ -16,7 +16,9 @@ EPS = torch.finfo(torch.float32).eps
 
 
 def ragged(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rewards with ties, NaN where unscored; groups of 0 to 8 rows in any order, one of them without variance."""
+    """Rewards with ties, NaN where unscored; groups of 0 to 8 rows in any order, one of them without
+    variance.
+    """
     g = torch.Generator().manual_seed(seed)
     n = 31
     group_ids = torch.randint(0, 6, (n,), generator=g)

@@ -1,4 +1,6 @@
-"""The texts that ship with the package, their measure of likeness, and `duologue data` with a real HTTP server."""
+"""The texts that ship with the package, their measure of likeness, and `duologue data` with a real HTTP
+server.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,7 @@ def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
         read(tmp_path / "own.jsonl", NEEDS["dilemmas"])
 
 
-# ---- the command -----------------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 def test_list_filters(capsys: pytest.CaptureFixture[str]) -> None:

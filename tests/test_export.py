@@ -1,4 +1,6 @@
-"""`duologue export`: transformers and peft load what it writes and compute the same; nothing that is there is touched."""
+"""`duologue export`: transformers and peft load what it writes and compute the same; nothing that is there is
+touched.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""LoRA against `peft`: outputs, gradients and files; and the engine's promise with rows of several adapters in one step."""
+"""LoRA against `peft`: outputs, gradients and files; and the engine's promise with rows of several adapters
+in one step.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,8 @@ from duologue.model.lora import (
     LoraSettings,
     merged,
     new_adapter,
-    read_adapter,
-    write_adapter,
 )
+from duologue.model.peft import read_adapter, write_adapter
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 
@@ -47,7 +48,7 @@ def load_base(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
     return load_model(folder, dtype=dtype)[0]
 
 
-# ---- against peft ----------------------------------------------------------------------------------------------------
+# ---- against peft ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["llama-attention-bias", "qwen2", "qwen3-tied"])
@@ -175,7 +176,8 @@ def test_a_merged_model_is_pefts_merge(
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         (
             {"r": 5},
-            r"A and B of layers.0.self_attn.q_proj are \[4, 48\] and \[48, 4\], the model's are \[5, 48\] and \[48, 5\]",
+            r"A and B of layers.0.self_attn.q_proj are \[4, 48\] and \[48, 4\], the model's are \[5, 48\] "
+            r"and \[48, 5\]",
         ),
         ({"r": None}, "r = None, accepted is an integer >= 1"),
         ({"lora_alpha": "x"}, "lora_alpha = 'x'"),
@@ -205,7 +207,7 @@ def test_an_adapter_of_another_model_is_refused(checkpoint: Checkpoint, tmp_path
         read_adapter(tmp_path, load_base(checkpoint("llama")[0]))
 
 
-# ---- rows ------------------------------------------------------------------------------------------------------------
+# ---- rows --------------------------------------------------------------------------------------------------
 
 
 def test_a_new_adapter_changes_nothing_and_a_seed_makes_it(checkpoint: Checkpoint) -> None:
@@ -239,7 +241,7 @@ def test_dropout_falls_on_training_rows_only_and_follows_from_its_seed(checkpoin
     assert float((mean - delta(None)).norm() / delta(None).norm()) < 0.1
 
 
-# ---- the engine ------------------------------------------------------------------------------------------------------
+# ---- the engine --------------------------------------------------------------------------------------------
 
 
 def differing(model: Decoder, branch: Branch, marks: list[tuple[int, Completion]]) -> int:
@@ -255,7 +257,9 @@ def differing(model: Decoder, branch: Branch, marks: list[tuple[int, Completion]
 def test_logprobs_equal_the_training_forward_whatever_the_neighbours_adapter(
     checkpoint: Checkpoint, dtype: torch.dtype, cache_tokens: int
 ) -> None:
-    """Turns of branches with the policy's adapter, none and a third one, in the same steps, on equal ids, forked and preempted."""
+    """Turns of branches with the policy's adapter, none and a third one, in the same steps, on equal ids,
+    forked and preempted.
+    """
     base = load_base(checkpoint("qwen3-tied")[0], dtype)
     policy, other = (
         LoraDecoder(base, random_adapter(base, 1)),

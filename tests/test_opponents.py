@@ -1,4 +1,6 @@
-"""Opponents: whom the policy meets, that only the policy's own tokens are trained, ratings and payoffs, and exact resume."""
+"""Opponents: whom the policy meets, that only the policy's own tokens are trained, ratings and payoffs, and
+exact resume.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,7 @@ from duologue.rollout.selfplay.speakers import Opponent, Speak, messages
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, digest, serving
-from test_trainer import TINY, lines, run_whole
+from tiny import RUN, lines, run_whole
 
 SOME = [
     "grpo.train_kinds=['utterance','final']",
@@ -69,7 +71,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(start: Path, lora: bool, *more: str) -> list[str]:
     onto = [f"model.path={start}", "imitation.steps=0", "lora.rank=4", "lora.alpha=64"] if lora else []
-    return [*TINY, *SOME, *onto, *more]
+    return [*RUN, *SOME, *onto, *more]
 
 
 def config(start: Path, lora: bool, *more: str) -> Config:
@@ -93,7 +95,7 @@ def dialogues(path: Path) -> list[dict[str, Any]]:
     return [d for d in read_lines(path / "dialogues.jsonl") if d["stage"] == "selfplay"]
 
 
-# ---- runs of each kind -----------------------------------------------------------------------------------------------
+# ---- runs of each kind -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["weights", "lora"])
@@ -101,7 +103,9 @@ def dialogues(path: Path) -> list[dict[str, Any]]:
 def test_the_opponent_speaks_as_the_weights_it_is_named_after(
     start: Path, tmp_path: Path, kind: str, lora: bool
 ) -> None:
-    """Every log-prob of a guest is that of the snapshot it is called by, as the training forward computes it; and not the policy's."""
+    """Every log-prob of a guest is that of the snapshot it is called by, as the training forward computes it;
+    and not the policy's.
+    """
     more = ["opponent.pool_every=1", "opponent.pool_size=3"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", *more)
     trainer = run(tmp_path / "run", c, keep_all=True)
@@ -179,7 +183,7 @@ def test_a_frozen_partner_shares_the_weights_of_the_kl_reference(start: Path, tm
     assert trainer.opponents._own.model is trainer.reference
 
 
-# ---- what is trained -------------------------------------------------------------------------------------------------
+# ---- what is trained ---------------------------------------------------------------------------------------
 
 
 def played(start: Path, tmp_path: Path, *more: str) -> tuple[Trainer, list[Group]]:
@@ -191,7 +195,9 @@ def played(start: Path, tmp_path: Path, *more: str) -> tuple[Trainer, list[Group
 
 @pytest.mark.parametrize("kind", ["frozen", "lagged:1"])
 def test_the_opponents_tokens_have_no_gradient(start: Path, tmp_path: Path, kind: str) -> None:
-    """Rows hold what the policy sampled and nothing else, and the gradient is that of autograd over just these tokens."""
+    """Rows hold what the policy sampled and nothing else, and the gradient is that of autograd over just
+    these tokens.
+    """
     trainer, groups = played(start, tmp_path, f"opponent.kind={kind}")
     every = [d for group in groups for d in group.dialogues]
     for i, d in enumerate(every):
@@ -247,7 +253,7 @@ def test_the_policy_is_on_both_sides_in_turn_or_on_the_first(start: Path, tmp_pa
     assert {tuple(d["players"]) for d in dialogues(tmp_path / "first")} == {(POLICY, "start")}
 
 
-# ---- draws -----------------------------------------------------------------------------------------------------------
+# ---- draws -------------------------------------------------------------------------------------------------
 
 
 def bare(start: Path, tmp_path: Path, *more: str) -> Opponents:
@@ -290,7 +296,7 @@ def test_draws_follow_the_seed_and_have_their_shares(
     assert names[0] == names[2] != names[1]
 
 
-# ---- ratings and payoffs ---------------------------------------------------------------------------------------------
+# ---- ratings and payoffs -----------------------------------------------------------------------------------
 
 
 def test_ratings_by_hand() -> None:
@@ -402,13 +408,14 @@ def test_self_play_has_no_table(start: Path, tmp_path: Path) -> None:
     assert all(d["players"] == [POLICY, POLICY] for d in dialogues(tmp_path / "run"))
 
 
-# ---- a server --------------------------------------------------------------------------------------------------------
+# ---- a server ----------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def server() -> Iterator[JudgeServer]:
     with serving() as found:
-        found.answer = lambda prompt: "I take the hats, you: the rest. " * (1 + digest(prompt)[0] % 4)  # type: ignore[assignment,return-value]
+        # type: ignore[assignment,return-value]
+        found.answer = lambda prompt: "I take the hats, you: the rest. " * (1 + digest(prompt)[0] % 4)
         yield found
 
 
@@ -445,7 +452,8 @@ def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
             question = trainer.game.final_prompt if turn.kind == "final" else ""
             heard = messages(d["scenario"]["private"][role], turns[:i], role, question)
             assert json.dumps(heard) in asked
-            answer = tokenizer.encode(json.dumps(server.answer(heard[0]["content"])).strip())  # type: ignore[arg-type]
+            # type: ignore[arg-type]
+            answer = tokenizer.encode(json.dumps(server.answer(heard[0]["content"])).strip())
             limit = 8 if turn.kind == "final" else 30
             assert turn.token_ids == (
                 [*answer, tokenizer.chat.end_token_id] if len(answer) < limit else answer[:limit]
@@ -497,7 +505,9 @@ def test_a_lost_answer_leaves_its_dialogue_unscored(start: Path, tmp_path: Path,
 def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
     start: Path, tmp_path: Path, server: JudgeServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Through the command line; and the run that went on is the run that never broke, with nothing asked again that was answered."""
+    """Through the command line; and the run that went on is the run that never broke, with nothing asked
+    again that was answered.
+    """
     words = ["opponent.kind=endpoint", f"opponent.url={server.url}", "opponent.deadline_s=5", "train.steps=3"]
     command = ["train", "deal", *overrides(start, False, *words), "--run-dir"]
     assert main([*command, str(tmp_path / "whole")]) == 0
@@ -525,7 +535,7 @@ def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
     )
 
 
-# ---- dilemmas --------------------------------------------------------------------------------------------------------
+# ---- dilemmas ----------------------------------------------------------------------------------------------
 
 
 class Mumbler:
@@ -637,7 +647,7 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
         assert longest > 3 if context == "full" else longest <= 3
 
 
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -652,7 +662,9 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
 )
 @pytest.mark.parametrize("after", [3])
 def test_resume_is_exact(start: Path, tmp_path: Path, lora: bool, kind: str, every: int, after: int) -> None:
-    """Stopped in self-play at a step that is no multiple of save_every, gone on with in new objects: the same run."""
+    """Stopped in self-play at a step that is no multiple of save_every, gone on with in new objects: the same
+    run.
+    """
     more = ["opponent.pool_every=2", "opponent.pool_size=2"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", f"train.save_every={every}", *more)
     run(tmp_path / "whole", c)
@@ -709,7 +721,7 @@ def test_snapshots_that_nobody_can_meet_are_dropped(start: Path, tmp_path: Path)
     assert (tmp_path / "run/opponents/step_000005/adapter_model.safetensors").is_file()
 
 
-# ---- settings --------------------------------------------------------------------------------------------------------
+# ---- settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,8 @@ def test_low_precision_weights_follow_their_fp32_masters_in_place() -> None:
         )
     assert storage == [parameter.data_ptr() for parameter in model.parameters()]
     start = values(make_model(torch.bfloat16))
-    # A layer norm's 1.0 moves by 1e-3 a step, less than bf16 resolves there: it moves through the master only.
+    # A layer norm's 1.0 moves by 1e-3 a step, less than bf16 resolves there: it moves through the master
+    # only.
     assert not any(torch.equal(a, b) for a, b in zip(values(model), start, strict=True))
 
 

@@ -1,4 +1,5 @@
-"""grpo/batch.py: packing keeps what rows say, targets point at what predicts them, splits change no gradient."""
+"""grpo/batch.py: packing keeps what rows say, targets point at what predicts them, splits change no
+gradient."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.update import trained_logprobs
 from duologue.kernels import ops
-from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder, score
+from duologue.model.decoder import score
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Kept, SamplingParams
+from duologue.rollout.engine.sequence import SamplingParams, Supports
+from tiny import decoder
 from torch import nn
 
 
@@ -43,8 +44,6 @@ def test_packing_keeps_every_row() -> None:
     rows = make_rows(0)
     batch = pack(rows)
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.dialogue_id.tolist() == [row.dialogue_id for row in rows]
-    assert batch.role.tolist() == [row.role for row in rows]
     bounds = list(pairwise(batch.cu_seqlens.tolist()))
     assert bounds[-1][1] == len(batch.token_ids)
     for i, (row, (start, end)) in enumerate(zip(rows, bounds, strict=True)):
@@ -58,7 +57,7 @@ def test_packing_keeps_every_row() -> None:
 
 
 def test_supports_are_packed_for_trained_tokens_only() -> None:
-    kept = Kept([0, 0, 2, 0, 3, 1], array("i", [4, 7, 1, 2, 3, 9]))
+    supports = Supports([0, 0, 2, 0, 3, 1], array("i", [4, 7, 1, 2, 3, 9]))
     mask = [False, False, True, True, False, True]
     a = Row(
         token_ids=[5, 6, 7, 8, 2, 9],
@@ -67,12 +66,12 @@ def test_supports_are_packed_for_trained_tokens_only() -> None:
         advantage=2,
         dialogue_id=0,
         role=1,
-        kept=kept,
+        supports=supports,
     )
-    batch = pack([dataclasses.replace(a, kept=None), a])
-    assert batch.kept_ids.tolist() == [4, 7, 9]
-    assert batch.kept_offsets.tolist() == [0] * 9 + [2, 2, 2, 3]
-    assert batch.kept_offsets[batch.targets].tolist() == [0, 0, 0, 0, 2, 2]
+    batch = pack([dataclasses.replace(a, supports=None), a])
+    assert batch.support_ids.tolist() == [4, 7, 9]
+    assert batch.support_offsets.tolist() == [0] * 9 + [2, 2, 2, 3]
+    assert batch.support_offsets[batch.targets].tolist() == [0, 0, 0, 0, 2, 2]
 
 
 def test_targets_by_hand() -> None:
@@ -102,7 +101,9 @@ def test_split_keeps_whole_rows_in_order_within_the_budget(max_tokens: int) -> N
 
 @pytest.mark.parametrize("variant", ["grpo", "dr_grpo", "dapo", "gspo", "cispo"])
 def test_micro_batches_give_the_gradient_of_the_whole(variant: str) -> None:
-    """Through a model whose hidden state at t depends on the row up to t, so a cut row or a wrong index would show."""
+    """Through a model whose hidden state at t depends on the row up to t, so a cut row or a wrong index would
+    show.
+    """
     rows = [row for row in make_rows(2) if row.n_trained]
     torch.manual_seed(0)
     embed, head = nn.Embedding(20, 6, dtype=torch.float64), nn.Linear(6, 20, dtype=torch.float64)
@@ -119,7 +120,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(variant: str) -> None:
         logp = head(states[at - 1]).log_softmax(-1).gather(1, batch.token_ids[at][:, None])[:, 0]
         old, advantages = batch.behaviour_logprobs[at].double() - 2.5, batch.advantages[at].double()
         ids = batch.segment_ids[at]
-        return policy_loss(LossConfig(variant=variant), logp, old, advantages, ids, len(batch.role), total)[0]
+        return policy_loss(
+            LossConfig(variant=variant), logp, old, advantages, ids, len(batch.cu_seqlens) - 1, total
+        )[0]
 
     def gradient(parts: list[list[Row]]) -> list[torch.Tensor]:
         return list(torch.autograd.grad(sum(part_loss(pack(part)) for part in parts), parameters))
@@ -141,7 +144,9 @@ def test_what_must_not_be_packed() -> None:
 
 
 def tree_rows() -> list[Row]:
-    """Groups that share a prompt, two of whose rows also begin their reply alike; one row is another's prefix."""
+    """Groups that share a prompt, two of whose rows also begin their reply alike; one row is another's
+    prefix.
+    """
     rng = random.Random(0)
     rows = []
     for group in range(3):
@@ -177,19 +182,7 @@ def test_equal_prefixes_are_one_node() -> None:
 
 
 def test_nodes_give_the_log_probs_of_the_rows_bit_for_bit_and_their_gradient() -> None:
-    config = ModelConfig(
-        model_type="qwen3",
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    model = Decoder(config)
-    model.init_weights(0)
+    model = decoder()
     rows = tree_rows()
     batch = pack(rows)
     at = batch.targets
@@ -220,19 +213,7 @@ def test_rows_with_nothing_in_common_are_left_as_they_are() -> None:
 )
 def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, float]) -> None:
     """What a callback allows is recorded as the support: the update's log-probs have the rollout's bits."""
-    config = ModelConfig(
-        model_type="qwen3",
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
-    model = Decoder(config)
-    model.init_weights(0)
+    model = decoder(vocab_size=90, num_heads=2, num_kv_heads=1, head_dim=16)
     prompts = [[1, 2, 3], [4, 5], [6]]
     params = [
         SamplingParams(
@@ -248,7 +229,7 @@ def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, fl
         assert all(t in range(i, 80, 7) for n, t in enumerate(c.token_ids) if n % 2 or i == 1)
     rows = []
     for i, (prompt, c) in enumerate(zip(prompts, completions, strict=True)):
-        kept = Kept([0] * len(prompt) + c.kept.sizes, c.kept.ids)
+        supports = Supports([0] * len(prompt) + c.supports.sizes, c.supports.ids)
         mask = [False] * len(prompt) + [True] * len(c.token_ids)
         logprobs = [0.0] * len(prompt) + c.logprobs
         rows.append(
@@ -259,7 +240,7 @@ def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, fl
                 advantage=1.0,
                 dialogue_id=i,
                 role=0,
-                kept=kept,
+                supports=supports,
             )
         )
     batch = pack(rows)

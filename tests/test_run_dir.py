@@ -1,4 +1,6 @@
-"""The run directory survives what happens to it: kills at any moment of a save, a full disk, two processes, another run."""
+"""The run directory survives what happens to it: kills at any moment of a save, a full disk, two processes,
+another run.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def make(path: Path, toml: str = TOML) -> RunDir:
     return RunDir.create(path / "run", toml)
 
 
-# ---- another run, two processes --------------------------------------------------------------------------------------
+# ---- another run, two processes ----------------------------------------------------------------------------
 
 
 def test_a_directory_that_holds_another_run_is_refused(tmp_path: Path) -> None:
@@ -115,7 +117,7 @@ def test_the_saved_configuration_is_the_resolved_one(tmp_path: Path) -> None:
     assert load_config(str(run.path / "config.toml")) == config
 
 
-# ---- lines -----------------------------------------------------------------------------------------------------------
+# ---- lines -------------------------------------------------------------------------------------------------
 
 
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
@@ -128,7 +130,9 @@ def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
 
 
 def test_lines_after_the_checkpoint_are_cut_off_and_those_before_it_stay(tmp_path: Path) -> None:
-    """Also lines of the checkpoint's own step: an evaluation that it has seen stays, one that it has not goes."""
+    """Also lines of the checkpoint's own step: an evaluation that it has seen stays, one that it has not
+    goes.
+    """
     run = make(tmp_path)
     run.append_metrics({"step": 0, "stage": "imitation"})
     run.append_dialogues([{"step": 1, "stage": "eval", "policy": "warm_start"}])
@@ -158,7 +162,7 @@ def test_a_line_that_was_cut_off_is_no_line_yet(tmp_path: Path) -> None:
         list(iter_lines(path))
 
 
-# ---- checkpoints -----------------------------------------------------------------------------------------------------
+# ---- checkpoints -------------------------------------------------------------------------------------------
 
 
 def test_the_oldest_are_pruned_and_the_newest_by_number_is_taken(tmp_path: Path) -> None:
@@ -237,7 +241,9 @@ def test_a_line_that_no_longer_fits_is_named_and_cut_off_by_the_next_resume(tmp_
 
 
 def test_kill_9_in_the_midst_of_saves(tmp_path: Path) -> None:
-    """Whenever the process dies, the newest checkpoint is whole, no older than the last that was reported, and its lines fit."""
+    """Whenever the process dies, the newest checkpoint is whole, no older than the last that was reported,
+    and its lines fit.
+    """
     for i in range(8):
         path = tmp_path / f"run{i}"
         process = child(SAVER, path)

@@ -1,4 +1,6 @@
-"""Training end to end on a tiny policy: resume is exact whenever the run died, and splitting a batch changes nothing."""
+"""Training end to end on a tiny policy: resume is exact whenever the run died, and splitting a batch changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -24,46 +26,11 @@ from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient
 from safetensors.torch import load_file
-
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_layers=2",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
-    "model.vocab_size=300",
-    "model.max_position=400",
-    "imitation.steps=4",
-    "imitation.dialogues=200",
-    "imitation.dialogues_per_step=6",
-    "train.steps=4",
-    "train.save_every=1",
-    "train.kl_every=2",
-    "train.tokens_per_microbatch=700",
-    "grpo.group_size=4",
-    "grpo.groups_per_step=2",
-    "grpo.imitation_coef=0.5",
-    "dialogue.max_rounds=2",
-    "dialogue.max_tokens_per_turn=10",
-    "dialogue.max_tokens_final=8",
-    "eval.dialogues=8",
-    "rollout.cache_tokens=4096",
-]
-VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
+from tiny import RUN, lines, run_whole
 
 
 def config(*more: str) -> Config:
-    return load_config("deal", [*TINY, *more])
-
-
-def run_whole(path: Path, *more: str) -> dict[str, Any]:
-    c = config(*more)
-    return train(c, RunDir.create(path, c.to_toml()), Progress(quiet=True), threading.Event())
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_lines(path / "metrics.jsonl")]
+    return load_config("deal", [*RUN, *more])
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -124,7 +91,8 @@ def test_rollout_logprobs_equal_the_trainers_in_every_step(whole: Path) -> None:
 
 @pytest.mark.parametrize("after", [2, 4, 6])
 def test_stopping_and_resuming_gives_the_same_run(whole: Path, tmp_path: Path, after: int) -> None:
-    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects, and on."""
+    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects,
+    and on."""
     c = config()
     stop = threading.Event()
 
@@ -154,7 +122,7 @@ def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> No
         "train",
         "deal",
     ]
-    command += [*TINY, "--run-dir", str(path)]
+    command += [*RUN, "--run-dir", str(path)]
     for goal in (1, 3, 6):
         process = subprocess.Popen(
             command + (["--resume"] if path.exists() else []),
@@ -260,11 +228,13 @@ def test_settings_that_cannot_work_together_are_refused(tmp_path: Path, setting:
         train(c, RunDir.create(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
 
 
-# ---- truncated draws -------------------------------------------------------------------------------------------------
+# ---- truncated draws ---------------------------------------------------------------------------------------
 
 
 def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, tmp_path: Path) -> None:
-    """top_p = 0.8: at the same weights the log-ratio is exactly 0 in every step, and a resumed run is the same run."""
+    """top_p = 0.8: at the same weights the log-ratio is exactly 0 in every step, and a resumed run is the
+    same run.
+    """
     from duologue.kernels import backend
 
     c = config("dialogue.top_p=0.8")
@@ -294,7 +264,9 @@ def test_truncated_draws_are_trained_by_what_they_were_drawn_from(whole: Path, t
 
 @pytest.mark.parametrize("max_tokens", [100_000, 150])
 def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tokens: int) -> None:
-    """Against float64 autograd of the whole softmax cut to each token's support by hand, on dialogues that were really played."""
+    """Against float64 autograd of the whole softmax cut to each token's support by hand, on dialogues that
+    were really played.
+    """
     import copy
     import random
 
@@ -316,7 +288,7 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
         for i, d in enumerate(group.dialogues)
         for role in (0, 1)
     ]
-    assert all(row.kept is not None and len(row.kept.sizes) == len(row.token_ids) for row in rows)
+    assert all(row.supports is not None and len(row.supports.sizes) == len(row.token_ids) for row in rows)
     accumulate_policy_gradient(model, rows, LossConfig(), temperature=1.0, max_tokens=max_tokens)
     found = gradients(model)
 
@@ -324,11 +296,11 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     total = sum(row.n_trained for row in rows)
     supports = []
     for row in rows:
-        assert row.kept is not None
+        assert row.supports is not None
         logits = exact(torch.tensor([row.token_ids]))[0].double()
         start, loss = 0, torch.zeros((), dtype=torch.float64)
-        for t, (size, trained) in enumerate(zip(row.kept.sizes, row.loss_mask, strict=True)):
-            support = row.kept.ids[start : start + size].tolist()
+        for t, (size, trained) in enumerate(zip(row.supports.sizes, row.loss_mask, strict=True)):
+            support = row.supports.ids[start : start + size].tolist()
             start += size
             if trained:
                 assert not support or row.token_ids[t] in support

@@ -22,7 +22,7 @@ from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.rollout.engine.checks import allowed_ids, check_fits, check_ids, check_sizes
 from duologue.rollout.engine.decode import DecodedSteps
-from duologue.rollout.engine.pages import PagePool
+from duologue.rollout.engine.pages import CACHE_TOKENS, PagePool
 from duologue.rollout.engine.runner import Runner, measured_tokens
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
 from duologue.rollout.engine.sequence import BranchState, Completion, Draw, Request, SamplingParams
@@ -90,7 +90,7 @@ class Engine:
     """Generates on `model`'s own parameters: nothing is copied; the next request sees an update in place.
 
     page_size: tokens of a KV page (a multiple of 16 for the CPU kernels).
-    cache_tokens: size of the pool; None takes 85 % of the memory that is free now on CUDA, and 65,536 on CPU.
+    cache_tokens: size of the pool; None takes 85 % of the memory that is free on CUDA, and CACHE_TOKENS on CPU.
     max_batch: requests that run at once.
     max_step_tokens: tokens of one step, prefill and decode together.
     decode: ids to text, for stop strings (a tokenizer's).
@@ -103,7 +103,7 @@ class Engine:
         model: Decoder,
         *,
         page_size: int = 16,
-        cache_tokens: int | None = 65_536,
+        cache_tokens: int | None = CACHE_TOKENS,
         max_batch: int = 256,
         max_step_tokens: int = 1_024,
         seed: int = 0,
@@ -135,7 +135,7 @@ class Engine:
     ) -> list[Completion]:
         """`n` completions per prompt, in order; `params` is shared, or one per prompt.
 
-        Of the `n` the first has the seed in it, and each next one the next.
+        With a seed s in it, the completions of a prompt have s, s + 1 and so on.
         """
         of_prompt = params if isinstance(params, list) else [params] * len(prompts)
         if len(of_prompt) != len(prompts):

@@ -19,6 +19,7 @@ from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
 from duologue.rollout.engine.decode_cpu import NativeLoop
 from duologue.rollout.engine.decode_gpu import DeviceLoop
+from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
@@ -35,13 +36,13 @@ def token_bytes(model: Decoder) -> int:
 
 
 def measured_tokens(model: Decoder, page_size: int) -> int:
-    """The tokens of a pool in 85 % of the memory that is free on the model's GPU; 65,536 on CPU.
+    """The tokens of a pool in 85 % of the memory that is free on the model's GPU; CACHE_TOKENS on CPU.
 
     MemoryError when that holds no page.
     """
     device = model.model.embed_tokens.weight.device
     if device.type != "cuda":
-        return 65_536
+        return CACHE_TOKENS
     torch.cuda.empty_cache()  # what torch holds and does not use counts as free
     free, total = torch.cuda.mem_get_info(device)
     tokens = int(0.85 * free) // token_bytes(model) // page_size * page_size

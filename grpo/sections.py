@@ -1,0 +1,225 @@
+"""The sections of a run's configuration: each key with its default, its meaning and what is accepted.
+
+Rules between keys stand in `config.py`. Sections of a lower layer are that layer's own settings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from duologue.grpo.loss import LossConfig
+from duologue.grpo.optimizer import SCHEDULES
+from duologue.kernels.advantage import METHODS
+from duologue.model.checkpoint import DTYPES
+from duologue.model.lora import LoraSettings
+from duologue.model.settings import like, setting
+from duologue.model.tokenizer import LEAST_IDS
+from duologue.rollout.engine.pages import CACHE_TOKENS
+
+HTTP = r"(https?://[^/].*)?"
+HTTP_WORDS = "'' or an address that begins with http:// or https://"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelSection:
+    """The policy: a checkpoint, or a Qwen3 decoder of the sizes below that starts from nothing."""
+
+    path: str = setting("", "folder of a Hugging Face checkpoint; '' starts from nothing")
+    device: str = setting("cpu", "where the model is", form=r"cpu|cuda(:\d+)?", words="cpu, cuda or cuda:N")
+    dtype: str = setting("float32", "of the weights", one_of=tuple(DTYPES))
+    hidden_size: int = setting(128, "width of the residual stream", least=1)
+    intermediate_size: int = setting(384, "width of an MLP", least=1)
+    num_layers: int = setting(4, "decoder layers", least=1)
+    num_heads: int = setting(4, "query heads, a multiple of num_kv_heads", least=1)
+    num_kv_heads: int = setting(2, "key and value heads", least=1)
+    head_dim: int = setting(0, "an even number; 0 is hidden_size / num_heads", least=0, most=256)
+    vocab_size: int = setting(512, "ids of the tokenizer that is trained, at most", least=LEAST_IDS)
+    max_position: int = setting(512, "tokens of the longest context", least=32)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImitationSection:
+    """Imitating scripted negotiators before self-play."""
+
+    steps: int = setting(0, "optimizer steps; 0 skips the stage", least=0)
+    dialogues: int = setting(20_000, "size of the scripted corpus", least=1)
+    dialogues_per_step: int = setting(64, "drawn from the corpus for a step", least=1)
+    learning_rate: float = setting(2e-3, "at its peak; then a cosine", least=1e-12, most=1)
+    warmup_steps: int = setting(20, "steps of linear warm-up", least=0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSection:
+    """The run as a whole."""
+
+    steps: int = setting(100, "steps of self-play", least=0)
+    seed: int = setting(0, "every random draw follows from it", least=0, most=2**31)
+    save_every: int = setting(25, "steps from one checkpoint to the next", least=1)
+    keep_checkpoints: int = setting(2, "the latest that stay", least=1)
+    tokens_per_microbatch: int = setting(16_384, "tokens that go through the model at once", least=1)
+    max_seconds: float = setting(
+        0.0, "of training time; self-play ends after the step that passes it; 0 is no limit", least=0
+    )
+    threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
+    kl_every: int = setting(
+        10, "steps from one measurement of the KL to the start to the next; 0: none", least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GrpoSection:
+    """A step of self-play: how much is played, what of it is trained, and how."""
+
+    group_size: int = setting(8, "dialogues of one scenario", least=2)
+    groups_per_step: int = setting(16, "scenarios of a step", least=1)
+    updates_per_rollout: int = setting(1, "optimizer steps on the same dialogues", least=1, most=100)
+    train_roles: str = setting("both", "the sides that are trained", one_of=("both", "first"))
+    train_kinds: tuple[str, ...] = setting(
+        ("utterance", "final"), "the kinds of turn that are trained", one_of=("utterance", "final")
+    )
+    learning_rate: float = setting(1e-4, "at its peak", least=1e-12, most=1)
+    warmup_steps: int = setting(5, "steps of linear warm-up", least=0)
+    schedule: str = setting("constant", "of the learning rate after the warm-up", one_of=SCHEDULES)
+    weight_decay: float = setting(0.0, "of matrices", least=0, most=1)
+    betas: tuple[float, ...] = setting((0.9, 0.95), "of AdamW: two numbers from 0 to below 1")
+    max_grad_norm: float = setting(1.0, "to which gradients are clipped; 0: not at all", least=0)
+    loss: str = like(LossConfig, "variant")
+    clip_low: float = like(LossConfig, "clip_low")
+    clip_high: float = like(LossConfig, "clip_high")
+    dual_clip: float = like(LossConfig, "dual_clip")
+    advantage: str = setting(
+        "std", "how rewards of a group become advantages (grpo/advantage.py)", one_of=METHODS
+    )
+    per_role: bool = setting(True, "whether each side is compared with its own side of the group only")
+    kl_coef: float = like(LossConfig, "kl_coef")
+    kl_estimator: str = like(LossConfig, "kl_estimator")
+    entropy_coef: float = like(LossConfig, "entropy_coef")
+    tis_cap: float = like(LossConfig, "tis_cap")
+    imitation_coef: float = setting(0.0, "weight of imitation batches mixed into the updates", least=0)
+
+    @property
+    def loss_config(self) -> LossConfig:
+        names = [f.name for f in dataclasses.fields(LossConfig) if f.name != "variant"]
+        return LossConfig(variant=self.loss, **{name: getattr(self, name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LoraSection:
+    """An adapter on the frozen weights of model.path."""
+
+    rank: int = setting(0, "0 trains all weights; above, only an adapter of this rank", least=0, most=4096)
+    alpha: float = like(LoraSettings, "alpha")
+    targets: tuple[str, ...] = like(LoraSettings, "targets")
+    dropout: float = like(LoraSettings, "dropout")
+    quantize: str = setting("", "'nf4': the frozen layers in four bits, by bitsandbytes", one_of=("", "nf4"))
+
+    def settings(self, base: str) -> LoraSettings:
+        """Of an adapter on the weights in the folder `base`."""
+        return LoraSettings(
+            rank=self.rank, alpha=self.alpha, targets=self.targets, dropout=self.dropout, base=base
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JudgeSection:
+    """Who scores a dilemma; a game with rules scores itself."""
+
+    backend: str = setting(
+        "rules",
+        "'endpoint': the server at url; 'model': the checkpoint in the folder model; 'policy': the starting "
+        "weights",
+        one_of=("rules", "endpoint", "model", "policy"),
+    )
+    url: str = setting("", "of an OpenAI-compatible server", form=HTTP, words=HTTP_WORDS)
+    model: str = setting("", "the server's name of the model, or a folder")
+    key_env: str = setting("DUOLOGUE_JUDGE_KEY", "the environment variable that holds the server's API key")
+    prompts: str = setting("", "a folder of prompts that replace the package's")
+    show_dialogue: bool = setting(False, "to the scorer too")
+    ledger: str = setting("", "the file of all answers; '' is judge.sqlite in the run directory")
+    offline: bool = setting(False, "ask nobody: all answers come from the ledger")
+    concurrency: int = setting(16, "questions on the wire at once", least=1, most=4096)
+    timeout_s: float = setting(60.0, "of a request", least=0.01)
+    deadline_s: float = setting(240.0, "of a question with all its tries", least=0.01)
+    temperature: float = setting(0.0, "of the judge's answers", least=0, most=100)
+    max_tokens: int = setting(512, "of an answer", least=1)
+    max_unscored_share: float = setting(
+        0.1, "of a step's dialogues; above it the run stops", least=0, most=0.99
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OpponentSection:
+    """Whom the policy meets in training. "self": the policy as it is, on both sides. Otherwise the policy has
+    one side, in turn from group to group (side 0 with grpo.train_roles = "first"), and only its own tokens
+    are trained. "frozen": the policy at the start of self-play. "lagged:k": the policy k steps ago. "pool": a
+    snapshot of it, drawn for every group. "endpoint": a server.
+
+    With lora.rank above 0 all but "endpoint" are adapters in the policy's own engine steps, and "frozen" is
+    the base with no adapter. Without, a second set of weights with a KV pool is held, and "pool" draws one
+    snapshot for all groups of a step. Snapshots are checkpoints in RUN_DIR/opponents: "lagged:k" keeps the
+    last k + train.save_every, "pool" the last `size`.
+    """
+
+    kind: str = setting(
+        "self",
+        "who has the other side",
+        form=r"self|frozen|lagged:[1-9]\d{0,8}|pool|endpoint",
+        words="'self', 'frozen', 'lagged:k' with k of 1 or more, 'pool' or 'endpoint'",
+    )
+    pool_every: int = setting(
+        10, "steps from one snapshot to the next; the first is the start", least=1, words="1 or more"
+    )
+    pool_size: int = setting(8, "snapshots, the latest", least=1, words="1 or more")
+    pool_draw: str = setting(
+        "uniform",
+        "how a snapshot is drawn; with 'recent' the n-th oldest has weight n",
+        form="uniform|recent",
+        words="'uniform' or 'recent'",
+    )
+    url: str = setting("", "of an OpenAI-compatible server, with kind 'endpoint'")
+    model: str = setting("", "the server's name of the model")
+    key_env: str = setting(
+        "DUOLOGUE_OPPONENT_KEY", "the environment variable that holds the server's API key"
+    )
+    concurrency: int = setting(16, "turns on the wire at once", least=1, words="1 or more")
+    timeout_s: float = setting(60.0, "of a request", least=0.01, words="0.01 or more")
+    deadline_s: float = setting(240.0, "of a turn with all its tries", least=0.01, words="0.01 or more")
+
+    @property
+    def lag(self) -> int:
+        """The k of "lagged:k"; 0 of the others."""
+        return int(self.kind.partition(":")[2] or 0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutSection:
+    """The engine that samples dialogues."""
+
+    page_size: int = setting(16, "tokens of a page of the KV pool, a multiple of 16", least=16, most=1024)
+    cache_tokens: int = setting(
+        CACHE_TOKENS,
+        "tokens of the KV pool; 0 is 85 % of the GPU memory that is free when it is made, given back during "
+        "updates",
+        least=0,
+    )
+    max_batch: int = setting(256, "dialogues in an engine step", least=1)
+    exact: bool = setting(True, "whether sampling and training give the same log-probs to the last bit")
+    release_memory: bool = setting(False, "give the KV pool's memory back during each update")
+
+    @property
+    def released(self) -> bool:
+        """Whether the KV pool's memory is given back during an update."""
+        return self.release_memory or not self.cache_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalSection:
+    """How a policy is measured, before and after self-play."""
+
+    dialogues: int = setting(500, "dialogues of the policy with itself", least=1)
+    split: str = setting("heldout", "of the scenarios", one_of=("heldout", "train"))
+    temperature: float = setting(1.0, "of the policy's words; 0 takes the likeliest", least=0, most=100)
+    questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
+    judge_url: str = setting("", "the server of a second judge, which compares answers")
+    judge_model: str = setting("", "the server's name of its model")
