@@ -1,12 +1,14 @@
-"""Two-persona dialogues on the engine beside transformers' `generate`, and what turns, groups and context cost.
+"""Two-persona dialogues on the engine beside transformers' `generate`, and what turns, groups and context
+cost.
 
     python bench/dialogues.py [--only ours] [--json] [--save] [--turns 6] [--tokens 48] [--groups 1]
     python bench/dialogues.py --device cuda --model 0.6B --only ours --groups 16
 
-A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which the sides
-alternate; G = 8 dialogues per scenario. Both play the product's negotiation in its arena; only who speaks differs. Ours keeps
-both sides' KV between turns and computes the scenario once for all; the other feeds each turn's whole context to `generate`,
-batched over all dialogues. Both sample; tokens per second count sampled tokens only. Random Qwen3 weights, 4.2M.
+A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which
+the sides alternate; G = 8 dialogues per scenario. Both play the product's negotiation in its arena; only
+who speaks differs. Ours keeps both sides' KV between turns and computes the scenario once for all; the
+other feeds each turn's whole context to `generate`, batched over all dialogues. Both sample; tokens per
+second count sampled tokens only. Random Qwen3 weights, 4.2M.
 """
 
 from __future__ import annotations
@@ -42,7 +44,9 @@ Opening = tuple[list[int], list[int]]
 
 
 class Plain:
-    """Ids written as text, in place of a tokenizer and its chat: contexts hold what is said and nothing around it."""
+    """Ids written as text, in place of a tokenizer and its chat: contexts hold what is said and nothing
+    around it.
+    """
 
     stop_token_ids: frozenset[int] = frozenset()
 
@@ -199,7 +203,9 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
 
 
 def costs(model: Decoder, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds per turn as turns, the group and the scenario grow; and the tokens computed that were not sampled."""
+    """Milliseconds per turn as turns, the group and the scenario grow; and the tokens computed that were
+    not sampled.
+    """
     rows = []
     vocab = model.config.vocab_size
     cases = [("turns", 8, 256, n) for n in (2, 4, 8, 12)]

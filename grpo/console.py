@@ -1,4 +1,6 @@
-"""What a person sees while a run trains: the numbers that matter, live in a terminal and as plain lines elsewhere."""
+"""What a person sees while a run trains: the numbers that matter, live in a terminal and as plain lines
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Progress:
             self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """`step` steps of the stage are done. A metric that is not measured on every step keeps its latest value."""
+        """`step` steps of the stage are done. A metric that is not measured on every step keeps its latest
+        value.
+        """
         self._latest |= {key: value for key, value in metrics.items() if value is not None}
         if self._live is not None:
             self._live.update(self._view(step))

@@ -160,7 +160,9 @@ def test_two_open_sides_waste_nothing() -> None:
 
 @pytest.mark.parametrize("temperament", TEMPERAMENTS)
 def test_every_temperament_is_open_at_times(temperament: str) -> None:
-    """The open act (to state one's values, unasked or in answer, or to offer the best) has a tenth of the chances."""
+    """The open act (to state one's values, unasked or in answer, or to offer the best) has a tenth of the
+    chances.
+    """
     rng = random.Random(5)
 
     def share(heard: Act | None, revealed: bool) -> float:

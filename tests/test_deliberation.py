@@ -1,4 +1,6 @@
-"""Deliberations: who sees what, when the judge is asked, and that the gradient falls on tokens of the trained kinds alone."""
+"""Deliberations: who sees what, when the judge is asked, and that the gradient falls on tokens of the
+trained kinds alone.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ TEMPLATE = (  # thoughts stand before a reply and leave the history, as in Qwen3
 
 
 class Scripted:
-    """A back end in this thread that holds every answer back until nothing else goes on, then gives it by `judge`."""
+    """A back end in this thread that holds every answer back until nothing else goes on, then gives it by
+    `judge`.
+    """
 
     settings: dict[str, object] = {}  # noqa: RUF012
     name = "scripted"
@@ -199,7 +203,7 @@ def facts(groups: list[Group]) -> list[Any]:
     ]
 
 
-# ---- the protocol ----------------------------------------------------------------------------------------------------
+# ---- the protocol ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", ["first", "alternate", "random"])
@@ -317,7 +321,7 @@ def test_draws_are_made_as_the_rules_say(table: Any, plain: Tokenizer) -> None:
     assert len({p.seed for p in seen}) == len(seen)
 
 
-# ---- contexts --------------------------------------------------------------------------------------------------------
+# ---- contexts ----------------------------------------------------------------------------------------------
 
 
 def context(d: Dialogue, tokenizer: Tokenizer, game: DilemmaGame, role: int, said: list[Any]) -> list[int]:
@@ -423,11 +427,13 @@ def test_the_longest_context_is_a_bound_that_is_nearly_met(table: Any, tokenizer
         assert found <= here.arena.contexts.longest() < 1.6 * found
 
 
-# ---- the gradient ----------------------------------------------------------------------------------------------------
+# ---- the gradient ------------------------------------------------------------------------------------------
 
 
 def supports(rows: list[Row]) -> dict[tuple[int, ...], list[int]]:
-    """What each trained token was drawn from, by what stands before it; an empty list stands for all tokens."""
+    """What each trained token was drawn from, by what stands before it; an empty list stands for all
+    tokens.
+    """
     found = {}
     for row in rows:
         assert row.kept is not None
@@ -452,8 +458,10 @@ def test_the_gradient_is_that_of_the_trained_kinds_and_zero_elsewhere(
     kinds: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against float64 autograd over contexts that are built here from the dialogues' turns alone, each token's softmax cut to its
-    support. And token by token: the gradient on the hidden state before any token of another kind or side is exactly 0."""
+    """Against float64 autograd over contexts that are built here from the dialogues' turns alone, each
+    token's softmax cut to its support. And token by token: the gradient on the hidden state before any
+    token of another kind or side is exactly 0.
+    """
     here = table(plain, context=how, max_rounds=2)
     groups = here.play()
     rows, _ = grpo_rows(

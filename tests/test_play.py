@@ -1,4 +1,6 @@
-"""`duologue play`: a person in a real terminal and on a pipe; the outcome is what the game's rules say of the words on the screen."""
+"""`duologue play`: a person in a real terminal and on a pipe; the outcome is what the game's rules say of
+the words on the screen.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The report of a run that looks like a real one: its numbers, its dialogues, and that no text of a run becomes markup."""
+"""The report of a run that looks like a real one: its numbers, its dialogues, and that no text of a run
+becomes markup.
+"""
 
 from __future__ import annotations
 

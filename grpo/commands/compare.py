@@ -1,7 +1,9 @@
-"""How well a policy deliberates: both held-out sets, greedy and sampled, measured by a judge, and against another checkpoint.
+"""How well a policy deliberates: both held-out sets, greedy and sampled, measured by a judge, and against
+another checkpoint.
 
-Two answers to one task are shown to the judge in both orders. A win counts only when both orders agree on it; pairs whose orders
-contradict each other are counted as inconsistent and belong to nobody. Intervals hold 95 % of the percentile bootstrap over tasks.
+Two answers to one task are shown to the judge in both orders. A win counts only when both orders agree on
+it; pairs whose orders contradict each other are counted as inconsistent and belong to nobody. Intervals
+hold 95 % of the percentile bootstrap over tasks.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ RESAMPLES = 2000
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed: int) -> Interval:
-    """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of which NaN are left out."""
+    """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of
+    which NaN are left out.
+    """
     rng, n = np.random.default_rng(seed), len(values)
     found = (
         np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]) if n else np.array([])
@@ -52,7 +56,9 @@ def mean(values: np.ndarray) -> float:
 
 
 def win_rate(verdicts: np.ndarray) -> float:
-    """Of the pairs with a winner in both orders; verdicts are 1, -1, 0 for a tie and NaN for inconsistent or unscored pairs."""
+    """Of the pairs with a winner in both orders; verdicts are 1, -1, 0 for a tie and NaN for inconsistent
+    or unscored pairs.
+    """
     wins, losses = int((verdicts == 1).sum()), int((verdicts == -1).sum())
     return wins / (wins + losses) if wins + losses else float("nan")
 
@@ -130,7 +136,9 @@ def prefer(
 
 
 def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJudge, FeedbackJudge]:
-    """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model name."""
+    """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model
+    name.
+    """
     ledger = Path(":memory:")
     start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
     scorer = build_judge(config, ledger, start)
@@ -147,7 +155,7 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
 
 
 def compare(config: Config, models: dict[str, tuple[Decoder, Tokenizer]]) -> dict[str, Any]:
-    """`models`: the policy that is measured, and perhaps one to compare it with. See the module; JSON-able."""
+    """`models`: the policy that is measured, and perhaps one to compare it with; JSON-able."""
     texts = config.game
     if texts.name == "dilemma_alone":  # a recipe without talks has no context for them
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))

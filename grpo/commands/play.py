@@ -1,7 +1,7 @@
 """`duologue play`: a person talks with a policy in the terminal, in any game of two.
 
-The person is one more speaker of the arena, so contexts, turns and the final question are those of training. What the person types
-is encoded once and heard as ids; nothing is trained on it.
+The person is one more speaker of the arena, so contexts, turns and the final question are those of
+training. What the person types is encoded once and heard as ids; nothing is trained on it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ class Quit(Exception):
 
 
 class Terminal:
-    """Where the person reads and types. Commands are answered here; `read` gives words, "" for /done, or raises Quit."""
+    """Where the person reads and types. Commands are answered here; `read` gives words, "" for /done, or
+    raises Quit.
+    """
 
     def __init__(
         self, private: str, console: Console | None = None, read_line: Callable[[str], str] = input
@@ -80,7 +82,8 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     game = build_game(config)
     if game.alone:
         raise ValueError(
-            f"--game: with {game.name} the policy answers alone, accepted is a game of two, e.g. collective-agency"
+            f"--game: with {game.name} the policy answers alone, accepted is a game of two, "
+            "e.g. collective-agency"
         )
     model, tokenizer = load_policy(options.checkpoint, config)
     scenario = game.sample(random.Random(derive_seed(options.seed, "play")), "heldout")
@@ -105,12 +108,15 @@ def find_recipe(options: argparse.Namespace) -> str | Path:
         if (folder / "config.toml").is_file():
             return Path(folder / "config.toml")
     raise ValueError(
-        f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, for example deal"
+        f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, "
+        "for example deal"
     )
 
 
 def rules_of(config: Config, temperature: float | None) -> Rules:
-    """Those of training; `temperature`, if given, is that of both talk and final, 0 for the likeliest words."""
+    """Those of training; `temperature`, if given, is that of both talk and final, 0 for the likeliest
+    words.
+    """
     rules = dataclasses.replace(Rules(**dataclasses.asdict(config.dialogue)), always_final=True)
     if temperature is None:
         return rules
@@ -213,7 +219,9 @@ class Person:
 
 
 class NoJudge:
-    """In place of a judge: nobody sees an agreement, so a talk goes on until its rounds are over or the person leaves it."""
+    """In place of a judge: nobody sees an agreement, so a talk goes on until its rounds are over or the
+    person leaves it.
+    """
 
     who = "nobody"
     max_unscored_share = 0.0

@@ -111,7 +111,9 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 
 
 def _dialogues(path: Path) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """The last evaluation's dialogues of each policy, and the latest of self-play. Read once: the file may be large."""
+    """The last evaluation's dialogues of each policy, and the latest of self-play. Read once: the file may
+    be large.
+    """
     policies: dict[str, list[dict[str, Any]]] = {}
     recent: deque[dict[str, Any]] = deque(maxlen=SHOWN)
     for record in iter_lines(path):
@@ -132,7 +134,7 @@ def _tokenizer(run_dir: Path) -> Tokenizer | None:
     return None
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def _facts(
@@ -216,7 +218,7 @@ def _charts(game: type[Game], metrics: Sequence[Mapping[str, Any]]) -> list[Char
     return charts
 
 
-# ---- dialogues -------------------------------------------------------------------------------------------------------
+# ---- dialogues ---------------------------------------------------------------------------------------------
 
 
 def _sections(
@@ -268,7 +270,8 @@ def _dialogue(game: type[Game], record: Mapping[str, Any], tokenizer: Tokenizer 
 
 
 def _pieces(turn: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:
-    """(text, how surprising from 0 to 5, what the pointer is shown) of each token; the whole text when they are unknown.
+    """(text, how surprising from 0 to 5, what the pointer is shown) of each token; the whole text when they
+    are unknown.
 
     A token without text, as the one that ends a turn, has the text "".
     """

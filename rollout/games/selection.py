@@ -66,7 +66,7 @@ class SelectionGame(Game, Generic[Context]):
         """Whether this utterance ends the talk, after which both sides state their selection."""
         return text.endswith(CLOSE)
 
-    # ---- for people --------------------------------------------------------------------------------------------------
+    # ---- for people ----------------------------------------------------------------------------------------
 
     @property
     def ending(self) -> str:  # type: ignore[override]
@@ -96,7 +96,7 @@ class SelectionGame(Game, Generic[Context]):
 def split_by_class(
     contexts: Sequence[Context], class_of: Callable[[Context], Hashable]
 ) -> dict[str, list[Context]]:
-    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth of them is held out."""
+    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth is held out."""
     classes = sorted({class_of(context) for context in contexts})  # type: ignore[type-var]
     random.Random(0).shuffle(classes)
     heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])

@@ -29,7 +29,9 @@ class Judge(Fallible, Protocol):
 
 
 class FeedbackJudge:
-    """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the ledger."""
+    """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the
+    ledger.
+    """
 
     who = "the judge"
 

@@ -1,7 +1,9 @@
-"""A judge in this process: frozen weights on an engine of their own, for example the policy's own at the start (self-reward).
+"""A judge in this process: frozen weights on an engine of their own, for example the policy's own at the
+start (self-reward).
 
-It works in the arena's thread, between the arena's steps. Scores are held to their form: the judge only chooses the four numbers, so
-that every checkpoint gives a valid answer. An agreement has free quotes and is strict JSON or asked again.
+It works in the arena's thread, between the arena's steps. Scores are held to their form: the judge only
+chooses the four numbers, so that every checkpoint gives a valid answer. An agreement has free quotes and is
+strict JSON or asked again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from duologue.rollout.judge.questions import SCORE
 
 
 class ModelJudge:
-    """Answers with the model that `load` gives, which nobody may change. It is loaded when it is first needed."""
+    """Answers with the model that `load` gives, which nobody may change. It is loaded when it is first
+    needed.
+    """
 
     def __init__(
         self,

@@ -1,7 +1,8 @@
 """A dialogue as data: the turns, and the token-exact view that each side has of them.
 
-A `View` is one side's context with its provenance. It is the only place where the loss mask comes from: a token is marked if and
-only if it was sampled by this policy on this side, in a turn of a named kind, together with its behaviour log-prob.
+A `View` is one side's context with its provenance. It is the only place where the loss mask comes from: a
+token is marked if and only if it was sampled by this policy on this side, in a turn of a named kind,
+together with its behaviour log-prob.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ class Turn:
 
 @dataclass(slots=True)
 class View:
-    """One side's context, append-only. `kinds[t]` indexes KINDS; `logprobs[t]` is 0 where nothing was sampled."""
+    """One side's context, append-only. `kinds[t]` indexes KINDS; `logprobs[t]` is 0 where nothing was
+    sampled.
+    """
 
     token_ids: list[int] = field(default_factory=list)  # [T]
     kinds: list[int] = field(default_factory=list)  # [T]
@@ -59,7 +62,9 @@ class View:
 
 
 class Transcript:
-    """Keeps both views in step while a dialogue is held. Private text enters one view only, here, and nothing else does."""
+    """Keeps both views in step while a dialogue is held. Private text enters one view only, here, and
+    nothing else does.
+    """
 
     def __init__(self, chat: Chat, private_ids: tuple[list[int], list[int]]) -> None:
         self.chat = chat
@@ -85,8 +90,9 @@ class Transcript:
         kept: Kept | None = None,
         opponent: bool = False,
     ) -> None:
-        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An opponent's words are
-        marked as a prompt's, so that they are never trained."""
+        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An
+        opponent's words are marked as a prompt's, so that they are never trained.
+        """
         stopped = bool(token_ids) and token_ids[-1] in self.chat.stop_token_ids
         if opponent:
             self.views[role].prompt(token_ids)
@@ -166,7 +172,9 @@ class Group:
 
 
 def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
-    """Write into every dialogue what it is worth to each side by the game's rules, None where it is unscored."""
+    """Write into every dialogue what it is worth to each side by the game's rules, None where it is
+    unscored.
+    """
     for dialogue in dialogues:
         if dialogue.outcome is not None:  # else an opponent's server gave no answer
             dialogue.reward = game.rewards(dialogue.scenario, dialogue.outcome)

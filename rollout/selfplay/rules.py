@@ -15,9 +15,10 @@ from duologue.rollout.selfplay.dialogue import FINAL
 class Rules:
     """A round is one exchange: both sides speak once.
 
-    With context "full" a side's context grows and its KV stays; with "last_2" each turn sees the two before it, in a context
-    of its own. Who speaks first is drawn per group ("random"), side 0 ("first"), or alternates from group to group and step
-    to step. A truncated draw (top_p) is trained by the distribution that it was drawn from.
+    With context "full" a side's context grows and its KV stays; with "last_2" each turn sees the two before
+    it, in a context of its own. Who speaks first is drawn per group ("random"), side 0 ("first"), or
+    alternates from group to group and step to step. A truncated draw (top_p) is trained by the distribution
+    that it was drawn from.
     """
 
     max_rounds: int = setting(5, "rounds at most; in one, both sides speak once", least=1)
