@@ -58,8 +58,9 @@ def rows_cases() -> Iterator[Case]:
         for on in (False, True):
             gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4}
             yield case(rows.silu_mul_kernel, element, gate)
-            rotary = {"ROTATE": on, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4}
-            yield case(rows.rotary_kernel, element, rotary)
+        rotate = {"HALF": 64, "HEADS": rows.HEADS, "num_warps": 4}
+        yield case(rows.rotate_kernel, element, rotate)
+        yield case(rows.write_kv_kernel, element, {"BLOCK": rows.KV, "num_warps": 4})
 
 
 def attention_cases() -> Iterator[Case]:

@@ -125,7 +125,7 @@ def measure(name: str, rank: int, trains: str, partner: bool, device: str) -> di
             dialogue_id=i,
             role=0,
             logprobs=[0.0] * PROMPT + request.completion.logprobs,
-            kept=None,
+            supports=None,
         )
         for i, request in enumerate(own)
     ]

@@ -25,7 +25,7 @@ from torch import Tensor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerTensors:
     """One layer's weights, each contiguous and of one dtype, in the order of `LayerTensors` in
-    csrc/table.h."""
+    csrc/kernels.h."""
 
     input_norm: Tensor  # [H]
     q: Tensor  # [Hq * D, H]

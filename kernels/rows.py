@@ -190,7 +190,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float =
     if triton(x):
         from duologue.kernels.gpu import rows as gpu_rows
 
-        return gpu_rows.rotary(x, out, (), cos, sin, positions, sign, positions)
+        return gpu_rows.rotate(x, out, cos, sin, positions, sign)
     tensors = pointers(x, out, cos, sin, positions)
     bad = lib().rope(*tensors, T, H, D, len(cos), sign, DTYPES[x.dtype])
     if bad:
@@ -238,7 +238,7 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     if triton(k):
         from duologue.kernels.gpu import rows as gpu_rows
 
-        gpu_rows.rotary(k[:, :0], k, (k, v, k_pages, v_pages), k, k, slots, 1.0, slots)
+        gpu_rows.write_kv(k, v, k_pages, v_pages, slots)
         return
     P, B = k_pages.shape[:2]
     tensors = pointers(k, v, k_pages, v_pages, slots)

@@ -436,11 +436,11 @@ def supports(rows: list[Row]) -> dict[tuple[int, ...], list[int]]:
     """
     found = {}
     for row in rows:
-        assert row.kept is not None
+        assert row.supports is not None
         start = 0
-        for t, (size, trained) in enumerate(zip(row.kept.sizes, row.loss_mask, strict=True)):
+        for t, (size, trained) in enumerate(zip(row.supports.sizes, row.loss_mask, strict=True)):
             if trained:
-                found[tuple(row.token_ids[:t])] = row.kept.ids[start : start + size].tolist()
+                found[tuple(row.token_ids[:t])] = row.supports.ids[start : start + size].tolist()
             start += size
     return found
 

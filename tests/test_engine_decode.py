@@ -66,7 +66,7 @@ def work(seed: int, n: int = 24) -> tuple[list[list[int]], list[SamplingParams]]
 
 
 def drawn(completions: list[Completion]) -> list[tuple[Any, ...]]:
-    return [(c.token_ids, c.logprobs, c.entropies, c.kept, c.finish_reason) for c in completions]
+    return [(c.token_ids, c.logprobs, c.entropies, c.supports, c.finish_reason) for c in completions]
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [(2, 4096), (8, 4096), (8, 640), (33, 65_536)])
@@ -93,7 +93,7 @@ def test_a_support_that_does_not_fit_is_drawn_by_a_plain_step(monkeypatch: pytes
     ]  # about half of 307 ids, never 5
     ahead = Engine(model, decode_steps=8).generate(prompts, params)
     assert drawn(ahead) == drawn(Engine(model, decode_steps=1).generate(prompts, params))
-    assert min(min(c.kept.sizes) for c in ahead) > 5
+    assert min(min(c.supports.sizes) for c in ahead) > 5
 
 
 @pytest.mark.usefixtures("loop")

@@ -52,12 +52,12 @@ def test_compile_cases_reach_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_compile_check_for_one_chip() -> None:
-    options = ["--json", "--chips", "90", "--only", "bf16/fp32 ROTATE=1"]
+    options = ["--json", "--chips", "90", "--only", "rotate_kernel bf16"]
     command = [sys.executable, "-m", "bench.compile_check", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert row["kernel"].startswith("rotary_kernel")
+    assert row["kernel"].startswith("rotate_kernel")
     assert 0 < row["registers"] < 256
     assert row["spill_bytes"] == 0
 

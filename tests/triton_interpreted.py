@@ -494,7 +494,7 @@ def test_decoding_ahead_with_a_shared_prefix_has_the_bits_of_score(monkeypatch: 
         found.append(engine.generate(prompts, params))
         assert engine.stats.shared_tokens >= 512
     for a, b in zip(*found, strict=True):
-        assert (a.token_ids, a.logprobs, a.kept) == (b.token_ids, b.logprobs, b.kept)
+        assert (a.token_ids, a.logprobs, a.supports) == (b.token_ids, b.logprobs, b.supports)
     with torch.no_grad():
         scored = score(model, [p + c.token_ids for p, c in zip(prompts, found[0], strict=True)])
     for i in (0, 2):  # not truncated

@@ -13,7 +13,8 @@ from torch import Tensor
 
 STEPS = 8  # row tiles that share a partial sum
 GATE = 1024  # elements of a program of silu_mul
-HEADS = 8  # of a program of rotary
+HEADS = 8  # of a program of rotate
+KV = 1024  # elements of a program of write_kv
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -98,60 +99,35 @@ def silu_mul_kernel(gate, up, grad, out, grad_up, size, BACKWARD: tl.constexpr, 
 
 
 @triton.jit
-def rotary_kernel(
-    q,
-    q_out,
-    k,
-    k_out,
-    v,
-    v_out,
-    cos,
-    sin,
-    positions,
-    slots,
-    Hq,
-    Hk,
-    D,
-    max_position,
-    sign,
-    ROTATE: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
+def rotate_kernel(
+    x, out, cos, sin, positions, H, D, max_position, sign, HALF: tl.constexpr, HEADS: tl.constexpr
 ):
-    """Program (t, b): a block of heads of token t, of q, then k, then v. q and (if ROTATE) k are rotated; q
-    goes to the same row of q_out, k and v go to the token's slot of k_out and v_out. A position outside of
-    the tables gives NaN."""
+    """Program (t, b): a block of heads of token t, rotated by its position; NaN when that is out of range."""
     t = tl.program_id(0).to(tl.int64)
-    b = tl.program_id(1)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     d = tl.arange(0, HALF)
-    half = tl.cdiv(D, 2)
-    of_k = tl.cdiv(Hq, HEADS)
-    of_v = of_k + tl.cdiv(Hk, HEADS)
-    x, out = q, q_out
-    if b >= of_k:
-        x, out = k, k_out
-    if b >= of_v:
-        x, out = v, v_out
-    row = tl.load(slots + t, b >= of_k, t)
-    H = tl.where(b >= of_k, Hk, Hq)
-    h = (b - tl.where(b >= of_v, of_v, tl.where(b >= of_k, of_k, 0))) * HEADS + tl.arange(0, HEADS)
+    half = D // 2
     real = (h < H)[:, None] & (d < half)[None, :]
-    real_high = (h < H)[:, None] & (d + half < D)[None, :]
     at = (t * H + h)[:, None] * D + d[None, :]
-    to = (row * H + h)[:, None] * D + d[None, :]
-    low = tl.load(x + at, real, 0.0)
-    high = tl.load(x + at + half, real_high, 0.0)
-    if (b < of_k) | ((b < of_v) & ROTATE):
-        position = tl.load(positions + t)
-        known = (d < half) & (position >= 0) & (position < max_position)
-        c = tl.load(cos + position * half + d, known, float("nan"))[None, :]
-        s = sign * tl.load(sin + position * half + d, known, float("nan"))[None, :]
-        x1 = low.to(tl.float32)
-        x2 = high.to(tl.float32)
-        low = (x1 * c - x2 * s).to(q.dtype.element_ty)
-        high = (x2 * c + x1 * s).to(q.dtype.element_ty)
-    tl.store(out + to, low, real)
-    tl.store(out + to + half, high, real_high)
+    position = tl.load(positions + t)
+    known = (d < half) & (position >= 0) & (position < max_position)
+    c = tl.load(cos + position * half + d, known, float("nan"))[None, :]
+    s = sign * tl.load(sin + position * half + d, known, float("nan"))[None, :]
+    low = tl.load(x + at, real, 0.0).to(tl.float32)
+    high = tl.load(x + at + half, real, 0.0).to(tl.float32)
+    tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), real)
+    high = tl.fma(high, c, low * s)  # else the compiler chooses which product it fuses, and with it the bits
+    tl.store(out + at + half, high.to(out.dtype.element_ty), real)
+
+
+@triton.jit
+def write_kv_kernel(k, v, k_pages, v_pages, slots, size, BLOCK: tl.constexpr):
+    """Program (t, b): a block of the `size` = Hk * D elements of token t, to the token's slot."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(k_pages + slot * size + i, tl.load(k + t * size + i, i < size), i < size)
+    tl.store(v_pages + slot * size + i, tl.load(v + t * size + i, i < size), i < size)
 
 
 def norm_tile(K: int) -> dict[str, int]:
@@ -195,24 +171,19 @@ def silu_mul(
     return out, grad_up
 
 
-def rotary(
-    q: Tensor,
-    q_out: Tensor,
-    kv: tuple[Tensor, ...],
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    sign: float,
-    slots: Tensor,
-) -> Tensor:
-    """q [T, Hq, D] rotated by its positions [T] into q_out; `kv`, where not empty, is k and v [T, Hk, D] and
-    their pages: k is rotated too, unless Hq = 0, and both go to the slots [T] of the pages."""
-    T, Hq, D = q.shape
-    k, v, k_pages, v_pages = kv or (q, q, q_out, q_out)
-    Hk = k.shape[1] if kv else 0
-    if T:
-        tensors = (q, q_out, k, k_pages, v, v_pages, cos, sin, positions, slots)
-        flags = {"ROTATE": Hq > 0, "HALF": triton.next_power_of_2(triton.cdiv(D, 2)), "HEADS": HEADS}
-        grid = (T, triton.cdiv(Hq, HEADS) + 2 * triton.cdiv(Hk, HEADS))
-        rotary_kernel[grid](*tensors, Hq, Hk, D, len(cos), sign, **flags, num_warps=4)
-    return q_out
+def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) -> Tensor:
+    """x [T, H, D] rotated by its positions [T] into out."""
+    T, H, D = x.shape
+    if T * H:
+        tile = {"HALF": triton.next_power_of_2(triton.cdiv(D, 2)), "HEADS": HEADS}
+        grid = (T, triton.cdiv(H, HEADS))
+        rotate_kernel[grid](x, out, cos, sin, positions, H, D, len(cos), sign, **tile, num_warps=4)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """k and v [T, Hk, D] to the slots [T] of their pages."""
+    if k.numel():
+        size = k[0].numel()
+        grid = (len(k), triton.cdiv(size, KV))
+        write_kv_kernel[grid](k, v, k_pages, v_pages, slots, size, BLOCK=KV, num_warps=4)

@@ -135,7 +135,7 @@ class Engine:
     ) -> list[Completion]:
         """`n` completions per prompt, in order; `params` is shared, or one per prompt.
 
-        Of the `n` the first has the seed in it, and each next one the next.
+        With a seed s in it, the completions of a prompt have s, s + 1 and so on.
         """
         of_prompt = params if isinstance(params, list) else [params] * len(prompts)
         if len(of_prompt) != len(prompts):

@@ -87,7 +87,7 @@ class PagePool:
         branch.n_cached = 0
 
     def trim(self, branch: BranchState, n_tokens: int) -> None:
-        """Keep the KV of the first `n_tokens` at most. Of a page that others hold too no part is kept."""
+        """Keep the KV of the first `n_tokens` at most. A page that others hold too stays whole or goes."""
         keep = min(branch.n_cached, n_tokens)
         n_pages = self.pages_for(keep)
         if keep % self.page_size and self.refcount[branch.pages[n_pages - 1]] > 1:

@@ -60,7 +60,7 @@ class SamplingParams:
 
 
 @dataclass(slots=True)
-class Kept:
+class Supports:
     """The supports of truncated draws: `ids` holds `sizes[0]` token ids, ascending, then `sizes[1]`.
 
     Size 0 stands for all tokens.
@@ -73,7 +73,7 @@ class Kept:
         self.sizes.append(len(ids))
         self.ids += ids
 
-    def extend(self, other: Kept) -> None:
+    def extend(self, other: Supports) -> None:
         self.sizes += other.sizes
         self.ids += other.ids
 
@@ -94,7 +94,7 @@ class Completion:
     token_ids: list[int] = field(default_factory=list)  # [n]
     logprobs: list[float] = field(default_factory=list)  # [n], see `Draw`
     entropies: list[float] = field(default_factory=list)  # [n]
-    kept: Kept = field(default_factory=Kept)  # [n]
+    supports: Supports = field(default_factory=Supports)  # [n]
     finish_reason: str = ""  # "stop" | "length" | "cancelled" | "error"
     weights_version: int = 0
     error: str = ""  # what the callback raised
@@ -103,7 +103,7 @@ class Completion:
         self.token_ids.append(draw.token)
         self.logprobs.append(draw.logprob)
         self.entropies.append(draw.entropy)
-        self.kept.add(draw.support)
+        self.supports.add(draw.support)
 
 
 @dataclass(slots=True, eq=False)

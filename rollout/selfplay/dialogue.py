@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from duologue.model.chat import Chat
-from duologue.rollout.engine.sequence import Kept
+from duologue.rollout.engine.sequence import Supports
 from duologue.rollout.games.game import Game, Outcome, Scenario
 
 POLICY = "policy"  # the player whose tokens are trained
@@ -40,16 +40,16 @@ class View:
     token_ids: list[int] = field(default_factory=list)  # [T]
     kinds: list[int] = field(default_factory=list)  # [T]
     logprobs: list[float] = field(default_factory=list)  # [T]
-    kept: Kept = field(default_factory=Kept)  # [T] the supports that sampled tokens were drawn from
+    supports: Supports = field(default_factory=Supports)  # [T], what sampled tokens were drawn from
 
     def prompt(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
         self.kinds += [PROMPT] * len(token_ids)
         self.logprobs += [0.0] * len(token_ids)
-        self.kept.sizes += [0] * len(token_ids)
+        self.supports.sizes += [0] * len(token_ids)
 
     def said(
-        self, token_ids: list[int], logprobs: list[float] | None, kind: int, kept: Kept | None = None
+        self, token_ids: list[int], logprobs: list[float] | None, kind: int, supports: Supports | None = None
     ) -> None:
         """This side's own words. Without log-probs they are a demonstration: marked, to be imitated."""
         assert kind != PROMPT
@@ -57,8 +57,8 @@ class View:
         self.token_ids += token_ids
         self.kinds += [kind] * len(token_ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(token_ids)
-        self.kept.extend(kept or Kept([0] * len(token_ids)))
-        assert len(self.kept.sizes) == len(self.token_ids)
+        self.supports.extend(supports or Supports([0] * len(token_ids)))
+        assert len(self.supports.sizes) == len(self.token_ids)
 
 
 class Transcript:
@@ -87,7 +87,7 @@ class Transcript:
         logprobs: list[float] | None,
         kind: int,
         text: str,
-        kept: Kept | None = None,
+        supports: Supports | None = None,
         opponent: bool = False,
     ) -> None:
         """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An
@@ -97,7 +97,7 @@ class Transcript:
         if opponent:
             self.views[role].prompt(token_ids)
         else:
-            self.views[role].said(token_ids, logprobs, kind, kept)
+            self.views[role].said(token_ids, logprobs, kind, supports)
         self.views[role].prompt(self.chat.close_reply(stopped))
         if kind == UTTERANCE:
             self.views[1 - role].prompt(self.chat.heard(token_ids[:-1] if stopped else token_ids))

@@ -133,7 +133,7 @@ class Talk:
             assert self._version in (-1, version), "the weights changed within a dialogue"
             self._version = version
         ids, logprobs = completion.token_ids, completion.logprobs or None
-        support = completion.kept if logprobs else None
+        support = completion.supports if logprobs else None
         opponent = self.players[asked.role] != POLICY
         text = self._contexts.tokenizer.decode(ids).strip()
         if asked.grows:
