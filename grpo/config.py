@@ -4,18 +4,20 @@ Each key has its limits in its section; the rules between keys stand here. Whate
 type or out of range is a ValueError that names the key, the value and what is accepted.
 """
 
+# ruff: noqa: RUF009 - the sections are frozen
+
 from __future__ import annotations
 
 import dataclasses
 import re
 import tomllib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, get_type_hints
 
 from duologue.grpo.sections import (
+    HTTP_ADDRESS,
     EvalSection,
     GrpoSection,
     ImitationSection,
@@ -42,24 +44,24 @@ GAME = f"one of {', '.join(map(repr, GAMES))}"
 class Config:
     """A run's settings by section; `game` holds those of the game that is named."""
 
-    model: ModelSection = field(default_factory=ModelSection)
-    game: GameSettings = field(default_factory=partial(DealSettings, name="deal"))
-    imitation: ImitationSection = field(default_factory=ImitationSection)
-    train: TrainSection = field(default_factory=TrainSection)
-    grpo: GrpoSection = field(default_factory=GrpoSection)
-    lora: LoraSection = field(default_factory=LoraSection)
-    dialogue: Rules = field(default_factory=Rules)
-    judge: JudgeSection = field(default_factory=JudgeSection)
-    opponent: OpponentSection = field(default_factory=OpponentSection)
-    rollout: RolloutSection = field(default_factory=RolloutSection)
-    eval: EvalSection = field(default_factory=EvalSection)
+    model: ModelSection = ModelSection()
+    game: GameSettings = DealSettings(name="deal")
+    imitation: ImitationSection = ImitationSection()
+    train: TrainSection = TrainSection()
+    grpo: GrpoSection = GrpoSection()
+    lora: LoraSection = LoraSection()
+    dialogue: Rules = Rules()
+    judge: JudgeSection = JudgeSection()
+    opponent: OpponentSection = OpponentSection()
+    rollout: RolloutSection = RolloutSection()
+    eval: EvalSection = EvalSection()
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
             check(section.name, getattr(self, section.name))
-        for rule in rules(self):
-            if not rule.holds:
-                raise ValueError(f"{rule.key} = {to_toml(self.value(rule.key))}: accepted is {rule.accepted}")
+        for key, accepted, holds in rules(self):
+            if not holds:
+                raise ValueError(f"{key} = {to_toml(self.value(key))}: accepted is {accepted}")
 
     def value(self, key: str) -> Any:
         """What `section.key` is set to."""
@@ -79,19 +81,12 @@ class Config:
 
 # ---- rules between keys ------------------------------------------------------------------------------------
 
-
-class Rule(NamedTuple):
-    """A rule by its name; where it does not hold, the error names `key` and what is `accepted` for it."""
-
-    name: str
-    key: str
-    accepted: str
-    holds: bool
+Rule = tuple[str, str, bool]  # a key, what is accepted for it, whether it is so
 
 
 def rules(config: Config) -> Iterator[Rule]:
     """All of them, whether they hold or not."""
-    for subject in (_model_rules, _game_rules, _dialogue_rules, _judge_rules, _opponent_rules, _update_rules):
+    for subject in (_model_rules, _dialogue_rules, _judge_rules, _opponent_rules, _update_rules):
         yield from subject(config)
 
 
@@ -99,93 +94,77 @@ def _model_rules(c: Config) -> Iterator[Rule]:
     m, lora = c.model, c.lora
     scratch = not m.path  # otherwise the sizes are the checkpoint's
     multiple = f"a multiple of num_kv_heads ({m.num_kv_heads})"
-    yield Rule(
-        "query heads share key heads",
-        "model.num_heads",
-        multiple,
-        not scratch or m.num_heads % m.num_kv_heads == 0,
-    )
+    yield "model.num_heads", multiple, not scratch or m.num_heads % m.num_kv_heads == 0
     even = f"an even number, or 0 where hidden_size / num_heads ({m.hidden_size} / {m.num_heads}) is one"
-    pairs = (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0
-    yield Rule("rotary pairs", "model.head_dim", even, not scratch or pairs)
+    rotary_pairs = (m.head_dim or m.hidden_size / m.num_heads) % 2 == 0
+    yield "model.head_dim", even, not scratch or rotary_pairs
     frozen = "0 without model.path, the frozen weights that an adapter needs"
-    yield Rule("an adapter has a base", "lora.rank", frozen, not (lora.rank and scratch))
-    yield Rule("an adapter has targets", "lora.targets", "at least one linear", bool(lora.targets))
+    yield "lora.rank", frozen, not (lora.rank and scratch)
+    yield "lora.targets", "at least one linear", bool(lora.targets)
     trained = "'' with lora.rank = 0, where all weights are trained"
-    yield Rule("only a frozen base is packed", "lora.quantize", trained, not lora.quantize or lora.rank > 0)
-    yield Rule("pages of chunks", "rollout.page_size", "a multiple of 16", c.rollout.page_size % 16 == 0)
+    yield "lora.quantize", trained, not lora.quantize or lora.rank > 0
+    yield "rollout.page_size", "a multiple of 16", c.rollout.page_size % 16 == 0
     exact = "true on cpu, where the kernels are always exact"
-    yield Rule("cpu is exact", "rollout.exact", exact, c.rollout.exact or m.device != "cpu")
-
-
-def _game_rules(c: Config) -> Iterator[Rule]:
-    scripts = "0 with dilemmas, for which there are no scripts"
-    for key in ("imitation.steps", "grpo.imitation_coef"):
-        yield Rule("imitation needs scripts", key, scripts, c.game.name in SCRIPTS or not c.value(key))
+    yield "rollout.exact", exact, c.rollout.exact or m.device != "cpu"
 
 
 def _dialogue_rules(c: Config) -> Iterator[Rule]:
     d = c.dialogue
-    dilemma, alone = isinstance(c.game, DilemmaSettings), c.game.name == "dilemma_alone"
+    scripts = "0 with dilemmas, for which there are no scripts"
+    for key in ("imitation.steps", "grpo.imitation_coef"):
+        yield key, scripts, c.game.name in SCRIPTS or not c.value(key)
     warm = "above 0: greedy dialogues are all alike and teach nothing"
-    yield Rule("dialogues of a group differ", "dialogue.temperature", warm, d.temperature > 0)
-    full = "'full' with a game that has rules"
-    yield Rule("contexts of a game grow", "dialogue.context", full, dilemma or d.context == "full")
+    yield "dialogue.temperature", warm, d.temperature > 0
+    dilemma = isinstance(c.game, DilemmaSettings)
+    yield "dialogue.context", "'full' with a game that has rules", dilemma or d.context == "full"
     one = "dialogue.temperature, or -1, where grpo.train_kinds has 'final': one temperature is trained"
     same = d.final_temperature in (-1, d.temperature)
-    yield Rule(
-        "one temperature", "dialogue.final_temperature", one, "final" not in c.grpo.train_kinds or same
-    )
-    role, kinds = "'first' where one answers alone", "['final'] where one answers alone"
-    yield Rule("one side alone", "grpo.train_roles", role, not alone or c.grpo.train_roles == "first")
-    yield Rule("one answer alone", "grpo.train_kinds", kinds, not alone or c.grpo.train_kinds == ("final",))
+    yield "dialogue.final_temperature", one, same or "final" not in c.grpo.train_kinds
+    if c.game.name == "dilemma_alone":
+        yield "grpo.train_roles", "'first' where one answers alone", c.grpo.train_roles == "first"
+        yield "grpo.train_kinds", "['final'] where one answers alone", c.grpo.train_kinds == ("final",)
+        yield "opponent.kind", "'self' where one answers alone", c.opponent.kind == "self"
 
 
 def _judge_rules(c: Config) -> Iterator[Rule]:
     judge, dilemma = c.judge, isinstance(c.game, DilemmaSettings)
     backend = "'rules' with a game that has them, otherwise another"
-    yield Rule("rules or a judge", "judge.backend", backend, (judge.backend == "rules") != dilemma)
+    yield "judge.backend", backend, (judge.backend == "rules") != dilemma
     for key in ("judge.prompts", "judge.ledger", "eval.questions", "eval.judge_url", "eval.judge_model"):
-        yield Rule("settings of a judge", key, "'' with a game that has rules", dilemma or not c.value(key))
+        yield key, "'' with a game that has rules", dilemma or not c.value(key)
     server = "'' without judge.backend = 'endpoint'"
-    yield Rule("only a server has a url", "judge.url", server, not judge.url or judge.backend == "endpoint")
+    yield "judge.url", server, not judge.url or judge.backend == "endpoint"
     key_env = "the one place for a credential: judge.url takes none, and no query"
-    yield Rule("no credential in a url", "judge.key_env", key_env, not set("@?#") & set(judge.url))
+    yield "judge.key_env", key_env, not set("@?#") & set(judge.url)
 
 
 def _opponent_rules(c: Config) -> Iterator[Rule]:
     o, default = c.opponent, OpponentSection()
-    alone = "'self' where one answers alone"
-    yield Rule("nobody to meet", "opponent.kind", alone, c.game.name != "dilemma_alone" or o.kind == "self")
     server = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
     for kind, names in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
+        accepted = f"its default where opponent.kind is not '{kind}'"
         for key in names:
-            accepted = f"its default where opponent.kind is not '{kind}'"
             unused = getattr(o, key) == getattr(default, key)
-            yield Rule("settings of a kind", f"opponent.{key}", accepted, o.kind == kind or unused)
-    http = "an address that begins with http:// or https://"
-    url = f"{http}, and no credential or query (opponent.key_env names one)"
-    plain = re.match(r"https?://[^/]", o.url) is not None and not set("@?#") & set(o.url)
-    yield Rule("no credential in a url", "opponent.url", url, o.kind != "endpoint" or plain)
+            yield f"opponent.{key}", accepted, o.kind == kind or unused
+    url = f"{HTTP_ADDRESS}, and no credential or query (opponent.key_env names one)"
+    plain = re.fullmatch(r"https?://[^/@?#][^@?#]*", o.url) is not None
+    yield "opponent.url", url, o.kind != "endpoint" or plain
 
 
 def _update_rules(c: Config) -> Iterator[Rule]:
     g = c.grpo
     exact = "0 while rollout.exact = true, where the weight would be 1"
-    yield Rule("importance differs from 1", "grpo.tis_cap", exact, not (g.tis_cap and c.rollout.exact))
-    first = "1 with grpo.tis_cap"
-    yield Rule(
-        "old policy at hand", "grpo.updates_per_rollout", first, not g.tis_cap or g.updates_per_rollout == 1
-    )
+    yield "grpo.tis_cap", exact, not (g.tis_cap and c.rollout.exact)
+    yield "grpo.updates_per_rollout", "1 with grpo.tis_cap", not g.tis_cap or g.updates_per_rollout == 1
     betas = "a list of two numbers from 0 to below 1"
-    yield Rule("two moments", "grpo.betas", betas, len(g.betas) == 2 and all(0 <= b < 1 for b in g.betas))
+    yield "grpo.betas", betas, len(g.betas) == 2 and all(0 <= b < 1 for b in g.betas)
     kinds = "'utterance', 'final' or both, each once"
-    yield Rule("kinds to train", "grpo.train_kinds", kinds, 0 < len(set(g.train_kinds)) == len(g.train_kinds))
+    yield "grpo.train_kinds", kinds, 0 < len(set(g.train_kinds)) == len(g.train_kinds)
     dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
     outside = g.dual_clip > 1 + g.clip_high and g.loss != "cispo"
-    yield Rule("second clip beyond the first", "grpo.dual_clip", dual, not g.dual_clip or outside)
+    yield "grpo.dual_clip", dual, not g.dual_clip or outside
     running = "true with grpo.advantage = 'running', which is per role"
-    yield Rule("a baseline per role", "grpo.per_role", running, g.per_role or g.advantage != "running")
+    yield "grpo.per_role", running, g.per_role or g.advantage != "running"
 
 
 # ---- reading -----------------------------------------------------------------------------------------------
@@ -199,10 +178,9 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
     raw = _read(recipe_or_path)
     for override in overrides:
         key, equals, text = override.partition("=")
-        section, _, name = key.partition(".")
+        section, _, name = (part.strip() for part in key.partition("."))
         if not equals or not name:
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
-        section, name = section.strip(), name.strip()
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             table[name] = parse(text.strip(), isinstance(_default(section, name), str))

@@ -17,8 +17,7 @@ from duologue.model.settings import like, setting
 from duologue.model.tokenizer import LEAST_IDS
 from duologue.rollout.engine.pages import CACHE_TOKENS
 
-HTTP = r"(https?://[^/].*)?"
-HTTP_WORDS = "'' or an address that begins with http:// or https://"
+HTTP_ADDRESS = "an address that begins with http:// or https://"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +26,7 @@ class ModelSection:
 
     path: str = setting("", "folder of a Hugging Face checkpoint; '' starts from nothing")
     device: str = setting("cpu", "where the model is", form=r"cpu|cuda(:\d+)?", words="cpu, cuda or cuda:N")
-    dtype: str = setting("float32", "of the weights", one_of=tuple(DTYPES))
+    dtype: str = setting("float32", "of the weights", one_of=DTYPES)
     hidden_size: int = setting(128, "width of the residual stream", least=1)
     intermediate_size: int = setting(384, "width of an MLP", least=1)
     num_layers: int = setting(4, "decoder layers", least=1)
@@ -131,7 +130,9 @@ class JudgeSection:
         "weights",
         one_of=("rules", "endpoint", "model", "policy"),
     )
-    url: str = setting("", "of an OpenAI-compatible server", form=HTTP, words=HTTP_WORDS)
+    url: str = setting(
+        "", "of an OpenAI-compatible server", form=r"(https?://[^/].*)?", words=f"'' or {HTTP_ADDRESS}"
+    )
     model: str = setting("", "the server's name of the model, or a folder")
     key_env: str = setting("DUOLOGUE_JUDGE_KEY", "the environment variable that holds the server's API key")
     prompts: str = setting("", "a folder of prompts that replace the package's")

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -24,8 +24,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What a value must obey. Of a tuple, `one_of` speaks of the items; None is no limit, but inf is never
-    accepted.
+    """What a value must obey: `least` and `most` are accepted themselves, `above` is not. Of a tuple,
+    `one_of` speaks of the items; None is no limit, but inf is never accepted.
 
     `form` is a regular expression for all of a string. `words` say what is accepted where the limits would
     say it badly.
@@ -35,7 +35,7 @@ class Limits:
     least: float | None = None
     above: float | None = None
     most: float | None = None
-    one_of: tuple[str, ...] = ()
+    one_of: Collection[str] = ()
     form: str = ""
     words: str = ""
 
@@ -52,13 +52,8 @@ class Limits:
             return f"{_plain(self.least)} to {_plain(self.most)}"
         return ""
 
-    def refused(self, value: Any) -> Iterator[Any]:
-        """The value, or the items of it, that are not accepted."""
-        for item in value if isinstance(value, tuple) else (value,):
-            if not self._accepts(item):
-                yield item
-
-    def _accepts(self, item: Any) -> bool:
+    def accepts(self, item: Any) -> bool:
+        """Whether a value, or an item of a tuple, is within them."""
         if self.one_of:
             return item in self.one_of
         if self.form:
@@ -73,22 +68,9 @@ class Limits:
         )
 
 
-def setting(
-    default: Any,
-    meaning: str,
-    *,
-    least: float | None = None,
-    above: float | None = None,
-    most: float | None = None,
-    one_of: Sequence[str] = (),
-    form: str = "",
-    words: str = "",
-) -> Any:
-    """A dataclass field with limits: `least` and `most` are accepted themselves, `above` is not."""
-    limits = Limits(
-        meaning=meaning, least=least, above=above, most=most, one_of=tuple(one_of), form=form, words=words
-    )
-    return dataclasses.field(default=default, metadata={"limits": limits})
+def setting(default: Any, meaning: str, **limits: Any) -> Any:
+    """A dataclass field with `Limits`."""
+    return dataclasses.field(default=default, metadata={"limits": Limits(meaning=meaning, **limits)})
 
 
 def like(owner: Any, name: str) -> Any:
@@ -115,11 +97,12 @@ def check(section: str, values: Any, names: Mapping[str, str] = MappingProxyType
     `names` holds the keys that are called otherwise than their fields.
     """
     for field in keys(values):
-        accepted = limits(field)
-        for item in accepted.refused(getattr(values, field.name)):
-            shown = json.dumps(item) if accepted.words else repr(item)
-            key = names.get(field.name, field.name)
-            raise ValueError(f"{section}.{key} = {shown}: accepted is {accepted.accepted}")
+        value, accepted = getattr(values, field.name), limits(field)
+        for item in value if isinstance(value, tuple) else (value,):
+            if not accepted.accepts(item):
+                shown = json.dumps(item) if accepted.words else repr(item)
+                key = names.get(field.name, field.name)
+                raise ValueError(f"{section}.{key} = {shown}: accepted is {accepted.accepted}")
 
 
 def _plain(limit: float | None) -> str:
