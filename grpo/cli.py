@@ -70,14 +70,13 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     words = iter(argv)
     for word in words:
-        dashed = re.fullmatch(r"--(\w+\.\w+)(=.*)?", word, re.DOTALL)
-        if dashed:
-            value = dashed[2] if dashed[2] is not None else next(words, None)
+        if re.fullmatch(r"--\w+\.\w+", word):
+            value = next(words, None)
             if value is None:
                 raise ValueError(f"{word} lacks a value")
-            overrides.append(dashed[1] + (value if dashed[2] is not None else f"={value}"))
-        elif re.match(r"[\w.]+=", word):
-            overrides.append(word)
+            overrides.append(f"{word[2:]}={value}")
+        elif re.match(r"--\w+\.\w+=|[\w.]+=", word):
+            overrides.append(word.removeprefix("--"))
         else:
             rest.append(word)
     return rest, overrides
@@ -87,50 +86,82 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="duologue", description="Self-play trainer for negotiating policies"
     )
-    parser.add_argument(
-        "--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}"
-    )
+    version = f"duologue {importlib.metadata.version('duologue')}"
+    parser.add_argument("--version", action="version", version=version)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (
-        _add_train,
-        _add_config,
-        _add_eval,
-        _add_report,
-        _add_data,
-        _add_play,
-        _add_export,
-        _add_doctor,
-    ):
-        add(commands)
+    _add_runs(commands)
+    _add_measures(commands)
+    _add_files(commands)
     return parser
 
 
 def _command(
     commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, settings: bool = False
 ) -> Any:
-    """The parser of a command; `settings`: whether it takes them."""
+    """Enter a command, and return what adds its arguments; `settings`: whether it takes them."""
     command = commands.add_parser(name, help=help, epilog=SETTINGS if settings else None)
     command.set_defaults(run=run, takes_settings=settings)
-    return command
+    return command.add_argument
+
+
+def _add_runs(commands: Any) -> None:
+    add = _command(commands, "train", _train, "train by a recipe or a TOML file", settings=True)
+    add("recipe", help=RECIPE)
+    add("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
+    resume = "go on with the run in --run-dir from its last checkpoint"
+    add("--resume", action="store_true", help=resume)
+    add("--device", help=DEVICE)
+    add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
+
+    every = "print every setting with its meaning, as TOML to edit"
+    add = _command(commands, "config", _config, every, settings=True)
+    add("recipe", help=RECIPE)
+    add("section", nargs="?", default="", help="one section alone, for example grpo")
+
+
+def _add_measures(commands: Any) -> None:
+    add = _command(commands, "eval", _eval, "hold dialogues with a checkpoint, measured", settings=True)
+    add("checkpoint", type=Path, help=CHECKPOINT)
+    add("--recipe", required=True, help="the recipe or TOML file that names the game")
+    add("--dialogues", type=int, help="how many (default: eval.dialogues)")
+    add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
+    against = "with dilemmas: another one, whose answers are compared"
+    add("--against", type=Path, metavar="CHECKPOINT", help=against)
+    add("--json", type=Path, metavar="FILE", help="write the measures there")
+    add("--device", help=DEVICE)
+
+    add = _command(commands, "report", _report, "write report.html of a run, finished or not")
+    add("run_dir", type=Path)
+    data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
+
+    add = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
+    add("checkpoint", type=Path, help=CHECKPOINT)
+    game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
+    add("--game", metavar="RECIPE", help=game)
+    add("--side", choices=("first", "second"), default="first", help="yours")
+    add("--seed", type=int, default=0, help="of the scenario and of what the policy says")
+    temperature = "of the policy's words, 0 for the likeliest (default: dialogue.temperature)"
+    add("--temperature", type=float, help=temperature)
+
+
+def _add_files(commands: Any) -> None:
+    add = _command(commands, "export", _export, "write a checkpoint of a run for other programs")
+    add("source", type=Path, help="a checkpoint, or a run directory for its last one")
+    add("out", type=Path, help="a new folder")
+    add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    merge = "an adapter into its base, so that transformers loads it without peft"
+    add("--merge", action="store_true", help=merge)
+    add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
+
+    _command(commands, "doctor", _doctor, "show the device, the back ends in use and a self-check")
 
 
 # ---- train -------------------------------------------------------------------------------------------------
 
 
-def _add_train(commands: Any) -> None:
-    train = _command(commands, "train", _train, "train by a recipe or a TOML file", settings=True)
-    train.add_argument("recipe", help=RECIPE)
-    train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
-    train.add_argument(
-        "--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint"
-    )
-    train.add_argument("--device", help=DEVICE)
-    train.add_argument("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
-
-
 def _train(options: argparse.Namespace) -> int:
     shortcuts = {"model.path": options.model, "model.device": options.device}
-    config = _config(options.recipe, options.overrides, shortcuts)
+    config = _resolved(options, shortcuts)
     from duologue.grpo.commands.report import write_report
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
@@ -160,15 +191,15 @@ def _train(options: argparse.Namespace) -> int:
     return _show_results(run.path, config, progress)
 
 
-def _config(recipe: str, overrides: list[str], shortcuts: dict[str, Any]) -> Config:
+def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
+    """The configuration; `shortcuts` are settings that have an option of their own."""
     import torch
     from duologue.grpo.config import load_config
 
-    overrides = [*overrides, *(f"{key}={value}" for key, value in shortcuts.items() if value is not None)]
-    config = load_config(recipe, overrides)
-    device = torch.device(config.model.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
+    chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    config = load_config(options.recipe, [*options.overrides, *chosen])
+    device, count = torch.device(config.model.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
             f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
         )
@@ -234,38 +265,12 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 # ---- config and eval ---------------------------------------------------------------------------------------
 
 
-def _add_config(commands: Any) -> None:
-    config = _command(
-        commands,
-        "config",
-        _config_command,
-        "print every setting with its meaning, as TOML to edit",
-        settings=True,
-    )
-    config.add_argument("recipe", help=RECIPE)
-    config.add_argument("section", nargs="?", default="", help="one section alone, for example grpo")
-
-
-def _config_command(options: argparse.Namespace) -> int:
+def _config(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.config import described
     from duologue.grpo.config import load_config
 
     print(described(load_config(options.recipe, options.overrides), options.section), end="")
     return 0
-
-
-def _add_eval(commands: Any) -> None:
-    evaluate = _command(commands, "eval", _eval, "hold dialogues with a checkpoint, measured", settings=True)
-    evaluate.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
-    evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
-    evaluate.add_argument(
-        "--greedy", action="store_true", help="take the likeliest token instead of sampling"
-    )
-    against = "with dilemmas: another one, whose answers are compared"
-    evaluate.add_argument("--against", type=Path, metavar="CHECKPOINT", help=against)
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
-    evaluate.add_argument("--device", help=DEVICE)
 
 
 def _eval(options: argparse.Namespace) -> int:
@@ -274,7 +279,7 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.dialogues": options.dialogues,
         "eval.temperature": 0.0 if options.greedy else None,
     }
-    config = _config(options.recipe, options.overrides, shortcuts)
+    config = _resolved(options, shortcuts)
     from duologue.grpo.build import build_engine, build_game
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
@@ -295,12 +300,13 @@ def _eval(options: argparse.Namespace) -> int:
     metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
     Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
-        origin = {
+        row = {
             "checkpoint": str(options.checkpoint),
             "split": config.eval.split,
             "seed": config.train.seed,
+            "temperature": config.eval.temperature,
+            **metrics,
         }
-        row = {**origin, "temperature": config.eval.temperature, **metrics}
         write_file(options.json, json.dumps(row, indent=2).encode())
     return 0
 
@@ -333,11 +339,6 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
 # ---- the others --------------------------------------------------------------------------------------------
 
 
-def _add_report(commands: Any) -> None:
-    report = _command(commands, "report", _report, "write report.html of a run, finished or not")
-    report.add_argument("run_dir", type=Path)
-
-
 def _report(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.report import write_report
 
@@ -345,45 +346,16 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_data(commands: Any) -> None:
-    data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
-
-
-def _add_play(commands: Any) -> None:
-    play = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
-    play.add_argument("checkpoint", type=Path, help=CHECKPOINT)
-    game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
-    play.add_argument("--game", metavar="RECIPE", help=game)
-    play.add_argument("--side", choices=("first", "second"), default="first", help="yours")
-    play.add_argument("--seed", type=int, default=0, help="of the scenario and of what the policy says")
-    temperature = "of the policy's words, 0 for the likeliest (default: dialogue.temperature)"
-    play.add_argument("--temperature", type=float, help=temperature)
-
-
 def _play(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.play import run
 
-    return run(options, options.overrides)
-
-
-def _add_export(commands: Any) -> None:
-    export = _command(commands, "export", _export, "write a checkpoint of a run for other programs")
-    export.add_argument("source", type=Path, help="a checkpoint, or a run directory for its last one")
-    export.add_argument("out", type=Path, help="a new folder")
-    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
-    merge = "an adapter into its base, so that transformers loads it without peft"
-    export.add_argument("--merge", action="store_true", help=merge)
-    export.add_argument("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
+    return run(options)
 
 
 def _export(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.export import run
 
     return run(options)
-
-
-def _add_doctor(commands: Any) -> None:
-    _command(commands, "doctor", _doctor, "show the device, the back ends in use and a self-check")
 
 
 def _doctor(options: argparse.Namespace) -> int:

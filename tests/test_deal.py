@@ -21,7 +21,6 @@ from duologue.rollout.games.deal import (
     count_vectors,
     draw_contexts,
     frontier,
-    summarise,
 )
 from duologue.rollout.games.game import Outcome
 
@@ -250,7 +249,7 @@ def test_summary_counts_the_failed_as_zero_only_where_it_says_so() -> None:
         agreed=True, scores=(2.0, 4.0), metrics={"pareto": 0.0, "joint_ratio": 0.5, "nash_ratio": 0.1}
     )
     none = [Outcome(agreed=False, scores=(0.0, 0.0), failure=kind) for kind in ("conflict", "no_close")]
-    found = summarise([good, poor, *none])
+    found = DealGame().summarise([good, poor, *none])
     assert found == {
         "dialogues": 4,
         "agreement": 0.5,
@@ -264,7 +263,7 @@ def test_summary_counts_the_failed_as_zero_only_where_it_says_so() -> None:
         "score_agreed_1": 5.0,
         **{f"failure_{kind}": 0.25 if kind in ("conflict", "no_close") else 0.0 for kind in FAILURES},
     }
-    assert summarise(none)["joint_ratio"] == summarise([])["agreement"] == 0.0
+    assert DealGame().summarise(none)["joint_ratio"] == DealGame().summarise([])["agreement"] == 0.0
 
 
 @pytest.mark.parametrize(("types", "total"), [(4, 20), (5, 20), (4, 8)])

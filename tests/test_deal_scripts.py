@@ -11,7 +11,7 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.deal import Deal, DealGame, DealSettings, summarise
+from duologue.rollout.games.deal import Deal, DealGame, DealSettings
 from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
 from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
@@ -142,7 +142,7 @@ def test_words_are_few_and_utterances_short() -> None:
 
 
 def test_the_mixture_leaves_much_to_gain() -> None:
-    found = summarise([d.outcome for d in CORPUS])
+    found = DealGame().summarise([d.outcome for d in CORPUS])
     assert 0.85 <= found["agreement"] <= 0.92
     assert 0.45 <= found["pareto"] <= 0.60
     assert 0.84 <= found["joint_ratio"] <= 0.90
@@ -153,7 +153,7 @@ def test_the_mixture_leaves_much_to_gain() -> None:
 def test_two_open_sides_waste_nothing() -> None:
     both = [d.outcome for d in CORPUS if d.temperaments == ("open", "open")]
     assert 0.15 <= len(both) / len(CORPUS) <= 0.30
-    found = summarise(both)
+    found = DealGame().summarise(both)
     assert found["agreement"] > 0.99
     assert found["pareto"] > 0.97
 
@@ -258,5 +258,5 @@ def test_more_item_types(types: int) -> None:
     found = corpus(game, 200, seed=0)
     both = [d.outcome for d in found if d.temperaments == ("open", "open")]
     assert both
-    assert summarise(both)["pareto"] == 1.0
-    assert 0.7 < summarise([d.outcome for d in found])["agreement"] < 1.0
+    assert DealGame().summarise(both)["pareto"] == 1.0
+    assert 0.7 < DealGame().summarise([d.outcome for d in found])["agreement"] < 1.0

@@ -283,7 +283,7 @@ def test_all_faults_at_once(make: Make, judge_server: JudgeServer) -> None:
     judge = make(timeout_s=0.1, deadline_s=15, concurrency=40)
     found = ask(judge, cases)
     assert all(answer in (None, known(each)) for answer, each in zip(found, cases, strict=True))
-    assert sum(answer is None for answer in found) == judge.asking.failed <= 15
+    assert sum(answer is None for answer in found) == judge.failed <= 15
     judge_server.fault = lambda n, prompt: (
         None
     )  # what was unscored can be asked again, what was scored is not
@@ -375,7 +375,7 @@ def test_a_repeated_question_costs_nothing(make: Make, judge_server: JudgeServer
     expected = [known(each) for each in cases]
     assert ask(judge, cases) == expected  # the same question in flight is asked once
     assert len(judge_server.requests) == 5
-    assert (judge.asking.asked, judge.asking.hits) == (5, 15)
+    assert (judge.asked, judge.hits) == (5, 15)
     assert ask(make(), cases) == expected  # another process's
     assert ask(make(offline=True), cases) == expected
     assert len(judge_server.requests) == 5

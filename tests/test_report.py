@@ -18,7 +18,7 @@ from duologue.grpo.commands.report import _pieces, write_report
 from duologue.grpo.config import load_config
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.deal import DealGame, summarise
+from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.scripted import ScriptedDialogue
 
 IMITATION, SELFPLAY = 60, 40
@@ -107,8 +107,8 @@ def make_run(path: Path) -> Path:
     write_lines(path / "metrics.jsonl", metrics_rows(rng))
     write_lines(path / "dialogues.jsonl", rows)
     summary = {
-        "warm_start": summarise([d.outcome for d in before]),
-        "trained": summarise([d.outcome for d in after]),
+        "warm_start": DealGame().summarise([d.outcome for d in before]),
+        "trained": DealGame().summarise([d.outcome for d in after]),
         "train_seconds": 224.0,
         "seed": 0,
         "parameters": 1_234_567,

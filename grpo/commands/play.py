@@ -9,8 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import random
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
@@ -40,27 +39,18 @@ class Terminal:
     raises Quit.
     """
 
-    def __init__(
-        self, private: str, console: Console | None = None, read_line: Callable[[str], str] = input
-    ) -> None:
-        self.private, self.read_line = private, read_line
-        self.console = console or Console(highlight=False, markup=False)
+    def __init__(self, private: str) -> None:
+        self.private = private
+        self.console = Console(highlight=False, markup=False)
 
     def say(self, text: str, style: str = "") -> None:
-        text = "".join(
-            c for c in text if c.isprintable() or c == "\n"
-        )  # a policy can sample an escape sequence
-        self.console.print(text, style=style, soft_wrap=True)
-
-    def too_long(self, limit: int) -> None:
-        self.say(
-            f"That is too long for this policy, whose context holds {limit} tokens. Say it shorter, or /done."
-        )
+        shown = (c for c in text if c.isprintable() or c == "\n")  # a policy can sample an escape sequence
+        self.console.print("".join(shown), style=style, soft_wrap=True)
 
     def read(self, prompt: str) -> str:
         while True:
             try:
-                words = self.read_line(f"{prompt}> ").strip()
+                words = input(f"{prompt}> ").strip()
             except EOFError:
                 raise Quit from None
             if words == "/quit":
@@ -75,8 +65,8 @@ class Terminal:
                 return words
 
 
-def run(options: argparse.Namespace, overrides: list[str]) -> int:
-    config = load_config(str(find_recipe(options)), overrides)
+def run(options: argparse.Namespace) -> int:
+    config = load_config(find_recipe(options), options.overrides)
     rules = rules_of(config, options.temperature)
     use_threads(config)
     game = build_game(config)
@@ -93,20 +83,22 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
     terminal.say(f"You are side {side + 1} in {game.name}. {HELP}", "bold")
     terminal.say(terminal.private if scenario.shared_text else f"Told to you alone: {private}")
     arena = Arena(build_engine(config, model), tokenizer, game, rules, NoJudge())
+    person = Person(arena, scenario, side, terminal)
+    arena.speakers.outside = person
     try:
-        hold(arena, scenario, side, options.seed, terminal)
+        hold(person, options.seed)
     except Quit:
         terminal.say("You left; nothing is agreed.")
     return 0
 
 
-def find_recipe(options: argparse.Namespace) -> str | Path:
+def find_recipe(options: argparse.Namespace) -> str:
     """--game, or the configuration of the run that the checkpoint belongs to."""
     if options.game:
         return str(options.game)
     for folder in (options.checkpoint, *options.checkpoint.resolve().parents[:3]):
         if (folder / "config.toml").is_file():
-            return Path(folder / "config.toml")
+            return str(folder / "config.toml")
     raise ValueError(
         f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, "
         "for example deal"
@@ -117,7 +109,7 @@ def rules_of(config: Config, temperature: float | None) -> Rules:
     """Those of training; `temperature`, if given, is that of both talk and final, 0 for the likeliest
     words.
     """
-    rules = dataclasses.replace(Rules(**dataclasses.asdict(config.dialogue)), always_final=True)
+    rules = dataclasses.replace(config.dialogue, always_final=True)
     if temperature is None:
         return rules
     if not 0 <= temperature < float("inf"):
@@ -125,20 +117,19 @@ def rules_of(config: Config, temperature: float | None) -> Rules:
     return dataclasses.replace(rules, temperature=temperature, final_temperature=-1.0)
 
 
-def hold(arena: Arena, scenario: Scenario, side: int, seed: int, terminal: Terminal) -> None:
+def hold(person: Person, seed: int) -> None:
     """One dialogue of the person with the policy, and how it ended."""
-    person = Person(arena, scenario, side, terminal)
-    arena.speakers.outside = person
-    if arena.game.ending:
-        terminal.say(arena.game.ending)
-    opponent = Opponent(role=side, name="person")
-    (group,) = arena.play([scenario], group_size=1, seed=seed, opponents=[opponent])
+    game, terminal, side = person.arena.game, person.terminal, person.side
+    if game.ending:
+        terminal.say(game.ending)
+    opponents = [Opponent(role=side, name="person")]
+    (group,) = person.arena.play([person.scenario], group_size=1, seed=seed, opponents=opponents)
     (dialogue,) = group.dialogues
     person.show(dialogue.turns)
     assert dialogue.outcome is not None
-    if result := arena.game.result(dialogue.outcome, side):
+    if result := game.result(dialogue.outcome, side):
         terminal.say(result, "bold")
-        terminal.say("The policy was told: " + scenario.private_text[1 - side].strip())
+        terminal.say("The policy was told: " + person.scenario.private_text[1 - side].strip())
 
 
 class Person:
@@ -170,15 +161,10 @@ class Person:
         turn, self._asked = self._asked, None
         assert turn is not None
         self.show(turn.heard)
-        if turn.kind == FINAL:
-            return [(turn, self._completion(self._final()))]
-        while True:
-            words = self.terminal.read(self.name) or self.arena.game.close
-            if not words:
-                return [(turn, Completion(finish_reason=LEFT))]
-            if words == self.arena.game.close or self._fits(words):
-                return [(turn, self._completion(words))]
-            self.terminal.too_long(self._limit())
+        words = self._final() if turn.kind == FINAL else self._utterance()
+        if not words:
+            return [(turn, Completion(finish_reason=LEFT))]
+        return [(turn, Completion(token_ids=self.arena.tokenizer.encode(words)))]
 
     def show(self, turns: Sequence[Turn]) -> None:
         """Print what the policy has said since."""
@@ -202,20 +188,20 @@ class Person:
                 return words
             self.terminal.say(f"{words!r} is no selection here: accepted is {game.selection_form}.")
 
-    def _completion(self, words: str) -> Completion:
-        return Completion(token_ids=self.arena.tokenizer.encode(words))
-
-    def _limit(self) -> int:
-        """Tokens that one context can hold."""
-        engine = self.arena.engine
-        return min(engine.model.config.max_position_embeddings, engine.pool.n_pages * engine.pool.page_size)
-
-    def _fits(self, words: str) -> bool:
-        """Whether the policy can hear this and still say all that it may have to say."""
-        ids, rules = self.arena.tokenizer.encode(words), self.arena.rules
-        turn = Turn(role=self.side, kind="utterance", text=words, token_ids=ids, logprobs=None)
-        length = self.arena.contexts.length_after(self.scenario, [*self._turns, turn], 1 - self.side)
-        return length + rules.max_tokens_per_turn + rules.max_tokens_final + FRAMES <= self._limit()
+    def _utterance(self) -> str:
+        """Words that the policy can hear and still say all that it may have to say; "" to leave."""
+        engine, rules, close = self.arena.engine, self.arena.rules, self.arena.game.close
+        limit = min(engine.model.config.max_position_embeddings, engine.pool.n_pages * engine.pool.page_size)
+        left = limit - rules.max_tokens_per_turn - rules.max_tokens_final - FRAMES
+        while True:
+            words = self.terminal.read(self.name) or close
+            ids = self.arena.tokenizer.encode(words)
+            turn = Turn(role=self.side, kind="utterance", text=words, token_ids=ids, logprobs=None)
+            length = self.arena.contexts.length_after(self.scenario, [*self._turns, turn], 1 - self.side)
+            if words in ("", close) or length <= left:
+                return words
+            too_long = f"That is too long for this policy, whose context holds {limit} tokens."
+            self.terminal.say(f"{too_long} Say it shorter, or /done.")
 
 
 class NoJudge:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import ClassVar
@@ -65,6 +65,15 @@ MOST_LISTED = 200_000  # pairs of value vectors up to which a variant is enumera
 POOL = 20_000  # contexts drawn for a larger one
 
 
+def dot(a: Vector, b: Vector) -> int:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def less(counts: Vector, take: Vector) -> Vector:
+    """What is left of `counts`."""
+    return tuple(c - t for c, t in zip(counts, take, strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Deal:
     """`counts[k]` items of type k; `values[side][k]` is what one of them is worth to a side."""
@@ -74,8 +83,7 @@ class Deal:
 
     def scores(self, take: Vector) -> tuple[int, int]:
         """Points of both sides when side 0 takes `take` and side 1 the rest."""
-        rest = tuple(c - t for c, t in zip(self.counts, take, strict=True))
-        return _dot(self.values[0], take), _dot(self.values[1], rest)
+        return dot(self.values[0], take), dot(self.values[1], less(self.counts, take))
 
     def allocations(self) -> list[Vector]:
         """Everything that side 0 can take."""
@@ -100,9 +108,10 @@ def frontier(deal: Deal) -> Frontier:
     return Frontier(max(a + b for a, b in points), nash_point[0] * nash_point[1], pareto, nash_point)
 
 
-def count_vectors(types: int = 3, low: int = 5, high: int = 7) -> list[Vector]:
-    """1 to 4 of each type, `low` to `high` items in all."""
-    return [c for c in itertools.product(range(1, 5), repeat=types) if low <= sum(c) <= high]
+def count_vectors(types: int = 3) -> list[Vector]:
+    """1 to 4 of each type; two to each type, or up to two more, in all, and 5 to 7 of three types."""
+    fewest, most = (5, 7) if types == 3 else (2 * types, 2 * types + 2)
+    return [c for c in itertools.product(range(1, 5), repeat=types) if fewest <= sum(c) <= most]
 
 
 @cache
@@ -116,15 +125,10 @@ def value_vectors(counts: Vector, total: int) -> tuple[Vector, ...]:
     )
 
 
-def count_range(types: int) -> tuple[int, int]:
-    """Fewest and most items in all."""
-    return (5, 7) if types == 3 else (2 * types, 2 * types + 2)
-
-
 def contexts(types: int = 3, total: int = 10) -> list[Deal]:
     """Every ordered context of the game (5,295 for three types and a total of 10)."""
     deals = []
-    for counts in count_vectors(types, *count_range(types)):
+    for counts in count_vectors(types):
         vectors = value_vectors(counts, total)
         deals += [Deal(counts, (a, b)) for a in vectors for b in vectors if _worth_talking((a, b))]
     return deals
@@ -135,7 +139,7 @@ def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
     Fewer than `n` only when hardly any pair of values is a context.
     """
     rng = random.Random(seed)
-    choices = [(counts, value_vectors(counts, total)) for counts in count_vectors(types, *count_range(types))]
+    choices = [(counts, value_vectors(counts, total)) for counts in count_vectors(types)]
     weights = list(itertools.accumulate(len(v) ** 2 for _, v in choices))
     drawn: dict[Deal, None] = {}
     for _ in range(20 * n):
@@ -150,9 +154,8 @@ def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
 
 def _worth_talking(pair: tuple[Vector, Vector]) -> bool:
     """Every type is worth something to a side, and one type to both."""
-    return all(a or b for a, b in zip(*pair, strict=True)) and any(
-        a and b for a, b in zip(*pair, strict=True)
-    )
+    worths = list(zip(*pair, strict=True))
+    return all(a or b for a, b in worths) and any(a and b for a, b in worths)
 
 
 def class_of(deal: Deal) -> tuple[Vector, ...]:
@@ -180,23 +183,21 @@ class DealSettings(SelectionSettings):
             raise ValueError(f"game.walk_away = {self.walk_away}: accepted is {accepted}")
 
 
-class DealGame(SelectionGame[Deal]):
+class DealGame(SelectionGame):
     """The game as `duologue.rollout.games.game.Game`: contexts, texts, strict parsing, scores."""
 
     name = "deal"
     Settings: ClassVar[type[SelectionSettings]] = DealSettings
-    item_names: tuple[str, ...] = ITEMS
     measures = MEASURES
     failures = FAILURES
 
     def __init__(self, settings: DealSettings | None = None) -> None:
         settings = settings or DealSettings()
         super().__init__(settings)
-        self._prepare(settings.item_types, settings.total_value, settings.walk_away)
+        self._prepare(ITEMS[: settings.item_types], settings.total_value, settings.walk_away)
 
-    def _prepare(self, types: int, total: int, walk_away: float) -> None:
-        self.types, self.total, self.walk_away = types, total, walk_away
-        self.items = self.item_names[:types]
+    def _prepare(self, items: tuple[str, ...], total: int, walk_away: float) -> None:
+        self.items, self.total, self.walk_away = items, total, walk_away
         self._statement = re.compile(" ".join(f"{item} (0|[1-9][0-9]{{0,3}})" for item in self.items))
         self._frontiers: dict[Deal, Frontier] = {}
 
@@ -205,10 +206,8 @@ class DealGame(SelectionGame[Deal]):
         """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle. A variant too
         large to list is represented by a fixed draw of `POOL` contexts.
         """
-        types, total = self.types, self.total
-        pairs = sum(
-            len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types))
-        )
+        types, total = len(self.items), self.total
+        pairs = sum(len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types))
         everything = contexts(types, total) if pairs <= MOST_LISTED else draw_contexts(types, total, POOL, 0)
         return split_by_class(everything, class_of)
 
@@ -270,15 +269,28 @@ class DealGame(SelectionGame[Deal]):
         return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        return summarise(outcomes, self.failures)
+        """Means over dialogues. `agreement` and `failure_*` are shares of all. `pareto`, `joint_ratio`,
+        `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed. `score_*` and `joint_all`
+        are over all, where a failed deal counts 0.
+        """
+        n = max(len(outcomes), 1)
+        agreed = [o for o in outcomes if o.agreed]
+        m = max(len(agreed), 1)
+        ratios = ("pareto", "joint_ratio", "nash_ratio")
+        return {
+            "dialogues": float(len(outcomes)),
+            "agreement": len(agreed) / n,
+            **{key: sum(o.metrics[key] for o in agreed) / m for key in ratios},
+            "joint_all": sum(o.metrics["joint_ratio"] for o in agreed) / n,
+            **{f"score_{side}": sum(o.scores[side] for o in outcomes) / n for side in (0, 1)},
+            **{f"score_agreed_{side}": sum(o.scores[side] for o in agreed) / m for side in (0, 1)},
+            **failure_shares(outcomes, self.failures),
+        }
 
     @classmethod
     def published(cls, settings: GameSettings) -> Published:
-        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (
-            3,
-            10,
-        )
-        return PUBLISHED if standard else Published()
+        same = isinstance(settings, DealSettings) and settings.item_types == 3 and settings.total_value == 10
+        return PUBLISHED if same else Published()
 
     @classmethod
     def in_words(cls, name: str, value: float) -> str:
@@ -299,26 +311,3 @@ def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector 
     if any(s > c for s, c in zip(sums, deal.counts, strict=True)):
         return "conflict"
     return "leftover" if sums != list(deal.counts) else None
-
-
-def summarise(outcomes: Sequence[Outcome], failures: Iterable[str] = FAILURES) -> dict[str, float]:
-    """Means over dialogues. `agreement` and `failure_*` (`failures`, kinds of failed deals) are shares of
-    all. `pareto`, `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed.
-    `score_*` and `joint_all` are over all, where a failed deal counts 0.
-    """
-    n = max(len(outcomes), 1)
-    agreed = [o for o in outcomes if o.agreed]
-    m = max(len(agreed), 1)
-    return {
-        "dialogues": float(len(outcomes)),
-        "agreement": len(agreed) / n,
-        **{key: sum(o.metrics[key] for o in agreed) / m for key in ("pareto", "joint_ratio", "nash_ratio")},
-        "joint_all": sum(o.metrics["joint_ratio"] for o in agreed) / n,
-        **{f"score_{side}": sum(o.scores[side] for o in outcomes) / n for side in (0, 1)},
-        **{f"score_agreed_{side}": sum(o.scores[side] for o in agreed) / m for side in (0, 1)},
-        **failure_shares(outcomes, failures),
-    }
-
-
-def _dot(a: Vector, b: Vector) -> int:
-    return sum(x * y for x, y in zip(a, b, strict=True))

@@ -19,7 +19,6 @@ from duologue.rollout.games.game import (
     Outcome,
     Persona,
     Scenario,
-    Shown,
 )
 from duologue.rollout.games.template import fill, load_template
 from duologue.rollout.games.texts import NEEDS, SHIPPED, Row, read
@@ -68,6 +67,7 @@ class DilemmaGame(Game):
     questions = SHIPPED["questions"]  # held out too, for one who answers alone
     measures = MEASURES
     failures = FAILURES
+    stated = "writes the resolution"
     final_form = "The resolution, as the policy writes it:\n{}"
 
     def __init__(self, settings: DilemmaSettings | None = None) -> None:
@@ -165,27 +165,12 @@ class DilemmaGame(Game):
     # ---- for people ----------------------------------------------------------------------------------------
 
     @classmethod
-    def shown(cls, record: Mapping[str, Any]) -> Shown:
-        """By the names of the personas, each with what it wants."""
-        outcome, personas = record["outcome"] or {}, record["personas"]
-        names = [persona["name"] for persona in personas] or ["the policy", ""]
-        return Shown(
-            sides=(names[0], names[1]),
-            told=tuple(persona["instructions"] for persona in personas),
-            stated="writes the resolution" if personas else "answers",
-            verdict=cls.verdict(outcome),
-            measures=tuple(cls.in_words(name, value) for name, value in outcome.get("metrics", {}).items()),
-            reason=outcome.get("reason", ""),
-        )
-
-    @classmethod
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         if not outcome.get("agreed"):
             return cls.failure_in_words(outcome.get("failure"))
         start = "" if cls.alone else f"agreed in round {outcome['rounds']}, "
-        if outcome["failure"]:
-            return start + cls.failure_in_words(outcome.get("failure"))
-        return start + f"the judge gives {outcome['scores'][0]:g} of {HIGHEST}"
+        score = f"the judge gives {outcome['scores'][0]:g} of {HIGHEST}"
+        return start + (cls.failure_in_words(outcome["failure"]) if outcome["failure"] else score)
 
     @classmethod
     def in_words(cls, name: str, value: float) -> str:
@@ -197,6 +182,8 @@ class AloneGame(DilemmaGame):
 
     name = "dilemma_alone"
     alone = True
+    sides = ("the policy", "")
+    stated = "answers"
 
     def final_parts(self, scenario: Scenario) -> list[str]:
         return [self.answer]

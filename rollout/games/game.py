@@ -82,12 +82,12 @@ class Published:
 class Shown:
     """A recorded dialogue in words, for people."""
 
-    sides: tuple[str, str]  # what the sides are called
-    told: tuple[str, ...]  # what each side alone was told; empty: nothing
+    sides: Sequence[str]  # what the sides are called
+    told: Sequence[str]  # what each side alone was told; empty: nothing
     stated: str  # what a side does with its final statement
     verdict: str
-    measures: tuple[str, ...]
-    reason: str = ""
+    measures: Sequence[str]
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,6 +121,8 @@ class Game(ABC):
 
     measures: ClassVar[Mapping[str, Measure]] = {}  # of `summarise`, in the order of tables
     failures: ClassVar[Mapping[str, str]] = {}  # the kinds of a failed dialogue, in words
+    sides: Sequence[str] = ("side 1", "side 2")  # what they are called where no personas speak
+    stated: str = "states"  # what a side does with its final statement
     ending: str = ""  # tells a person how the talk ends
     selection_form: str = "any words"  # how a person's final statement is written
     final_form: str = "{}"  # a policy's final statement, as a person who plays sees it
@@ -160,13 +162,14 @@ class Game(ABC):
     @classmethod
     def shown(cls, record: Mapping[str, Any]) -> Shown:
         """A line of dialogues.jsonl in words."""
-        outcome = record["outcome"] or {}
+        outcome, personas = record["outcome"] or {}, record["personas"]
+        told = [persona["instructions"] for persona in personas] or record["scenario"]["private"]
         return Shown(
-            sides=("side 1", "side 2"),
-            told=tuple(record["scenario"]["private"]),
-            stated="states",
+            sides=[persona["name"] for persona in personas] or cls.sides,
+            told=[text for text in told if text],
+            stated=cls.stated,
             verdict=cls.verdict(outcome),
-            measures=tuple(cls.in_words(name, value) for name, value in outcome.get("metrics", {}).items()),
+            measures=[cls.in_words(name, value) for name, value in outcome.get("metrics", {}).items()],
             reason=outcome.get("reason", ""),
         )
 
@@ -174,8 +177,8 @@ class Game(ABC):
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         """How a dialogue ended, of its record; an empty one is unscored."""
         if outcome.get("agreed") and not outcome["failure"]:
-            return "agreed, {:g} and {:g} points".format(*outcome["scores"])
-        return f"not agreed: {cls.failure_in_words(outcome.get('failure'))}"
+            return "deal, {:g} and {:g} points".format(*outcome["scores"])
+        return f"no deal: {cls.failure_in_words(outcome.get('failure'))}"
 
     @classmethod
     def failure_in_words(cls, kind: str | None) -> str:

@@ -61,7 +61,7 @@ class Haggle:
         return (bought, sold) if self.buyer == 0 else (sold, bought)
 
 
-class PriceGame(SelectionGame[Haggle]):
+class PriceGame(SelectionGame):
     """The game as `duologue.rollout.games.game.Game`."""
 
     name = "price"

@@ -26,9 +26,9 @@ from duologue.rollout.games.selection import (
 )
 
 PACKAGES = (3, 3, 3)
+ITEMS = ("food", "water", "firewood")
 RANKS = {5: "high", 4: "medium", 3: "low"}
 TOTAL = sum(3 * value for value in RANKS)
-ALL_FAILURES = {**FAILURES, **WALKED_AWAY}
 ALONE = 5  # points of a side when somebody walks away
 
 
@@ -37,8 +37,7 @@ class PrioritiesGame(DealGame):
 
     name = "priorities"
     Settings = SelectionSettings
-    item_names = ("food", "water", "firewood")
-    failures = ALL_FAILURES
+    failures = FAILURES | WALKED_AWAY
 
     @property
     def selection_form(self) -> str:  # type: ignore[override]
@@ -46,7 +45,7 @@ class PrioritiesGame(DealGame):
 
     def __init__(self, settings: SelectionSettings | None = None) -> None:
         SelectionGame.__init__(self, settings)
-        self._prepare(len(self.item_names), TOTAL, ALONE)
+        self._prepare(ITEMS, TOTAL, ALONE)
 
     @cached_property
     def splits(self) -> dict[str, list[Deal]]:
@@ -81,9 +80,7 @@ class PrioritiesGame(DealGame):
 class Camper(Negotiator):
     """Who is open looks for the largest product of both scores, and who leaves walks away."""
 
-    language = Language(
-        items=PrioritiesGame.item_names, plural="", ranks=RANKS, frames=(("", ""), ("", ""), ("the ", "is "))
-    )
+    language = Language(items=ITEMS, plural="", ranks=RANKS, frames=(("", ""), ("", ""), ("the ", "is ")))
 
     def content(self, offer: Vector) -> bool:
         floor = (ENOUGH[self.temperament] - self.refusals) * TOTAL / 10

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.games.selection import SelectionGame, Vector
@@ -116,7 +115,7 @@ class ScriptedDialogue:
 
 
 def hold(
-    game: SelectionGame[Any],
+    game: SelectionGame,
     scenario: Scenario,
     temperaments: Mapping[str, float],
     rng: random.Random,

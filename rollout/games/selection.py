@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from duologue.model.settings import setting
-from duologue.rollout.games.game import Game, GameSettings, Measure, Outcome, Scenario, Shown
+from duologue.rollout.games.game import Game, GameSettings, Measure, Outcome, Scenario
 
 CLOSE = "<selection>"
 WALK_AWAY = "walk away"
@@ -27,7 +27,6 @@ AGREEMENT = Measure("agreement", "{:.1%}", "agreed")
 NASH_RATIO = Measure("Nash product / best", "{:.3f}")
 
 Vector = tuple[int, ...]
-Context = TypeVar("Context")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,7 +36,7 @@ class SelectionSettings(GameSettings):
     objective: str = setting("cooperative", "what a side's reward is made of", one_of=OBJECTIVES)
 
 
-class SelectionGame(Game, Generic[Context]):
+class SelectionGame(Game):
     """The parts of a game with rules that do not depend on what is negotiated."""
 
     protocol = "negotiation"
@@ -45,13 +44,14 @@ class SelectionGame(Game, Generic[Context]):
     settings: SelectionSettings
     final_prompt = "selection ?"  # what both sides are asked once the talk is closed
     final_form = "policy states> {}"
+    stated = "selects"
     close = CLOSE  # what an utterance that closes the talk ends with
 
     @cached_property
     @abstractmethod
-    def splits(self) -> dict[str, list[Context]]: ...  # contexts of "train" and "heldout"
+    def splits(self) -> dict[str, list[Any]]: ...  # contexts of "train" and "heldout"
     @abstractmethod
-    def scenario(self, context: Context, split: str) -> Scenario: ...  # as the two sides are told it
+    def scenario(self, context: Any, split: str) -> Scenario: ...  # as the two sides are told it
 
     @abstractmethod
     def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
@@ -75,16 +75,6 @@ class SelectionGame(Game, Generic[Context]):
             f"{self.selection_form}."
         )
 
-    @classmethod
-    def shown(cls, record: Mapping[str, Any]) -> Shown:
-        return replace(super().shown(record), stated="selects")
-
-    @classmethod
-    def verdict(cls, outcome: Mapping[str, Any]) -> str:
-        if outcome.get("agreed") and not outcome["failure"]:
-            return "deal, {:g} and {:g} points".format(*outcome["scores"])
-        return f"no deal: {cls.failure_in_words(outcome.get('failure'))}"
-
     def can_state(self, scenario: Scenario, text: str) -> bool:
         return self.judge(scenario, (text, text)).failure not in UNCLEAR
 
@@ -93,14 +83,12 @@ class SelectionGame(Game, Generic[Context]):
         return f"{end}: you score {outcome.scores[side]:g}, the policy {outcome.scores[1 - side]:g}."
 
 
-def split_by_class(
-    contexts: Sequence[Context], class_of: Callable[[Context], Hashable]
-) -> dict[str, list[Context]]:
+def split_by_class(contexts: Sequence[Any], class_of: Callable[[Any], Any]) -> dict[str, list[Any]]:
     """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth is held out."""
-    classes = sorted({class_of(context) for context in contexts})  # type: ignore[type-var]
+    classes = sorted({class_of(context) for context in contexts})
     random.Random(0).shuffle(classes)
     heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
-    split: dict[str, list[Context]] = {"train": [], "heldout": []}
+    split: dict[str, list[Any]] = {"train": [], "heldout": []}
     for context in contexts:
         split["heldout" if class_of(context) in heldout else "train"].append(context)
     return split

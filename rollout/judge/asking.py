@@ -68,7 +68,7 @@ class Asking:
         self.asked = self.hits = self.failed = 0
         self.answer_seconds = 0.0  # of all questions, from `ask` to the answer
 
-    def ask(self, tag: Any, *, kind: str, version: str, text: str, read: Callable[[str], Any]) -> None:
+    def begin(self, tag: Any, *, kind: str, version: str, text: str, read: Callable[[str], Any]) -> None:
         """Ask `text`, written by a prompt of that version, unless it is known or in flight. `read` makes
         the answer of what comes back; a ValueError of it means that this is none.
         """

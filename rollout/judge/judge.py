@@ -28,7 +28,7 @@ class Judge(Fallible, Protocol):
         ...
 
 
-class FeedbackJudge:
+class FeedbackJudge(Asking):
     """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the
     ledger.
     """
@@ -45,18 +45,10 @@ class FeedbackJudge:
         max_unscored_share: float = 0.1,
         offline: bool = False,
     ) -> None:
-        self.asking = Asking(backend, ledger, offline)
+        super().__init__(backend, ledger, offline)
         self.prompts, self.show_dialogue = prompts, show_dialogue
         self.max_unscored_share = max_unscored_share
         self._wait_seconds = 0.0
-
-    @property
-    def backend(self) -> Backend:
-        return self.asking.backend
-
-    @property
-    def last_fault(self) -> str:
-        return self.asking.last_fault
 
     def submit(self, kind: str, case: Case, tag: Any) -> None:
         """Ask about `case`. The same question in flight twice is asked once."""
@@ -66,31 +58,26 @@ class FeedbackJudge:
         def read(content: str) -> dict[str, Any]:
             return read_answer(kind, content, case)
 
-        self.asking.ask(tag, kind=kind, version=prompt.version, text=text, read=read)
+        self.begin(tag, kind=kind, version=prompt.version, text=text, read=read)
 
     def answered(self, wait: bool) -> list[tuple[Any, Answer]]:
         """(tag, answer) of all that has arrived; with `wait` at least one, if anything is open."""
         if not wait:
-            return self.asking.answers()
+            return self.answers()
         began = time.monotonic()
-        answers = self.asking.answers(None)
+        answers = self.answers(None)
         self._wait_seconds += time.monotonic() - began
         return answers
 
     def costs(self) -> dict[str, float]:
         """Metrics of what was asked since the last call."""
-        asking = self.asking
         costs = {
-            "judge_asked": float(asking.asked),
-            "judge_hits": float(asking.hits),
-            "judge_failed": float(asking.failed),
-            "judge_seconds": asking.answer_seconds
-            / max(asking.asked, 1),  # of a question, from submit to answer
+            "judge_asked": float(self.asked),
+            "judge_hits": float(self.hits),
+            "judge_failed": float(self.failed),
+            "judge_seconds": self.answer_seconds / max(self.asked, 1),  # of a question, from submit to answer
             "judge_wait_seconds": self._wait_seconds,  # with nothing else to do
         }
-        asking.forget_counts()
+        self.forget_counts()
         self._wait_seconds = 0.0
         return costs
-
-    def close(self) -> None:
-        self.asking.close()

@@ -8,7 +8,7 @@ together with its behaviour log-prob.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from duologue.model.chat import Chat
@@ -126,40 +126,24 @@ class Dialogue:
 
     def record(self, **extra: Any) -> dict[str, Any]:
         """The dialogue as an object for dialogues.jsonl."""
-        outcome = self.outcome
+        s = self.scenario
+        scenario = {"game": s.game, "id": s.id, "split": s.split, "private": list(s.private_text)}
+        if s.shared_text:
+            scenario["shared"] = s.shared_text
+        outcome = self.outcome and asdict(self.outcome)
+        for name in ("rounds", "reason"):
+            if outcome and outcome[name] in (None, ""):
+                del outcome[name]
         return {
             **extra,
-            "scenario": {
-                "game": self.scenario.game,
-                "id": self.scenario.id,
-                "split": self.scenario.split,
-                "private": list(self.scenario.private_text),
-                **({"shared": self.scenario.shared_text} if self.scenario.shared_text else {}),
-            },
-            "personas": [{"name": p.name, "instructions": p.instructions} for p in self.scenario.personas],
-            "turns": [
-                {
-                    "role": t.role,
-                    "kind": t.kind,
-                    "text": t.text,
-                    "token_ids": t.token_ids,
-                    "logprobs": t.logprobs,
-                }
-                for t in self.turns
-            ],
-            "outcome": outcome
-            and {
-                "agreed": outcome.agreed,
-                "scores": list(outcome.scores),
-                "failure": outcome.failure,
-                "metrics": outcome.metrics,
-                **({} if outcome.rounds is None else {"rounds": outcome.rounds}),
-                **({"reason": outcome.reason} if outcome.reason else {}),
-            },
-            "reward": self.reward and list(self.reward),
-            "advantage": self.advantage and list(self.advantage),
+            "scenario": scenario,
+            "personas": [asdict(persona) for persona in s.personas],
+            "turns": [{f.name: getattr(turn, f.name) for f in fields(turn)} for turn in self.turns],
+            "outcome": outcome,
+            "reward": self.reward,
+            "advantage": self.advantage,
             "weights_version": self.weights_version,
-            "players": list(self.players),
+            "players": self.players,
         }
 
 

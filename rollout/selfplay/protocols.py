@@ -28,7 +28,7 @@ Protocol = Generator[Requests, Any, Outcome | None]
 
 def negotiation(talk: Talk) -> Protocol:
     """Speak in turn until somebody closes; then both state their selection and the rules score it."""
-    game: SelectionGame[Any] = talk.game
+    game: SelectionGame = talk.game
     role = talk.first
     for _ in range(2 * talk.rules.max_rounds):
         (said,) = yield [talk.turn(role, draw=role)]

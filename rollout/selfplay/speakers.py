@@ -19,7 +19,6 @@ from duologue.rollout.judge.asking import Asking, Fallible
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.selfplay.dialogue import POLICY, Turn, View
 
-Message = dict[str, str]
 LEFT = "left"  # finish_reason of a person who ends a talk without a word
 
 
@@ -50,10 +49,6 @@ class Speak:
     told: str  # what the side was told, and what of the talk it heard, as text
     heard: Sequence[Turn]
     question: str = ""
-
-    def messages(self) -> list[Message]:
-        """The context as text. Neighbours of one role are one message, as some templates ask for."""
-        return messages(self.told, self.heard, self.role, self.question)
 
 
 class Speaker(Protocol):
@@ -108,7 +103,7 @@ class EngineSpeaker:
         return
 
 
-class Server:
+class Server(Asking):
     """A server with OpenAI's chat completions. It hears the talk as text; what it says is tokenised once,
     here.
 
@@ -130,16 +125,8 @@ class Server:
         from duologue.rollout.judge.endpoint import ChatEndpoint
 
         self.max_unscored_share = max_unscored_share
-        self._asking = Asking(ChatEndpoint(url, model, **limits), ledger)
+        super().__init__(ChatEndpoint(url, model, **limits), ledger)
         self._tokenizer = tokenizer
-
-    @property
-    def busy(self) -> bool:
-        return self._asking.busy
-
-    @property
-    def last_fault(self) -> str:
-        return self._asking.last_fault
 
     def open(self, token_ids: Sequence[int], adapter: int = 0) -> None:
         return None
@@ -148,16 +135,16 @@ class Server:
         params = turn.params
         assert params.seed is not None
         body = {
-            "messages": turn.messages(),
+            "messages": messages(turn.told, turn.heard, turn.role, turn.question),
             "max_tokens": params.max_new_tokens,
             "temperature": params.temperature,
             "top_p": params.top_p,
             "seed": params.seed % 2**31,  # some servers take 32 bits
         }
-        self._asking.ask(turn, kind="turn", version="turn", text=json.dumps(body), read=str)
+        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=str)
 
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
-        answers = self._asking.answers(0.02 if wait else 0.0)
+        answers = self.answers(0.02 if wait else 0.0)
         return [(turn, None if text is None else self._completion(turn, text)) for turn, text in answers]
 
     def _completion(self, turn: Speak, text: str) -> Completion:
@@ -167,9 +154,6 @@ class Server:
         ids, limit = self._tokenizer.encode(text.strip()), turn.params.max_new_tokens
         end = self._tokenizer.turn_chat.end_token_id
         return Completion(token_ids=[*ids, end] if len(ids) < limit else ids[:limit])
-
-    def close(self) -> None:
-        self._asking.close()
 
 
 class Speakers:
@@ -239,8 +223,10 @@ def players(opponent: Opponent | None) -> tuple[str, str]:
     return (opponent.name, POLICY) if opponent.role == 0 else (POLICY, opponent.name)
 
 
-def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") -> list[Message]:
-    """What `role` was told, has heard and said, as the messages of a chat."""
+def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") -> list[dict[str, str]]:
+    """What `role` was told, has heard and said, as a chat. Neighbours of one role are one message, as some
+    templates ask for.
+    """
     said = [("assistant" if t.role == role else "user", t.text) for t in turns if t.kind == "utterance"]
     if question:
         said.append(("user", question))
