@@ -9,11 +9,10 @@ no way of acting well is out of reach of a policy that imitates all of them.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from duologue.rollout.games.deal import Deal, DealGame
+from duologue.rollout.games.deal import Deal, DealGame, dot, less
 from duologue.rollout.games.deal_words import Language, utter
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.games.scripted import START, Act, ScriptedDialogue, Side, hold
@@ -52,7 +51,7 @@ class Negotiator(Side):
         self.spare = self.spare if act.spare is None else act.spare
 
     def left_by(self, take: Vector) -> Vector:
-        return tuple(c - t for c, t in zip(self.counts, take, strict=True))
+        return less(self.counts, take)
 
     def say(self, act: Act) -> str:
         return utter(
@@ -64,20 +63,17 @@ class Negotiator(Side):
         return self.game.statement(self.agreed or self._keep_valuable())
 
     def _worth(self, take: Vector) -> int:
-        return sum(v * t for v, t in zip(self.values, take, strict=True))
+        return dot(self.values, take)
 
     def content(self, offer: Vector) -> bool:
         """Open wants the best joint deal if it can see it, and else to have been understood."""
-        theirs, floor = self.theirs, ENOUGH[self.temperament] - self.refusals
-        if self.temperament == "open":
-            if theirs is not None:
-                best = self._joint(self._joint_best(theirs), theirs)
-                return self._joint(offer, theirs) == best or (
-                    self.refusals > 0 and self._worth(offer) >= floor
-                )
-            if not self.revealed:
-                return False
-        return self._worth(offer) >= floor
+        theirs, enough = self.theirs, self._worth(offer) >= ENOUGH[self.temperament] - self.refusals
+        if self.temperament != "open":
+            return enough
+        if theirs is None:
+            return self.revealed and enough
+        best = self._joint(self._joint_best(theirs), theirs)
+        return self._joint(offer, theirs) == best or (self.refusals > 0 and enough)
 
     # ---- what to say when the other's offer, if there is one, is not accepted ------------------------------
 
@@ -85,15 +81,12 @@ class Negotiator(Side):
         """The open thing to do next: offer the best joint deal, or state the values, or ask."""
         theirs, pending = self.theirs, self.offer is not None
         if theirs is not None and (self.revealed or not (self.last.ask or self.chance(0.3))):
-            take = self._joint_best(theirs)
-            if self.chance(0.65):
-                return Act(take=take, reveal=self.values, against=theirs, refuse=pending, best=True)
-            return Act(take=take, refuse=pending, best=True)
+            act = Act(take=self._joint_best(theirs), refuse=pending, best=True)
+            return replace(act, reveal=self.values, against=theirs) if self.chance(0.65) else act
         if not self.revealed:
             refuse = pending and self.chance(0.6)
-            return Act(
-                reveal=self.values, refuse=refuse, ask=theirs is None and not refuse and self.chance(0.5)
-            )
+            ask = theirs is None and not refuse and self.chance(0.5)
+            return Act(reveal=self.values, refuse=refuse, ask=ask)
         return Act(ask=True, refuse=pending)
 
     def _open(self) -> Act:
@@ -128,10 +121,9 @@ class Negotiator(Side):
 
     def _splitter(self) -> Act:
         """Halves everything without asking."""
-        pending = self.offer is not None
         if self.refusals > 1 and self.chance(0.3):
             return Act(leave=True)
-        return Act(take=self._half(), refuse=pending)
+        return Act(take=self._half(), refuse=self.offer is not None)
 
     def _hasty(self) -> Act:
         """Offers what comes to mind, or closes before there is a deal. It accepts whatever it is
@@ -146,14 +138,11 @@ class Negotiator(Side):
 
     def _joint_best(self, theirs: Vector) -> Vector:
         """Each type goes to whom it is worth more; what is worth the same to both is theirs."""
-        return tuple(
-            c if mine > other else 0 for c, mine, other in zip(self.counts, self.values, theirs, strict=True)
-        )
+        each = zip(self.counts, self.values, theirs, strict=True)
+        return tuple(c if mine > other else 0 for c, mine, other in each)
 
     def _joint(self, take: Vector, theirs: Vector) -> int:
-        return sum(
-            m * t + o * (c - t) for m, o, t, c in zip(self.values, theirs, take, self.counts, strict=True)
-        )
+        return sum(Deal(self.counts, (self.values, theirs)).scores(take))
 
     def _favourite(self) -> int:
         return max(range(len(self.counts)), key=lambda k: (self.values[k] * self.counts[k], -k))
@@ -195,11 +184,8 @@ def scripted_dialogue(
 ) -> ScriptedDialogue:
     """Two temperaments hold the negotiation."""
     deal: Deal = scenario.data
-    make = partial(kind, game=game, counts=deal.counts)
-    return hold(
-        game,
-        scenario,
-        TEMPERAMENTS,
-        rng,
-        lambda i, temperament, draws: make(deal.values[i], temperament, draws),
-    )
+
+    def side(i: int, temperament: str, draws: random.Random) -> Negotiator:
+        return kind(deal.values[i], temperament, draws, game=game, counts=deal.counts)
+
+    return hold(game, scenario, TEMPERAMENTS, rng, side)

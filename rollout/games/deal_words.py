@@ -12,7 +12,7 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from duologue.rollout.games.deal import ITEMS
+from duologue.rollout.games.deal import ITEMS, less
 from duologue.rollout.games.scripted import Act, phrases
 from duologue.rollout.games.selection import CLOSE, Vector
 
@@ -43,70 +43,66 @@ class Language:
 def utter(act: Act, counts: Vector, language: Language, rng: random.Random, *, told: bool, left: bool) -> str:
     """The act in words. `told`, `left`: the other side has stated its values, has just walked away."""
 
+    words = phrases("deal")
+
+    def pick(kind: str, among: int | None = None) -> str:
+        return rng.choice(words[kind][:among])
+
     def name(k: int) -> str:
         return language.name(language.items[k], counts[k])
 
-    words = phrases("deal")
     said: list[str] = []
     if act.accept or act.confirm:
-        said.append(rng.choice(words["agree"] if act.accept else words["confirm"]))
-    if act.refuse:
-        forms = (
-            words["refuse"][:TERSE]
-            if act.take is not None and _splits(act.take, counts) > 1
-            else words["refuse"]
-        )
-        said.append(
-            rng.choice(forms) if act.want is None else rng.choice(words["reason"]).format(name(act.want))
-        )
+        said.append(pick("agree" if act.accept else "confirm"))
+    if act.refuse and act.want is not None:
+        said.append(pick("reason").format(name(act.want)))
+    elif act.refuse:
+        many_parts = act.take is not None and _splits(act.take, counts) > 1
+        said.append(pick("refuse", TERSE if many_parts else None))
     if act.reveal is not None and act.against is None:
-        form = rng.choice(words["also"] if told and rng.random() < 0.6 else words["reveal"])
+        form = pick("also" if told and rng.random() < 0.6 else "reveal")
         said.append(form.format(_values(act.reveal, language, rng)))
     if act.want is not None and not act.refuse:
-        said.append(rng.choice(words["want"]).format(name(act.want)))
+        said.append(pick("want").format(name(act.want)))
     if act.spare is not None:
-        said.append(rng.choice(words["spare"]).format(name(act.spare)))
+        said.append(pick("spare").format(name(act.spare)))
     if act.take is not None:
         said.append(_offer(act, act.take, counts, language, rng))
     if act.ask:
-        said.append(rng.choice(words["ask"]))
+        said.append(pick("ask"))
     if act.leave:
-        said.append(rng.choice(words["bye"] if left else words["leave"]))
+        said.append(pick("bye" if left else "leave"))
     if act.close:
-        said += [CLOSE] if said else [rng.choice(words["hurry"]), CLOSE]
+        said += [CLOSE] if said else [pick("hurry"), CLOSE]
     return " ".join(said)
 
 
 def _values(values: Vector, language: Language, rng: random.Random) -> str:
     article, verb = rng.choice(language.frames)
-    stated = [
-        f"{article}{item} {language.rank(value)}" for item, value in zip(language.items, values, strict=False)
-    ]
-    return " , ".join([f"{article}{language.items[0]} {verb}{language.rank(values[0])}", *stated[1:]])
+    first, *others = zip(language.items, map(language.rank, values), strict=False)
+    stated = [f"{article}{item} {rank}" for item, rank in others]
+    return " , ".join([f"{article}{first[0]} {verb}{first[1]}", *stated])
 
 
 def _offer(act: Act, take: Vector, counts: Vector, language: Language, rng: random.Random) -> str:
     words, items = phrases("deal"), language.items[: len(counts)]
     if act.reveal is not None and act.against is not None:
-        compared = zip(
-            items, map(language.rank, act.reveal), map(language.rank, act.against), take, counts, strict=True
-        )
+        mine, theirs = map(language.rank, act.reveal), map(language.rank, act.against)
+        compared = zip(items, mine, theirs, take, counts, strict=True)
         return rng.choice(words["compare"]).format(" , ".join(_compared(*item) for item in compared))
     exact = rng.random() < 0.75
-    rest = tuple(c - t for c, t in zip(counts, take, strict=True))
     if rng.random() < 0.75:
         parts = (_part(t, c, item, language, exact) for t, c, item in zip(take, counts, items, strict=True))
         forms = words["joint"] if act.best else words["by_item"]
         if not act.best and _splits(take, counts) > 1:
             forms = forms[:1]
         return rng.choice(forms).format(" , ".join(parts))
-    mine, yours = (
-        [_amount(n, c, item, language, exact) for n, c, item in zip(share, counts, items, strict=True) if n]
-        or ["nothing"]
-        for share in (take, rest)
-    )
-    form = rng.choice(words["offer"][:TERSE] if len(mine) + len(yours) > 4 else words["offer"])
-    return form.format(" and ".join(mine), " and ".join(yours))
+    shares = []
+    for share in (take, less(counts, take)):
+        named = zip(share, counts, items, strict=True)
+        shares.append([_amount(n, c, item, language, exact) for n, c, item in named if n] or ["nothing"])
+    form = rng.choice(words["offer"][:TERSE] if sum(map(len, shares)) > 4 else words["offer"])
+    return form.format(*(" and ".join(share) for share in shares))
 
 
 def _splits(take: Vector, counts: Vector) -> int:
@@ -118,16 +114,18 @@ def _compared(item: str, mine: str, yours: str, n: int, count: int) -> str:
     """What one is worth to both sides, and who gets it: "hat 2 to 1 for me", or divided "hat 1 to 1 , 2 for
     me and 1 for you".
     """
-    return f"{item} {mine} to {yours} " + (
-        f", {n} for me and {count - n} for you" if 0 < n < count else f"for {'me' if n else 'you'}"
-    )
+    return f"{item} {mine} to {yours} {f', {n} ' if 0 < n < count else ''}{_whose(n, count)}"
 
 
 def _part(n: int, count: int, item: str, language: Language, exact: bool) -> str:
     """Who gets how many of one type: "2 hats for me and 1 for you"."""
-    if n in (0, count):
-        return f"{_amount(count, count, item, language, exact)} for {'me' if n else 'you'}"
-    return f"{_amount(n, count, item, language, exact)} for me and {count - n} for you"
+    return f"{_amount(n or count, count, item, language, exact)} {_whose(n, count)}"
+
+
+def _whose(n: int, count: int) -> str:
+    if 0 < n < count:
+        return f"for me and {count - n} for you"
+    return "for me" if n else "for you"
 
 
 def _amount(n: int, count: int, item: str, language: Language, exact: bool) -> str:

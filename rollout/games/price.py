@@ -110,13 +110,10 @@ class PriceGame(SelectionGame):
         if right and haggle.zone > 0:
             half = haggle.zone // 2
             metrics["nash_ratio"] = gains[0] * gains[1] / (half * (haggle.zone - half))
-            metrics |= {
-                "share_buyer": gains[haggle.buyer] / haggle.zone,
-                "share_seller": gains[1 - haggle.buyer] / haggle.zone,
-            }
-        return Outcome(
-            agreed=not failure, scores=(float(gains[0]), float(gains[1])), failure=failure, metrics=metrics
-        )
+            metrics["share_buyer"] = gains[haggle.buyer] / haggle.zone
+            metrics["share_seller"] = gains[1 - haggle.buyer] / haggle.zone
+        scores = (float(gains[0]), float(gains[1]))
+        return Outcome(agreed=not failure, scores=scores, failure=failure, metrics=metrics)
 
     def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
         """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`:
@@ -135,16 +132,14 @@ class PriceGame(SelectionGame):
         """
         zone = [o for o in outcomes if o.metrics["zone"]]
         right = [o for o in zone if o.metrics["right"]]
+        shares = ("share_buyer", "share_seller", "nash_ratio")
         return {
             "dialogues": float(len(outcomes)),
             "agreement": _mean([o.agreed for o in zone]),
             "efficiency": _mean([o.metrics["right"] for o in zone]),
             "right_walks": _mean([o.metrics["right"] for o in outcomes if not o.metrics["zone"]]),
             "wrong_deals": _mean([o.metrics["wrong"] for o in outcomes if o.agreed]),
-            **{
-                key: _mean([o.metrics[key] for o in right])
-                for key in ("share_buyer", "share_seller", "nash_ratio")
-            },
+            **{key: _mean([o.metrics[key] for o in right]) for key in shares},
             **failure_shares(outcomes, FAILURES),
         }
 
@@ -188,9 +183,7 @@ class Haggler(Side):
         enough = ENOUGH[self.temperament]
         if self.temperament == "honest" and self.theirs is not None:
             enough = self.gain(self.theirs) // 2
-            if enough < 0:
-                return False
-        return self.gain(offer) >= max(0, enough - self.refusals)
+        return enough >= 0 and self.gain(offer) >= max(0, enough - self.refusals)
 
     def decide(self) -> Act:
         hopeless = self.theirs is not None and self.gain(self.theirs) < 0
@@ -213,12 +206,10 @@ class Haggler(Side):
         if not self.revealed and (self.theirs is None or self.chance(0.3)):
             return Act(reveal=self.values, refuse=pending, ask=self.theirs is None and self.chance(0.6))
         if self.theirs is not None:
-            take, plain = self._at(self.gain(self.theirs) // 2), self.chance(0.3)
-            return (
-                Act(take=take, best=True, refuse=pending)
-                if plain
-                else Act(take=take, reveal=self.values, against=self.theirs)
-            )
+            take = self._at(self.gain(self.theirs) // 2)
+            if self.chance(0.3):
+                return Act(take=take, best=True, refuse=pending)
+            return Act(take=take, reveal=self.values, against=self.theirs)
         return Act(take=self._at(2), refuse=pending) if pending or self.chance(0.4) else Act(ask=True)
 
     def _fair(self, pending: bool) -> Act:
