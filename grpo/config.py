@@ -40,7 +40,7 @@ RECIPES = Path(__file__).parent / "recipes"
 GAME = f"one of {', '.join(map(repr, GAMES))}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """A run's settings by section; `game` holds those of the game that is named."""
 

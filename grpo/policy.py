@@ -29,14 +29,19 @@ def use_threads(config: Config) -> None:
         torch.set_num_threads(config.train.threads)
 
 
-def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tuple[Decoder, Tokenizer]:
-    """The checkpoint of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from
+def build_policy(
+    config: Config, demonstrations: list[ScriptedDialogue], checkpoint: Path | None = None
+) -> tuple[Decoder, Tokenizer]:
+    """The run's own `checkpoint`, or the one of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from
     nothing with a tokenizer trained on the demonstrations.
     """
-    dtype = parse_dtype(config.model.dtype)
+    if checkpoint is not None:
+        model, tokenizer = load_policy(checkpoint, config)
+        check_sizes(config, model, checkpoint)
+        return model, tokenizer
     if config.model.path:
-        loaded, known_tokenizer = load_policy(Path(config.model.path), config)
-        return with_adapter(loaded, config), known_tokenizer
+        model, tokenizer = load_policy(Path(config.model.path), config)
+        return with_adapter(model, config), tokenizer
     if not demonstrations:
         raise ValueError(
             "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to "
@@ -65,7 +70,7 @@ def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tupl
     )
     model = Decoder(sizes)
     model.init_weights(derive_seed(config.train.seed, "weights"))
-    return model.to(device=m.device, dtype=dtype), tokenizer
+    return model.to(device=m.device, dtype=parse_dtype(m.dtype)), tokenizer
 
 
 def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:

@@ -20,7 +20,7 @@ from duologue.rollout.engine.pages import CACHE_TOKENS
 HTTP_ADDRESS = "an address that begins with http:// or https://"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelSection:
     """The policy: a checkpoint, or a Qwen3 decoder of the sizes below that starts from nothing."""
 
@@ -37,7 +37,7 @@ class ModelSection:
     max_position: int = setting(512, "tokens of the longest context", least=32)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class ImitationSection:
     """Imitating scripted negotiators before self-play."""
 
@@ -48,7 +48,7 @@ class ImitationSection:
     warmup_steps: int = setting(20, "steps of linear warm-up", least=0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class TrainSection:
     """The run as a whole."""
 
@@ -66,7 +66,7 @@ class TrainSection:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class GrpoSection:
     """A step of self-play: how much is played, what of it is trained, and how."""
 
@@ -103,7 +103,7 @@ class GrpoSection:
         return LossConfig(variant=self.loss, **{name: getattr(self, name) for name in names})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class LoraSection:
     """An adapter on the frozen weights of model.path."""
 
@@ -120,7 +120,7 @@ class LoraSection:
         )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class JudgeSection:
     """Who scores a dilemma; a game with rules scores itself."""
 
@@ -149,7 +149,7 @@ class JudgeSection:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class OpponentSection:
     """Whom the policy meets in training. "self": the policy as it is, on both sides. Otherwise the policy has
     one side, in turn from group to group (side 0 with grpo.train_roles = "first"), and only its own tokens
@@ -193,7 +193,7 @@ class OpponentSection:
         return int(self.kind.partition(":")[2] or 0)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class RolloutSection:
     """The engine that samples dialogues."""
 
@@ -214,7 +214,7 @@ class RolloutSection:
         return self.release_memory or not self.cache_tokens
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class EvalSection:
     """How a policy is measured, before and after self-play."""
 

@@ -10,18 +10,20 @@ meet (grpo/world.py).
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import random
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Any
 
+from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.packing import Row
 from duologue.grpo.rows import demonstration_batch, grpo_rows
+from duologue.grpo.run_dir import RunDir
 from duologue.grpo.update import (
     UpdateStats,
     accumulate_imitation_gradient,
@@ -30,50 +32,56 @@ from duologue.grpo.update import (
 )
 from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
-from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.game import Game
-from duologue.rollout.games.scripted import ScriptedDialogue
-from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import Dialogue, Group, assign_rewards
 
 Metrics = dict[str, Any]
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def clocked(method: Method) -> Method:
-    """A method whose seconds go into its `clock`, by the method's name."""
-
-    @functools.wraps(method)
-    def timed(self: Steps, *arguments: Any) -> Any:
-        began = time.monotonic()
-        result = method(self, *arguments)
-        self.clock[method.__name__] = time.monotonic() - began
-        return result
-
-    return cast(Method, timed)
 
 
 class Steps:
-    """What a step works on. `step` counts those that are done, of both kinds together."""
+    """What a step works on, and the steps. `step` counts those that are done, of both kinds together."""
 
-    config: Config
-    world: World
-    game: Game
-    judge: FeedbackJudge | None  # None: the game's rules score
-    corpus: list[ScriptedDialogue]  # scripted dialogues to imitate
-    model: Decoder
-    tokenizer: Tokenizer
-    optimizer: Optimizer
-    arena: Arena
-    opponents: Opponents
-    baseline: RunningBaseline
-    reference: Decoder | None = None  # the policy that self-play began with, where it is needed
-    step: int = 0
-    clock: dict[str, float]  # seconds of the parts of this step
-    scores: Metrics  # of this step: what the judge cost, how the policy fared against opponents
-    played: Sequence[Group] = ()  # by this step
+    def __init__(self, config: Config, run: RunDir, world: World) -> None:
+        policy.use_threads(config)
+        self.config = config
+        self.run_dir = run
+        self.world = world
+        self.game = build.build_game(config)
+        self.judge = build.build_judge(
+            config, run.path / "judge.sqlite", lambda: (self.start_weights(), self.tokenizer)
+        )
+        self.corpus = build.build_corpus(config, self.game)
+        self.model, self.tokenizer = policy.build_policy(config, self.corpus, run.latest_checkpoint())
+        self.optimizer = self.new_optimizer()
+        engine = build.build_engine(config, self.model)
+        self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
+        build.add_server(config, self.arena, run.path / "opponent.sqlite")
+        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, engine, world)
+        self.baseline = RunningBaseline()
+        self.reference: Decoder | None = None  # the policy that self-play began with, where it is needed
+        self.step = 0
+        self.clock: dict[str, float] = {}  # seconds of the parts of this step
+        self.scores: Metrics = {}  # of this step: the judge's costs, how the policy fared against opponents
+        self.played: Sequence[Group] = ()  # by this step
+
+    def new_optimizer(self) -> Optimizer:
+        g = self.config.grpo
+        return Optimizer(
+            self.model,
+            betas=(g.betas[0], g.betas[1]),
+            weight_decay=g.weight_decay,
+            max_grad_norm=g.max_grad_norm,
+        )
+
+    def start_weights(self) -> Decoder:
+        """Those that self-play began with."""
+        return policy.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
+
+    @contextlib.contextmanager
+    def timing(self, part: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.clock[part] = time.monotonic() - began
 
     @property
     def selfplay_index(self) -> int:
@@ -86,13 +94,13 @@ class Steps:
     # ---- a step of self-play -------------------------------------------------------------------------------
 
     def selfplay_step(self) -> Metrics:
-        groups = self.play()
+        with self.timing("play"):
+            groups = self.play()
         rows, of_rows = grpo_rows(groups, self.config.grpo, self.baseline, self.world)
         of_update = self.update(rows)
         self.opponents.keep(self.selfplay_index + 1)
         return {**self.outcomes(groups), **of_rows, **of_update}
 
-    @clocked
     def play(self) -> list[Group]:
         """This rank's groups of the step, with their rewards and what they cost."""
         c = self.config.grpo
@@ -140,9 +148,9 @@ class Steps:
         if self.config.rollout.released:
             for engine in self.opponents.engines:
                 engine.release_memory()
-        return metrics | self.optimise(rows)
+        with self.timing("optimise"):
+            return metrics | self.optimise(rows)
 
-    @clocked
     def optimise(self, rows: Sequence[Row]) -> Metrics:
         """Of several updates on one rollout the statistics are the first's, but the gradient norm, the rate
         and `kl_old`, how far the policy had moved from the one that sampled, are the last's.

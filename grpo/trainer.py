@@ -13,18 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo import build, policy
-from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
 from duologue.grpo.evaluate import evaluate
-from duologue.grpo.opponents import Opponents
-from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.run_dir import Interrupted, RunDir, read_state, step_name, write_state
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.model.checkpoint import write_checkpoint
-from duologue.model.decoder import Decoder
 
 
 class Trainer(Steps):
@@ -33,32 +28,12 @@ class Trainer(Steps):
     def __init__(
         self, config: Config, run: RunDir, progress: Progress, stop: threading.Event, world: World = ALONE
     ) -> None:
-        policy.use_threads(config)
-        self.config = config
-        self.run_dir = run
+        super().__init__(config, run, world)
         self.progress = progress
         self.stop = stop
-        self.world = world
-        self.game = build.build_game(config)
-        self.judge = build.build_judge(
-            config, run.path / "judge.sqlite", lambda: (self._start_weights(), self.tokenizer)
-        )
-        self.corpus = build.build_corpus(config, self.game)
-        self.baseline = RunningBaseline()
         self.seconds = 0.0  # of training, evaluation not counted
-        self.clock = {}
         self.warm_start: dict[str, float] | None = None
         checkpoint = run.latest_checkpoint()
-        if checkpoint is None:
-            self.model, self.tokenizer = policy.build_policy(config, self.corpus)
-        else:
-            self.model, self.tokenizer = policy.load_policy(checkpoint, config)
-            policy.check_sizes(config, self.model, checkpoint)
-        self.optimizer = self._new_optimizer()
-        engine = build.build_engine(config, self.model)
-        self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
-        build.add_server(config, self.arena, run.path / "opponent.sqlite")
-        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, engine, world)
         if checkpoint is not None:
             self._restore(checkpoint)
         run.drop_lines_from(self.step)
@@ -72,7 +47,8 @@ class Trainer(Steps):
                 self._save_if_due(imitation)
         if self.warm_start is None:
             self._end_of_imitation()
-        self.reference = self._load_reference()
+        if self.config.grpo.kl_coef or self.config.train.kl_every:
+            self.reference = self.start_weights()
         self.progress.stage("self-play", selfplay, self.step - imitation)
         while self.step < imitation + selfplay and not self._out_of_time():
             self._timed(self.selfplay_step)
@@ -118,7 +94,7 @@ class Trainer(Steps):
             "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
         )
         self.warm_start = self._evaluate("warm_start")
-        self.optimizer = self._new_optimizer()
+        self.optimizer = self.new_optimizer()
         self._save()
 
     def _evaluate(self, policy: str) -> dict[str, float]:
@@ -147,23 +123,6 @@ class Trainer(Steps):
         self._save()
         self.run_dir.write_summary(summary)
         return summary
-
-    def _new_optimizer(self) -> Optimizer:
-        g = self.config.grpo
-        return Optimizer(
-            self.model,
-            betas=(g.betas[0], g.betas[1]),
-            weight_decay=g.weight_decay,
-            max_grad_norm=g.max_grad_norm,
-        )
-
-    def _load_reference(self) -> Decoder | None:
-        if not (self.config.grpo.kl_coef or self.config.train.kl_every):
-            return None
-        return self._start_weights()
-
-    def _start_weights(self) -> Decoder:
-        return policy.load_beside(self.model, self.run_dir.path / "checkpoints" / "warm_start")
 
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world

@@ -1,6 +1,6 @@
 """A setting: a field of a frozen dataclass whose limits and meaning stand where it is defined.
 
-    @dataclass(frozen=True, kw_only=True, slots=True)
+    @dataclass(frozen=True, kw_only=True)
     class Rules:
         max_rounds: int = setting(5, "exchanges at most; in one, both sides speak once", least=1)
 
@@ -22,7 +22,7 @@ from types import MappingProxyType
 from typing import Any
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a value must obey: `least` and `most` are accepted themselves, `above` is not. Of a tuple,
     `one_of` speaks of the items; None is no limit, but inf is never accepted.

@@ -165,7 +165,7 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
     return tuple(min(first, second))
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class DealSettings(SelectionSettings):
     """How many types of items there are, what they are worth, and what no deal is worth."""
 

@@ -19,7 +19,7 @@ from duologue.rollout.games.selection import CLOSE, Vector
 TERSE = 4  # as many of a list's first forms go with an offer of many parts
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Language:
     """How items and values are named. `frames` are what stands before an item and before the first value."""
 

@@ -45,7 +45,7 @@ class Item(NamedTuple):
     personas: tuple[Persona, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class DilemmaSettings(GameSettings):
     """Files of texts, by default those that come with the package."""
 

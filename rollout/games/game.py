@@ -16,7 +16,7 @@ from duologue.model.settings import check, setting
 UNSCORED = "unscored"  # the failure of a dialogue that got no answer from a judge or an opponent
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Persona:
     """Whom a side speaks for. The instructions are told to that side alone."""
 
@@ -24,7 +24,7 @@ class Persona:
     instructions: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Scenario:
     """One dialogue to be held. A side's context begins with `shared_text`, the same for both, then
     `private_text[i]`, which is told to side i alone; `data` is the game's own typed description.
@@ -39,7 +39,7 @@ class Scenario:
     personas: tuple[Persona, ...] = ()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Outcome:
     """How a dialogue ended. `scores` are in the game's points; `failure` names the kind of a failure, None
     when agreed.
@@ -55,7 +55,7 @@ class Outcome:
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Measure:
     """How a mean of `Game.summarise` is shown. `short` heads it in the progress line, "" leaves it out
     there.
@@ -70,7 +70,7 @@ class Measure:
         return "%" in self.format
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Published:
     """Measures that others have reached in the same game, by who, and where they come from."""
 
@@ -78,7 +78,7 @@ class Published:
     source: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Shown:
     """A recorded dialogue in words, for people."""
 
@@ -90,7 +90,7 @@ class Shown:
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class GameSettings:
     """What a game lets a user set, the keys of a run's [game]: a game that has more than its name extends
     this.

@@ -29,7 +29,7 @@ NASH_RATIO = Measure("Nash product / best", "{:.3f}")
 Vector = tuple[int, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class SelectionSettings(GameSettings):
     """Of a game that has rules: what both sides are to maximise."""
 

@@ -16,7 +16,7 @@ from duologue.rollout.judge.ledger import Ledger, ledger_key
 RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Ask:
     """One question for a back end. `check` raises ValueError for an invalid answer, which is then asked for
     again.

@@ -25,7 +25,7 @@ AGREEMENT, SCORE, PREFERENCE = "agreement", "score", "preference"
 REQUIRED = {AGREEMENT: "transcript", SCORE: "completion", PREFERENCE: "answers"}  # what a prompt must show
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Case:
     """What is judged. `turns` are (role, text); `answers` are the two to choose from, in the order in which
     they are shown.
@@ -38,7 +38,7 @@ class Case:
     answers: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """A prompt file of a kind of question. `version` is the hash of its text."""
 

@@ -15,37 +15,10 @@ from duologue.rollout.judge.judge import Judge
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Group
-from duologue.rollout.selfplay.protocols import PROTOCOLS, Protocol
+from duologue.rollout.selfplay.protocols import PROTOCOLS
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Opponent, Speak, Speaker, Speakers, prefill
 from duologue.rollout.selfplay.talk import Question, Talk
-
-Request = Speak | Question
-
-
-class _Running:
-    """A talk whose protocol waits for `requests`."""
-
-    def __init__(self, talk: Talk, protocol: Protocol) -> None:
-        self.talk, self.protocol = talk, protocol
-        self.requests: Sequence[Request] = ()
-        self.answers: dict[Request, Any] = {}
-
-    def go_on(self) -> None:
-        """Take all answers in the order in which they were asked for, and go on to the next requests; none
-        at the end.
-        """
-        answers = [self._heard(request) for request in self.requests]
-        try:
-            self.requests = self.protocol.send(answers) if self.requests else next(self.protocol)
-        except StopIteration as end:
-            self.requests = ()
-            self.talk.end(end.value)
-        self.answers = {}
-
-    def _heard(self, request: Request) -> Any:
-        answer = self.answers[request]
-        return self.talk.hear(request, answer) if isinstance(request, Speak) else answer
 
 
 class Arena:
@@ -66,7 +39,7 @@ class Arena:
         self.tokenizer, self.game, self.rules, self.judge = tokenizer, game, rules, judge
         self.contexts = Contexts(tokenizer, game, rules)
         self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
-        self._running: dict[Request, _Running] = {}
+        self._waiting: dict[Speak | Question, Talk] = {}
 
     @property
     def engine(self) -> Engine:
@@ -116,15 +89,15 @@ class Arena:
         for branch in (b for pair in opened for b in pair if b is not None):
             branch.close()
         return [
-            Group(scenario=scenario, dialogues=[talk.dialogue for talk in group if talk.dialogue is not None])
+            Group(scenario=scenario, dialogues=[talk.dialogue for talk in group])
             for scenario, group in zip(scenarios, groups, strict=True)
         ]
 
     def _open(self, scenario: Scenario, opponent: Opponent | None) -> list[Branch | None]:
         """What every dialogue of a group begins with, for each side that speaks in it."""
-        told = self.contexts.private_ids(scenario)[: 1 if self.game.alone else 2]
-        openings = [self.contexts.chat.open(ids) for ids in told]
-        return [self.speakers.open(opponent, role, ids) for role, ids in enumerate(openings)]
+        told, chat = self.contexts.private_ids(scenario), self.contexts.chat
+        sides = (0,) if self.game.alone else (0, 1)
+        return [self.speakers.open(opponent, side, chat.open(told[side])) for side in sides]
 
     def _fork(self, opened: list[Branch | None], n: int) -> list[list[Branch | None]]:
         """The growing contexts of `n` dialogues, which hold the pages of what was opened in their place."""
@@ -140,9 +113,10 @@ class Arena:
         """Until all are through."""
         protocol = PROTOCOLS[self.game.protocol]
         for talk in talks:
-            self._go_on(_Running(talk, protocol(talk)))
+            talk.protocol = protocol(talk)
+            self._go_on(talk)
         unanswered = unscored = 0
-        while self._running:
+        while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
                 if completion is None:
@@ -157,18 +131,18 @@ class Arena:
                     unscored += 1
                     check_share(self.judge, unscored, len(talks))
 
-    def _answered(self, request: Request, answer: Any) -> None:
-        running = self._running.pop(request)
-        running.answers[request] = answer
-        if len(running.answers) == len(running.requests):
-            self._go_on(running)
+    def _answered(self, request: Speak | Question, answer: Any) -> None:
+        talk = self._waiting.pop(request)
+        talk.answers[request] = answer
+        if len(talk.answers) == len(talk.requests):
+            self._go_on(talk)
 
-    def _go_on(self, running: _Running) -> None:
-        running.go_on()
-        for request in running.requests:
-            self._running[request] = running
+    def _go_on(self, talk: Talk) -> None:
+        talk.go_on()
+        for request in talk.requests:
+            self._waiting[request] = talk
             if isinstance(request, Speak):
-                self.speakers.of(running.talk.opponent, request.role).ask(request)
+                self.speakers.of(talk.opponent, request.role).ask(request)
             else:
                 assert self.judge is not None, f"{self.game.protocol} asks a judge"
                 self.judge.submit(request.kind, request.case, request)

@@ -11,7 +11,7 @@ from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import FINAL
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """A round is one exchange: both sides speak once.
 

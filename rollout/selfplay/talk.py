@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,10 @@ class Talk:
         self.rules, self.scenario, self.first = contexts.rules, scenario, first
         self.opponent, self.players = opponent, players(opponent)
         self._left = False
-        self.dialogue: Dialogue | None = None
+        self.protocol: Generator[Any, Any, Outcome | None]  # it waits for `requests`
+        self.requests: Sequence[Speak | Question] = ()
+        self.answers: dict[Speak | Question, Any] = {}
+        self.dialogue: Dialogue  # at the end
         self._contexts, self._speakers = contexts, speakers
         self._seed, self._branches = seed, branches
         self._transcript = Transcript(contexts.chat, contexts.private_ids(scenario))
@@ -64,6 +67,22 @@ class Talk:
         self._views: list[tuple[int, View]] = []  # with the role of each
         if contexts.grows:
             self._views += enumerate(self._transcript.views)
+
+    def go_on(self) -> None:
+        """Take all answers in the order in which they were asked for, and go on to the next requests; none
+        at the end.
+        """
+        answers = [self._heard(request) for request in self.requests]
+        self.answers = {}
+        try:
+            self.requests = self.protocol.send(answers if self.requests else None)
+        except StopIteration as end:
+            self.requests = ()
+            self._end(end.value)
+
+    def _heard(self, request: Speak | Question) -> Any:
+        answer = self.answers[request]
+        return self._hear(request, answer) if isinstance(request, Speak) else answer
 
     @property
     def turns(self) -> list[Turn]:
@@ -121,7 +140,7 @@ class Talk:
         )
         return Question(kind=kind, case=case)
 
-    def hear(self, asked: Speak, completion: Completion | None) -> str | None:
+    def _hear(self, asked: Speak, completion: Completion | None) -> str | None:
         """Take the words that were asked for into the dialogue."""
         if completion is None:
             return None
@@ -150,7 +169,7 @@ class Talk:
         self.turns.append(Turn(role=asked.role, kind=kind, text=text, token_ids=ids, logprobs=logprobs))
         return text
 
-    def end(self, outcome: Outcome | None) -> None:
+    def _end(self, outcome: Outcome | None) -> None:
         """The protocol is through; without an outcome the dialogue is unscored."""
         for view, branch in zip(self._transcript.views, self._branches, strict=False):
             if branch is not None:
