@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from duologue.kernels import backend, ops
 from duologue.kernels.layers import LayerTensors, PagedDecoder
-from duologue.model.config import ModelConfig
+from duologue.model.config import ModelConfig, RopeScaling
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -328,6 +328,9 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     slowed = frequency / scaling.factor
     if scaling.kind == "linear":
         return slowed
+    if scaling.kind == "yarn":
+        kept = _yarn_kept(config, scaling)
+        return slowed * (1 - kept) + frequency * kept
     waves = (
         scaling.original_max_position * frequency / (2 * math.pi)
     )  # how often it turns in the original context
@@ -338,10 +341,26 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     )
 
 
+def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Tensor:
+    """[D / 2] the share of each pair's own frequency that YaRN keeps: 1 for fast ones, 0 for slow ones."""
+    D, original = config.head_dim, scaling.original_max_position
+
+    def pair(turns: float) -> float:  # the one that turns so often in the original context
+        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    width = high - low if high != low else 0.001
+    return 1 - ((torch.arange(D // 2, device="cpu").float() - low) / width).clamp(0, 1)
+
+
 def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
     """cos and sin of positions 0 to rows - 1, each [rows, D / 2] fp32."""
     angles = torch.arange(rows, device="cpu").float().unsqueeze(1) * rope_frequencies(config)
-    return angles.cos(), angles.sin()
+    factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) -> list[Tensor]:
