@@ -207,7 +207,7 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed tokens."""
+    """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its halves on packed tokens."""
 
     exact = True
     packed = False  # whether the layers' weights are in four bits
@@ -242,7 +242,7 @@ class Decoder(nn.Module):
     def hidden(
         self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: AdapterRows | None = None
     ) -> Tensor:
-        """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
+        """token_ids and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
         body = self.model
         lora = self.rows() if lora is None else lora
         rotary = (*self.rotary_tables(positions), positions)
