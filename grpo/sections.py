@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
-from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import LoraSettings
 from duologue.model.settings import like, setting
 from duologue.model.tokenizer import LEAST_IDS
+from duologue.model.weights import DTYPES
 from duologue.rollout.games.catalogue import GAMES
 
 DILEMMAS = ("dilemma", "dilemma_alone")
