@@ -1,4 +1,4 @@
-"""config.json as people have it: a key that changes the numbers is honoured as in transformers, or refused."""
+"""config.json as people have it: a key that changes the numbers is honoured as in transformers or refused."""
 
 from __future__ import annotations
 
