@@ -163,7 +163,7 @@ def test_eval_and_train_refuse_such_weights(
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     for words in (
         ["eval", str(folder), "--recipe", "deal"],
-        ["train", "deal", "--model", str(folder), "--run-dir", str(tmp_path / "r")],
+        ["train", "deal", "--model", str(folder), "--run-dir", str(tmp_path / "r"), *SMALL],
     ):
         assert main(words) in (1, 2)
         error = capsys.readouterr().err
