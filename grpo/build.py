@@ -4,54 +4,40 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
-from duologue.grpo.sections import DILEMMAS
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import GAMES, corpus
-from duologue.rollout.games.common import ScriptedDialogue
-from duologue.rollout.games.dilemma import DilemmaGame
 from duologue.rollout.games.game import Game
-from duologue.rollout.judge.judge import Backend, FeedbackJudge, RuleJudge
+from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.judge.asking import Backend
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.model import ModelJudge
 from duologue.rollout.judge.questions import REQUIRED, load_prompt
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.arena import Arena, Rules
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
-
-AnyGame = Game | DilemmaGame
-AnyJudge = RuleJudge | FeedbackJudge
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.rules import Rules
+from duologue.rollout.selfplay.speakers import Server
 
 
-def build_game(config: Config) -> AnyGame:
-    c = config.game
-    if c.name in DILEMMAS:
-        alone = c.name == "dilemma_alone"
-        return DilemmaGame(
-            alone=alone, dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts
-        )
-    options: dict[str, Any] = (
-        {"types": c.item_types, "total": c.total_value, "walk_away": c.walk_away} if c.name == "deal" else {}
-    )
-    game: Game = GAMES[c.name][0](**options)
-    return game
+def build_game(config: Config) -> Game:
+    return GAMES[config.game.name](config.game)
 
 
 def build_judge(
-    config: Config, game: AnyGame, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]
-) -> AnyJudge:
-    """The judge that the configuration names. `start` loads the starting weights; `ledger` is the file where none is named."""
+    config: Config, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]
+) -> FeedbackJudge | None:
+    """The judge that the configuration names, None where the game's rules are it. `start` loads the starting weights; `ledger` is the file where none is named."""
     j = config.judge
-    if not isinstance(game, DilemmaGame):
-        return RuleJudge(game, config.game.objective)
+    if j.backend == "rules":
+        return None
     answers: dict[str, Any] = {"temperature": j.temperature, "max_tokens": j.max_tokens}
     backend: Backend
     if j.backend == "endpoint":
@@ -99,32 +85,33 @@ def build_judge(
     )
 
 
-def add_server(config: Config, arena: Arena | Deliberation, ledger: Path) -> None:
+def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
-    o, speakers = config.opponent, arena.speakers
-    speakers.max_unscored_share = config.judge.max_unscored_share
+    o = config.opponent
     if o.kind != "endpoint":
         return
     try:
-        from duologue.rollout.selfplay.remote import ChatEndpoint, Remote
+        arena.speakers.outside = Server(
+            o.url,
+            o.model,
+            Ledger(ledger),
+            arena.tokenizer,
+            config.judge.max_unscored_share,
+            api_key=os.environ.get(o.key_env, "").strip(),
+            concurrency=o.concurrency,
+            deadline_s=o.deadline_s,
+            timeout_s=o.timeout_s,
+        )
     except ModuleNotFoundError as error:
         raise ValueError(
             f"opponent.kind = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
         ) from None
-    limits: dict[str, Any] = {
-        "concurrency": o.concurrency,
-        "deadline_s": o.deadline_s,
-        "timeout_s": o.timeout_s,
-    }
-    endpoint = ChatEndpoint(o.url, o.model, api_key=os.environ.get(o.key_env, "").strip(), **limits)
-    speakers.server = Remote(endpoint, Ledger(ledger), arena.tokenizer)
 
 
-def build_corpus(config: Config, game: AnyGame) -> list[ScriptedDialogue]:
+def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
-    assert not isinstance(game, DilemmaGame)
     return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
 
 
@@ -138,46 +125,26 @@ def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None
 
 def build_arena(
     config: Config,
-    model: Decoder,
+    engine: Engine,
     tokenizer: Tokenizer,
-    game: AnyGame,
-    judge: AnyJudge | None = None,
+    game: Game,
+    judge: FeedbackJudge | None = None,
     temperature: float | None = None,
-) -> Arena | Deliberation:
-    """An arena on a new engine; `temperature` replaces the one of training, and a final is then always written."""
-    d = config.dialogue
-    engine = build_engine(config, model)
-    rules = {field.name: getattr(d, field.name) for field in dataclasses.fields(Rules)}
+) -> Arena:
+    """An arena on `engine`; `temperature` replaces the one of training, and a final is then always written."""
+    rules = config.dialogue
     if temperature is not None:
-        rules |= {
-            "temperature": temperature,
-            "final_temperature": d.final_temperature if temperature else 0.0,
-        }
-    arena: Arena | Deliberation
-    if isinstance(game, DilemmaGame):
-        assert isinstance(judge, FeedbackJudge)
-        more = TalkRules(**rules, context=d.context, always_final=temperature is not None)
-        arena = Deliberation(engine, tokenizer, game, more, judge)
-        check_context(config, engine, arena.longest_context())
-    else:
-        arena = Arena(engine, tokenizer, game, Rules(**rules))
-        check_context(config, engine, longest_context(config, arena))
+        final = rules.final_temperature if temperature else 0.0
+        rules = dataclasses.replace(
+            rules, temperature=temperature, final_temperature=final, always_final=True
+        )
+    arena = Arena(engine, tokenizer, game, rules, judge)
+    check_context(engine, rules, arena.contexts.longest())
     return arena
 
 
-def longest_context(config: Config, arena: Arena) -> int:
-    """Tokens that the longest dialogue of a game with rules can take."""
-    d, chat = config.dialogue, arena.tokenizer.chat
-    example = arena.game.sample(random.Random(0), "train")
-    private = max(len(ids) for ids in arena.private_ids(example))
-    frame = len(chat.reply()) + len(chat.close_reply(False)) + len(chat.heard([]))
-    longest = len(chat.open([])) + private + d.max_rounds * (2 * d.max_tokens_per_turn + frame)
-    return longest + len(chat.heard(arena.final_prompt_ids)) + frame + d.max_tokens_final
-
-
-def check_context(config: Config, engine: Engine, longest: int) -> None:
+def check_context(engine: Engine, rules: Rules, longest: int) -> None:
     """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool."""
-    d = config.dialogue
     limits = (
         ("model.max_position", engine.model.config.max_position_embeddings),
         ("rollout.cache_tokens", engine.pool.n_pages * engine.pool.page_size),
@@ -185,6 +152,7 @@ def check_context(config: Config, engine: Engine, longest: int) -> None:
     for key, limit in limits:
         if longest > limit:
             raise ValueError(
-                f"{key} = {limit} is below the {longest} tokens that a dialogue of {d.max_rounds} rounds of "
-                f"{d.max_tokens_per_turn} tokens per turn can take; raise it or lower dialogue.max_rounds or max_tokens_per_turn"
+                f"{key} = {limit} is below the {longest} tokens that a dialogue of {rules.max_rounds} rounds of "
+                f"{rules.max_tokens_per_turn} tokens per turn can take; raise it or lower dialogue.max_rounds or "
+                "max_tokens_per_turn"
             )

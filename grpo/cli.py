@@ -1,4 +1,4 @@
-"""The `duologue` command: train, eval, play, report, data, export, doctor.
+"""The `duologue` command: train, config, eval, play, report, data, export, doctor.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from duologue.grpo.run_dir import RunDir
 
 INTERRUPTED = 130
+RECIPE = "a recipe's name (deal, collective-agency and so on) or the path of a .toml file"
+CHECKPOINT = "a folder in Hugging Face layout"
+DEVICE = "cpu, cuda or cuda:N (model.device)"
 SETTINGS = "Settings: section.key=value or --section.key value, e.g. grpo.group_size=8 --train.seed 1"
 
 
@@ -39,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
         options = _parser().parse_args(rest)
         options.overrides = overrides
-        if overrides and options.command not in ("train", "eval", "play"):
+        if overrides and not options.takes_settings:
             raise ValueError(f"{options.command} takes no settings, got {overrides[0]}")
-        return int(_COMMANDS[options.command](options))
+        return int(options.run(options))
     except SystemExit as stop:  # argparse has printed what is wrong
         return int(stop.code or 0)
     except KeyboardInterrupt:
@@ -88,63 +91,47 @@ def _parser() -> argparse.ArgumentParser:
         "--version", action="version", version=f"duologue {importlib.metadata.version('duologue')}"
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    train = commands.add_parser("train", help="train by a recipe or a TOML file", epilog=SETTINGS)
-    train.add_argument(
-        "recipe", help="a recipe's name (deal, collective-agency and so on) or the path of a .toml file"
-    )
+    for add in (
+        _add_train,
+        _add_config,
+        _add_eval,
+        _add_report,
+        _add_data,
+        _add_play,
+        _add_export,
+        _add_doctor,
+    ):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
+    """The parser of one that takes no settings."""
+    command = commands.add_parser(name, help=help)
+    command.set_defaults(run=run, takes_settings=False)
+    return command
+
+
+def _command_with_settings(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
+) -> Any:
+    command = commands.add_parser(name, help=help, epilog=SETTINGS)
+    command.set_defaults(run=run, takes_settings=True)
+    return command
+
+
+# ---- train -------------------------------------------------------------------------------------------------
+
+
+def _add_train(commands: Any) -> None:
+    train = _command_with_settings(commands, "train", _train, "train by a recipe or a TOML file")
+    train.add_argument("recipe", help=RECIPE)
     train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     train.add_argument(
         "--resume", action="store_true", help="go on with the run in --run-dir from its last checkpoint"
     )
-    evaluate = commands.add_parser("eval", help="hold dialogues with a checkpoint, measured", epilog=SETTINGS)
-    evaluate.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
-    evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
-    evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
-    evaluate.add_argument(
-        "--greedy", action="store_true", help="take the likeliest token instead of sampling"
-    )
-    evaluate.add_argument(
-        "--against",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="with dilemmas: another one, whose answers are compared",
-    )
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
-    for command in (train, evaluate):
-        command.add_argument("--device", help="cpu, cuda or cuda:N (model.device)")
+    train.add_argument("--device", help=DEVICE)
     train.add_argument("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
-    report = commands.add_parser("report", help="write report.html of a run, finished or not")
-    report.add_argument("run_dir", type=Path)
-    data.add_parser(commands)
-    play = commands.add_parser("play", help="negotiate with a checkpoint in the terminal", epilog=SETTINGS)
-    play.add_argument("checkpoint", type=Path, help="a folder in Hugging Face layout")
-    play.add_argument(
-        "--game",
-        metavar="RECIPE",
-        help="the recipe or TOML file that names it (default: that of the checkpoint's run)",
-    )
-    play.add_argument("--side", choices=("first", "second"), default="first", help="yours")
-    play.add_argument("--seed", type=int, default=0, help="of the scenario and of what the policy says")
-    play.add_argument(
-        "--temperature",
-        type=float,
-        help="of the policy's words, 0 for the likeliest (default: dialogue.temperature)",
-    )
-    export = commands.add_parser("export", help="write a checkpoint of a run for other programs")
-    export.add_argument("source", type=Path, help="a checkpoint, or a run directory for its last one")
-    export.add_argument("out", type=Path, help="a new folder")
-    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
-    export.add_argument(
-        "--merge",
-        action="store_true",
-        help="an adapter into its base, so that transformers loads it without peft",
-    )
-    export.add_argument("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
-    commands.add_parser("doctor", help="show the device, the back ends in use and a self-check")
-    return parser
-
-
-# ---- commands ----------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -249,6 +236,39 @@ def _stop_on_signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+# ---- config and eval ---------------------------------------------------------------------------------------
+
+
+def _add_config(commands: Any) -> None:
+    config = _command_with_settings(
+        commands, "config", _config_command, "print every setting with its meaning, as TOML to edit"
+    )
+    config.add_argument("recipe", help=RECIPE)
+    config.add_argument("section", nargs="?", default="", help="one section alone, for example grpo")
+
+
+def _config_command(options: argparse.Namespace) -> int:
+    from duologue.grpo.commands.config import described
+    from duologue.grpo.config import load_config
+
+    print(described(load_config(options.recipe, options.overrides), options.section), end="")
+    return 0
+
+
+def _add_eval(commands: Any) -> None:
+    evaluate = _command_with_settings(commands, "eval", _eval, "hold dialogues with a checkpoint, measured")
+    evaluate.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
+    evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
+    evaluate.add_argument(
+        "--greedy", action="store_true", help="take the likeliest token instead of sampling"
+    )
+    against = "with dilemmas: another one, whose answers are compared"
+    evaluate.add_argument("--against", type=Path, metavar="CHECKPOINT", help=against)
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="write the measures there")
+    evaluate.add_argument("--device", help=DEVICE)
+
+
 def _eval(options: argparse.Namespace) -> int:
     shortcuts = {
         "model.device": options.device,
@@ -256,25 +276,24 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.temperature": 0.0 if options.greedy else None,
     }
     config = _config(options.recipe, options.overrides, shortcuts)
-    from duologue.grpo.build import build_game, build_judge
+    from duologue.grpo.build import build_engine, build_game
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.policy import load_policy, use_threads
-    from duologue.grpo.sections import DILEMMAS
     from duologue.model.atomic import write_file
+    from duologue.rollout.games.dilemma import DilemmaSettings
 
     use_threads(config)
-    if config.game.name in DILEMMAS:
+    if isinstance(config.game, DilemmaSettings):
         return _eval_dilemmas(options, config)
     if options.against is not None:
         raise ValueError(
-            f"--against {options.against}: accepted with dilemmas, which a judge compares; {config.game.name} has rules"
+            f"--against {options.against}: accepted with dilemmas, which a judge compares; "
+            f"{config.game.name} has rules"
         )
     model, tokenizer = load_policy(options.checkpoint, config)
-    game = build_game(config)
-    judge = build_judge(config, game, Path(":memory:"), lambda: load_policy(Path(config.model.path), config))
-    metrics, _ = evaluate(model, tokenizer, game, config, judge)
-    judge.close()
+    engine = build_engine(config, model)
+    metrics, _ = evaluate(engine, tokenizer, build_game(config), config, None)
     Progress().results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
         origin = {
@@ -312,11 +331,34 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
     return 0
 
 
+# ---- the others --------------------------------------------------------------------------------------------
+
+
+def _add_report(commands: Any) -> None:
+    report = _command(commands, "report", _report, "write report.html of a run, finished or not")
+    report.add_argument("run_dir", type=Path)
+
+
 def _report(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.report import write_report
 
     print(write_report(options.run_dir))
     return 0
+
+
+def _add_data(commands: Any) -> None:
+    data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
+
+
+def _add_play(commands: Any) -> None:
+    play = _command_with_settings(commands, "play", _play, "negotiate with a checkpoint in the terminal")
+    play.add_argument("checkpoint", type=Path, help=CHECKPOINT)
+    game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
+    play.add_argument("--game", metavar="RECIPE", help=game)
+    play.add_argument("--side", choices=("first", "second"), default="first", help="yours")
+    play.add_argument("--seed", type=int, default=0, help="of the scenario and of what the policy says")
+    temperature = "of the policy's words, 0 for the likeliest (default: dialogue.temperature)"
+    play.add_argument("--temperature", type=float, help=temperature)
 
 
 def _play(options: argparse.Namespace) -> int:
@@ -325,10 +367,24 @@ def _play(options: argparse.Namespace) -> int:
     return run(options, options.overrides)
 
 
+def _add_export(commands: Any) -> None:
+    export = _command(commands, "export", _export, "write a checkpoint of a run for other programs")
+    export.add_argument("source", type=Path, help="a checkpoint, or a run directory for its last one")
+    export.add_argument("out", type=Path, help="a new folder")
+    export.add_argument("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    merge = "an adapter into its base, so that transformers loads it without peft"
+    export.add_argument("--merge", action="store_true", help=merge)
+    export.add_argument("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
+
+
 def _export(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.export import run
 
     return run(options)
+
+
+def _add_doctor(commands: Any) -> None:
+    _command(commands, "doctor", _doctor, "show the device, the back ends in use and a self-check")
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -336,16 +392,6 @@ def _doctor(options: argparse.Namespace) -> int:
 
     return examine()
 
-
-_COMMANDS = {
-    "train": _train,
-    "eval": _eval,
-    "play": _play,
-    "report": _report,
-    "data": data.run,
-    "export": _export,
-    "doctor": _doctor,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,14 +11,12 @@ import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from duologue.grpo.sections import (
-    DILEMMAS,
-    DialogueSection,
     EvalSection,
-    GameSection,
     GrpoSection,
     ImitationSection,
     JudgeSection,
@@ -29,20 +27,28 @@ from duologue.grpo.sections import (
     TrainSection,
 )
 from duologue.grpo.settings import meant, parse, to_toml, typed
-from duologue.model.settings import check
+from duologue.model.settings import check, keys
+from duologue.rollout.games.catalogue import GAMES, SCRIPTS
+from duologue.rollout.games.deal import DealSettings
+from duologue.rollout.games.dilemma import DilemmaSettings
+from duologue.rollout.games.game import GameSettings
+from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
+GAME = f"one of {', '.join(map(repr, GAMES))}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
     model: ModelSection = field(default_factory=ModelSection)
-    game: GameSection = field(default_factory=GameSection)
+    game: GameSettings = field(
+        default_factory=partial(DealSettings, name="deal")
+    )  # of the game that is named
     imitation: ImitationSection = field(default_factory=ImitationSection)
     train: TrainSection = field(default_factory=TrainSection)
     grpo: GrpoSection = field(default_factory=GrpoSection)
     lora: LoraSection = field(default_factory=LoraSection)
-    dialogue: DialogueSection = field(default_factory=DialogueSection)
+    dialogue: Rules = field(default_factory=Rules)
     judge: JudgeSection = field(default_factory=JudgeSection)
     opponent: OpponentSection = field(default_factory=OpponentSection)
     rollout: RolloutSection = field(default_factory=RolloutSection)
@@ -66,7 +72,7 @@ class Config:
         for section in dataclasses.fields(self):
             lines.append(f"[{section.name}]")
             values = getattr(self, section.name)
-            lines += [f"{f.name} = {to_toml(getattr(values, f.name))}" for f in dataclasses.fields(values)]
+            lines += [f"{f.name} = {to_toml(getattr(values, f.name))}" for f in keys(values)]
             lines.append("")
         return "\n".join(lines)
 
@@ -113,25 +119,14 @@ def _model_rules(c: Config) -> Iterator[Rule]:
 
 
 def _game_rules(c: Config) -> Iterator[Rule]:
-    game, dilemma = c.game, c.game.name in DILEMMAS
-    walk_away = f"0, or with game.objective = 'selfish' up to the total {game.total_value}"
-    selfish = game.objective == "selfish" and game.walk_away <= game.total_value
-    yield Rule("points for walking away", "game.walk_away", walk_away, not game.walk_away or selfish)
-    deal = "deal with item_types, total_value or walk_away changed, which the rules of other games set"
-    standard = (game.item_types, game.total_value, game.walk_away) == (3, 10, 0)
-    yield Rule("other games have other rules", "game.name", deal, game.name == "deal" or standard)
-    judged = "'cooperative' with dilemmas, which a judge scores"
-    yield Rule("one score for both", "game.objective", judged, not dilemma or game.objective == "cooperative")
-    for key in ("game.dilemmas", "game.personas", "game.tasks", "game.prompts"):
-        yield Rule("texts of dilemmas", key, "'' with a game that has rules", dilemma or not c.value(key))
     scripts = "0 with dilemmas, for which there are no scripts"
     for key in ("imitation.steps", "grpo.imitation_coef"):
-        yield Rule("imitation needs scripts", key, scripts, not (dilemma and c.value(key)))
+        yield Rule("imitation needs scripts", key, scripts, c.game.name in SCRIPTS or not c.value(key))
 
 
 def _dialogue_rules(c: Config) -> Iterator[Rule]:
     d = c.dialogue
-    dilemma, alone = c.game.name in DILEMMAS, c.game.name == "dilemma_alone"
+    dilemma, alone = isinstance(c.game, DilemmaSettings), c.game.name == "dilemma_alone"
     warm = "above 0: greedy dialogues are all alike and teach nothing"
     yield Rule("dialogues of a group differ", "dialogue.temperature", warm, d.temperature > 0)
     full = "'full' with a game that has rules"
@@ -147,7 +142,7 @@ def _dialogue_rules(c: Config) -> Iterator[Rule]:
 
 
 def _judge_rules(c: Config) -> Iterator[Rule]:
-    judge, dilemma = c.judge, c.game.name in DILEMMAS
+    judge, dilemma = c.judge, isinstance(c.game, DilemmaSettings)
     backend = "'rules' with a game that has them, otherwise another"
     yield Rule("rules or a judge", "judge.backend", backend, (judge.backend == "rules") != dilemma)
     for key in ("judge.prompts", "judge.ledger", "eval.questions", "eval.judge_url", "eval.judge_model"):
@@ -163,12 +158,13 @@ def _opponent_rules(c: Config) -> Iterator[Rule]:
     alone = "'self' where one answers alone"
     yield Rule("nobody to meet", "opponent.kind", alone, c.game.name != "dilemma_alone" or o.kind == "self")
     server = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
-    for kind, keys in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
-        for key in keys:
+    for kind, names in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
+        for key in names:
             accepted = f"its default where opponent.kind is not '{kind}'"
             unused = getattr(o, key) == getattr(default, key)
             yield Rule("settings of a kind", f"opponent.{key}", accepted, o.kind == kind or unused)
-    url = "an address that begins with http:// or https://, and no credential or query (opponent.key_env names one)"
+    http = "an address that begins with http:// or https://"
+    url = f"{http}, and no credential or query (opponent.key_env names one)"
     plain = re.match(r"https?://[^/]", o.url) is not None and not set("@?#") & set(o.url)
     yield Rule("no credential in a url", "opponent.url", url, o.kind != "endpoint" or plain)
 
@@ -206,11 +202,19 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         section, _, name = key.partition(".")
         if not equals or not name:
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
-        table = raw.setdefault(section.strip(), {})
+        section, name = section.strip(), name.strip()
+        table = raw.setdefault(section, {})
         if isinstance(table, dict):
-            default = getattr(getattr(Config(), section.strip(), None), name.strip(), None)
-            table[name.strip()] = parse(text.strip(), isinstance(default, str))
+            table[name] = parse(text.strip(), isinstance(_default(section, name), str))
     return from_dict(raw)
+
+
+def _default(section: str, key: str) -> Any:
+    """None where there is no such key."""
+    if section == "game":
+        return _foreign(GameSettings).get(key, "")
+    kind = get_type_hints(Config).get(section)
+    return None if kind is None else _defaults(kind).get(key)
 
 
 def _read(recipe_or_path: str) -> dict[str, Any]:
@@ -231,20 +235,50 @@ def _read(recipe_or_path: str) -> dict[str, Any]:
 
 def from_dict(raw: dict[str, Any]) -> Config:
     """Sections and keys to a Config; every one must be known and of its type."""
-    sections: dict[str, Any] = get_type_hints(Config)
-    built: dict[str, Any] = {}
+    kinds: dict[str, Any] = get_type_hints(Config)
+    sections: dict[str, Any] = {}
     for name, values in raw.items():
-        if name not in sections:
-            raise ValueError(f"unknown section [{name}]: {meant(name, list(sections))}")
+        if name not in kinds:
+            raise ValueError(f"unknown section [{name}]: {meant(name, list(kinds))}")
         if not isinstance(values, dict):
             raise ValueError(f"{name} = {values!r}: accepted is a section [{name}] of keys")
-        built[name] = _section(name, sections[name], values)
-    return Config(**built)
+        sections[name] = _game(values) if name == "game" else _section(name, kinds[name], values)
+    return Config(**sections)
 
 
 def _section(name: str, kind: Any, values: dict[str, Any]) -> Any:
-    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    defaults = _defaults(kind)
     for key in values:
         if key not in defaults:
             raise ValueError(f"unknown key {name}.{key}: {meant(key, list(defaults))}")
     return kind(**{key: typed(f"{name}.{key}", value, defaults[key]) for key, value in values.items()})
+
+
+def _game(values: dict[str, Any]) -> GameSettings:
+    """The settings of the game that is named. A key of another game is dropped where it says what that game
+    does anyway: until games had settings of their own, every configuration held the keys of all.
+    """
+    name = typed("game.name", values.get("name", "deal"), "")
+    if name not in GAMES:
+        raise ValueError(f"game.name = {name!r}: accepted is {GAME}")
+    mine = {"name": name}
+    others = _foreign(GAMES[name].Settings)
+    for key, value in values.items():
+        if key not in others:
+            mine[key] = value
+        elif typed(f"game.{key}", value, others[key]) != others[key]:
+            owners = [game for game, kind in GAMES.items() if key in _defaults(kind.Settings)]
+            accepted = f"{' or '.join(owners)} with {key} changed, which {name} has not"
+            raise ValueError(f"game.name = {to_toml(name)}: accepted is {accepted}")
+    settings: GameSettings = _section("game", GAMES[name].Settings, mine)
+    return settings
+
+
+def _foreign(settings: type[GameSettings]) -> dict[str, Any]:
+    """The keys, with their defaults, that only other games have."""
+    everything = {key: value for kind in GAMES.values() for key, value in _defaults(kind.Settings).items()}
+    return {key: value for key, value in everything.items() if key not in _defaults(settings)}
+
+
+def _defaults(kind: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in keys(kind)}

@@ -4,29 +4,34 @@ from __future__ import annotations
 
 import random
 
-from duologue.grpo.build import AnyGame, AnyJudge, build_arena
+from duologue.grpo.build import build_arena
 from duologue.grpo.config import Config
-from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.games.game import Game
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.dialogue import Dialogue
+from duologue.rollout.selfplay.dialogue import Dialogue, assign_rewards
+
+AT_ONCE = 256  # dialogues: bounds the pool that is needed
 
 
 def evaluate(
-    model: Decoder, tokenizer: Tokenizer, game: AnyGame, config: Config, judge: AnyJudge
+    engine: Engine, tokenizer: Tokenizer, game: Game, config: Config, judge: FeedbackJudge | None
 ) -> tuple[dict[str, float], list[Dialogue]]:
     """`eval.dialogues` dialogues of the policy with itself on `eval.split`, sampled at `eval.temperature` (0 = greedy).
 
-    The scenarios and the draws follow from `train.seed` alone, so two policies are compared on the same ones.
+    The scenarios and the draws follow from `train.seed` alone, so two policies are compared on the same ones. The engine is the
+    policy's; what it holds of the KV is dropped.
     """
-    arena = build_arena(config, model, tokenizer, game, judge, temperature=config.eval.temperature)
+    engine.name_weights(0)  # as of an engine of its own
+    arena = build_arena(config, engine, tokenizer, game, judge, temperature=config.eval.temperature)
     rng = random.Random(derive_seed(config.train.seed, "eval"))
     scenarios = [game.sample(rng, config.eval.split) for _ in range(config.eval.dialogues)]
-    dialogues = []
-    for start in range(0, len(scenarios), 256):  # bounds the pool that is needed
-        groups = arena.play(
-            scenarios[start : start + 256], group_size=1, seed=derive_seed(config.train.seed, "eval", start)
-        )
+    dialogues: list[Dialogue] = []
+    for start in range(0, len(scenarios), AT_ONCE):
+        seed = derive_seed(config.train.seed, "eval", start)
+        groups = arena.play(scenarios[start : start + AT_ONCE], group_size=1, seed=seed)
         dialogues += [group.dialogues[0] for group in groups]
-    judge.settle(dialogues)
+    assign_rewards(game, dialogues)
     return game.summarise([d.outcome for d in dialogues if d.outcome is not None]), dialogues

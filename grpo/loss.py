@@ -59,7 +59,7 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Normaliser:
-    """Sums over all micro-batches and ranks of one update."""
+    """Of all micro-batches and ranks of one update; 0 where nothing is trained."""
 
     tokens: float  # trained tokens
     rows: float  # rows that have trained tokens
@@ -73,7 +73,6 @@ class LossStats:
     clipped_low: Tensor
     clipped_high: Tensor
     kl_old: Tensor  # k3 estimate of KL(old || new)
-    ratio: Tensor
 
 
 def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
@@ -100,11 +99,11 @@ def token_weights(
     """[N] weight of each token's term in the loss, of logp's dtype."""
     ones = torch.ones_like(logp)
     if config.variant in ("dapo", "bnpo", "cispo"):
-        return ones / total.tokens
+        return ones / max(total.tokens, 1)
     if config.variant == "dr_grpo":
-        return ones / (total.rows * total.max_length)
+        return ones / max(total.rows * total.max_length, 1)
     lengths = segment_sum(ones, segment_ids, n_segments)
-    return 1.0 / (lengths[segment_ids] * total.rows)
+    return 1.0 / (lengths[segment_ids] * max(total.rows, 1))
 
 
 def log_ratio(
@@ -160,17 +159,16 @@ def policy_loss(
     loss = -(token_weights(config, logp, segment_ids, n_segments, total) * term).sum()
     if config.entropy_coef:
         assert entropy is not None, "entropy_coef needs entropy"
-        loss = loss - config.entropy_coef * entropy.sum() / total.tokens
+        loss = loss - config.entropy_coef * entropy.sum() / max(total.tokens, 1)
     with torch.no_grad():
         stats = LossStats(
             clipped_low=((ratio < low) & (advantage < 0)).sum(),
             clipped_high=((ratio > high) & (advantage > 0)).sum(),
             kl_old=(ratio - 1 - log_r).sum(),
-            ratio=ratio.sum(),
         )
     return loss, stats
 
 
 def imitation_loss(logp: Tensor, total_tokens: float) -> Tensor:
     """Negative log-likelihood of demonstrated tokens [N], over the tokens of the whole step."""
-    return -logp.sum() / total_tokens
+    return -logp.sum() / max(total_tokens, 1)

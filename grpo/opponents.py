@@ -1,4 +1,4 @@
-"""Whom the policy meets: a guest for every group of a step, snapshots to draw guests from, and how the policy
+"""Whom the policy meets: an opponent for every group of a step, snapshots to draw from, and how the policy
 fares against each.
 
 What a step meets follows from the configuration, the seed and the step alone, so that a resumed run meets the
@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,17 @@ import torch
 from duologue.grpo.build import build_engine
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_beside
+from duologue.grpo.run_dir import step_name, step_of
+from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
-from duologue.model.decoder import Decoder
+from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import POLICY, Group
-from duologue.rollout.selfplay.guests import Guest
+from duologue.rollout.selfplay.speakers import Opponent
 
 START_RATING, RATING_STEP = 1000.0, 32.0
 START, SERVER = "start", "endpoint"
@@ -47,34 +50,67 @@ def update_ratings(ratings: dict[str, float], scores: Mapping[str, float]) -> No
         ratings[name] -= RATING_STEP * (score - expected)
 
 
-def payoff_table(groups: Sequence[Group]) -> dict[str, dict[str, float]]:
-    """Of the scored dialogues with each opponent: how many, the mean reward of both sides, and the policy's
-    mean score, a win being more of the game's points than the opponent has.
+@dataclass(frozen=True, slots=True)
+class Match:
+    """A scored dialogue with an opponent: the rewards of both sides, and the policy's score, a win being more
+    of the game's points than the opponent has.
     """
-    found: dict[str, list[tuple[float, float, float]]] = {}
-    for dialogue in (d for group in groups for d in group.dialogues):
+
+    opponent: str
+    policy_reward: float
+    opponent_reward: float
+    score: float  # win 1, draw 0.5, loss 0
+
+
+def matches(group: Group) -> list[Match]:
+    """Of a group of dialogues."""
+    scored = []
+    for dialogue in group.dialogues:
         if dialogue.reward is None or dialogue.players == (POLICY, POLICY):
             continue
         assert dialogue.outcome is not None
-        own = dialogue.players.index(POLICY)
-        mine, theirs = dialogue.outcome.scores[own], dialogue.outcome.scores[1 - own]
-        row = (dialogue.reward[own], dialogue.reward[1 - own], 0.5 * ((mine > theirs) + (mine >= theirs)))
-        found.setdefault(dialogue.players[1 - own], []).append(row)
+        side = dialogue.players.index(POLICY)
+        points, other = dialogue.outcome.scores[side], dialogue.outcome.scores[1 - side]
+        score = 0.5 * ((points > other) + (points >= other))
+        scored.append(
+            Match(dialogue.players[1 - side], dialogue.reward[side], dialogue.reward[1 - side], score)
+        )
+    return scored
+
+
+def payoff_table(groups: Sequence[Group], world: World = ALONE) -> dict[str, dict[str, float]]:
+    """Of the matches of all ranks with each opponent: how many, the mean reward of both sides, and the
+    policy's mean score.
+    """
+    played = [match for of_group in world.gather([matches(group) for group in groups]) for match in of_group]
     table = {}
-    for name, rows in sorted(found.items()):
-        policy, opponent, score = (sum(column) / len(rows) for column in zip(*rows, strict=True))
-        table[name] = {"dialogues": len(rows), "policy": policy, "opponent": opponent, "score": score}
+    for name in sorted({match.opponent for match in played}):
+        against = [match for match in played if match.opponent == name]
+        n = len(against)
+        table[name] = {
+            "dialogues": n,
+            "policy": sum(match.policy_reward for match in against) / n,
+            "opponent": sum(match.opponent_reward for match in against) / n,
+            "score": sum(match.score for match in against) / n,
+        }
     return table
 
 
 class Opponents:
-    """`guests`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
+    """`of_groups`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
     def __init__(
-        self, config: Config, folder: Path, model: Decoder, tokenizer: Tokenizer, engine: Engine
+        self,
+        config: Config,
+        folder: Path,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        engine: Engine,
+        world: World = ALONE,
     ) -> None:
         self.config, self.folder = config, folder
         self.model, self.tokenizer, self.engine = model, tokenizer, engine
+        self.world = world
         self.ratings: dict[str, float] = {POLICY: START_RATING}
         self._present: list[int] = []  # whose adapters the policy's engine has, or whose weights its own
         self._own: Engine | None = None
@@ -88,7 +124,7 @@ class Opponents:
             return list(range(0, max(step, 1), o.pool_every))[-o.pool_size :]
         return [max(0, step - o.lag) if o.lag else 0]
 
-    def guests(self, step: int, seed: int, reference: Decoder | None = None) -> list[Guest | None]:
+    def of_groups(self, step: int, seed: int, reference: Decoder | None = None) -> list[Opponent | None]:
         """Whom each group of the step meets. Its side changes in a rhythm other than the first speaker's.
 
         `reference` is the policy of step 0 where it is loaded already.
@@ -99,14 +135,16 @@ class Opponents:
             return [None for _ in groups]
         roles = [1 if g.train_roles == "first" else (i // 2 + step // 2) % 2 for i in groups]
         if o.kind == "endpoint":
-            return [Guest(role=role, name=SERVER) for role in roles]
+            return [Opponent(role=role, name=SERVER) for role in roles]
         members, rng = self.members(step), random.Random(derive_seed(seed, "opponent"))
         weights = range(1, len(members) + 1) if o.pool_draw == "recent" else [1] * len(members)
         lora = isinstance(self.model, LoraDecoder)
         drawn = rng.choices(members, weights, k=len(groups) if lora else 1) * (1 if lora else len(groups))
         engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0], reference)
         return [
-            Guest(role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0)
+            Opponent(
+                role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0
+            )
             for role, i in zip(roles, drawn, strict=True)
         ]
 
@@ -119,7 +157,7 @@ class Opponents:
         """Metrics: the payoff table of the step, and the ratings after it."""
         if self.config.opponent.kind == "self":
             return {}
-        payoff = payoff_table(groups)
+        payoff = payoff_table(groups, self.world)  # world
         update_ratings(self.ratings, {name: row["score"] for name, row in payoff.items()})
         return {"payoff": payoff, "elo": {name: self.ratings[name] for name in (POLICY, *payoff)}}
 
@@ -137,10 +175,11 @@ class Opponents:
         self.ratings = {name: rating for name, rating in self.ratings.items() if name in named}
 
     def forget_before(self, step: int) -> None:
-        """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the others."""
+        """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the
+        others."""
         oldest = self.members(step)[0]
         for path in self.folder.glob("step_*"):
-            if int(path.name.removeprefix("step_")) < oldest:
+            if step_of(path) < oldest:
                 shutil.rmtree(path)
 
     def state_dict(self) -> dict[str, Any]:
@@ -175,8 +214,7 @@ class Opponents:
             other = (frozen and reference) or load_beside(self.model, self._path(step))
             self._own = build_engine(self.config, other, 65_536)  # the policy's pool took what was free
         elif self._present != [step]:
-            with torch.device("meta"):
-                other = Decoder(self.model.config)
+            other = empty_decoder(self.model.config)
             load_weights(other, self._path(step), "cpu", self.model.head_weight.dtype)
             for mine, new in zip(self._own.model.parameters(), other.parameters(), strict=True):
                 mine.copy_(new)
@@ -185,4 +223,4 @@ class Opponents:
 
 
 def _name(step: int) -> str:
-    return f"step_{step:06d}" if step else START
+    return step_name(step) if step else START

@@ -85,7 +85,7 @@ class Optimizer:
         return torch.stack(norms).double().square().sum()
 
     @torch.no_grad()
-    def step(self, lr: float, squared_norm: Tensor | None = None) -> float:
+    def step(self, lr: float, squared_norm: Tensor | float | None = None) -> float:
         """Clip, update in place, drop the gradients; returns the gradient norm before clipping.
 
         A norm that is not finite raises, with weights and state as they were.

@@ -5,7 +5,16 @@ Position t's mask, behaviour log-prob and advantage belong to token t itself, as
 from position t - 1, so the first token of a row can never be trained.
 
 The rows of a group begin alike. Positions of equal prefixes have equal hidden states, so each is a node of a
-tree and goes through the model once (`nodes`, `first`); only attention sees the rows at full length.
+tree and goes through the model once; only attention sees the rows at full length.
+
+    rows, T = 16 tokens      tree, U = 9 nodes                       nodes           first
+    the deal ? I want two    the - deal - ? -+- I -+- want - two     0 1 2 3 4 5     0 1 2 3 4 5
+    the deal ? I take all                    |     `- take - all     0 1 2 3 6 7     10 11
+    the deal ? no                            `- no                   0 1 2 8         15
+    (prompt up to "?", then trained tokens, the targets)
+
+`nodes` says which node a position is, `first` the position where a node occurs first. The target "take" at
+position 10 is predicted from position 9, which is node 3, as the target "want" of the row above is.
 """
 
 from __future__ import annotations
@@ -13,6 +22,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from duologue.kernels import ops
@@ -40,7 +50,7 @@ class Row:
 
 @dataclass(kw_only=True, slots=True)
 class Batch:
-    """Packed rows: T tokens, S rows."""
+    """Packed rows: T tokens, S rows, U nodes."""
 
     token_ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
@@ -48,15 +58,9 @@ class Batch:
     loss_mask: Tensor  # [T] bool
     behaviour_logprobs: Tensor  # [T] fp32
     advantages: Tensor  # [T] fp32
-    dialogue_id: Tensor  # [S] int64
-    role: Tensor  # [S] int64
-    nodes: (
-        Tensor  # [T] int64: positions with the same prefix in different rows have the same node, 0 .. U - 1
-    )
+    nodes: Tensor  # [T] int64: positions with the same prefix have the same node, 0 .. U - 1
     first: Tensor  # [U] int64: where in T each node occurs first
-    kept_ids: (
-        Tensor  # int32: the supports of the trained tokens whose draw was truncated, one after the other
-    )
+    kept_ids: Tensor  # int32: supports of the trained tokens whose draw was truncated, one after the other
     kept_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
 
     @property
@@ -79,45 +83,47 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
                 f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training"
             )
         assert len(row.token_ids) == len(row.loss_mask) == len(row.logprobs)
+
+    def tensor(values: Sequence[float] | Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
     lengths = [len(row.token_ids) for row in rows]
     nodes, first = _prefix_tree(rows)
     kept_ids, sizes = _supports(rows)
     return Batch(
-        token_ids=torch.tensor([t for row in rows for t in row.token_ids], dtype=torch.int64, device=device),
-        positions=torch.tensor([p for n in lengths for p in range(n)], dtype=torch.int64, device=device),
-        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).to(torch.int32).to(device),
-        loss_mask=torch.tensor([m for row in rows for m in row.loss_mask], dtype=torch.bool, device=device),
-        behaviour_logprobs=torch.tensor(
-            [x for row in rows for x in row.logprobs], dtype=torch.float32, device=device
-        ),
-        advantages=torch.tensor(
-            [row.advantage for row in rows for _ in row.token_ids], dtype=torch.float32, device=device
-        ),
-        dialogue_id=torch.tensor([row.dialogue_id for row in rows], dtype=torch.int64, device=device),
-        role=torch.tensor([row.role for row in rows], dtype=torch.int64, device=device),
-        nodes=torch.tensor(nodes, dtype=torch.int64, device=device),
-        first=torch.tensor(first, dtype=torch.int64, device=device),
-        kept_ids=torch.tensor(kept_ids, dtype=torch.int32, device=device),
-        kept_offsets=torch.tensor([0, *sizes]).cumsum(0).to(device),
+        token_ids=tensor([t for row in rows for t in row.token_ids], torch.int64),
+        positions=tensor([p for n in lengths for p in range(n)], torch.int64),
+        cu_seqlens=tensor([0, *accumulate(lengths)], torch.int32),
+        loss_mask=tensor([m for row in rows for m in row.loss_mask], torch.bool),
+        behaviour_logprobs=tensor([x for row in rows for x in row.logprobs], torch.float32),
+        advantages=tensor([row.advantage for row in rows for _ in row.token_ids], torch.float32),
+        nodes=tensor(nodes, torch.int64),
+        first=tensor(first, torch.int64),
+        kept_ids=tensor(kept_ids, torch.int32),
+        kept_offsets=tensor([0, *accumulate(sizes)], torch.int64),
     )
 
 
 def _supports(rows: Sequence[Row]) -> tuple[array[int], list[int]]:
+    """(ids of the supports of trained tokens, one after the other; the size of each token's, 0 of a
+    token without)."""
     ids: array[int] = array("i")
     sizes: list[int] = []
     for row in rows:
+        if row.kept is None:
+            sizes += [0] * len(row.token_ids)
+            continue
         start = 0
-        for size, trained in zip(
-            row.kept.sizes if row.kept else [0] * len(row.token_ids), row.loss_mask, strict=True
-        ):
-            sizes.append(size if trained else 0)
-            if row.kept and sizes[-1]:
+        for size, trained in zip(row.kept.sizes, row.loss_mask, strict=True):
+            if trained:
                 ids += row.kept.ids[start : start + size]
+            sizes.append(size if trained else 0)
             start += size
     return ids, sizes
 
 
 def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
+    """(`nodes`, `first`)"""
     children: dict[tuple[int, int], int] = {}  # (parent node, token id) -> node
     nodes: list[int] = []
     first: list[int] = []
@@ -132,7 +138,8 @@ def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
 
 
 class TreeAttention:
-    """Attention context of a batch whose tokens are its nodes (T = U): lays out rows, takes the outputs back."""
+    """Attention context of a batch whose tokens are its nodes (T = U): lays out rows, takes the outputs
+    back."""
 
     def __init__(self, batch: Batch, scale: float, exact: bool) -> None:
         self.batch = batch
@@ -145,19 +152,20 @@ class TreeAttention:
         if not self.shared:
             return ops.packed_attention(q_TAD, k_TGD, v_TGD, batch.cu_seqlens, self.scale, self.exact)
         q, k, v = (x.index_select(0, batch.nodes) for x in (q_TAD, k_TGD, v_TGD))
-        return ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale, self.exact).index_select(
-            0, batch.first
-        )
+        out = ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale, self.exact)
+        return out.index_select(0, batch.first)
 
 
 def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
     """The hidden state of every node, [U, H]; position t's is row `batch.nodes[t]`."""
-    attention, lora = TreeAttention(batch, model.scale, model.exact), model.rows(dropout_seed)
-    return model.hidden(batch.token_ids[batch.first], batch.positions[batch.first], attention, lora)
+    attention = TreeAttention(batch, model.scale, model.exact)
+    adapter = model.rows(dropout_seed)
+    return model.hidden(batch.token_ids[batch.first], batch.positions[batch.first], attention, adapter)
 
 
 def split_rows(rows: Sequence[Row], max_tokens: int) -> list[list[Row]]:
-    """Micro-batches of whole rows, in order, of at most `max_tokens` tokens each; a longer row stands alone."""
+    """Micro-batches of whole rows, in order, of at most `max_tokens` tokens each; a longer row stands
+    alone."""
     parts: list[list[Row]] = []
     size = 0
     for row in rows:

@@ -9,11 +9,12 @@ from duologue.grpo.config import Config
 from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder
-from duologue.model.lora import LoraDecoder, merged, new_adapter, read_adapter
+from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.lora import LoraDecoder, merged, new_adapter
+from duologue.model.peft import read_adapter
 from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.seeds import derive_seed
 
 
@@ -38,7 +39,8 @@ def build_policy(config: Config, demonstrations: list[ScriptedDialogue]) -> tupl
         return with_adapter(loaded, config), known_tokenizer
     if not demonstrations:
         raise ValueError(
-            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to learn from"
+            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to "
+            "learn from"
         )
     texts = [
         line
@@ -83,7 +85,8 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
     if isinstance(model, LoraDecoder):
         if c.rank not in (0, model.adapter.settings.rank):
             raise ValueError(
-                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank {model.adapter.settings.rank}"
+                f"lora.rank = {c.rank}: the adapter in {config.model.path} has rank "
+                f"{model.adapter.settings.rank}"
             )
         return model if c.rank else merged(model)
     if not c.rank:
@@ -116,7 +119,6 @@ def load_beside(model: Decoder, folder: Path) -> Decoder:
         adapter = read_adapter(folder, model.adapter_off).requires_grad_(False)
         return model.adapter_off if adapter.changes_nothing else LoraDecoder(model.adapter_off, adapter)
     weight = model.head_weight
-    with torch.device("meta"):
-        other = Decoder(model.config)
+    other = empty_decoder(model.config)
     load_weights(other, folder, weight.device, weight.dtype)
     return other.requires_grad_(False)

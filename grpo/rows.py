@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 import torch
 from duologue.grpo.advantage import RunningBaseline, group_advantages
 from duologue.grpo.packing import Row
 from duologue.grpo.sections import GrpoSection
+from duologue.grpo.world import ALONE, World
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Group, Transcript, View
+
+Players = tuple[str, str]
+Reward = tuple[float, float] | None
 
 
 def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: int, role: int) -> Row:
@@ -28,43 +33,64 @@ def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: 
 
 
 def grpo_rows(
-    groups: list[Group], config: GrpoSection, baseline: RunningBaseline
+    groups: Sequence[Group], config: GrpoSection, baseline: RunningBaseline, world: World = ALONE
 ) -> tuple[list[Row], dict[str, float]]:
-    """A row per (dialogue, trained role that the policy has), or per turn of it where every turn has a context of its own, with the
-    advantage of its group written into the dialogues too.
+    """A row per (dialogue, trained role that the policy has), or per turn of it where every turn has a
+    context of its own, with the advantage of its group written into the dialogues too.
 
-    Unscored dialogues give no row; they are counted.
+    Unscored dialogues give no row; they are counted. Advantages, baseline and metrics are of the groups of
+    all ranks.
     """
+    results = world.gather([[(d.players, d.reward) for d in group.dialogues] for group in groups])  # world
+    of_all, metrics = _advantages(results, config, baseline)
+    advantages = [by_role for of_group in world.share(of_all) for by_role in of_group]  # world
+    dialogues = [d for group in groups for d in group.dialogues]
+    rows = []
+    for i, (dialogue, by_role) in enumerate(zip(dialogues, advantages, strict=True)):
+        if dialogue.reward is None or not by_role:
+            continue
+        dialogue.advantage = by_role.get(0, 0.0), by_role.get(1, 0.0)
+        for role, value in by_role.items():
+            views = [v for v, of in zip(dialogue.views, dialogue.view_roles, strict=True) if of == role]
+            rows += [view_row(view, config.train_kinds, value, i, role) for view in views]
+    return rows, metrics
+
+
+def _advantages(
+    results: Sequence[Sequence[tuple[Players, Reward]]], config: GrpoSection, baseline: RunningBaseline
+) -> tuple[list[list[dict[int, float]]], dict[str, float]]:
+    """Of every group, of every dialogue, the advantage of each trained role that the policy has; and
+    metrics."""
     roles = (0, 1) if config.train_roles == "both" else (0,)
-    dialogues = [(g, d) for g, group in enumerate(groups) for d in group.dialogues]
     members = [
-        (g, i, d, role) for i, (g, d) in enumerate(dialogues) for role in roles if d.players[role] == POLICY
+        (g, i, role, reward)
+        for g, group in enumerate(results)
+        for i, (players, reward) in enumerate(group)
+        for role in roles
+        if players[role] == POLICY
     ]
-    scored = torch.tensor([d.reward is not None for _, _, d, _ in members])
-    found = group_advantages(
-        torch.tensor([d.reward[role] if d.reward else 0.0 for _, _, d, role in members]),
+    computed = group_advantages(
+        torch.tensor([reward[role] if reward else 0.0 for _, _, role, reward in members]),
         torch.tensor([g for g, _, _, _ in members]),
-        scored,
+        torch.tensor([reward is not None for _, _, _, reward in members]),
         method=config.advantage,
-        roles=torch.tensor([role for _, _, _, role in members]) if config.per_role else None,
+        roles=torch.tensor([role for _, _, role, _ in members]) if config.per_role else None,
         baseline=baseline,
     )
-    rows = []
-    for (_, i, dialogue, role), value in zip(members, found.value.tolist(), strict=True):
-        if dialogue.reward is None:
-            continue
-        other = dialogue.advantage or (0.0, 0.0)
-        dialogue.advantage = (value, other[1]) if role == 0 else (other[0], value)
-        own = [view for view, of in zip(dialogue.views, dialogue.view_roles, strict=True) if of == role]
-        rows += [view_row(view, config.train_kinds, value, i, role) for view in own]
-    return rows, {
-        "no_variance_share": found.no_variance / max(found.groups, 1),
-        "unscored": float(sum(d.reward is None for _, d in dialogues)),
+    advantages: list[list[dict[int, float]]] = [[{} for _ in group] for group in results]
+    for (g, i, role, _), value in zip(members, computed.value.tolist(), strict=True):
+        advantages[g][i][role] = value
+    unscored = sum(reward is None for group in results for _, reward in group)
+    return advantages, {
+        "no_variance_share": computed.no_variance / max(computed.groups, 1),
+        "unscored": float(unscored),
     }
 
 
 def demonstration_rows(dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogue_id: int) -> list[Row]:
-    """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side imitates its own words."""
+    """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side
+    imitates its own words.
+    """
     first, second = dialogue.scenario.private_text
     transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
     end = min(tokenizer.stop_token_ids)

@@ -18,11 +18,16 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from duologue.model.atomic import fsync_path, write_file, write_folder
+import torch
+from duologue.grpo.config import from_dict
+from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
 from safetensors import SafetensorError
+from torch import Tensor
 
 LINES = ("metrics.jsonl", "dialogues.jsonl")
 LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved
+STATE = "trainer_state.json"
+OPTIMIZER = "optimizer.pt"
 MAY_DIFFER = {
     ("train", "steps"),
     ("train", "max_seconds"),
@@ -134,7 +139,7 @@ class RunDir:
             whole = f"the previous one, {previous}, is whole" if previous else "there is none before it"
             raise OSError(f"the checkpoint {path} could not be written ({error}); {whole}") from error
         if keep:
-            for old in self._steps()[:-keep]:
+            for old in checkpoints(self.path)[:-keep]:
                 shutil.rmtree(old)
         return path
 
@@ -147,25 +152,15 @@ class RunDir:
 
     def latest_checkpoint(self) -> Path | None:
         """The `step_*` checkpoint that a resume starts from."""
-        steps = self._steps()
-        return steps[-1] if steps else None
-
-    def _steps(self) -> list[Path]:
-        found = [
-            p for p in (self.path / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)
-        ]
-        return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+        return latest_checkpoint(self.path)
 
     def _clean_up(self) -> None:
         """Remove what a kill in the midst of a save left behind; a checkpoint that was just moved aside goes
         back.
         """
         folder = self.path / "checkpoints"
-        for aside in folder.glob(".*.old"):
-            if not (folder / aside.name[1 : -len(".old")]).exists():
-                aside.rename(folder / aside.name[1 : -len(".old")])
-        for leftover in [*folder.glob(".*.old"), *folder.glob(".*.tmp")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for path in unfinished(folder):
+            put_back(path)
         for leftover in self.path.glob(".*.tmp"):
             leftover.unlink(missing_ok=True)
 
@@ -178,10 +173,40 @@ def step_name(step: int) -> str:
     return f"step_{step:06d}"
 
 
+def step_of(path: Path) -> int:
+    """Of a checkpoint, by its name."""
+    return int(path.name.removeprefix("step_"))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The `step_*` checkpoints of a run directory, the oldest first."""
+    folders = (run / "checkpoints").glob("step_*")
+    return sorted((path for path in folders if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+
+
+def latest_checkpoint(run: Path) -> Path | None:
+    """The last of them; None without any."""
+    return next(reversed(checkpoints(run)), None)
+
+
+def write_state(folder: Path, state: dict[str, Any], optimizer: dict[str, Tensor]) -> None:
+    """What a trainer goes on with, beside the weights in a checkpoint's folder."""
+    torch.save(optimizer, folder / OPTIMIZER)
+    (folder / STATE).write_text(json.dumps(state), "utf-8")
+
+
+def read_state(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_state` wrote."""
+    state = json.loads((folder / STATE).read_text("utf-8"))
+    return state, torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+
+
 def finished(path: Path, config_toml: str) -> bool:
     """Whether the run there has come to the end of this very configuration; a longer one goes on."""
     saved = path / "config.toml"
-    return (path / "summary.json").is_file() and saved.is_file() and saved.read_text("utf-8") == config_toml
+    if not saved.is_file() or not (path / "summary.json").is_file():
+        return False
+    return _settings(saved.read_text("utf-8")) == _settings(config_toml)
 
 
 def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -204,15 +229,20 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return list(iter_lines(path))
 
 
+def _settings(config_toml: str) -> dict[tuple[str, str], Any]:
+    """(section, key) -> value of every setting; what is not said has its default, as in a configuration of an
+    older version.
+    """
+    sections = tomllib.loads(from_dict(tomllib.loads(config_toml)).to_toml())
+    return {(section, key): value for section, keys in sections.items() for key, value in keys.items()}
+
+
 def _check_same(old: str, new: str, path: Path) -> None:
-    before, after = tomllib.loads(old), tomllib.loads(new)
-    keys = sorted(
-        {(section, key) for config in (before, after) for section in config for key in config[section]}
-    )
+    before, after = _settings(old), _settings(new)
     differ = []
-    for section, key in keys:
-        a, b = before.get(section, {}).get(key), after.get(section, {}).get(key)
-        if a != b and (section, key) not in MAY_DIFFER:
+    for section, key in sorted({*before, *after} - MAY_DIFFER):
+        a, b = before.get((section, key)), after.get((section, key))
+        if a != b:
             differ.append(f"{section}.{key} = {a!r}, not {b!r}")
     if differ:
         raise ValueError(

@@ -15,9 +15,7 @@ from duologue.model.lora import LoraSettings
 from duologue.model.settings import like, setting
 from duologue.model.tokenizer import LEAST_IDS
 from duologue.model.weights import DTYPES
-from duologue.rollout.games.catalogue import GAMES
 
-DILEMMAS = ("dilemma", "dilemma_alone")
 HTTP = r"(https?://[^/].*)?"
 HTTP_WORDS = "'' or an address that begins with http:// or https://"
 
@@ -128,7 +126,8 @@ class JudgeSection:
 
     backend: str = setting(
         "rules",
-        "'endpoint': the server at url; 'model': the checkpoint in the folder model; 'policy': the starting weights",
+        "'endpoint': the server at url; 'model': the checkpoint in the folder model; 'policy': the starting "
+        "weights",
         one_of=("rules", "endpoint", "model", "policy"),
     )
     url: str = setting("", "of an OpenAI-compatible server", form=HTTP, words=HTTP_WORDS)
@@ -199,7 +198,8 @@ class RolloutSection:
     page_size: int = setting(16, "tokens of a page of the KV pool, a multiple of 16", least=16, most=1024)
     cache_tokens: int = setting(
         65_536,
-        "tokens of the KV pool; 0 is 85 % of the GPU memory that is free when it is made, given back during updates",
+        "tokens of the KV pool; 0 is 85 % of the GPU memory that is free when it is made, given back during "
+        "updates",
         least=0,
     )
     max_batch: int = setting(256, "dialogues in an engine step", least=1)
@@ -222,31 +222,3 @@ class EvalSection:
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")
     judge_model: str = setting("", "the server's name of its model")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GameSection:
-    name: str = setting("deal", "", one_of=(*GAMES, *DILEMMAS))
-    objective: str = setting("cooperative", "", one_of=("cooperative", "nash", "selfish"))
-    walk_away: float = setting(0.0, "points of a side without a deal, under objective 'selfish'")
-    item_types: int = setting(3, "kinds of item", least=3, most=5)
-    total_value: int = setting(10, "what all items together are worth to a side", least=5, most=40)
-    dilemmas: str = setting("", ".jsonl file of dilemmas; '' is the package's")
-    personas: str = setting("", ".jsonl file of personas; '' is the package's")
-    tasks: str = setting("", ".jsonl file of tasks; '' is the package's")
-    prompts: str = setting("", "a folder of prompts that replace the package's")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DialogueSection:
-    max_rounds: int = setting(5, "", least=1)
-    max_tokens_per_turn: int = setting(48, "", least=1)
-    max_tokens_final: int = setting(12, "", least=1)
-    context: str = setting("full", "", one_of=("full", "last_2"))
-    temperature: float = setting(1.0, "", least=0, most=100)
-    top_p: float = setting(
-        1.0, "a truncated draw is trained by the distribution that it was drawn from", above=0, most=1
-    )
-    final_temperature: float = setting(-1.0, "of the final; below 0: as temperature", least=-1, most=100)
-    final_top_p: float = setting(0.0, "0: as top_p", least=0, most=1)
-    first_speaker: str = setting("random", "", one_of=("random", "first", "alternate"))

@@ -1,4 +1,5 @@
-"""Values of settings as text: TOML in and out, the type that a key wants, the name that was probably meant."""
+"""Values of settings as text: TOML in and out, the type that a key wants, the name that was probably
+meant."""
 
 from __future__ import annotations
 
@@ -36,18 +37,20 @@ def meant(got: str, known: list[str]) -> str:
 
 def typed(key: str, value: Any, default: Any) -> Any:
     """`value` in the type of the key's default."""
-    if isinstance(default, bool):
-        ok, accepted = isinstance(value, bool), "true or false"
-    elif isinstance(default, int):
-        ok, accepted = isinstance(value, int) and not isinstance(value, bool), "an integer"
+    if isinstance(default, tuple):
+        fits = isinstance(value, list)
+        value = tuple(typed(key, item, default[0]) for item in value) if fits else value
     elif isinstance(default, float):
-        ok, accepted = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
-        value = float(value) if ok else value
-    elif isinstance(default, tuple):
-        ok, accepted = isinstance(value, list), "a list"
-        value = tuple(typed(key, v, default[0]) for v in value) if ok else value
+        fits = isinstance(value, int | float) and not isinstance(value, bool)
+        value = float(value) if fits else value
     else:
-        ok, accepted = isinstance(value, str), "a string"
-    if not ok:
-        raise ValueError(f"{key} = {value!r}: accepted is {accepted}")
+        fits = type(value) is type(default)
+    if not fits:
+        raise ValueError(f"{key} = {value!r}: accepted is {accepted_type(default)}")
     return value
+
+
+def accepted_type(default: Any) -> str:
+    """In words."""
+    words = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list", str: "a string"}
+    return words[type(default)]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
+from duologue.grpo.world import ALONE, World
 from duologue.kernels import ops
 from duologue.kernels.head import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder
@@ -17,17 +20,35 @@ from torch import Tensor
 
 @dataclass(kw_only=True, slots=True)
 class UpdateStats:
-    """Means over trained tokens, except `mismatch`, the largest |trainer - rollout| log-prob, and `loss`, a
-    sum by design.
-    """
+    """Sums over the trained tokens of an update, and `mismatch`, the largest |trainer - rollout| log-prob."""
 
-    loss: float = 0.0
+    loss: float = 0.0  # normalised in itself
     entropy: float = 0.0
-    clip_share: float = 0.0
+    clipped: float = 0.0
     kl_old: float = 0.0
     mismatch: float = 0.0
     tokens: int = 0  # that went through the model
     trained_tokens: int = 0
+
+    def add(self, batch: Batch, result: PolicyLoss) -> None:
+        """A micro-batch more."""
+        self.loss += float(result.loss.detach())
+        self.entropy += float(result.entropy.sum())
+        self.tokens += len(batch.token_ids)
+        self.trained_tokens += len(result.logprob)
+
+    def over(self, world: World) -> UpdateStats:
+        """Of all ranks together."""
+        names = [field.name for field in dataclasses.fields(self) if field.name != "mismatch"]
+        sums: Any = zip(names, world.sum([getattr(self, name) for name in names]), strict=True)
+        return UpdateStats(mismatch=world.most(self.mismatch), **dict(sums))
+
+    def metrics(self) -> dict[str, float]:
+        """Means over trained tokens, but for `loss`, `mismatch` and the counts."""
+        n = max(self.trained_tokens, 1)
+        means = {"entropy": self.entropy / n, "clip_share": self.clipped / n, "kl_old": self.kl_old / n}
+        counts = {"tokens": self.tokens, "trained_tokens": self.trained_tokens}
+        return {"loss": self.loss, "mismatch": self.mismatch, **means, **counts}
 
 
 def trained_hidden(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
@@ -68,18 +89,16 @@ def head_loss(
     return PolicyLoss(loss, logp.detach(), entropy.detach(), sums)
 
 
-def normaliser(rows: Sequence[Row], budget: int = 0) -> Normaliser:
-    """Over all rows of the update, whatever micro-batches they are split into. On several ranks the fields
-    are summed.
+def normaliser(rows: Sequence[Row], budget: int = 0, world: World = ALONE) -> Normaliser:
+    """Over all rows of the update, whatever micro-batches and ranks they are split into: tokens and rows add
+    up, max_length is the largest.
 
     `budget` is the most tokens that a row can have sampled, dr_grpo's constant; 0 takes the longest row here.
     """
     lengths = [row.n_trained for row in rows]
-    return Normaliser(
-        tokens=float(max(sum(lengths), 1)),
-        rows=float(max(sum(n > 0 for n in lengths), 1)),
-        max_length=float(budget or max([*lengths, 1])),
-    )
+    tokens, n_rows = world.sum([sum(lengths), sum(n > 0 for n in lengths)])  # world
+    longest = budget or world.most(max(lengths, default=0))  # world
+    return Normaliser(tokens=float(tokens), rows=float(n_rows), max_length=float(longest))
 
 
 def packed_loss(
@@ -135,78 +154,87 @@ def accumulate_policy_gradient(
     budget: int = 0,
     after_part: Callable[[], None] | None = None,
     dropout_seed: int = 0,
+    world: World = ALONE,
 ) -> UpdateStats:
     """Add the gradient of the loss over `rows` to the parameters' `.grad`; `after_part` is called after each
     micro-batch.
 
     Rows whose advantage is exactly 0 count in the normaliser but are not computed, unless a KL or entropy
-    term needs them.
+    term needs them. With many ranks the gradients of their rows add up to that of all rows, whose statistics
+    each returns.
     """
-    total = normaliser(rows, budget)
-    device = model.head_weight.device
+    total = normaliser(rows, budget, world)
     needs_all = bool(config.kl_coef or config.entropy_coef)
     active = [row for row in rows if row.n_trained and (needs_all or row.advantage != 0.0)]
+    # These two need the tokens of a row together.
+    level = "sequence" if config.variant in ("grpo", "gspo") else "token"
     stats = UpdateStats()
     for i, part in enumerate(split_rows(active, max_tokens)):
-        batch = pack(part, device)
+        batch = pack(part, model.head_weight.device)
         ref_logp = None
         if config.kl_coef:
             assert reference is not None
             ref_logp = trained_logprobs(reference, batch, temperature)
         loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
-        level = (
-            "sequence" if config.variant in ("grpo", "gspo") else "token"
-        )  # these need a row's tokens together
-        found = head_loss(
-            model, batch, trained_hidden(model, batch, dropout_seed + i), loss_fn, temperature, level
-        )
-        torch.autograd.backward(found.loss)
+        hidden_NH = trained_hidden(model, batch, dropout_seed + _global(i, world))
+        result = head_loss(model, batch, hidden_NH, loss_fn, temperature, level)
+        torch.autograd.backward(result.loss)
         if after_part is not None:
             after_part()
-        stats.loss += float(found.loss.detach())
-        stats.entropy += float(found.entropy.sum())
-        stats.clip_share += float(found.sums["clipped"])
-        stats.kl_old += float(found.sums["kl_old"])
-        stats.mismatch = max(
-            stats.mismatch, float((found.logprob - batch.behaviour_logprobs[batch.targets]).abs().max())
-        )
-        stats.tokens += len(batch.token_ids)
-        stats.trained_tokens += len(found.logprob)
-    n = max(stats.trained_tokens, 1)
-    stats.entropy, stats.clip_share, stats.kl_old = stats.entropy / n, stats.clip_share / n, stats.kl_old / n
-    return stats
+        stats.add(batch, result)
+        stats.clipped += float(result.sums["clipped"])
+        stats.kl_old += float(result.sums["kl_old"])
+        difference = (result.logprob - batch.behaviour_logprobs[batch.targets]).abs().max()
+        stats.mismatch = max(stats.mismatch, float(difference))
+    return stats.over(world)  # world
 
 
 def accumulate_imitation_gradient(
-    model: Decoder, rows: Sequence[Row], *, max_tokens: int, coefficient: float = 1.0, dropout_seed: int = 0
+    model: Decoder,
+    rows: Sequence[Row],
+    *,
+    max_tokens: int,
+    coefficient: float = 1.0,
+    dropout_seed: int = 0,
+    world: World = ALONE,
 ) -> UpdateStats:
-    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times `coefficient`."""
-    total = normaliser(rows)
+    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times
+    `coefficient`."""
+    total = normaliser(rows, world=world)
     stats = UpdateStats()
+
+    def loss_fn(logp: Tensor, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
+        return imitation_loss(logp, total.tokens), {}
+
     for i, part in enumerate(split_rows(rows, max_tokens)):
         batch = pack(part, model.head_weight.device)
-        found = head_loss(
-            model,
-            batch,
-            trained_hidden(model, batch, dropout_seed + i),
-            lambda logp, *_: (imitation_loss(logp, total.tokens), {}),
-            1.0,
-        )
-        torch.autograd.backward(found.loss * coefficient)
-        stats.loss += float(found.loss.detach())
-        stats.entropy += float(found.entropy.sum())
-        stats.tokens += len(batch.token_ids)
-        stats.trained_tokens += len(found.logprob)
-    stats.entropy /= max(stats.trained_tokens, 1)
-    return stats
+        hidden_NH = trained_hidden(model, batch, dropout_seed + _global(i, world))
+        result = head_loss(model, batch, hidden_NH, loss_fn, 1.0)
+        torch.autograd.backward(result.loss * coefficient)
+        stats.add(batch, result)
+    return stats.over(world)  # world
+
+
+def _global(part: int, world: World) -> int:
+    """The number of a rank's micro-batch among those of all, so that no two have the same dropout."""
+    return part * world.size + world.rank  # world
 
 
 @torch.no_grad()
-def kl_to_reference(reference: Decoder, rows: Sequence[Row], *, temperature: float, max_tokens: int) -> float:
-    """Mean k3 estimate of KL(policy || reference) per sampled token, on the first micro-batch of rows."""
+def kl_to_reference(
+    reference: Decoder, rows: Sequence[Row], *, temperature: float, max_tokens: int, world: World = ALONE
+) -> float:
+    """Mean k3 estimate of KL(policy || reference) per sampled token, on the first micro-batch of each rank's
+    rows.
+
+    NaN where no dialogue came to a turn of a trained kind.
+    """
     parts = split_rows([row for row in rows if row.n_trained], max_tokens)
-    if not parts:  # no dialogue came to a turn of a trained kind
-        return math.nan
-    batch = pack(parts[0], reference.head_weight.device)
-    ref_logp = trained_logprobs(reference, batch, temperature)
-    return float(kl_estimate(batch.behaviour_logprobs[batch.targets], ref_logp, "k3").mean())
+    total, tokens = 0.0, 0.0
+    if parts:
+        batch = pack(parts[0], reference.head_weight.device)
+        ref_logp = trained_logprobs(reference, batch, temperature)
+        kl = kl_estimate(batch.behaviour_logprobs[batch.targets], ref_logp, "k3")
+        total, tokens = float(kl.sum()), len(kl)
+    total, tokens = world.sum([total, tokens])  # world
+    return float(torch.tensor(total) / tokens) if tokens else math.nan

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
-from duologue.model.decoder import Decoder, Linear
-from duologue.model.lora import CONFIG as ADAPTER_CONFIG
-from duologue.model.lora import LoraDecoder, read_adapter, read_settings, write_adapter
+from duologue.model.decoder import Decoder, Linear, empty_decoder
+from duologue.model.lora import LoraDecoder
+from duologue.model.peft import CONFIG as ADAPTER_CONFIG
+from duologue.model.peft import read_adapter, read_settings, write_adapter
 from duologue.model.tokenizer import Tokenizer, read_json
 from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finite, stored_tensors
 from safetensors.torch import save_file
@@ -56,8 +57,7 @@ def load_model(
         raise ValueError(
             f"{folder}: tokenizer.json has the id {highest}, config.json a vocab_size of {config.vocab_size}"
         )
-    with torch.device("meta"):
-        model = Decoder(config)
+    model = empty_decoder(config)
     load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
     return model, tokenizer
 

@@ -105,18 +105,6 @@ class ModelConfig:
         """Qwen3 normalises every query and key head."""
         return self.model_type == "qwen3"
 
-    @property
-    def num_parameters(self) -> int:
-        """Trained numbers of the whole model; a tied head counts once."""
-        H, I, D = self.hidden_size, self.intermediate_size, self.head_dim
-        q, kv = self.num_heads * D, self.num_kv_heads * D
-        attention = (
-            2 * H * q + 2 * H * kv + self.qkv_bias * (q + 2 * kv) + self.o_bias * H + self.qk_norm * 2 * D
-        )
-        mlp = 3 * H * I + self.mlp_bias * (2 * I + H)
-        embeddings = self.vocab_size * H * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.num_layers * (attention + mlp + 2 * H) + H
-
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> ModelConfig:
         """From the object in config.json; what is missing or not computed here raises ValueError with its

@@ -15,16 +15,13 @@ sequences.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from duologue.kernels import backend, ops
 from duologue.kernels.layers import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig, RopeScaling
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from duologue.model.lora import AdapterRows
 
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
 ROPE_ROWS = 262_144  # positions tabled from the start; beyond, the tables grow with the positions that come
@@ -36,6 +33,12 @@ class AttentionContext(Protocol):
     """
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor: ...
+
+
+class Adapters(Protocol):
+    """What a forward adds to what the linear `name` makes of x [T, K]: to `out` [T, O], in place."""
+
+    def add(self, name: str, x_TK: Tensor, out_TO: Tensor) -> Tensor: ...
 
 
 class PackedAttention:
@@ -63,7 +66,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(n_out, n_in))
         self.bias = nn.Parameter(torch.empty(n_out)) if bias else None
 
-    def forward(self, x: Tensor, lora: AdapterRows | None = None) -> Tensor:
+    def forward(self, x: Tensor, lora: Adapters | None = None) -> Tensor:
         weight = self._parameters["weight"]
         assert weight is not None
         out = ops.linear(x, weight, self.bias, exact=self.exact)
@@ -111,9 +114,7 @@ class SelfAttention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else None
         _at_hand(self)
 
-    def forward(
-        self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: AdapterRows | None
-    ) -> Tensor:
+    def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: Adapters | None) -> Tensor:
         T, D = len(x_TH), self.head_dim
         q_TAD = self.q_proj.forward(x_TH, lora).view(T, -1, D)
         k_TGD = self.k_proj.forward(x_TH, lora).view(T, -1, D)
@@ -135,7 +136,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(I, H, config.mlp_bias)
         _at_hand(self)
 
-    def forward(self, x_TH: Tensor, lora: AdapterRows | None) -> Tensor:
+    def forward(self, x_TH: Tensor, lora: Adapters | None) -> Tensor:
         gate, up = self.gate_proj.forward(x_TH, lora), self.up_proj.forward(x_TH, lora)
         return self.down_proj.forward(ops.silu_mul(gate, up, self.exact), lora)
 
@@ -159,7 +160,7 @@ class Layer(nn.Module):
         residual_TH: Tensor,
         rotary: Rotary,
         attn: AttentionContext,
-        lora: AdapterRows | None = None,
+        lora: Adapters | None = None,
     ) -> tuple[Tensor, Tensor]:
         if update_TH is None:
             x_TH = self.input_layernorm.forward(residual_TH)
@@ -233,14 +234,14 @@ class Decoder(nn.Module):
         """[V, H]; the embedding itself when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def rows(self, dropout_seed: int | None = None) -> AdapterRows | None:
+    def rows(self, dropout_seed: int | None = None) -> Adapters | None:
         """Where tokens go when nothing else is said: all through the model's adapter, which this one does not
         have.
         """
         return None
 
     def hidden(
-        self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: AdapterRows | None = None
+        self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: Adapters | None = None
     ) -> Tensor:
         """token_ids and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
         body = self.model
@@ -314,6 +315,12 @@ class Decoder(nn.Module):
             else:
                 std = into_residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+
+def empty_decoder(config: ModelConfig) -> Decoder:
+    """A decoder on the meta device, for weights that are put in afterwards."""
+    with torch.device("meta"):
+        return Decoder(config)
 
 
 def rope_frequencies(config: ModelConfig) -> Tensor:

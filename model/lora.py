@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021, arXiv 2106.09685): a low-rank addition to frozen linears, in the files of `peft`.
+"""LoRA (Hu et al. 2021, arXiv 2106.09685): a low-rank addition to frozen linears. Its files are in `peft.py`.
 
     y = W x + b + (alpha / r) B A x        A [r, in], B [out, r]
 
@@ -11,43 +11,17 @@ Shapes: T tokens, K in, O out, r rank.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from duologue.kernels import ops
-from duologue.model.decoder import Decoder, Linear
+from duologue.model.decoder import Decoder, Linear, empty_decoder
 from duologue.model.settings import setting
-from duologue.model.tokenizer import read_json
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-PREFIX = "base_model.model.model."  # peft's, before the decoder's own name of a layer's linear
-# Settings of peft that would change what is computed; each is refused unless it is empty or as here.
-REFUSED: dict[str, Any] = {
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "modules_to_save": None,
-    "rank_pattern": {},
-    "alpha_pattern": {},
-    "use_dora": False,
-    "lora_bias": False,
-    "use_qalora": False,
-    "layer_replication": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "alora_invocation_tokens": None,
-    "use_bdlora": None,
-    "arrow_config": None,
-    "kasa_config": None,
-}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +127,7 @@ def new_adapter(model: Decoder, settings: LoraSettings, seed: int) -> Adapter:
     """A is uniform in +-1 / sqrt(in) and B is 0, as in peft: at first the adapter changes nothing."""
     generator = torch.Generator().manual_seed(seed)
     pairs = {}
-    for name, weight in _linears(model).items():
+    for name, weight in linears(model).items():
         if name.rpartition(".")[2] in settings.targets:
             a = (2 * torch.rand(settings.rank, weight.shape[1], generator=generator) - 1) / math.sqrt(
                 weight.shape[1]
@@ -162,7 +136,8 @@ def new_adapter(model: Decoder, settings: LoraSettings, seed: int) -> Adapter:
     return Adapter(settings, pairs)
 
 
-def _linears(model: Decoder) -> dict[str, Tensor]:
+def linears(model: Decoder) -> dict[str, Tensor]:
+    """The weights that an adapter can have a part of, by their names in the body."""
     return {
         name: module.weight.detach()
         for name, module in model.model.named_modules()
@@ -175,8 +150,7 @@ def merged(model: LoraDecoder) -> Decoder:
     """A decoder with the adapter in its weights, W + scale B A in fp32; weights without an adapter are
     shared.
     """
-    with torch.device("meta"):
-        out = Decoder(model.config)
+    out = empty_decoder(model.config)
     for name, weight in model.adapter_off.named_parameters():
         owner, _, leaf = name.rpartition(".")
         pair = model.adapter.pairs.get(owner.removeprefix("model.")) if leaf == "weight" else None
@@ -187,87 +161,3 @@ def merged(model: LoraDecoder) -> Decoder:
             )
         setattr(out.get_submodule(owner), leaf, nn.Parameter(value))
     return out
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-def write_adapter(adapter: Adapter, folder: Path) -> None:
-    """adapter_config.json and adapter_model.safetensors, into an existing folder; `peft` loads it."""
-    s = adapter.settings
-    raw = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": s.base,
-        "r": s.rank,
-        "lora_alpha": s.alpha,
-        "lora_dropout": s.dropout,
-        "target_modules": list(s.targets),
-        "bias": "none",
-        "use_rslora": s.rslora,
-        "inference_mode": True,
-    }
-    (folder / CONFIG).write_text(json.dumps(raw, indent=2), "utf-8")
-    tensors = {
-        f"{PREFIX}{name}.lora_{letter}.weight": tensor.detach().cpu().contiguous()
-        for name, pair in adapter.pairs.items()
-        for letter, tensor in zip("AB", pair, strict=True)
-    }
-    save_file(tensors, str(folder / WEIGHTS), metadata={"format": "pt"})
-
-
-def read_settings(folder: Path) -> LoraSettings:
-    """adapter_config.json; ValueError names what is no LoRA or not computed here."""
-    raw, file = read_json(folder / CONFIG), folder / CONFIG
-    if raw.get("peft_type") != "LORA":
-        raise ValueError(f"{file}: peft_type = {raw.get('peft_type')!r}, accepted is 'LORA'")
-    for key, accepted in REFUSED.items():
-        if raw.get(key) and raw[key] != accepted:
-            raise ValueError(f"{file}: {key} = {raw[key]!r}, accepted is {accepted!r}")
-    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    if type(rank) is not int or rank < 1:
-        raise ValueError(f"{file}: r = {rank!r}, accepted is an integer >= 1")
-    if not isinstance(alpha, int | float):
-        raise ValueError(f"{file}: lora_alpha = {alpha!r}, accepted is a number")
-    return LoraSettings(
-        rank=rank,
-        alpha=float(alpha),
-        dropout=float(raw.get("lora_dropout", 0.0)),
-        targets=tuple(sorted(targets))
-        if isinstance(targets, list)
-        else TARGETS,  # else a pattern; the tensors tell
-        base=raw.get("base_model_name_or_path") or "",
-        rslora=bool(raw.get("use_rslora", False)),
-    )
-
-
-def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
-    """The adapter in a folder, in `model`'s dtype and on its device; `base` is where the base is now.
-
-    ValueError names a tensor that does not belong to `model`.
-    """
-    settings, file, linears = read_settings(folder), folder / WEIGHTS, _linears(model)
-    if not file.is_file():
-        raise ValueError(f"{folder} has no {WEIGHTS}")
-    try:
-        tensors = load_file(str(file))
-    except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read, it is truncated or damaged: {error}") from error
-    pairs = {}
-    for name, weight in linears.items():
-        a, b = (tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None) for letter in "AB")
-        if a is None and b is None:
-            continue
-        found = [None if t is None else [*t.shape] for t in (a, b)]
-        wanted = [[settings.rank, weight.shape[1]], [weight.shape[0], settings.rank]]
-        if a is None or b is None or found != wanted:
-            raise ValueError(
-                f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and {wanted[1]}"
-            )
-        pairs[name] = (a.to(weight), b.to(weight))
-    if tensors or not pairs:
-        name, names = next(iter(tensors), "nothing"), ", ".join(TARGETS)
-        raise ValueError(
-            f"{file}: {name} belongs to no linear of this model; accepted are {names} of its layers"
-        )
-    return Adapter(replace(settings, base=base or settings.base), pairs)

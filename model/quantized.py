@@ -71,7 +71,8 @@ def _functional() -> Any:
 
 
 def quantize(model: Decoder) -> Decoder:
-    """Pack the layers' linears of `model` in place; what they took before is free when nobody else holds it."""
+    """Pack the layers' linears of `model` in place; what they took before is free when nobody else
+    holds it."""
     model.requires_grad_(False)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):

@@ -97,6 +97,11 @@ def like(owner: Any, name: str) -> Any:
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
+def keys(owner: Any) -> list[dataclasses.Field[Any]]:
+    """The settings of a dataclass, or of an object of it: its other fields are nothing that a user sets."""
+    return [field for field in dataclasses.fields(owner) if "limits" in field.metadata]
+
+
 def limits(field: dataclasses.Field[Any]) -> Limits:
     """Of a field made by `setting`."""
     accepted: Limits = field.metadata["limits"]
@@ -109,7 +114,7 @@ def check(section: str, values: Any, names: Mapping[str, str] = MappingProxyType
 
     `names` holds the keys that are called otherwise than their fields.
     """
-    for field in dataclasses.fields(values):
+    for field in keys(values):
         accepted = limits(field)
         for item in accepted.refused(getattr(values, field.name)):
             shown = json.dumps(item) if accepted.words else repr(item)

@@ -179,8 +179,9 @@ class Tokenizer:
             return self._behind(core, ":" if anchor == "\n" else "", text)
         return encoding.ids[n:], [(start - at, end - at) for start, end in encoding.offsets[n:]]
 
-    def decode(self, token_ids: Iterable[int], keep_special: bool = False) -> str:
-        text: str = self._core.decode(list(token_ids), skip_special_tokens=not keep_special)
+    def decode(self, token_ids: Iterable[int]) -> str:
+        """The text, without special tokens."""
+        text: str = self._core.decode(list(token_ids))
         return text
 
     def _encode_template(self, text: str) -> tuple[list[int], Offsets]:

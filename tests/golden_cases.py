@@ -56,14 +56,14 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
 from duologue.rollout.games.catalogue import GAMES, corpus
-from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.judge.judge import Ask, FeedbackJudge, RuleJudge
+from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import REQUIRED, load_prompt
-from duologue.rollout.selfplay.arena import Arena, Rules
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
-from duologue.rollout.selfplay.dialogue import Dialogue, Group, View
-from duologue.rollout.selfplay.guests import Guest
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.dialogue import Dialogue, Group, View, assign_rewards
+from duologue.rollout.selfplay.rules import Rules
+from duologue.rollout.selfplay.speakers import Opponent
 from safetensors.torch import load_file
 
 # The kernels, torch's own loops, and MKL, which computes an `exp` of many.
@@ -176,12 +176,13 @@ def play_negotiations(
     split: str,
 ) -> list[Group]:
     """One group of `size` dialogues for each of `sides`, with their rewards; all is drawn by `seed`."""
-    played = GAMES[game][0]()
+    played = GAMES[game]()
     arena = Arena(session.engine, tokenizer, played, Rules(**rules))
     rng = random.Random(seed)
     scenarios = [played.sample(rng, split) for _ in sides]
-    groups = arena.play(scenarios, group_size=size, seed=seed, guests=_guests(session, other, sides))
-    RuleJudge(played, "cooperative").settle([d for group in groups for d in group.dialogues])
+    opponents, step = _opponents(session, other, sides), session.engine.weights_version
+    groups = arena.play(scenarios, group_size=size, seed=seed, opponents=opponents, step=step)
+    assign_rewards(played, [d for group in groups for d in group.dialogues])
     return groups
 
 
@@ -204,35 +205,37 @@ def play_deliberations(
 
     It answers `delay` looks later.
     """
-    game = DilemmaGame(
-        alone=alone, **{key: str(folder / f"{key}.jsonl") for key in ("dilemmas", "personas", "tasks")}
-    )
+    files = {key: str(folder / f"{key}.jsonl") for key in ("dilemmas", "personas", "tasks")}
+    kind = GAMES["dilemma_alone" if alone else "dilemma"]
+    game = kind(kind.Settings(**files))
     backend = _Backend(judge, delay)
     prompts = {kind: load_prompt(kind) for kind in REQUIRED}
     with tempfile.TemporaryDirectory() as temporary:
         asked = FeedbackJudge(
             backend, Ledger(Path(temporary) / "ledger.sqlite"), prompts, max_unscored_share=0.99
         )
-        arena = Deliberation(session.engine, tokenizer, game, TalkRules(**rules), asked)
+        arena = Arena(session.engine, tokenizer, game, Rules(**rules), asked)
         rng = random.Random(seed)
         scenarios = [game.sample(rng, split) for _ in sides]
-        groups = arena.play(scenarios, group_size=size, seed=seed, guests=_guests(session, other, sides))
-        asked.settle([d for group in groups for d in group.dialogues])
+        groups = arena.play(
+            scenarios, group_size=size, seed=seed, opponents=_opponents(session, other, sides)
+        )
+        assign_rewards(game, [d for group in groups for d in group.dialogues])
         asked.close()
     return groups, backend.asked
 
 
-def _guests(session: Session, other: Session | None, sides: Sides) -> list[Guest | None]:
+def _opponents(session: Session, other: Session | None, sides: Sides) -> list[Opponent | None]:
     """On the other session's engine, or adapter 1 or 2 of this one's, by its side."""
-    found: list[Guest | None] = []
+    found: list[Opponent | None] = []
     for side in sides:
         if side is None:
             found.append(None)
         elif side[1] == "adapter":
-            found.append(Guest(role=side[0], name="beside", engine=session.engine, adapter=1 + side[0]))
+            found.append(Opponent(role=side[0], name="beside", engine=session.engine, adapter=1 + side[0]))
         else:
             assert other is not None
-            found.append(Guest(role=side[0], name="other", engine=other.engine))
+            found.append(Opponent(role=side[0], name="other", engine=other.engine))
     return found
 
 
@@ -360,19 +363,19 @@ def policy_gradient(
         }
         for r in rows
     ]
-    return {**dataclasses.asdict(stats), **row_stats, **extra}, found
+    return {**stats.metrics(), **row_stats, **extra}, found
 
 
 def imitation_gradient(
     model: Decoder, tokenizer: Tokenizer, game: str, *, n: int, seed: int, coefficient: float, max_tokens: int
 ) -> Plain:
     """Add the gradient of imitating `n` scripted dialogues; its statistics."""
-    scripts = corpus(GAMES[game][0](), 40, seed)
+    scripts = corpus(GAMES[game](), 40, seed)
     rows = demonstration_batch(scripts, tokenizer, n, seed)
     stats = accumulate_imitation_gradient(
         model, rows, max_tokens=max_tokens, coefficient=coefficient, dropout_seed=12
     )
-    return dataclasses.asdict(stats)
+    return stats.metrics()
 
 
 def optimizer_step(optimizer: Optimizer, lr: float) -> float:

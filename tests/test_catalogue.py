@@ -16,8 +16,9 @@ from duologue.grpo.config import RECIPES, load_config
 from duologue.grpo.rows import demonstration_rows
 from duologue.grpo.run_dir import read_lines
 from duologue.model.tokenizer import train_tokenizer
-from duologue.rollout.games.catalogue import GAMES, corpus
-from duologue.rollout.games.common import CLOSE, MAX_UTTERANCES, ScriptedDialogue
+from duologue.rollout.games.catalogue import GAMES, SCRIPTS, corpus
+from duologue.rollout.games.scripted import MAX_UTTERANCES, ScriptedDialogue
+from duologue.rollout.games.selection import CLOSE
 from duologue.rollout.games.game import Game
 
 TINY = [
@@ -43,7 +44,7 @@ TINY = [
     "rollout.cache_tokens=4096",
 ]
 
-every_game = pytest.mark.parametrize("name", GAMES)
+every_game = pytest.mark.parametrize("name", SCRIPTS)
 
 
 @cache
@@ -69,9 +70,9 @@ def test_a_game_is_known_by_its_name_and_has_a_recipe(name: str) -> None:
     with pytest.raises(ValueError, match="split = 'test': accepted is one of train, heldout"):
         game_of(name).sample(random.Random(0), "test")
     with pytest.raises(
-        ValueError, match=r"game\.objective = 'greedy': accepted is one of cooperative, nash, selfish"
+        ValueError, match=r"game\.objective = 'greedy': accepted is one of 'cooperative', 'nash', 'selfish'"
     ):
-        game_of(name).rewards(scripts(name)[0].scenario, scripts(name)[0].outcome, "greedy")
+        GAMES[name].Settings(objective="greedy")
 
 
 @every_game
@@ -137,7 +138,7 @@ def test_a_run_of_the_recipe_from_the_command_line(name: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("setting", ["game.item_types=4", "game.total_value=12", "game.walk_away=3"])
-@pytest.mark.parametrize("name", [name for name in GAMES if name != "deal"])
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name != "deal"])
 def test_settings_of_deal_are_refused_elsewhere(name: str, setting: str) -> None:
     with pytest.raises(ValueError, match=f"game.name = ['\"]{name}['\"]: accepted is deal"):
         load_config(name, [setting, "game.objective=selfish"])

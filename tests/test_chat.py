@@ -15,6 +15,7 @@ import pytest
 import trl
 from duologue.model.chat import Chat
 from duologue.model.tokenizer import Tokenizer
+from tiny import all_text
 
 Make = Callable[..., tuple[Tokenizer, Any]]
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -39,7 +40,8 @@ QWEN25 = """\
 # Headers, bos, trimmed contents, a date with a fixed one to fall back on: as Llama 3.
 LLAMA3 = """\
 {{- bos_token }}
-{%- if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}{% else %}{% set today = '26 Jul 2024' %}{% endif %}
+{%- if strftime_now is defined %}{% set today = strftime_now('%d %b %Y') %}
+{%- else %}{% set today = '26 Jul 2024' %}{% endif %}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
     {%- if message['role'] == 'system' and DATED %}{{- 'Today: ' + today + '\\n\\n' }}{% endif %}
@@ -54,7 +56,8 @@ LLAMA3 = """\
 QWEN3 = """\
 {%- for message in messages %}
     {%- set thought = '<think>\\n\\n</think>\\n\\n' if message.role == 'assistant' and loop.last else '' %}
-    {{- '<|im_start|>' + message.role + '\\n' + thought + message.content.split('</think>')[-1] + '<|im_end|>\\n' }}
+    {{- '<|im_start|>' + message.role + '\\n' + thought }}
+    {{- message.content.split('</think>')[-1] + '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|im_start|>assistant\\n' }}
@@ -175,7 +178,7 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
         n += 1
     assert n > 10
     if name == "qwen3":
-        assert tokenizer.decode(chat.reply(), keep_special=True).endswith("<think>\n\n</think>\n\n")
+        assert all_text(tokenizer, chat.reply()).endswith("<think>\n\n</think>\n\n")
         with pytest.raises(ValueError, match=r"rewrites turn 2: .*think.*append-only"):
             _ = tokenizer.chat
     else:
@@ -200,7 +203,7 @@ def test_a_sampled_stop_token_is_not_repeated(
     assert chat.stop_token_ids == set(theirs.convert_tokens_to_ids(list(stops)))
     assert chat.end_token_id == theirs.convert_tokens_to_ids(end)
     closing, rest = chat.close_reply(stopped=False), chat.close_reply(stopped=True)
-    assert tokenizer.decode(rest, keep_special=True) == after
+    assert all_text(tokenizer, rest) == after
     assert closing[len(closing) - len(rest) - 1 :] == [chat.end_token_id, *rest]
 
 
@@ -275,7 +278,8 @@ REFUSED = {
         "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
         + LOOP
         + PROMPT,
-        "does not take the turns system: System role not supported. accepted is a template that takes a system turn",
+        "does not take the turns system: System role not supported. accepted is a template that takes a "
+        "system turn",
     ),
     "the system turn is left out": (
         LOOP.replace("in messages", "in messages if m.role != 'system'") + PROMPT,
@@ -284,7 +288,8 @@ REFUSED = {
     "the user must speak first": (
         "{% for m in messages[1:] %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('Roles must alternate, user first') }}{% endif %}{% endfor %}" + LOOP + PROMPT,
-        "the turns system, assistant: Roles must alternate, user first. accepted is .* either side may speak first",
+        "the turns system, assistant: Roles must alternate, user first. accepted is .* either side may speak "
+        "first",
     ),
     "no generation prompt": (LOOP, "no generation prompt"),
     "a content twice": (
@@ -337,7 +342,10 @@ def test_ids_that_depend_on_their_place_are_refused() -> None:
         ids = [500 + m.start() // 100 if m.group() == "A" else ord(m.group()[0]) for m in found]
         return ids, [m.span() for m in found]
 
-    template = "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}.{% endfor %}{% if add_generation_prompt %}A{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.role[0] | upper }}{{ m.content }}.{% endfor %}"
+        "{% if add_generation_prompt %}A{% endif %}"
+    )
     Chat(template, {}, encode, [46], [])
     long = template.replace("{{ m.content }}", "{{ m.content }}" + "-" * 60)
     with pytest.raises(

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from duologue.model import atomic
 from duologue.model.checkpoint import INDEX, SINGLE, load_model, load_weights, read_config, save_model
-from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from safetensors.torch import load_file, save_file
@@ -253,19 +253,8 @@ def test_saving_over_a_checkpoint_leaves_only_the_new_one(copied: Path, checkpoi
 
 def test_a_full_disk_leaves_the_previous_checkpoint_whole(copied: Path, tiny_tokenizer: Tokenizer) -> None:
     before = contents(copied)
-    config = ModelConfig(
-        model_type="qwen3",
-        vocab_size=275,
-        hidden_size=64,
-        intermediate_size=64,
-        num_layers=1,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-    )
-    model = Decoder(config)
-    model.init_weights(0)
+    shape = {"vocab_size": 275, "hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    model = tiny.decoder(num_layers=1, num_heads=2, **shape)
     tokenizer_size = (copied / "tokenizer.json").stat().st_size
     with (
         files_limited_to(tokenizer_size + 10_000),

@@ -17,31 +17,10 @@ from typing import Any
 import pytest
 from duologue.grpo.cli import main, split_overrides
 from duologue.grpo.commands import doctor
+from duologue.grpo.config import load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.run_dir import read_lines
-
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
-    "model.vocab_size=300",
-    "model.max_position=400",
-    "imitation.steps=2",
-    "imitation.dialogues=50",
-    "imitation.dialogues_per_step=4",
-    "train.steps=2",
-    "train.save_every=1",
-    "grpo.group_size=2",
-    "grpo.groups_per_step=2",
-    "dialogue.max_rounds=2",
-    "dialogue.max_tokens_per_turn=8",
-    "dialogue.max_tokens_final=6",
-    "eval.dialogues=4",
-    "rollout.cache_tokens=4096",
-]
+from tiny import TINY
 
 
 def train(path: Path, *more: str) -> list[str]:
@@ -77,7 +56,8 @@ def test_settings_may_stand_anywhere_and_be_written_three_ways() -> None:
 def test_help_and_bad_usage_answer_without_loading_torch() -> None:
     code = (
         "import sys; from duologue.grpo.cli import main; "
-        "codes = [main(['--help']), main([]), main(['train']), main(['train', 'deal', '--bogus']), main(['sing'])]; "
+        "codes = [main(['--help']), main([]), main(['train']), main(['train', 'deal', '--bogus']), "
+        "main(['sing'])]; "
         "sys.exit(codes != [0, 2, 2, 2, 2] or 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -103,6 +83,9 @@ def test_help_and_bad_usage_answer_without_loading_torch() -> None:
         ("eval nowhere --recipe deal --dialogues 0", "eval.dialogues = 0: accepted is 1 to any"),
         ("report nowhere", "nowhere holds no run"),
         ("doctor train.seed=1", "doctor takes no settings, got train.seed=1"),
+        ("config deel", "unknown recipe 'deel': did you mean 'deal'"),
+        ("config deal gprpo", "unknown section [gprpo]: did you mean 'grpo'? accepted is one of model, game"),
+        ("config deal grpo grpo.group_size=1", "grpo.group_size = 1: accepted is 2 to any"),
     ],
 )
 def test_bad_configuration_is_code_2_and_one_line(
@@ -111,6 +94,19 @@ def test_bad_configuration_is_code_2_and_one_line(
     error = fails(capsys, 2, *argv.split())
     assert error.startswith("duologue: ")
     assert says in error
+
+
+def test_config_prints_what_train_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["price", "grpo.group_size=4", "--train.seed", "3"]
+    assert main(["config", *words]) == 0
+    path = tmp_path / "mine.toml"
+    path.write_text(capsys.readouterr().out)
+    assert load_config(str(path)) == load_config("price", ["grpo.group_size=4", "train.seed=3"])
+    assert main(["config", "price", "grpo", "grpo.group_size=4"]) == 0
+    said = capsys.readouterr().out
+    assert "group_size = 4" in said
+    assert "# dialogues of one scenario (accepted: 2 to any)" in said
+    assert "[train]" not in said
 
 
 # ---- train -------------------------------------------------------------------------------------------------
@@ -266,4 +262,4 @@ def test_doctor_checks_the_promise_and_fails_when_it_is_broken(
     assert "torch" in said
     assert "log-prob difference 0.0e+00: exact" in said or "PyTorch (the C++ kernels are not built)" in said
     monkeypatch.setattr(doctor, "largest_mismatch", lambda device: 1e-3)
-    assert main(["doctor"]) == int(doctor.cpu.available())
+    assert main(["doctor"]) == int(doctor.backend.available())

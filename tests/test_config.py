@@ -7,8 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from duologue.grpo.commands.config import described
 from duologue.grpo.config import RECIPES, Config, from_dict, load_config
 from duologue.grpo.loss import LossConfig
+from duologue.model.settings import keys, limits
+from duologue.rollout.games.catalogue import GAMES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
@@ -141,7 +144,10 @@ def test_what_depends_on_other_keys_is_accepted_with_them() -> None:
 
 
 def test_unknown_recipe_and_broken_files_are_named(tmp_path: Path) -> None:
-    known = r"unknown recipe 'dael': did you mean 'deal'\? accepted is one of collective-agency, deal, dynamic-alignment"
+    known = (
+        r"unknown recipe 'dael': did you mean 'deal'\? accepted is one of "
+        r"collective-agency, deal, dynamic-alignment"
+    )
     with pytest.raises(ValueError, match=known):
         load_config("dael")
     with pytest.raises(ValueError, match=r"there is no file nowhere\.toml"):
@@ -166,3 +172,103 @@ def test_nothing_can_be_written_back() -> None:
 def test_every_setting_of_the_loss_is_a_key() -> None:
     keys = {field.name for field in dataclasses.fields(Config().grpo)}
     assert {field.name for field in dataclasses.fields(LossConfig)} - {"variant"} <= keys
+
+
+def test_the_loss_of_a_run_is_what_its_keys_say() -> None:
+    config = load_config(
+        "deal", ["grpo.loss=gspo", "grpo.clip_high=0.28", "grpo.kl_coef=0.1", "grpo.kl_estimator=k2"]
+    )
+    expected = LossConfig(variant="gspo", clip_high=0.28, kl_coef=0.1, kl_estimator="k2")
+    assert config.grpo.loss_config == expected
+    assert Config().grpo.loss_config == LossConfig()
+
+
+# ---- a game's own keys -------------------------------------------------------------------------------------
+
+
+def test_a_configuration_holds_the_keys_of_its_game_only() -> None:
+    for name in ("deal", "price", "collective-agency"):
+        config = load_config(name)
+        written = tomllib.loads(config.to_toml())["game"]
+        assert written.keys() == {field.name for field in keys(GAMES[config.game.name].Settings)}
+        assert written["name"] == config.game.name
+
+
+def test_a_file_with_the_keys_of_all_games_is_read_while_they_say_nothing() -> None:
+    """As every config.toml was written once."""
+    everything = {"walk_away": 0.0, "item_types": 3, "total_value": 10, "objective": "cooperative"}
+    everything |= {"dilemmas": "", "personas": "", "tasks": "", "prompts": ""}
+    assert from_dict({"game": {"name": "price", **everything}}) == from_dict({"game": {"name": "price"}})
+    judged = {"judge": {"backend": "policy"}}
+    assert from_dict({"game": {"name": "dilemma", **everything}, **judged}).game.name == "dilemma"
+    for name, key, value, owners in (
+        ("price", "item_types", 4, "deal"),
+        ("dilemma", "objective", "nash", "deal or price or priorities"),
+        ("deal", "dilemmas", "mine.jsonl", "dilemma or dilemma_alone"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf'game.name = "{name}": accepted is {owners} with {key} changed'
+        ):
+            from_dict({"game": {"name": name, **everything, key: value}})
+    with pytest.raises(ValueError, match=r"game\.item_types = 'many': accepted is an integer"):
+        from_dict({"game": {"name": "price", "item_types": "many"}})
+    with pytest.raises(ValueError, match=r"unknown key game\.item_typs: did you mean 'item_types'\?"):
+        from_dict({"game": {"name": "deal", "item_typs": 3}})
+
+
+# ---- what `duologue config` prints -------------------------------------------------------------------------
+
+EVERY_KEY = [
+    (section.name, field)
+    for game in GAMES.values()
+    for section in dataclasses.fields(Config)
+    for field in keys(game.Settings if section.name == "game" else getattr(Config(), section.name))
+    if section.name == "game" or game.name == "deal"
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_printed_is_the_configuration(name: str) -> None:
+    config = load_config(name, ['model.path=C:\\"x"', "train.seed=7"])
+    assert from_dict(tomllib.loads(described(config))) == config
+    for section in dataclasses.fields(config):
+        alone = tomllib.loads(described(config, section.name))
+        assert alone == {section.name: tomllib.loads(config.to_toml())[section.name]}
+    assert all(len(line) <= 110 for line in described(config).splitlines())
+    with pytest.raises(
+        ValueError, match=r"unknown section \[grop\]: did you mean 'grpo'\? accepted is one of model"
+    ):
+        described(config, "grop")
+
+
+@pytest.mark.parametrize(("section", "field"), EVERY_KEY)
+def test_every_key_says_what_it_means(section: str, field: dataclasses.Field[object]) -> None:
+    assert len(limits(field).meaning.split()) >= 2
+
+
+@pytest.mark.parametrize(("section", "field"), [(s, f) for s, f in EVERY_KEY if limits(f).accepted])
+def test_a_value_outside_is_refused_with_what_is_printed(
+    section: str, field: dataclasses.Field[object]
+) -> None:
+    accepted = limits(field)
+    outside: list[object] = []
+    if accepted.one_of or accepted.form:
+        outside = [["no such thing"]] if isinstance(field.default, tuple) else ["no such thing"]
+    kind = type(field.default)
+    outside += [kind(bound) - kind(1) for bound in (accepted.least,) if bound is not None]
+    outside += [kind(bound) for bound in (accepted.above,) if bound is not None]
+    outside += [kind(bound) + kind(1) for bound in (accepted.most,) if bound is not None]
+    outside += [float("inf"), float("nan")] if kind is float else []
+    assert outside
+    recipe = load_config("deal")
+    if section == "game" and field.name not in {f.name for f in keys(recipe.game)}:
+        recipe = load_config("collective-agency")
+    printed = " ".join(line.partition("#")[2].strip() for line in described(recipe, section).splitlines())
+    assert f"(accepted: {accepted.accepted})" in printed
+    for value in outside:
+        raw = tomllib.loads(recipe.to_toml())
+        raw[section][field.name] = value
+        with pytest.raises(ValueError) as error:
+            from_dict(raw)
+        assert str(error.value).startswith(f"{section}.{field.name} = ")
+        assert str(error.value).endswith(f": accepted is {accepted.accepted}")

@@ -6,12 +6,14 @@ import itertools
 import random
 import re
 from statistics import fmean
+from typing import Any
 
 import pytest
 from duologue.rollout.games.deal import (
     FAILURES,
     Deal,
     DealGame,
+    DealSettings,
     class_of,
     contexts,
     count_vectors,
@@ -216,25 +218,26 @@ def test_rewards_of_a_deal_and_of_none() -> None:
         SCENARIO, ("book 1 hat 1 ball 3", "book 0 hat 1 ball 0")
     )  # 10 and 3; the best is 10 and 6
     none = GAME.judge(SCENARIO, None)
-    assert GAME.rewards(SCENARIO, deal, "cooperative") == (13 / 16, 13 / 16)
-    assert GAME.rewards(SCENARIO, deal, "nash") == (30 / 60, 30 / 60)
-    assert GAME.rewards(SCENARIO, deal, "selfish") == (1.0, 0.3)
-    for objective in ("cooperative", "nash", "selfish"):
-        assert GAME.rewards(SCENARIO, none, objective) == (0.0, 0.0)
+    games = {o: DealGame(DealSettings(objective=o)) for o in ("cooperative", "nash", "selfish")}
+    assert games["cooperative"].rewards(SCENARIO, deal) == (13 / 16, 13 / 16)
+    assert games["nash"].rewards(SCENARIO, deal) == (30 / 60, 30 / 60)
+    assert games["selfish"].rewards(SCENARIO, deal) == (1.0, 0.3)
+    for game in games.values():
+        assert game.rewards(SCENARIO, none) == (0.0, 0.0)
     with pytest.raises(
-        ValueError, match="objective = 'greedy': accepted is one of cooperative, nash, selfish"
+        ValueError, match="objective = 'greedy': accepted is one of 'cooperative', 'nash', 'selfish'"
     ):
-        GAME.rewards(SCENARIO, deal, "greedy")
+        DealGame(DealSettings(objective="greedy"))
 
 
 def test_walking_away_beats_a_deal_below_it() -> None:
-    game = DealGame(walk_away=4)
+    game = DealGame(DealSettings(walk_away=4, objective="selfish"))
     deal = game.judge(SCENARIO, ("book 1 hat 1 ball 3", "book 0 hat 1 ball 0"))
-    with_deal, without = (game.rewards(SCENARIO, o, "selfish") for o in (deal, game.judge(SCENARIO, None)))
+    with_deal, without = (game.rewards(SCENARIO, o) for o in (deal, game.judge(SCENARIO, None)))
     assert without == (0.4, 0.4)
     assert with_deal[0] > without[0]
     assert with_deal[1] < without[1]
-    assert game.rewards(SCENARIO, game.judge(SCENARIO, None), "cooperative") == (0.0, 0.0)
+    assert GAME.rewards(SCENARIO, game.judge(SCENARIO, None)) == (0.0, 0.0)
 
 
 def test_summary_counts_the_failed_as_zero_only_where_it_says_so() -> None:
@@ -264,7 +267,7 @@ def test_summary_counts_the_failed_as_zero_only_where_it_says_so() -> None:
 
 @pytest.mark.parametrize(("types", "total"), [(4, 20), (5, 20), (4, 8)])
 def test_larger_variants(types: int, total: int) -> None:
-    game = DealGame(types=types, total=total)
+    game = DealGame(DealSettings(item_types=types, total_value=total))
     train, heldout = game.splits["train"], game.splits["heldout"]
     assert len(set(train) | set(heldout)) == len(train) + len(heldout) == (13_131 if total == 8 else 20_000)
     assert not {class_of(d) for d in train} & {class_of(d) for d in heldout}
@@ -273,7 +276,7 @@ def test_larger_variants(types: int, total: int) -> None:
             sum(v * c for v, c in zip(values, deal.counts, strict=True)) == total for values in deal.values
         )
         assert all(a + b for a, b in zip(*deal.values, strict=True))
-    assert DealGame(types=types, total=total).splits["train"] == train
+    assert DealGame(DealSettings(item_types=types, total_value=total)).splits["train"] == train
     text = game.statement(train[0].counts)
     assert text.startswith(f"book {train[0].counts[0]} hat ")
     assert game.parse(text) == train[0].counts
@@ -295,16 +298,19 @@ def test_a_draw_is_even_over_the_contexts() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"types": 2}, "game.item_types = 2: accepted is 3 to 5"),
-        ({"types": 6}, "game.item_types = 6: accepted is 3 to 5"),
-        ({"walk_away": 11.0}, "game.walk_away = 11.0: accepted is 0 to the total value 10"),
+        ({"item_types": 2}, "game.item_types = 2: accepted is 3 to 5"),
+        ({"item_types": 6}, "game.item_types = 6: accepted is 3 to 5"),
+        (
+            {"walk_away": 11.0, "objective": "selfish"},
+            "game.walk_away = 11.0: accepted is 0 to the total value 10",
+        ),
     ],
 )
-def test_impossible_games_are_refused(arguments: dict[str, float], message: str) -> None:
+def test_impossible_games_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DealGame(**arguments)  # type: ignore[arg-type]
+        DealGame(DealSettings(**arguments))
 
 
 def test_a_total_that_leaves_no_contexts_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"game\.total_value = 2 leaves too few contexts with 3 item types"):
-        _ = DealGame(total=2).splits
+    with pytest.raises(ValueError, match=r"game\.total_value = 2: accepted is 5 to 40"):
+        DealGame(DealSettings(total_value=2))

@@ -11,8 +11,9 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, Vector, phrases
-from duologue.rollout.games.deal import Deal, DealGame, summarise
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, Vector
+from duologue.rollout.games.deal import Deal, DealGame, DealSettings, summarise
 from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
 
@@ -251,7 +252,7 @@ def test_words_for_every_act() -> None:
 
 @pytest.mark.parametrize("types", [4, 5])
 def test_more_item_types(types: int) -> None:
-    game = DealGame(types=types, total=20)
+    game = DealGame(DealSettings(item_types=types, total_value=20))
     found = corpus(game, 200, seed=0)
     both = [d.outcome for d in found if d.temperaments == ("open", "open")]
     assert both

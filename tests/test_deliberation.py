@@ -22,7 +22,7 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
 from duologue.rollout.judge.judge import Ask, FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
@@ -125,7 +125,8 @@ def game(tmp_path: Path) -> Callable[..., DilemmaGame]:
         }
         for key, found in rows.items():
             (tmp_path / f"{key}.jsonl").write_text("\n".join(map(json.dumps, found)))
-        return DilemmaGame(alone=alone, **{key: str(tmp_path / f"{key}.jsonl") for key in rows})
+        settings = DilemmaSettings(**{key: str(tmp_path / f"{key}.jsonl") for key in rows})
+        return (AloneGame if alone else DilemmaGame)(settings)
 
     return make
 

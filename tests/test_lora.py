@@ -23,9 +23,8 @@ from duologue.model.lora import (
     LoraSettings,
     merged,
     new_adapter,
-    read_adapter,
-    write_adapter,
 )
+from duologue.model.peft import read_adapter, write_adapter
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
 
@@ -177,7 +176,8 @@ def test_a_merged_model_is_pefts_merge(
         ({"rank_pattern": {"q_proj": 3}}, "rank_pattern"),
         (
             {"r": 5},
-            r"A and B of layers.0.self_attn.q_proj are \[4, 48\] and \[48, 4\], the model's are \[5, 48\] and \[48, 5\]",
+            r"A and B of layers.0.self_attn.q_proj are \[4, 48\] and \[48, 4\], the model's are \[5, 48\] "
+            r"and \[48, 5\]",
         ),
         ({"r": None}, "r = None, accepted is an integer >= 1"),
         ({"lora_alpha": "x"}, "lora_alpha = 'x'"),

@@ -39,14 +39,14 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.deal import DealGame
-from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.dilemma import DilemmaGame, DilemmaSettings
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View
 from duologue.rollout.selfplay.guests import Guest, messages
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, digest, serving
-from test_trainer import TINY, lines, run_whole
+from tiny import RUN, lines, run_whole
 
 SOME = [
     "grpo.train_kinds=['utterance','final']",
@@ -71,7 +71,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def overrides(start: Path, lora: bool, *more: str) -> list[str]:
     onto = [f"model.path={start}", "imitation.steps=0", "lora.rank=4", "lora.alpha=64"] if lora else []
-    return [*TINY, *SOME, *onto, *more]
+    return [*RUN, *SOME, *onto, *more]
 
 
 def config(start: Path, lora: bool, *more: str) -> Config:
@@ -564,7 +564,7 @@ def dilemmas(tokenizer: Tokenizer, path: Path, context: str) -> test_deliberatio
     rows["tasks"] = [{**test_deliberation.ONE, "id": "t1", "text": "buy or not?"}]
     for key, found in rows.items():
         (path / f"{key}.jsonl").write_text("\n".join(map(json.dumps, found)))
-    game = DilemmaGame(alone=False, **{key: str(path / f"{key}.jsonl") for key in rows})
+    game = DilemmaGame(DilemmaSettings(**{key: str(path / f"{key}.jsonl") for key in rows}))
     return test_deliberation.Table(game, tokenizer, path / "ledger.sqlite", context=context)
 
 

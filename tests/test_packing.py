@@ -1,4 +1,5 @@
-"""grpo/batch.py: packing keeps what rows say, targets point at what predicts them, splits change no gradient."""
+"""grpo/batch.py: packing keeps what rows say, targets point at what predicts them, splits change no
+gradient."""
 
 from __future__ import annotations
 
@@ -13,10 +14,10 @@ from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.update import trained_logprobs
 from duologue.kernels import ops
-from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder, score
+from duologue.model.decoder import score
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Kept, SamplingParams
+from tiny import decoder
 from torch import nn
 
 
@@ -43,8 +44,6 @@ def test_packing_keeps_every_row() -> None:
     rows = make_rows(0)
     batch = pack(rows)
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.dialogue_id.tolist() == [row.dialogue_id for row in rows]
-    assert batch.role.tolist() == [row.role for row in rows]
     bounds = list(pairwise(batch.cu_seqlens.tolist()))
     assert bounds[-1][1] == len(batch.token_ids)
     for i, (row, (start, end)) in enumerate(zip(rows, bounds, strict=True)):
@@ -121,7 +120,9 @@ def test_micro_batches_give_the_gradient_of_the_whole(variant: str) -> None:
         logp = head(states[at - 1]).log_softmax(-1).gather(1, batch.token_ids[at][:, None])[:, 0]
         old, advantages = batch.behaviour_logprobs[at].double() - 2.5, batch.advantages[at].double()
         ids = batch.segment_ids[at]
-        return policy_loss(LossConfig(variant=variant), logp, old, advantages, ids, len(batch.role), total)[0]
+        return policy_loss(
+            LossConfig(variant=variant), logp, old, advantages, ids, len(batch.cu_seqlens) - 1, total
+        )[0]
 
     def gradient(parts: list[list[Row]]) -> list[torch.Tensor]:
         return list(torch.autograd.grad(sum(part_loss(pack(part)) for part in parts), parameters))
@@ -181,19 +182,7 @@ def test_equal_prefixes_are_one_node() -> None:
 
 
 def test_nodes_give_the_log_probs_of_the_rows_bit_for_bit_and_their_gradient() -> None:
-    config = ModelConfig(
-        model_type="qwen3",
-        vocab_size=40,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        max_position_embeddings=64,
-    )
-    model = Decoder(config)
-    model.init_weights(0)
+    model = decoder()
     rows = tree_rows()
     batch = pack(rows)
     at = batch.targets
@@ -224,19 +213,7 @@ def test_rows_with_nothing_in_common_are_left_as_they_are() -> None:
 )
 def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, float]) -> None:
     """What a callback allows is recorded as the support: the update's log-probs have the rollout's bits."""
-    config = ModelConfig(
-        model_type="qwen3",
-        vocab_size=90,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-    )
-    model = Decoder(config)
-    model.init_weights(0)
+    model = decoder(vocab_size=90, num_heads=2, num_kv_heads=1, head_dim=16)
     prompts = [[1, 2, 3], [4, 5], [6]]
     params = [
         SamplingParams(

@@ -56,7 +56,7 @@ def person(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
 
 def scenario_of(name: str, seed: int) -> tuple[object, object]:
-    game = GAMES[name][0]()
+    game = GAMES[name]()
     return game, game.sample(random.Random(derive_seed(seed, "play")), "heldout")
 
 

@@ -9,7 +9,8 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, phrases
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.game import Outcome
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
 
@@ -142,7 +143,9 @@ def test_failures_by_kind(finals: tuple[str, str] | None, failure: str | None) -
 def test_rewards() -> None:
     def rewards(scenario: object, finals: tuple[str, str] | None) -> list[tuple[float, float]]:
         outcome = GAME.judge(scenario, finals)  # type: ignore[arg-type]
-        return [GAME.rewards(scenario, outcome, o) for o in ("cooperative", "nash", "selfish")]  # type: ignore[arg-type]
+        objectives = ("cooperative", "nash", "selfish")
+        games = [PriceGame(SelectionSettings(objective=o)) for o in objectives]
+        return [game.rewards(scenario, outcome) for game in games]  # type: ignore[arg-type]
 
     walk = ("walk away", "walk away")
     nothing = [(0.0, 0.0)] * 3

@@ -10,7 +10,8 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import CLOSE, Act, ScriptedDialogue, phrases
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.deal import Deal, Vector, class_of
 from duologue.rollout.games.deal_scripts import scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
@@ -131,7 +132,9 @@ def test_failures_by_kind(statements: tuple[str, str] | None, failure: str | Non
 def test_rewards_of_a_deal_a_walk_away_and_a_failure() -> None:
     def rewards(statements: tuple[str, str] | None) -> list[tuple[float, float]]:
         outcome = GAME.judge(SCENARIO, statements)
-        return [GAME.rewards(SCENARIO, outcome, o) for o in ("cooperative", "nash", "selfish")]
+        objectives = ("cooperative", "nash", "selfish")
+        games = [PrioritiesGame(SelectionSettings(objective=o)) for o in objectives]
+        return [game.rewards(SCENARIO, outcome) for game in games]
 
     best_joint, best_nash = 39, 21 * 18
     assert rewards(finals((3, 0, 1))) == [(1.0, 1.0), (1.0, 1.0), (18 / 36, 21 / 36)]

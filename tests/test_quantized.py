@@ -13,14 +13,13 @@ import torch
 from duologue.grpo.cli import main
 from duologue.kernels import backend
 from duologue.model.checkpoint import load_model, save_model
-from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, Linear, score
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.quantized import QuantizedLinear, quantize
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
-from test_cli import TINY
+from tiny import TINY, decoder
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
 needs_cpp = pytest.mark.skipif(
@@ -29,21 +28,8 @@ needs_cpp = pytest.mark.skipif(
 
 
 def make_model(vocab: int = 275) -> Decoder:
-    config = ModelConfig(
-        model_type="qwen2",
-        vocab_size=vocab,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        max_position_embeddings=400,
-        qkv_bias=True,
-    )
-    model = Decoder(config)
-    model.init_weights(0)
-    return model
+    shape = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "max_position_embeddings": 400}
+    return decoder(model_type="qwen2", vocab_size=vocab, qkv_bias=True, **shape)
 
 
 def make_policy(dtype: torch.dtype = torch.float32) -> LoraDecoder:

@@ -16,7 +16,7 @@ from duologue.grpo.commands.report import _pieces, write_report
 from duologue.grpo.config import load_config
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.common import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.games.deal import DealGame, summarise
 
 IMITATION, SELFPLAY = 60, 40
@@ -39,7 +39,7 @@ def record(
         "personas": [],
         "turns": turns,
         "outcome": {"agreed": o.agreed, "scores": list(o.scores), "failure": o.failure, "metrics": o.metrics},
-        "reward": list(game.rewards(s, o, "cooperative")),
+        "reward": list(game.rewards(s, o)),
         "advantage": None,
         "weights_version": 0,
     }

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from duologue.model.tokenizer import SPECIAL, Tokenizer, train_tokenizer
+from tiny import all_text
 
 Make = Callable[..., tuple[Tokenizer, Any]]
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -37,11 +38,7 @@ def test_encode_and_decode_equal_transformers(text: str, tokenizer_pair: Make) -
     assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
     marked = [ours.eos_token_id, *ids, ours.eos_token_id]
     assert ours.decode(marked) == ours.decode(ids)
-    assert (
-        ours.decode(marked, keep_special=True)
-        == theirs.decode(marked)
-        == f"<|im_end|>{theirs.decode(ids)}<|im_end|>"
-    )
+    assert all_text(ours, marked) == theirs.decode(marked) == f"<|im_end|>{theirs.decode(ids)}<|im_end|>"
 
 
 @pytest.mark.parametrize("text", INJECTED)
@@ -258,6 +255,9 @@ def test_transformers_loads_it_and_its_template_gives_the_same_ids(
 
 
 def test_it_takes_another_template(tmp_path: Path) -> None:
-    template = "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|bos|>{% endif %}"
+    template = (
+        "{% for m in messages %}{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|bos|>{% endif %}"
+    )
     train_tokenizer(LINES, 261, chat_template=template).save(tmp_path)
     assert (tmp_path / "chat_template.jinja").read_text() == template

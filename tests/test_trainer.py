@@ -26,46 +26,11 @@ from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient
 from safetensors.torch import load_file
-
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_layers=2",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
-    "model.vocab_size=300",
-    "model.max_position=400",
-    "imitation.steps=4",
-    "imitation.dialogues=200",
-    "imitation.dialogues_per_step=6",
-    "train.steps=4",
-    "train.save_every=1",
-    "train.kl_every=2",
-    "train.tokens_per_microbatch=700",
-    "grpo.group_size=4",
-    "grpo.groups_per_step=2",
-    "grpo.imitation_coef=0.5",
-    "dialogue.max_rounds=2",
-    "dialogue.max_tokens_per_turn=10",
-    "dialogue.max_tokens_final=8",
-    "eval.dialogues=8",
-    "rollout.cache_tokens=4096",
-]
-VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
+from tiny import RUN, lines, run_whole
 
 
 def config(*more: str) -> Config:
-    return load_config("deal", [*TINY, *more])
-
-
-def run_whole(path: Path, *more: str) -> dict[str, Any]:
-    c = config(*more)
-    return train(c, RunDir.create(path, c.to_toml()), Progress(quiet=True), threading.Event())
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_lines(path / "metrics.jsonl")]
+    return load_config("deal", [*RUN, *more])
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -126,7 +91,8 @@ def test_rollout_logprobs_equal_the_trainers_in_every_step(whole: Path) -> None:
 
 @pytest.mark.parametrize("after", [2, 4, 6])
 def test_stopping_and_resuming_gives_the_same_run(whole: Path, tmp_path: Path, after: int) -> None:
-    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects, and on."""
+    """`after` steps of imitation or self-play, the stop flag, another process's worth of new objects,
+    and on."""
     c = config()
     stop = threading.Event()
 
@@ -156,7 +122,7 @@ def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> No
         "train",
         "deal",
     ]
-    command += [*TINY, "--run-dir", str(path)]
+    command += [*RUN, "--run-dir", str(path)]
     for goal in (1, 3, 6):
         process = subprocess.Popen(
             command + (["--resume"] if path.exists() else []),

@@ -17,7 +17,7 @@ from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.dilemma import DilemmaGame
+from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
 from duologue.rollout.judge.judge import UNSCORED, FeedbackJudge
 from duologue.rollout.judge.questions import PREFERENCE, Case
 from duologue.rollout.seeds import derive_seed
@@ -145,17 +145,12 @@ def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJ
 
 def compare(config: Config, policies: dict[str, Policy]) -> dict[str, Any]:
     """`policies`: the one that is measured, and perhaps one to compare it with. See the module; JSON-able."""
-    c = config.game
-    if c.name == "dilemma_alone":  # a recipe without talks has no context for them
+    texts = config.game
+    if texts.name == "dilemma_alone":  # a recipe without talks has no context for them
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
-    talks = DilemmaGame(dilemmas=c.dilemmas, personas=c.personas, tasks=c.tasks, prompts=c.prompts)
-    alone = DilemmaGame(
-        alone=True,
-        dilemmas=c.dilemmas,
-        personas=c.personas,
-        tasks=config.eval.questions or str(talks.questions),
-        prompts=c.prompts,
-    )
+    assert isinstance(texts, DilemmaSettings)
+    questions = config.eval.questions or str(DilemmaGame.questions)
+    talks, alone = DilemmaGame(texts), AloneGame(dataclasses.replace(texts, tasks=questions))
     scorer, second = judges(config, talks, next(iter(policies.values())))
     result: dict[str, Any] = {
         "judge": scorer.backend.name,

@@ -19,15 +19,16 @@ from rich.table import Table
 MOST_ALIKE = 0.3  # above this two texts count as one
 WORDS = (20, 120)  # of a dilemma that a model wrote
 TRIES = 4  # per dilemma that is wanted
-REQUEST = """Write one moral or practical dilemma of the tier "{tier}" in 40 to 75 words: plain English, one paragraph, concrete \
-people, numbers and a deadline, two defensible sides, no solution. It must have nothing in common with these:
+REQUEST = """Write one moral or practical dilemma of the tier "{tier}" in 40 to 75 words: plain English, \
+one paragraph, concrete people, numbers and a deadline, two defensible sides, no solution. \
+It must have nothing in common with these:
 
 {examples}
 
 Answer with the text of the dilemma alone."""
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> Any:
     parser = commands.add_parser(
         "data", help="list, check or extend the dilemmas, personas, tasks and questions"
     )
@@ -51,6 +52,7 @@ def add_parser(commands: Any) -> None:
     write.add_argument(
         "--key-env", default="DUOLOGUE_JUDGE_KEY", help="the environment variable that holds the API key"
     )
+    return parser
 
 
 def run(options: argparse.Namespace) -> int:
@@ -108,7 +110,8 @@ def _check(options: argparse.Namespace) -> int:
     console.print(table)
     pairs = sorted(likeness([row["text"] for _, row in held]), reverse=True)
     console.print(
-        f"likeness of texts (Jaccard index of three-word sequences): at most {pairs[0][0] if pairs else 0:.3f}"
+        "likeness of texts (Jaccard index of three-word sequences): "
+        f"at most {pairs[0][0] if pairs else 0:.3f}"
     )
     for value, i, j in pairs[:3]:
         console.print(f"  {value:.3f}  {held[j][0]}  and  {held[i][0]}")

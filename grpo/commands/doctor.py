@@ -23,7 +23,8 @@ def version(name: str) -> str:
 
 
 def largest_mismatch(device: str) -> float:
-    """Largest difference between the engine's log-probs and the training forward's, on a small random model."""
+    """Largest difference between the engine's log-probs and the training forward's, on a small random
+    model."""
     config = ModelConfig(
         model_type="qwen3",
         vocab_size=257,

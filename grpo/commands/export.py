@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from duologue.grpo.run_dir import latest_checkpoint
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
 from duologue.model.lora import LoraDecoder, merged
@@ -15,12 +16,12 @@ def find_checkpoint(path: Path) -> Path:
     """The folder itself when it is a checkpoint, or the last one of a run directory."""
     if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
         return path
-    steps = sorted((path / "checkpoints").glob("step_*"), key=lambda step: (len(step.name), step.name))
-    if not steps:
+    latest = latest_checkpoint(path)
+    if latest is None:
         raise ValueError(
             f"{path} is neither a checkpoint (it has no config.json) nor a run directory with checkpoints"
         )
-    return steps[-1]
+    return latest
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,14 +11,16 @@ import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.policy import load_policy, use_threads
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
+from duologue.rollout.games.common import SelectionGame
 from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.games.game import Game, Scenario
+from duologue.rollout.games.game import Scenario
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena, Rules
 from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
@@ -98,6 +100,7 @@ def run(options: argparse.Namespace, overrides: list[str]) -> int:
                 options.seed,
                 terminal,
             )
+        assert isinstance(game, SelectionGame)
         return negotiate(engine, policy[1], game, rules, scenario, side, options.seed, terminal)
     except Quit:
         terminal.say("You left; nothing is agreed.")
@@ -134,7 +137,7 @@ def room(engine: Engine) -> int:
 def negotiate(
     engine: Engine,
     tokenizer: Tokenizer,
-    game: Game,
+    game: SelectionGame[Any],
     rules: Rules,
     scenario: Scenario,
     side: int,
@@ -197,7 +200,7 @@ def negotiate(
     return 0
 
 
-def select(game: Game, scenario: Scenario, terminal: Terminal) -> str:
+def select(game: SelectionGame[Any], scenario: Scenario, terminal: Terminal) -> str:
     """The person's selection; one that the rules cannot read is asked for again."""
     while True:
         words = terminal.read("your selection")

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
 from duologue.grpo.console import RESULT
-from duologue.grpo.run_dir import iter_lines, read_lines
+from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
 from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
 
@@ -113,10 +113,10 @@ def _summary(run_dir: Path) -> dict[str, Any]:
     """summary.json, or what the newest checkpoint of an unfinished run knows of it."""
     found = run_dir / "summary.json"
     if not found.is_file():
-        states = sorted(run_dir.glob("checkpoints/step_*/trainer_state.json"))
-        if not states:
+        latest = latest_checkpoint(run_dir)
+        if latest is None:
             return {}
-        found = states[-1]
+        found = latest / STATE
     try:
         summary: dict[str, Any] = json.loads(found.read_text("utf-8"))
     except ValueError as error:
@@ -157,7 +157,7 @@ def _facts(
     )
     seconds = summary.get("train_seconds") or sum(row.get("seconds") or 0 for row in metrics)
     facts = [
-        ("game", f"{config['game']['name']}, {config['game']['objective']}"),
+        ("game", ", ".join(config["game"][key] for key in ("name", "objective") if key in config["game"])),
         ("seed", str(config["train"]["seed"])),
         ("device", f"{config['model']['device']}, {config['model']['dtype']}"),
         ("training time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"),
@@ -177,7 +177,7 @@ def _results(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str,
     """The table of the policies, and what people and chance reach where that is known."""
     columns = {label: summary[key] for key, label in POLICIES.items() if summary.get(key)}
     game = config["game"]
-    known = columns and (game["name"], game["item_types"], game["total_value"]) == ("deal", 3, 10)
+    known = columns and (game["name"], game.get("item_types"), game.get("total_value")) == ("deal", 3, 10)
     others: dict[str, dict[str, float]] = PUBLISHED if known else {}
     rows = []
     for key, (heading, form) in RESULT.items():

@@ -10,21 +10,55 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
+from typing import ClassVar
 
-from duologue.rollout.games.common import (
-    SelectionGame,
-    Vector,
-    check_objective,
+from duologue.model.settings import setting
+from duologue.rollout.games.game import (
+    GameSettings,
+    Measure,
+    Outcome,
+    Published,
+    Scenario,
     failure_shares,
+)
+from duologue.rollout.games.selection import (
+    AGREEMENT,
+    MALFORMED,
+    NASH_RATIO,
+    NO_CLOSE,
+    SelectionGame,
+    SelectionSettings,
+    Vector,
     split_by_class,
 )
-from duologue.rollout.games.game import Outcome, Scenario
 
 ITEMS = ("book", "hat", "ball", "pen", "cup")
-FAILURES = ("no_close", "malformed", "out_of_range", "conflict", "leftover")
+FAILURES = {
+    **NO_CLOSE,
+    **MALFORMED,
+    "out_of_range": "a selection took more than there is",
+    "conflict": "both took the same item",
+    "leftover": "items were left over",
+}
+MEASURES = {
+    "agreement": AGREEMENT,
+    "pareto": Measure("Pareto-optimal among agreed", "{:.1%}", "Pareto"),
+    "joint_ratio": Measure("joint score / best joint", "{:.3f}", "joint"),
+    "nash_ratio": NASH_RATIO,
+    "score_agreed_0": Measure("score of side 1, agreed", "{:.2f}"),
+    "score_agreed_1": Measure("score of side 2, agreed", "{:.2f}"),
+}
+PUBLISHED = Published(  # of three types and a total of 10
+    columns={
+        "people": {"agreement": 0.801, "pareto": 0.770, "joint_ratio": 0.950, "nash_ratio": 0.914},
+        "random split": {"pareto": 0.230, "joint_ratio": 0.680, "nash_ratio": 0.368},
+    },
+    source="People: Lewis et al. 2017, on that paper's own contexts. Random split: every allocation equally "
+    "likely, computed.",
+)
 MOST_LISTED = 200_000  # pairs of value vectors up to which a variant is enumerated
 POOL = 20_000  # contexts drawn for a larger one
 
@@ -87,11 +121,11 @@ def count_range(types: int) -> tuple[int, int]:
 
 def contexts(types: int = 3, total: int = 10) -> list[Deal]:
     """Every ordered context of the game (5,295 for three types and a total of 10)."""
-    found = []
+    deals = []
     for counts in count_vectors(types, *count_range(types)):
         vectors = value_vectors(counts, total)
-        found += [Deal(counts, (a, b)) for a in vectors for b in vectors if _worth_talking((a, b))]
-    return found
+        deals += [Deal(counts, (a, b)) for a in vectors for b in vectors if _worth_talking((a, b))]
+    return deals
 
 
 def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
@@ -100,15 +134,15 @@ def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
     rng = random.Random(seed)
     choices = [(counts, value_vectors(counts, total)) for counts in count_vectors(types, *count_range(types))]
     weights = list(itertools.accumulate(len(v) ** 2 for _, v in choices))
-    found: dict[Deal, None] = {}
+    drawn: dict[Deal, None] = {}
     for _ in range(20 * n):
-        if len(found) == n:
+        if len(drawn) == n:
             break
         counts, vectors = rng.choices(choices, cum_weights=weights)[0]
         pair = (rng.choice(vectors), rng.choice(vectors))
         if _worth_talking(pair):
-            found[Deal(counts, pair)] = None
-    return list(found)
+            drawn[Deal(counts, pair)] = None
+    return list(drawn)
 
 
 def _worth_talking(pair: tuple[Vector, Vector]) -> bool:
@@ -125,22 +159,40 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
     return tuple(min(first, second))
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DealSettings(SelectionSettings):
+    """How many types of items there are, what they are worth, and what no deal is worth."""
+
+    walk_away: float = setting(0.0, "points of a side without a deal, under objective 'selfish'")
+    item_types: int = setting(3, "types of items", least=3, most=len(ITEMS))
+    total_value: int = setting(10, "what all items are worth to a side", least=5, most=40)
+
+    def rules(self) -> None:
+        accepted = ""
+        if self.walk_away and self.objective != "selfish":
+            accepted = f"0, or with game.objective = 'selfish' up to the total {self.total_value}"
+        elif not 0 <= self.walk_away <= self.total_value:
+            accepted = f"0 to the total value {self.total_value}"
+        if accepted:
+            raise ValueError(f"game.walk_away = {self.walk_away}: accepted is {accepted}")
+
+
 class DealGame(SelectionGame[Deal]):
     """The game as `duologue.rollout.games.game.Game`: contexts, texts, strict parsing, scores."""
 
     name = "deal"
+    Settings: ClassVar[type[SelectionSettings]] = DealSettings
     item_names: tuple[str, ...] = ITEMS
-    failures: tuple[str, ...] = FAILURES
+    measures = MEASURES
+    failures = FAILURES
 
-    def __init__(self, *, types: int = 3, total: int = 10, walk_away: float = 0.0) -> None:
-        """`walk_away` is what a side gets without a deal, in points, under the `selfish` objective."""
-        if not 3 <= types <= len(ITEMS):
-            raise ValueError(f"game.item_types = {types}: accepted is 3 to {len(ITEMS)}")
-        if not 0 <= walk_away <= total:
-            raise ValueError(f"game.walk_away = {walk_away}: accepted is 0 to the total value {total}")
-        self.types = types
-        self.total = total
-        self.walk_away = walk_away
+    def __init__(self, settings: DealSettings | None = None) -> None:
+        settings = settings or DealSettings()
+        super().__init__(settings)
+        self._prepare(settings.item_types, settings.total_value, settings.walk_away)
+
+    def _prepare(self, types: int, total: int, walk_away: float) -> None:
+        self.types, self.total, self.walk_away = types, total, walk_away
         self.items = self.item_names[:types]
         self._statement = re.compile(" ".join(f"{item} (0|[1-9][0-9]{{0,3}})" for item in self.items))
         self._frontiers: dict[Deal, Frontier] = {}
@@ -154,12 +206,7 @@ class DealGame(SelectionGame[Deal]):
             len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types))
         )
         everything = contexts(types, total) if pairs <= MOST_LISTED else draw_contexts(types, total, POOL, 0)
-        split = split_by_class(everything, class_of)
-        if not all(split.values()):
-            raise ValueError(
-                f"game.total_value = {total} leaves too few contexts with {types} item types; raise it"
-            )
-        return split
+        return split_by_class(everything, class_of)
 
     def frontier(self, deal: Deal) -> Frontier:
         if deal not in self._frontiers:
@@ -206,19 +253,29 @@ class DealGame(SelectionGame[Deal]):
         }
         return Outcome(agreed=True, scores=(float(points[0]), float(points[1])), metrics=metrics)
 
-    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
         """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both are 0
         without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a bad deal."""
-        check_objective(objective)
-        if objective == "selfish":
+        if self.settings.objective == "selfish":
             points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
             return points[0] / self.total, points[1] / self.total
-        key = "joint_ratio" if objective == "cooperative" else "nash_ratio"
+        key = "joint_ratio" if self.settings.objective == "cooperative" else "nash_ratio"
         value = outcome.metrics.get(key, 0.0)
         return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         return summarise(outcomes, self.failures)
+
+    @classmethod
+    def published(cls, settings: GameSettings) -> Published:
+        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (3, 10)
+        return PUBLISHED if standard else Published()
+
+    @classmethod
+    def in_words(cls, name: str, value: float) -> str:
+        if name == "pareto":
+            return "Pareto-optimal" if value == 1 else "not Pareto-optimal"
+        return super().in_words(name, value)
 
 
 def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector | None]) -> str | None:
@@ -235,7 +292,7 @@ def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector 
     return "leftover" if sums != list(deal.counts) else None
 
 
-def summarise(outcomes: Sequence[Outcome], failures: Sequence[str] = FAILURES) -> dict[str, float]:
+def summarise(outcomes: Sequence[Outcome], failures: Iterable[str] = FAILURES) -> dict[str, float]:
     """Means over dialogues. `agreement` and `failure_*` (`failures`, kinds of failed deals) are shares of all. `pareto`,
     `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed. `score_*` and `joint_all`
     are over all, where a failed deal counts 0."""

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
-from duologue.rollout.games.common import START, Act, ScriptedDialogue, Side, Vector, hold
 from duologue.rollout.games.deal import Deal, DealGame
 from duologue.rollout.games.deal_words import Language, utter
 from duologue.rollout.games.game import Scenario
+from duologue.rollout.games.scripted import START, Act, ScriptedDialogue, Side, hold
+from duologue.rollout.games.selection import Vector
 
 TEMPERAMENTS = {"open": 0.41, "vague": 0.13, "hard": 0.18, "splitter": 0.15, "hasty": 0.13}
 # What an offer must be worth to be accepted, less one per refusal; open asks for more where it knows more.

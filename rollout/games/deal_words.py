@@ -11,8 +11,9 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from duologue.rollout.games.common import CLOSE, Act, Vector, phrases
 from duologue.rollout.games.deal import ITEMS
+from duologue.rollout.games.scripted import Act, phrases
+from duologue.rollout.games.selection import CLOSE, Vector
 
 TERSE = 4  # as many of a list's first forms go with an offer of many parts
 
@@ -89,18 +90,14 @@ def _offer(act: Act, take: Vector, counts: Vector, language: Language, rng: rand
         compared = zip(
             items, map(language.rank, act.reveal), map(language.rank, act.against), take, counts, strict=True
         )
-        return rng.choice(words["compare"]).format(" , ".join(_compared(*each) for each in compared))
+        return rng.choice(words["compare"]).format(" , ".join(_compared(*item) for item in compared))
     exact = rng.random() < 0.75
     rest = tuple(c - t for c, t in zip(counts, take, strict=True))
     if rng.random() < 0.75:
         parts = (_part(t, c, item, language, exact) for t, c, item in zip(take, counts, items, strict=True))
-        forms = (
-            words["joint"]
-            if act.best
-            else words["by_item"][:1]
-            if _splits(take, counts) > 1
-            else words["by_item"]
-        )
+        forms = words["joint"] if act.best else words["by_item"]
+        if not act.best and _splits(take, counts) > 1:
+            forms = forms[:1]
         return rng.choice(forms).format(" , ".join(parts))
     mine, yours = (
         [_amount(n, c, item, language, exact) for n, c, item in zip(share, counts, items, strict=True) if n]

@@ -1,11 +1,17 @@
-"""What is negotiated, and how a game scores it: the nouns that every game shares, and the one interface a game implements."""
+"""What is talked about, and how it is scored: the nouns that every game shares, and the interface of a game."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, ClassVar
+
+from duologue.model.settings import check, setting
+
+UNSCORED = "unscored"  # the failure of a dialogue that got no answer from a judge or an opponent
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +24,8 @@ class Persona:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """One negotiation to be held. A side's context begins with `shared_text`, the same for both, then `private_text[i]`, which is
-    told to side i alone; `data` is the game's own typed description."""
+    """One dialogue to be held. A side's context begins with `shared_text`, the same for both, then `private_text[i]`,
+    which is told to side i alone; `data` is the game's own typed description."""
 
     game: str
     id: str
@@ -32,44 +38,153 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a negotiation ended. `scores` are in the game's points; `failure` names the kind of a failed deal, None when agreed.
-    `rounds` were held, where that is counted."""
+    """How a dialogue ended. `scores` are in the game's points; `failure` names the kind of a failure, None when agreed.
+
+    `rounds` were held, where that is counted; `reason` is a judge's, where it gave one.
+    """
 
     agreed: bool
     scores: tuple[float, float]
     failure: str | None = None
     metrics: dict[str, float] = field(default_factory=dict)  # the game's own measures
     rounds: int | None = None
+    reason: str = ""
 
 
-class Game(Protocol):
-    """A verifiable two-sided game. Side 0 and side 1 differ only in what they are privately told."""
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """How a mean of `Game.summarise` is shown. `short` heads it in the progress line, "" leaves it out there."""
 
-    name: str
-    final_prompt: str  # what both sides are asked once the talk is closed
-    close: str  # what an utterance that closes the talk ends with
+    heading: str
+    format: str
+    short: str = ""
 
     @property
-    def selection_form(self) -> str:
-        """For people: how a final statement is written."""
-        ...
+    def is_share(self) -> bool:
+        return "%" in self.format
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Published:
+    """Measures that others have reached in the same game, by who, and where they come from."""
+
+    columns: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shown:
+    """A recorded dialogue in words, for people."""
+
+    sides: tuple[str, str]  # what the sides are called
+    told: tuple[str, ...]  # what each side alone was told; empty: nothing
+    stated: str  # what a side does with its final statement
+    verdict: str
+    measures: tuple[str, ...]
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GameSettings:
+    """What a game lets a user set, the keys of a run's [game]: a game that has more than its name extends this."""
+
+    name: str = setting("", "the game, by its name in the catalogue")
+
+    def __post_init__(self) -> None:
+        check("game", self)
+        self.rules()
+
+    def rules(self) -> None:
+        """Raise ValueError for settings that contradict each other."""
+
+
+class Game(ABC):
+    """What two sides talk about, by which protocol, and what it is worth. Side 0 and side 1 differ only in what they are
+    told. A new game is a class like this, a line in catalogue.py and a recipe; all words that people read are here."""
+
+    name: ClassVar[str]
+    protocol: ClassVar[str]  # a function of rollout/selfplay/protocols.py
+    Settings: ClassVar[type[GameSettings]] = GameSettings  # the game is made of an object of it
+    alone: ClassVar[bool] = False  # one policy answers, without a talk
+    close: str = ""  # what an utterance that ends the talk ends with, where one does
+    final_prompt: str = ""  # what a side is asked in its own context before its final statement
+
+    measures: ClassVar[Mapping[str, Measure]] = {}  # of `summarise`, in the order of tables
+    failures: ClassVar[Mapping[str, str]] = {}  # the kinds of a failed dialogue, in words
+    ending: str = ""  # tells a person how the talk ends
+    final_form: str = "{}"  # a policy's final statement, as a person who plays sees it
+
+    def __init__(self, settings: Any = None) -> None:
+        self.settings = settings or self.Settings()
+
+    @abstractmethod
     def sample(self, rng: random.Random, split: str) -> Scenario:
         """A scenario of the split, drawn with `rng` alone."""
-        ...
 
-    def closes(self, text: str) -> bool:
-        """Whether this utterance ends the talk, after which both sides state their selection."""
-        ...
+    @abstractmethod
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float] | None:
+        """Reward of each side under the game's settings; None for a dialogue that is unscored."""
 
-    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
-        """Score the two final statements; None means that the talk ended without a close."""
-        ...
-
-    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
-        """Reward of each side under `objective`; an unknown objective raises ValueError."""
-        ...
-
+    @abstractmethod
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Means over dialogues, `dialogues` and `agreement` among them."""
-        ...
+
+    def final_parts(self, scenario: Scenario) -> list[str]:
+        """The texts of a request for the final statement, with the dialogue between them, where it is made in a context of
+        its own; empty where it is made in the side's context, by `final_prompt`."""
+        return []
+
+    def longest(self, length: Callable[[str], int]) -> Scenario:
+        """A scenario that is told in as many tokens as any."""
+        return self.sample(random.Random(0), "train")
+
+    # ---- for people --------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def published(cls, settings: GameSettings) -> Published:
+        """What others have reached under these settings."""
+        return Published()
+
+    @classmethod
+    def shown(cls, record: Mapping[str, Any]) -> Shown:
+        """A line of dialogues.jsonl in words."""
+        outcome = record["outcome"] or {}
+        return Shown(
+            sides=("side 1", "side 2"),
+            told=tuple(record["scenario"]["private"]),
+            stated="states",
+            verdict=cls.verdict(outcome),
+            measures=tuple(cls.in_words(name, value) for name, value in outcome.get("metrics", {}).items()),
+            reason=outcome.get("reason", ""),
+        )
+
+    @classmethod
+    def verdict(cls, outcome: Mapping[str, Any]) -> str:
+        """How a dialogue ended, of its record; an empty one is unscored."""
+        if outcome.get("agreed") and not outcome["failure"]:
+            return "agreed, {:g} and {:g} points".format(*outcome["scores"])
+        return f"not agreed: {cls.failure_in_words(outcome)}"
+
+    @classmethod
+    def failure_in_words(cls, outcome: Mapping[str, Any]) -> str:
+        kind = outcome.get("failure") or UNSCORED
+        return {UNSCORED: "nobody gave a valid answer", **cls.failures}.get(kind, kind)
+
+    @classmethod
+    def in_words(cls, name: str, value: float) -> str:
+        """A measure of one outcome."""
+        return f"{name.replace('_', ' ')} {value:.2f}"
+
+    def can_state(self, scenario: Scenario, text: str) -> bool:
+        """Whether a person's final statement can be read by the rules."""
+        return True
+
+    def result(self, outcome: Outcome, side: int) -> str:
+        """What a person on `side` is told at the end; "" where nobody scores."""
+        return ""
+
+
+def failure_shares(outcomes: Sequence[Outcome], kinds: Iterable[str]) -> dict[str, float]:
+    """How many of all failed in which way."""
+    counts = Counter(o.failure for o in outcomes)
+    return {f"failure_{kind}": counts[kind] / max(len(outcomes), 1) for kind in kinds}

@@ -12,13 +12,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from duologue.rollout.games import common
-from duologue.rollout.games.common import CLOSE, WALK_AWAY, Act, Side, Vector, phrases
-from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.game import Measure, Outcome, Scenario, failure_shares
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold, phrases
+from duologue.rollout.games.selection import (
+    AGREEMENT,
+    CLOSE,
+    MALFORMED,
+    NASH_RATIO,
+    NO_CLOSE,
+    WALK_AWAY,
+    WALKED_AWAY,
+    SelectionGame,
+    Vector,
+    split_by_class,
+)
 
 LIMITS = range(5, 31)
 GAPS = (*range(-6, -1), *range(2, 13))  # the buyer's limit less the seller's
-FAILURES = ("no_close", "malformed", "mismatch", "walk_away")
+FAILURES = {**NO_CLOSE, **MALFORMED, "mismatch": "two different prices", **WALKED_AWAY}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,17 +51,27 @@ class Haggle:
         return (bought, sold) if self.buyer == 0 else (sold, bought)
 
 
-class PriceGame(common.SelectionGame[Haggle]):
+class PriceGame(SelectionGame[Haggle]):
     """The game as `duologue.rollout.games.game.Game`."""
 
     name = "price"
+    failures = FAILURES
+    measures = {
+        "agreement": AGREEMENT,
+        "efficiency": Measure("right deals where one is possible", "{:.1%}"),
+        "right_walks": Measure("walked away where none is", "{:.1%}"),
+        "wrong_deals": Measure("deals worse than walking away", "{:.1%}"),
+        "share_buyer": Measure("buyer's share of the surplus", "{:.3f}"),
+        "share_seller": Measure("seller's share of the surplus", "{:.3f}"),
+        "nash_ratio": NASH_RATIO,
+    }
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
 
     @cached_property
     def splits(self) -> dict[str, list[Haggle]]:
         """319 pairs of limits, each with either side as the buyer; a pair is a class."""
         pairs = [(most, least) for most in LIMITS for least in LIMITS if most - least in GAPS]
-        return common.split_by_class(
+        return split_by_class(
             [Haggle(*pair, buyer) for pair in pairs for buyer in (0, 1)], lambda h: (h.most, h.least)
         )
 
@@ -91,13 +112,12 @@ class PriceGame(common.SelectionGame[Haggle]):
             agreed=not failure, scores=(float(gains[0]), float(gains[1])), failure=failure, metrics=metrics
         )
 
-    def rewards(self, scenario: Scenario, outcome: Outcome, objective: str) -> tuple[float, float]:
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
         """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`: `nash_ratio`. Both for both
         sides. `selfish`: own gain / the largest zone; no deal leaves 0, more than a wrong one."""
-        common.check_objective(objective)
-        if objective == "selfish":
+        if self.settings.objective == "selfish":
             return outcome.scores[0] / max(GAPS), outcome.scores[1] / max(GAPS)
-        value = outcome.metrics["right" if objective == "cooperative" else "nash_ratio"]
+        value = outcome.metrics["right" if self.settings.objective == "cooperative" else "nash_ratio"]
         return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
@@ -115,7 +135,7 @@ class PriceGame(common.SelectionGame[Haggle]):
                 key: _mean([o.metrics[key] for o in right])
                 for key in ("share_buyer", "share_seller", "nash_ratio")
             },
-            **common.failure_shares(outcomes, FAILURES),
+            **failure_shares(outcomes, FAILURES),
         }
 
 
@@ -230,7 +250,7 @@ class Haggler(Side):
         return " ".join([*said, CLOSE] if act.close else said)
 
 
-def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> common.ScriptedDialogue:
+def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:
     """Two temperaments hold the negotiation."""
     haggle: Haggle = scenario.data
 
@@ -238,4 +258,4 @@ def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -
         buys = i == haggle.buyer
         return Haggler((haggle.most if buys else haggle.least,), temperament, own, buys=buys)
 
-    return common.hold(game, scenario, TEMPERAMENTS, rng, side)
+    return hold(game, scenario, TEMPERAMENTS, rng, side)

@@ -11,11 +11,18 @@ import itertools
 from dataclasses import replace
 from functools import cached_property
 
-from duologue.rollout.games.common import WALK_AWAY, Act, Vector
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
 from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.scripted import Act
+from duologue.rollout.games.selection import (
+    WALK_AWAY,
+    WALKED_AWAY,
+    SelectionGame,
+    SelectionSettings,
+    Vector,
+)
 
 PACKAGES = (3, 3, 3)
 RANKS = {5: "high", 4: "medium", 3: "low"}
@@ -27,15 +34,17 @@ class PrioritiesGame(DealGame):
     """The game as `duologue.rollout.games.game.Game`."""
 
     name = "priorities"
+    Settings = SelectionSettings
     item_names = ("food", "water", "firewood")
-    failures = (*FAILURES, "walk_away")
+    failures = {**FAILURES, **WALKED_AWAY}
 
     @property
     def selection_form(self) -> str:  # type: ignore[override]
         return f"{super().selection_form}, or '{WALK_AWAY}'"
 
-    def __init__(self) -> None:
-        super().__init__(total=TOTAL, walk_away=ALONE)
+    def __init__(self, settings: SelectionSettings | None = None) -> None:
+        SelectionGame.__init__(self, settings)
+        self._prepare(len(self.item_names), TOTAL, ALONE)
 
     @cached_property
     def splits(self) -> dict[str, list[Deal]]:

@@ -11,13 +11,14 @@ import asyncio
 import concurrent.futures
 import contextlib
 import email.utils
+import json
 import re
 import threading
 import time
 from typing import Any
 
 import httpx
-from duologue.rollout.judge.judge import RETRY_TEMPERATURE, Ask
+from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
 from duologue.rollout.judge.questions import schema
 from tenacity import (
     AsyncRetrying,
@@ -193,3 +194,17 @@ def _pause(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
     wished = error.retry_after if isinstance(error, Fault) else None
     return _BACKOFF(state) if wished is None else wished
+
+
+class ChatEndpoint(Endpoint):
+    """Asks with a whole request body, which the question's text is; any words are an answer."""
+
+    section = "opponent"
+
+    def __init__(self, url: str, model: str = "", **limits: Any) -> None:
+        super().__init__(url, model, **limits)
+        self.settings = {}  # they are in the body
+
+    async def _once(self, question: Ask, attempt: int) -> str:
+        body = {"model": self._model, **json.loads(question.text)}
+        return self._content(await self._client.post(self._url, json=body))

@@ -15,8 +15,9 @@ from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Request, SamplingParams
-from duologue.rollout.judge.judge import RETRY_TEMPERATURE, Ask
-from duologue.rollout.judge.questions import ASPECTS, HIGHEST, SCORE
+from duologue.rollout.games.dilemma import ASPECTS, HIGHEST
+from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
+from duologue.rollout.judge.questions import SCORE
 
 
 class ModelJudge:

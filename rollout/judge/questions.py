@@ -15,19 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from duologue.rollout.games.dilemma import ASPECTS, HIGHEST
 from duologue.rollout.games.game import Persona
 from duologue.rollout.games.template import fill, load_template
 
 PROMPTS = Path(__file__).parent / "prompts"
-ASPECTS = ("knowledge", "benevolence", "power", "vitality")
-HIGHEST = 5
 WINNERS = ("1", "2", "tie")
 AGREEMENT, SCORE, PREFERENCE = "agreement", "score", "preference"
-REQUIRED = {
-    AGREEMENT: "transcript",
-    SCORE: "completion",
-    PREFERENCE: "answers",
-}  # what a kind's prompt must show
+REQUIRED = {AGREEMENT: "transcript", SCORE: "completion", PREFERENCE: "answers"}  # what a prompt must show
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +85,7 @@ def _tag(name: str, text: str, attribute: str = "") -> str:
 
 
 def read_answer(kind: str, content: str, case: Case) -> dict[str, Any]:
-    """The checked answer: {"agreed"}, an integer per aspect, or {"winner"}."""
+    """The checked answer: {"agreed"}, an integer per aspect and the reason, or {"winner"}."""
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -131,7 +126,7 @@ def _scores(found: dict[str, Any]) -> dict[str, Any]:
         value = found.get(aspect)
         if type(value) is not int or not 0 <= value <= HIGHEST:
             raise ValueError(f"{aspect} = {value!r}: accepted is an integer from 0 to {HIGHEST}")
-    return {aspect: found[aspect] for aspect in ASPECTS}
+    return {key: found[key] for key in (*ASPECTS, "reason")}
 
 
 def _winner(found: dict[str, Any]) -> dict[str, Any]:

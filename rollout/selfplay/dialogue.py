@@ -1,4 +1,4 @@
-"""A negotiation as data: the turns, and the token-exact view that each side has of them.
+"""A dialogue as data: the turns, and the token-exact view that each side has of them.
 
 A `View` is one side's context with its provenance. It is the only place where the loss mask comes from: a token is marked if and
 only if it was sampled by this policy on this side, in a turn of a named kind, together with its behaviour log-prob.
@@ -6,12 +6,13 @@ only if it was sampled by this policy on this side, in a turn of a named kind, t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from duologue.model.chat import Chat
 from duologue.rollout.engine.sequence import Kept
-from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.game import Game, Outcome, Scenario
 
 POLICY = "policy"  # the player whose tokens are trained
 KINDS = ("prompt", "utterance", "final")  # a token's kind is an index into this; 0 is never trained
@@ -82,12 +83,12 @@ class Transcript:
         kind: int,
         text: str,
         kept: Kept | None = None,
-        guest: bool = False,
+        opponent: bool = False,
     ) -> None:
-        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. A guest's words are marked as a
-        prompt's, so that they are never trained."""
+        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An opponent's words are
+        marked as a prompt's, so that they are never trained."""
         stopped = bool(token_ids) and token_ids[-1] in self.chat.stop_token_ids
-        if guest:
+        if opponent:
             self.views[role].prompt(token_ids)
         else:
             self.views[role].said(token_ids, logprobs, kind, kept)
@@ -101,7 +102,7 @@ class Transcript:
 
 @dataclass(kw_only=True, slots=True)
 class Dialogue:
-    """One negotiation from start to outcome. `reward` is None while, or because, it is unscored.
+    """One dialogue from start to outcome. `reward` is None while, or because, it is unscored.
 
     `views[i]` is a context of side `view_roles[i]`: one per side where contexts grow, otherwise one per turn.
     """
@@ -147,6 +148,7 @@ class Dialogue:
                 "failure": outcome.failure,
                 "metrics": outcome.metrics,
                 **({} if outcome.rounds is None else {"rounds": outcome.rounds}),
+                **({"reason": outcome.reason} if outcome.reason else {}),
             },
             "reward": self.reward and list(self.reward),
             "advantage": self.advantage and list(self.advantage),
@@ -161,3 +163,10 @@ class Group:
 
     scenario: Scenario
     dialogues: list[Dialogue]
+
+
+def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
+    """Write into every dialogue what it is worth to each side by the game's rules, None where it is unscored."""
+    for dialogue in dialogues:
+        if dialogue.outcome is not None:  # else an opponent's server gave no answer
+            dialogue.reward = game.rewards(dialogue.scenario, dialogue.outcome)

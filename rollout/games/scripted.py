@@ -1,82 +1,20 @@
-"""What the verifiable games have in common: contexts split by class, the end of a talk, and scripted dialogues to imitate.
-
-A talk ends with `CLOSE`; then each side states its selection, or in games that allow it `WALK_AWAY`, which one side alone can do.
-"""
+"""Scripted negotiators, whose dialogues a policy that starts from nothing imitates: what those of all games share."""
 
 from __future__ import annotations
 
 import random
 import tomllib
 from abc import ABC, abstractmethod
-from collections import Counter
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any
 
-from duologue.rollout.games.game import Game, Outcome, Scenario
+from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.selection import SelectionGame, Vector
 
-CLOSE = "<selection>"
-WALK_AWAY = "walk away"
-OBJECTIVES = ("cooperative", "nash", "selfish")
-HELDOUT_SHARE = 0.2
 MAX_UTTERANCES = 9  # of a scripted dialogue
-
-Vector = tuple[int, ...]
-Context = TypeVar("Context")
-
-
-class SelectionGame(ABC, Generic[Context]):
-    """The parts of `Game` that do not depend on what is negotiated."""
-
-    name: str
-    final_prompt = "selection ?"
-    close = CLOSE
-    selection_form: str
-
-    @cached_property
-    @abstractmethod
-    def splits(self) -> dict[str, list[Context]]: ...  # contexts of "train" and "heldout"
-    @abstractmethod
-    def scenario(
-        self, context: Context, split: str
-    ) -> Scenario: ...  # the context as the two sides are told it
-
-    def sample(self, rng: random.Random, split: str) -> Scenario:
-        if split not in self.splits:
-            raise ValueError(f"split = {split!r}: accepted is one of {', '.join(self.splits)}")
-        return self.scenario(rng.choice(self.splits[split]), split)
-
-    def closes(self, text: str) -> bool:
-        return text.endswith(CLOSE)
-
-
-def split_by_class(
-    everything: Sequence[Context], class_of: Callable[[Context], Hashable]
-) -> dict[str, list[Context]]:
-    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth of them is held out."""
-    classes = sorted({class_of(context) for context in everything})  # type: ignore[type-var]
-    random.Random(0).shuffle(classes)
-    heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
-    split: dict[str, list[Context]] = {"train": [], "heldout": []}
-    for context in everything:
-        split["heldout" if class_of(context) in heldout else "train"].append(context)
-    return split
-
-
-def check_objective(objective: str) -> None:
-    if objective not in OBJECTIVES:
-        raise ValueError(f"game.objective = {objective!r}: accepted is one of {', '.join(OBJECTIVES)}")
-
-
-def failure_shares(outcomes: Sequence[Outcome], kinds: Sequence[str]) -> dict[str, float]:
-    """How many of all failed in which way."""
-    found = Counter(o.failure for o in outcomes)
-    return {f"failure_{kind}": found[kind] / max(len(outcomes), 1) for kind in kinds}
-
-
-# ---- scripted dialogues ----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,9 +29,7 @@ class Act:
     spare: int | None = None
     take: Vector | None = None  # an offer: what the speaker would take, or the price
     best: bool = False  # `take` is the best for both that the speaker can see
-    against: Vector | None = (
-        None  # with `reveal` and `take`: the other's values, item by item against the own ones
-    )
+    against: Vector | None = None  # with `reveal` and `take`: the other's values, item by item
     ask: bool = False
     leave: bool = False
     close: bool = False
@@ -178,7 +114,7 @@ class ScriptedDialogue:
 
 
 def hold(
-    game: Game,
+    game: SelectionGame[Any],
     scenario: Scenario,
     temperaments: Mapping[str, float],
     rng: random.Random,
@@ -198,7 +134,7 @@ def hold(
         sides[1 - who].hear(act)
         if act.close:
             finals = (sides[0].state(), sides[1].state())
-            turns += [(each, finals[each], "final") for each in (who, 1 - who)]
+            turns += [(role, finals[role], "final") for role in (who, 1 - who)]
             break
         if act.leave and left and rng.random() < 0.5:
             break

@@ -1,0 +1,51 @@
+"""Who trains together. Here it is one process, rank 0 of 1, and every method returns its argument.
+
+The core calls these methods in a few lines marked `# world`; with many ranks another `World` takes the place
+of this one, and nothing else of the core knows. Groups of dialogues are whole on a rank. What is a function
+of all groups of a step (sums over tokens, a running baseline, ratings, the lines of a run) is made of what
+`sum`, `most`, `agree` and `gather` return, alike on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class World:
+    """`rank` of `size` processes."""
+
+    rank = 0
+    size = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes the run's files."""
+        return self.rank == 0
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of a list that all hold alike: the same places of every list of that length."""
+        return items
+
+    def gather(self, items: Sequence[T]) -> Sequence[T]:
+        """The reverse of `share`: an item of this rank for each that it was dealt, those of all for all, in
+        order.
+        """
+        return items
+
+    def sum(self, numbers: Sequence[float]) -> Sequence[float]:
+        """Each number added up over the ranks."""
+        return numbers
+
+    def most(self, number: float) -> float:
+        """The largest that a rank has."""
+        return number
+
+    def agree(self, flag: bool) -> bool:
+        """Whether any rank says so."""
+        return flag
+
+
+ALONE = World()

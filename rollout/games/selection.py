@@ -1,0 +1,107 @@
+"""Games with rules: both talk until one closes, then each states its selection, and the rules score the two.
+
+A talk ends with `CLOSE`; in games that allow it a side can state `WALK_AWAY` instead, which one alone can do.
+"""
+
+from __future__ import annotations
+
+import random
+from abc import abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Generic, TypeVar
+
+from duologue.model.settings import setting
+from duologue.rollout.games.game import Game, GameSettings, Measure, Outcome, Scenario, Shown
+
+CLOSE = "<selection>"
+WALK_AWAY = "walk away"
+OBJECTIVES = ("cooperative", "nash", "selfish")
+HELDOUT_SHARE = 0.2
+UNCLEAR = ("malformed", "out_of_range")  # of a selection on its own
+NO_CLOSE = {"no_close": "the talk ended without a close"}
+MALFORMED = {"malformed": "a selection could not be read"}
+WALKED_AWAY = {"walk_away": "walked away"}
+AGREEMENT = Measure("agreement", "{:.1%}", "agreed")
+NASH_RATIO = Measure("Nash product / best", "{:.3f}")
+
+Vector = tuple[int, ...]
+Context = TypeVar("Context")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelectionSettings(GameSettings):
+    """Of a game that has rules: what both sides are to maximise."""
+
+    objective: str = setting("cooperative", "what a side's reward is made of", one_of=OBJECTIVES)
+
+
+class SelectionGame(Game, Generic[Context]):
+    """The parts of a game with rules that do not depend on what is negotiated."""
+
+    protocol = "negotiation"
+    Settings = SelectionSettings
+    settings: SelectionSettings
+    final_prompt = "selection ?"  # what both sides are asked once the talk is closed
+    final_form = "policy states> {}"
+    close = CLOSE  # what an utterance that closes the talk ends with
+    selection_form: str  # for people: how a final statement is written
+
+    @cached_property
+    @abstractmethod
+    def splits(self) -> dict[str, list[Context]]: ...  # contexts of "train" and "heldout"
+    @abstractmethod
+    def scenario(self, context: Context, split: str) -> Scenario: ...  # as the two sides are told it
+
+    @abstractmethod
+    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
+        """Score the two final statements; None means that the talk ended without a close."""
+
+    def sample(self, rng: random.Random, split: str) -> Scenario:
+        if split not in self.splits:
+            raise ValueError(f"split = {split!r}: accepted is one of {', '.join(self.splits)}")
+        return self.scenario(rng.choice(self.splits[split]), split)
+
+    def closes(self, text: str) -> bool:
+        """Whether this utterance ends the talk, after which both sides state their selection."""
+        return text.endswith(CLOSE)
+
+    # ---- for people --------------------------------------------------------------------------------------------------
+
+    @property
+    def ending(self) -> str:  # type: ignore[override]
+        return (
+            f"To close the talk, end what you say with {self.close}; then both state a selection: "
+            f"{self.selection_form}."
+        )
+
+    @classmethod
+    def shown(cls, record: Mapping[str, Any]) -> Shown:
+        return replace(super().shown(record), stated="selects")
+
+    @classmethod
+    def verdict(cls, outcome: Mapping[str, Any]) -> str:
+        if outcome.get("agreed") and not outcome["failure"]:
+            return "deal, {:g} and {:g} points".format(*outcome["scores"])
+        return f"no deal: {cls.failure_in_words(outcome)}"
+
+    def can_state(self, scenario: Scenario, text: str) -> bool:
+        return self.judge(scenario, (text, text)).failure not in UNCLEAR
+
+    def result(self, outcome: Outcome, side: int) -> str:
+        end = "Agreed" if outcome.agreed else f"No deal ({outcome.failure})"
+        return f"{end}: you score {outcome.scores[side]:g}, the policy {outcome.scores[1 - side]:g}."
+
+
+def split_by_class(
+    contexts: Sequence[Context], class_of: Callable[[Context], Hashable]
+) -> dict[str, list[Context]]:
+    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth of them is held out."""
+    classes = sorted({class_of(context) for context in contexts})  # type: ignore[type-var]
+    random.Random(0).shuffle(classes)
+    heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])
+    split: dict[str, list[Context]] = {"train": [], "heldout": []}
+    for context in contexts:
+        split["heldout" if class_of(context) in heldout else "train"].append(context)
+    return split

@@ -1,0 +1,88 @@
+"""What a side has before it when it speaks, as ids: a context that grows, one of the latest turns, or one for a final statement.
+
+Nothing that was sampled is tokenised again: turns go into a context with the ids that they have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.games.game import Game, Scenario
+from duologue.rollout.selfplay.dialogue import Turn, View
+from duologue.rollout.selfplay.rules import Rules
+
+
+class Contexts:
+    """Of all dialogues on one game. `grows`: a side's context lives as long as the dialogue, and its KV stays."""
+
+    def __init__(self, tokenizer: Tokenizer, game: Game, rules: Rules) -> None:
+        self.tokenizer, self.game, self.rules = tokenizer, game, rules
+        self.grows = rules.context == "full" and not game.alone
+        self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
+        self.question_ids = tokenizer.encode(game.final_prompt) if game.final_prompt else None
+
+    def private_ids(self, scenario: Scenario) -> tuple[list[int], list[int]]:
+        """What each side is told: the shared text first, so that its KV is shared too."""
+        shared = self._encode(scenario.shared_text)
+        first, second = (self.tokenizer.encode(text) for text in scenario.private_text)
+        return [*shared, *first], [*shared, *second]
+
+    def recent(self, scenario: Scenario, role: int, turns: Sequence[Turn]) -> View:
+        """A context of `role` in which only these turns were said before."""
+        chat, view = self.chat, View()
+        view.prompt(chat.open(self.private_ids(scenario)[role]))
+        for turn in turns:
+            words = self._words(turn)
+            view.prompt(chat.said(words) if turn.role == role else chat.heard(words))
+        view.prompt(chat.reply())
+        return view
+
+    def final(self, scenario: Scenario, turns: Sequence[Turn]) -> View:
+        """The context of a final statement that is made apart from the talk: the shared text, then the game's request with
+        all that was said, each turn after its persona's name."""
+        before, *after = self.game.final_parts(scenario)
+        request = self._encode(before)
+        for part in after:
+            for i, turn in enumerate(turns):
+                label = f"{scenario.personas[turn.role].name}: "
+                request += self._encode(f"\n\n{label}" if i else label) + self._words(turn)
+            request += self._encode(part)
+        chat, view = self.chat, View()
+        view.prompt(chat.open(self._encode(scenario.shared_text)) + chat.heard(request) + chat.reply())
+        return view
+
+    def length_after(self, scenario: Scenario, turns: Sequence[Turn], role: int) -> int:
+        """Tokens of the longest context that `role` can have to speak on next, once these turns were said."""
+        views = [self.recent(scenario, role, turns if self.grows else turns[-2:])]
+        if self.game.final_parts(scenario):
+            views.append(self.final(scenario, turns))
+        return max(len(view.token_ids) for view in views)
+
+    def longest(self) -> int:
+        """Tokens that the longest context of any dialogue can take."""
+        rules, chat = self.rules, self.chat
+        scenario = self.game.longest(lambda text: len(self._encode(text)))
+        said = max(len(chat.said([])), len(chat.reply()) + len(chat.close_reply(False)))
+        turns = 2 * rules.max_rounds
+        heard = turns if self.grows else 2
+        told = max(len(chat.open(ids)) for ids in self.private_ids(scenario))
+        talk = told + heard // 2 * (2 * rules.max_tokens_per_turn + said + len(chat.heard([])))
+        if not self.grows:
+            talk += len(chat.reply()) + rules.max_tokens_per_turn
+        if self.question_ids is not None:
+            talk += len(chat.heard(self.question_ids)) + said + rules.max_tokens_final
+        if not self.game.final_parts(scenario):
+            return talk
+        label = max((len(self._encode(f"\n\n{p.name}: ")) for p in scenario.personas), default=0)
+        words = turns * (rules.max_tokens_per_turn + label) if scenario.personas else 0
+        final = len(self.final(scenario, ()).token_ids) + words + rules.max_tokens_final
+        return final if self.game.alone else max(talk, final)
+
+    def _words(self, turn: Turn) -> list[int]:
+        """The ids of a turn without its stop token."""
+        stopped = turn.token_ids[-1:] and turn.token_ids[-1] in self.chat.stop_token_ids
+        return turn.token_ids[:-1] if stopped else turn.token_ids
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text) if text else []

@@ -1,0 +1,237 @@
+"""Who says the words of a side: the policy on its engine, an opponent on the same engine or another, a server, a person.
+
+All are a `Speaker`: they are asked for a turn and give its words back later, so that dialogues go on beside each other. What an
+opponent says is never trained.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+from duologue.rollout.judge.asking import Asking, Fallible
+from duologue.rollout.judge.ledger import Ledger
+from duologue.rollout.selfplay.dialogue import POLICY, Turn, View
+
+Message = dict[str, str]
+LEFT = "left"  # finish_reason of a person who ends a talk without a word
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Opponent:
+    """Has the side `role` in place of the policy: `adapter` of `engine`, or without one whoever speaks from outside."""
+
+    role: int
+    name: str
+    engine: Engine | None = None
+    adapter: int = 0
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Speak:
+    """A turn that a protocol waits for. It is answered with the words as text, or with None when nobody answered."""
+
+    role: int
+    kind: int  # of the words, an index into KINDS
+    view: View  # the context, and where the words go
+    branch: Branch | None  # the context in an engine; None of somebody from outside
+    grows: bool  # the context goes on after this turn
+    params: SamplingParams
+    told: str  # what the side was told, and what of the talk it heard, as text
+    heard: Sequence[Turn]
+    question: str = ""
+
+    def messages(self) -> list[Message]:
+        """The context as text. Neighbours of one role are one message, as some templates ask for."""
+        return messages(self.told, self.heard, self.role, self.question)
+
+
+class Speaker(Protocol):
+    """Says the words of a side."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was asked and not answered yet."""
+        ...
+
+    def open(self, token_ids: Sequence[int], adapter: int = 0) -> Branch | None:
+        """A live context that begins like this, for speakers that hold one."""
+        ...
+
+    def ask(self, turn: Speak) -> None:
+        """Begin to answer; returns at once."""
+        ...
+
+    def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
+        """What was answered since, after some work or, with `wait`, a little waiting; None is no answer."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Outside(Speaker, Fallible, Protocol):
+    """A speaker without an engine here: a server or a person."""
+
+
+class EngineSpeaker:
+    """A policy on an engine; several adapters of it run in the same steps."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._turns: dict[Request, Speak] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._turns)
+
+    def open(self, token_ids: Sequence[int], adapter: int = 0) -> Branch:
+        return self.engine.open(token_ids, adapter) if adapter else self.engine.open(token_ids)
+
+    def ask(self, turn: Speak) -> None:
+        assert turn.branch is not None
+        self._turns[self.engine.start(turn.branch, turn.params)] = turn
+
+    def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
+        return [(self._turns.pop(request), request.completion) for request in self.engine.step()]
+
+    def close(self) -> None:
+        return
+
+
+class Server:
+    """A server with OpenAI's chat completions. It hears the talk as text; what it says is tokenised once, here.
+
+    Every answer is kept in a ledger under what was asked, so that a resumed run hears the same.
+    """
+
+    who = "the opponent's server"
+
+    def __init__(
+        self, url: str, model: str, ledger: Ledger, tokenizer: Tokenizer, max_unscored_share: float, **limits: Any
+    ) -> None:
+        """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
+        from duologue.rollout.judge.endpoint import ChatEndpoint
+
+        self.max_unscored_share = max_unscored_share
+        self._asking = Asking(ChatEndpoint(url, model, **limits), ledger)
+        self._tokenizer = tokenizer
+
+    @property
+    def busy(self) -> bool:
+        return self._asking.busy
+
+    @property
+    def last_fault(self) -> str:
+        return self._asking.last_fault
+
+    def open(self, token_ids: Sequence[int], adapter: int = 0) -> None:
+        return None
+
+    def ask(self, turn: Speak) -> None:
+        params = turn.params
+        assert params.seed is not None
+        body = {
+            "messages": turn.messages(),
+            "max_tokens": params.max_new_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "seed": params.seed % 2**31,  # some servers take 32 bits
+        }
+        self._asking.ask(turn, kind="turn", version="turn", text=json.dumps(body), read=str)
+
+    def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
+        answers = self._asking.answers(0.02 if wait else 0.0)
+        return [(turn, None if text is None else self._completion(turn, text)) for turn, text in answers]
+
+    def _completion(self, turn: Speak, text: str) -> Completion:
+        """As a reply of the policy would be: it ends with the stop token, unless it is cut at the limit of a turn."""
+        ids, limit = self._tokenizer.encode(text.strip()), turn.params.max_new_tokens
+        end = self._tokenizer.turn_chat.end_token_id
+        return Completion(token_ids=[*ids, end] if len(ids) < limit else ids[:limit])
+
+    def close(self) -> None:
+        self._asking.close()
+
+
+class Speakers:
+    """Finds who has a side, and lets all who were asked go on."""
+
+    def __init__(self, policy: Speaker) -> None:
+        self.policy = policy
+        self.outside: Outside | None = None
+        self._engines: dict[Engine, EngineSpeaker] = {}
+        if isinstance(policy, EngineSpeaker):
+            self._engines[policy.engine] = policy
+
+    def of(self, opponent: Opponent | None, role: int) -> Speaker:
+        if opponent is None or opponent.role != role:
+            return self.policy
+        if opponent.engine is not None:
+            return self._engines.setdefault(opponent.engine, EngineSpeaker(opponent.engine))
+        assert self.outside is not None
+        return self.outside
+
+    def open(self, opponent: Opponent | None, role: int, token_ids: Sequence[int]) -> Branch | None:
+        """A context of a side, where its speaker holds one."""
+        adapter = opponent.adapter if opponent is not None and opponent.role == role else 0
+        return self.of(opponent, role).open(token_ids, adapter)
+
+    @property
+    def busy(self) -> bool:
+        return any(speaker.busy for speaker in self._all())
+
+    def answered(self) -> list[tuple[Speak, Completion | None]]:
+        """One step of every engine at work, and what came from outside, for which it waits where nothing else is to do."""
+        answers: list[tuple[Speak, Completion | None]] = []
+        idle = True
+        for speaker in self._all():
+            if speaker.busy:
+                answers += speaker.answered(wait=idle)
+                idle = False
+        return answers
+
+    def _all(self) -> Iterator[Speaker]:
+        yield from dict.fromkeys([self.policy, *self._engines.values()])
+        if self.outside is not None:
+            yield self.outside
+
+    def close(self) -> None:
+        for speaker in self._all():
+            speaker.close()
+
+
+def prefill(branches: Sequence[Branch | None]) -> None:
+    """Compute the KV of contexts that will be forked or shared."""
+    by_engine: dict[Engine, list[Branch]] = {}
+    for branch in branches:
+        if branch is not None:
+            assert branch.engine is not None
+            by_engine.setdefault(branch.engine, []).append(branch)
+    for engine, opened in by_engine.items():
+        engine.prefill(opened)
+
+
+def players(opponent: Opponent | None) -> tuple[str, str]:
+    """Who has side 0 and side 1."""
+    if opponent is None:
+        return POLICY, POLICY
+    return (opponent.name, POLICY) if opponent.role == 0 else (POLICY, opponent.name)
+
+
+def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") -> list[Message]:
+    """What `role` was told, has heard and said, as the messages of a chat."""
+    said = [("assistant" if t.role == role else "user", t.text) for t in turns if t.kind == "utterance"]
+    if question:
+        said.append(("user", question))
+    chat = [{"role": "system", "content": told}]
+    for speaker, text in said:
+        if chat[-1]["role"] == speaker:
+            chat[-1]["content"] += f"\n\n{text}"
+        else:
+            chat.append({"role": speaker, "content": text})
+    return chat

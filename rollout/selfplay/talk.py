@@ -1,0 +1,160 @@
+"""One dialogue being held, as its protocol sees it: what was said, and what can be waited for next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from duologue.rollout.engine.sequence import Branch, Completion
+from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.judge.questions import Case
+from duologue.rollout.seeds import derive_seed
+from duologue.rollout.selfplay.contexts import Contexts
+from duologue.rollout.selfplay.dialogue import (
+    FINAL,
+    KINDS,
+    POLICY,
+    UTTERANCE,
+    Dialogue,
+    Transcript,
+    Turn,
+    View,
+)
+from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers, players
+
+
+@dataclass(kw_only=True, slots=True, eq=False)
+class Question:
+    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there is none."""
+
+    kind: str
+    case: Case
+
+
+class Talk:
+    """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what `turn` and `question` make."""
+
+    def __init__(
+        self,
+        contexts: Contexts,
+        speakers: Speakers,
+        scenario: Scenario,
+        branches: Sequence[Branch | None],
+        *,
+        first: int,
+        seed: int,
+        opponent: Opponent | None,
+    ) -> None:
+        """`branches` hold the growing contexts of both sides, where they grow."""
+        self.game: Any = contexts.game  # a protocol knows what its games have
+        self.rules, self.scenario, self.first = contexts.rules, scenario, first
+        self.opponent, self.players = opponent, players(opponent)
+        self._left = False
+        self.dialogue: Dialogue | None = None
+        self._contexts, self._speakers = contexts, speakers
+        self._seed, self._branches = seed, branches
+        self._transcript = Transcript(contexts.chat, contexts.private_ids(scenario))
+        self._version = -1  # of the weights
+        self._views: list[tuple[int, View]] = []  # with the role of each
+        if contexts.grows:
+            self._views += enumerate(self._transcript.views)
+
+    @property
+    def turns(self) -> list[Turn]:
+        return self._transcript.turns
+
+    def left(self) -> bool:
+        """Whether a person has ended the talk without a word."""
+        return self._left
+
+    def turn(self, role: int, kind: int = UTTERANCE, draw: int | str | None = None) -> Speak:
+        """`role`'s next words. Draws of a dialogue that must differ have different `draw`s, by default the turn's number."""
+        seed = derive_seed(self._seed, len(self.turns) if draw is None else draw)
+        question = self.game.final_prompt if kind == FINAL else ""
+        apart = kind == FINAL and bool(self.game.final_parts(self.scenario))
+        if self._contexts.grows and not apart:
+            view, branch = self._growing(role, bool(question))
+            heard: Sequence[Turn] = self.turns
+        else:
+            heard = self.turns if apart else self.turns[-2:]
+            if apart:
+                view = self._contexts.final(self.scenario, heard)
+            else:
+                view = self._contexts.recent(self.scenario, role, heard)
+            self._views.append((role, view))
+            branch = self._speakers.open(self.opponent, role, view.token_ids)
+        return Speak(
+            role=role,
+            kind=kind,
+            view=view,
+            branch=branch,
+            grows=self._contexts.grows and not apart,
+            params=self.rules.sampling(kind, seed, self._contexts.chat.stop_token_ids),
+            told=self.scenario.shared_text + self.scenario.private_text[role],
+            heard=[*heard],
+            question=question,
+        )
+
+    def _growing(self, role: int, asked: bool) -> tuple[View, Branch | None]:
+        """The side's context; its branch gets exactly the ids that the view gained since it last spoke."""
+        self._transcript.ask(role, self._contexts.question_ids if asked else None)
+        view, branch = self._transcript.views[role], self._branches[role]
+        if branch is not None:
+            branch.append(view.token_ids[len(branch) :])
+        return view, branch
+
+    def question(self, kind: str) -> Question:
+        """A question to the judge about what was said so far."""
+        case = Case(
+            dilemma=self.scenario.shared_text,
+            personas=self.scenario.personas,
+            turns=tuple((turn.role, turn.text) for turn in self.turns if turn.kind != "final"),
+            completion="".join(turn.text for turn in self.turns if turn.kind == "final"),
+        )
+        return Question(kind=kind, case=case)
+
+    def hear(self, asked: Speak, completion: Completion | None) -> str | None:
+        """Take the words that were asked for into the dialogue."""
+        if completion is None:
+            return None
+        if completion.finish_reason == LEFT:
+            self._left = True
+            return ""
+        if asked.branch is not None:
+            version = completion.weights_version
+            assert self._version in (-1, version), "the weights changed within a dialogue"
+            self._version = version
+        ids, logprobs = completion.token_ids, completion.logprobs or None
+        opponent = self.players[asked.role] != POLICY
+        text = self._contexts.tokenizer.decode(ids).strip()
+        if asked.grows:
+            self._transcript.say(asked.role, ids, logprobs, asked.kind, text, completion.kept, opponent)
+            return text
+        if opponent:
+            asked.view.prompt(ids)
+        else:
+            asked.view.said(ids, logprobs, asked.kind, completion.kept)
+        if asked.branch is not None:
+            assert asked.view.token_ids == asked.branch.token_ids, "a branch and its view went apart"
+            asked.branch.close()
+        kind = KINDS[asked.kind]
+        self.turns.append(Turn(role=asked.role, kind=kind, text=text, token_ids=ids, logprobs=logprobs))
+        return text
+
+    def end(self, outcome: Outcome | None) -> None:
+        """The protocol is through; without an outcome the dialogue is unscored."""
+        for view, branch in zip(self._transcript.views, self._branches, strict=False):
+            if branch is not None:
+                assert view.token_ids[: len(branch)] == branch.token_ids, "a branch and its view went apart"
+                branch.close()
+        self.dialogue = Dialogue(
+            scenario=self.scenario,
+            first_speaker=self.first,
+            turns=self.turns,
+            views=tuple(view for _, view in self._views),
+            view_roles=tuple(role for role, _ in self._views),
+            players=self.players,
+            outcome=outcome,
+            weights_version=self._version,
+        )

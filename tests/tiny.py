@@ -1,0 +1,101 @@
+"""Tiny models, and settings of tiny runs, that tests share."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from duologue.grpo.config import load_config
+from duologue.grpo.console import Progress
+from duologue.grpo.run_dir import RunDir, read_lines
+from duologue.grpo.trainer import train
+from duologue.model.config import ModelConfig
+from duologue.model.decoder import Decoder
+from duologue.model.tokenizer import Tokenizer
+
+MODEL = [
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+    "model.vocab_size=300",
+    "model.max_position=400",
+    "rollout.cache_tokens=4096",
+]
+TINY = [  # of a command that only has to run
+    *MODEL,
+    "model.num_layers=1",
+    "imitation.steps=2",
+    "imitation.dialogues=50",
+    "imitation.dialogues_per_step=4",
+    "train.steps=2",
+    "train.save_every=1",
+    "grpo.group_size=2",
+    "grpo.groups_per_step=2",
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=8",
+    "dialogue.max_tokens_final=6",
+    "eval.dialogues=4",
+]
+RUN = [  # of a run of eight steps, with all that a run can have
+    *MODEL,
+    "model.num_layers=2",
+    "imitation.steps=4",
+    "imitation.dialogues=200",
+    "imitation.dialogues_per_step=6",
+    "train.steps=4",
+    "train.save_every=1",
+    "train.kl_every=2",
+    "train.tokens_per_microbatch=700",
+    "grpo.group_size=4",
+    "grpo.groups_per_step=2",
+    "grpo.imitation_coef=0.5",
+    "dialogue.max_rounds=2",
+    "dialogue.max_tokens_per_turn=10",
+    "dialogue.max_tokens_final=8",
+    "eval.dialogues=8",
+]
+VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
+
+
+def model_config(**shape: Any) -> ModelConfig:
+    """Of a Qwen3; `shape` is what differs."""
+    tiny = {
+        "model_type": "qwen3",
+        "vocab_size": 40,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+    }
+    return ModelConfig(**{**tiny, **shape})
+
+
+def decoder(seed: int = 0, **shape: Any) -> Decoder:
+    """With weights from `seed`."""
+    model = Decoder(model_config(**shape))
+    model.init_weights(seed)
+    return model
+
+
+def all_text(tokenizer: Tokenizer, token_ids: Iterable[int]) -> str:
+    """With the special tokens, which `Tokenizer.decode` leaves out."""
+    text: str = tokenizer._core.decode(list(token_ids), skip_special_tokens=False)
+    return text
+
+
+def run_whole(path: Path, *more: str) -> dict[str, Any]:
+    """A run of the deal recipe to its end, tiny but for `more`; its summary."""
+    config = load_config("deal", [*RUN, *more])
+    return train(config, RunDir.create(path, config.to_toml()), Progress(quiet=True), threading.Event())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_lines(path / "metrics.jsonl")]
