@@ -12,10 +12,11 @@ import torch
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
+from duologue.model.files import read_json
 from duologue.model.lora import LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
-from duologue.model.tokenizer import Tokenizer, read_json
+from duologue.model.tokenizer import Tokenizer
 from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finite, stored_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn

@@ -338,12 +338,18 @@ def _rope_settings(
         raise ValueError(f"rope_type = {kind!r} in config.json lacks {', '.join(missing)}")
     numbers = {name: _number(rope, name, 0.0, above=1e-6) for name in names}
     if kind == "linear":
-        return theta, RopeScaling(kind=kind, **numbers)
+        return theta, RopeScaling(kind=kind, factor=numbers["factor"])
     key = "original_max_position_embeddings"  # beside the other keys of config.json it counts more
     original = _required({key: raw.get(key, rope.get(key, max_position))}, key)
     if kind == "llama3":
         _number(rope, "high_freq_factor", 0.0, above=numbers["low_freq_factor"])
-        return theta, RopeScaling(kind=kind, original_max_position=original, **numbers)
+        return theta, RopeScaling(
+            kind=kind,
+            factor=numbers["factor"],
+            low_freq_factor=numbers["low_freq_factor"],
+            high_freq_factor=numbers["high_freq_factor"],
+            original_max_position=original,
+        )
     if theta == 1.0:
         raise ValueError("rope_theta = 1 in config.json: accepted with rope_type 'yarn' is any other")
     usual = {"beta_fast": 32.0, "beta_slow": 1.0}  # of what is null or, as in transformers, 0
@@ -352,7 +358,8 @@ def _rope_settings(
         kind=kind,
         factor=numbers["factor"],
         original_max_position=original,
-        **betas,
+        beta_fast=betas["beta_fast"],
+        beta_slow=betas["beta_slow"],
         truncate=_flag(rope, "truncate", True),
         attention_factor=_attention_factor(rope, numbers["factor"]),
     )

@@ -13,6 +13,7 @@ from typing import Any
 import tokenizers
 from duologue.model.chat import Chat, Offsets
 from duologue.model.config import token_ids
+from duologue.model.files import kept_files, read_json, read_text
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
@@ -27,11 +28,6 @@ TEMPLATE = (
 
 # What may stand before a content for it to have the ids that it has in the chat template.
 ANCHORS = ("", "\n")
-# Files beside the weights that leave with a checkpoint as they came: by ending, but not by name.
-KEPT_ENDINGS = ("", ".json", ".txt", ".jinja", ".model", ".md", ".py")
-NOT_KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
-OF_RUNS = ("adapter_config.json", "trainer_state.json", "lines.json")
-MOST_KEPT_BYTES = 2**27
 
 
 class Tokenizer:
@@ -258,7 +254,7 @@ class Tokenizer:
             eos = token_ids(read_json(folder / "config.json"), "eos_token_id", str(folder / "config.json"))
         template = _read_template(folder, settings)
         try:
-            return cls(core, settings, template, eos, generation, _kept_files(folder))
+            return cls(core, settings, template, eos, generation, kept_files(folder))
         except ValueError as error:
             raise ValueError(f"{folder}: {error}") from error
 
@@ -331,41 +327,6 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
             "or templates by name"
         )
     return _templates(found).get("default")
-
-
-def _kept_files(folder: Path) -> dict[str, bytes]:
-    """What leaves with a checkpoint as it came: vocabulary, licence, further templates, code; no weights."""
-    files = [*folder.glob("*"), *folder.glob("additional_chat_templates/*.jinja")]
-    names = {str(file.relative_to(folder)): file for file in files if file.is_file()}
-    return {
-        name: file.read_bytes()
-        for name, file in sorted(names.items())
-        if file.suffix in KEPT_ENDINGS
-        and name not in (*NOT_KEPT, *OF_RUNS)
-        and not name.startswith(".")
-        and not name.endswith(".index.json")
-        and file.stat().st_size <= MOST_KEPT_BYTES
-    }
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file, empty when there is no file; ValueError when it holds something else."""
-    if not path.is_file():
-        return {}
-    try:
-        found = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:

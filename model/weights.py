@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.model.tokenizer import read_json
+from duologue.model.files import read_json
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
