@@ -1,4 +1,5 @@
-"""One list of cases per op, shared by its tests, its gradient checks and its bench. Odd sizes are for the tests."""
+"""One list of cases per op, shared by its tests, its gradient checks and its bench. Odd sizes are for the
+tests."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ ODD, LARGE = "odd", "large"
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`make(dtype)` gives the arguments of the op; `flops` and `bytes_` (per element size) what a call must do at least."""
+    """`make(dtype)` gives the arguments of the op; `flops` and `bytes_` (per element size) what a call must
+    do at least."""
 
     op: str
     name: str
@@ -25,21 +27,22 @@ class Case:
     elements: float = 0.0  # read and written
 
 
-def _randn(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
+def randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """The same numbers for a shape and seed every time."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed)).to(dtype)
 
 
 def _linear(M: int, K: int, O: int, kind: str, bias: bool = False) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        return _randn(M, K, dtype=dtype), _randn(O, K, dtype=dtype), _randn(O, dtype=dtype) if bias else None
+        return randn(M, K, dtype=dtype), randn(O, K, dtype=dtype), randn(O, dtype=dtype) if bias else None
 
     return Case("linear", f"M={M} K={K} O={O}", kind, make, 2.0 * M * K * O, M * K + K * O + M * O)
 
 
 def _norm(N: int, K: int, kind: str, residual: bool) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        x = _randn(N, K, dtype=dtype)
-        return (x, x.flip(0), _randn(K, dtype=dtype), 1e-6) if residual else (x, _randn(K, dtype=dtype), 1e-6)
+        x = randn(N, K, dtype=dtype)
+        return (x, x.flip(0), randn(K, dtype=dtype), 1e-6) if residual else (x, randn(K, dtype=dtype), 1e-6)
 
     return Case(
         "add_rms_norm" if residual else "rms_norm",
@@ -55,7 +58,7 @@ def _silu(N: int, K: int, kind: str) -> Case:
         "silu_mul",
         f"N={N} I={K}",
         kind,
-        lambda d: (_randn(N, K, dtype=d), _randn(N + 1, K, dtype=d)[1:].contiguous()),
+        lambda d: (randn(N, K, dtype=d), randn(N + 1, K, dtype=d)[1:].contiguous()),
         elements=3 * N * K,
     )
 
@@ -65,8 +68,8 @@ def _rope(T: int, H: int, G: int, D: int, kind: str) -> Case:
         angles = torch.arange(256).float().unsqueeze(1) * torch.arange(1, D // 2 + 1).float() / D
         positions = torch.arange(T) * 7 % 256
         return (
-            _randn(T, H, D, dtype=dtype),
-            _randn(T, G, D, dtype=dtype),
+            randn(T, H, D, dtype=dtype),
+            randn(T, G, D, dtype=dtype),
             angles.cos(),
             angles.sin(),
             positions,
@@ -80,7 +83,7 @@ def _logprob(N: int, V: int, kind: str) -> Case:
         "logprob",
         f"N={N} V={V}",
         kind,
-        lambda d: (3 * _randn(N, V, dtype=d), torch.arange(N) * 31 % V, 0.7),
+        lambda d: (3 * randn(N, V, dtype=d), torch.arange(N) * 31 % V, 0.7),
         elements=N * V,
     )
 

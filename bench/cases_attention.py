@@ -1,4 +1,5 @@
-"""Cases of attention and sampling, in the form of cases.py, with what torch offers for the same work beside each."""
+"""Cases of attention and sampling, in the form of cases.py, with what torch offers for the same work beside
+each."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ def _offsets(lengths: list[int]) -> Tensor:
 
 
 def _packed(op: str, S: int, L: int, Hq: int, Hk: int, D: int, kind: str) -> Case:
-    """S sequences of L tokens; causal, so half of the L x L scores count. The backward has five products to the forward's two."""
+    """S sequences of L tokens; causal, so half of the L x L scores count. The backward has five products to
+    the forward's two."""
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(L)
@@ -32,7 +34,8 @@ def _packed(op: str, S: int, L: int, Hq: int, Hk: int, D: int, kind: str) -> Cas
 
 
 def _decode(S: int, L: int, Hq: int, Hk: int, D: int, kind: str, page: int = 16) -> Case:
-    """One query each for S sequences of L tokens, pages in random order: bound by reading the keys and values once."""
+    """One query each for S sequences of L tokens, pages in random order: bound by reading the keys and values
+    once."""
 
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
         generator = torch.Generator().manual_seed(L)

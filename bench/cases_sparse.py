@@ -9,17 +9,14 @@ import torch
 from duologue.kernels import ops, reference
 from torch import Tensor
 
-from bench.cases import LARGE, ODD, Case
+from bench.cases import LARGE, ODD, Case, randn
 
 TRAIN = "sparse_linear_logprob forward and backward"
 
 
-def _randn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape) + seed)).to(dtype)
-
-
 def support(N: int, V: int, most: int, whole: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(targets, kept ids, offsets): 1 to `most` ids per row, the target among them; every `whole`-th row has none listed."""
+    """(targets, kept ids, offsets): 1 to `most` ids per row, the target among them; every `whole`-th row has
+    none listed."""
     g = torch.Generator().manual_seed(N + V)
     rows = []
     for n in range(N):
@@ -41,9 +38,9 @@ def _sparse(
     op: str, N: int, H: int, V: int, most: int, kind: str, *, whole: int = 0, extras: bool = False
 ) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        head = _randn(N, H, dtype=dtype), _randn(V, H, dtype=dtype, seed=1) * H**-0.5 * 3
+        head = randn(N, H, dtype=dtype), randn(V, H, dtype=dtype, seed=1) * H**-0.5 * 3
         temperature = 0.5 + torch.rand(N, generator=torch.Generator().manual_seed(N))
-        more = (_randn(V, dtype=dtype, seed=2), 4.0) if extras else ()
+        more = (randn(V, dtype=dtype, seed=2), 4.0) if extras else ()
         return *head, *support(N, V, most, whole), temperature, *more
 
     return Case(
@@ -57,7 +54,7 @@ def _sparse(
 
 def _sample(N: int, H: int, V: int, kind: str, top_p: float = 1.0) -> Case:
     def make(dtype: torch.dtype) -> tuple[Any, ...]:
-        head = _randn(N, H, dtype=dtype), _randn(V, H, dtype=dtype, seed=1) * H**-0.5 * 3
+        head = randn(N, H, dtype=dtype), randn(V, H, dtype=dtype, seed=1) * H**-0.5 * 3
         ones, ids = torch.ones(N), torch.arange(N)
         return *head, ones, 0 * ones.int(), top_p * ones, 0 * ones, ids, ids
 

@@ -9,37 +9,90 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from duologue.kernels import ops
+from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def calls(
+    run: Callable[[], Any],
+    *,
+    seconds: float = 0.5,
+    fewest: int = 5,
+    most: int = 50,
+    warm_up: float = 0.01,
+    device: str = "cpu",
+) -> list[float]:
+    """Seconds of each of `fewest` to `most` calls, sorted; about `seconds` for all of them. By events on a
+    GPU.
+
+    Calls in the first `warm_up` seconds, in which threads find their cores, do not count.
+    """
+    clock = _seconds if device == "cpu" else _device_seconds
+    ends = time.perf_counter() + warm_up
+    while time.perf_counter() < ends:
+        run()
+    found: list[float] = []
+    ends = time.perf_counter() + seconds
+    while len(found) < fewest or (len(found) < most and time.perf_counter() < ends):
+        found.append(clock(run))
+    return sorted(found)
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _device_seconds(run: Callable[[], Any]) -> float:
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
 def take_turns(
-    runs: Mapping[str, Callable[[], Any]], *, repeats: int = 100, seconds: float = 0.5
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 3, seconds: float = 0.5
 ) -> dict[str, list[float]]:
-    """Seconds per call of each run, sorted. The runs alternate in blocks, so that all see the same machine. A pause between blocks
-    lets the other side's spinning threads fall asleep, and a block's first 10 ms, in which threads find their cores, do not count."""
+    """Seconds of the calls of each run, sorted. The runs alternate, so that all see the same machine.
+
+    In a round each run has a block of calls, `seconds` in all rounds together, or one call where that is 0:
+    for runs that take seconds themselves. A pause between blocks lets the other side's spinning threads fall
+    asleep.
+    """
+    for run in runs.values():
+        run()
     found: dict[str, list[float]] = {name: [] for name in runs}
-    for name, run in runs.items():
-        run()
-        began = time.perf_counter()
-        run()
-        once = time.perf_counter() - began
-        found[name].append(once)
-    for _ in range(3):
+    for _ in range(rounds):
         for name, run in runs.items():
             time.sleep(0.05)
-            began = time.perf_counter()
-            while time.perf_counter() - began < 0.01:
-                run()
-            for _ in range(max(2, min(repeats, int(seconds / 3 / max(found[name][0], 1e-6))))):
-                began = time.perf_counter()
-                run()
-                found[name].append(time.perf_counter() - began)
-    return {name: sorted(values[1:]) for name, values in found.items()}
+            if seconds:
+                found[name] += calls(run, seconds=seconds / rounds, fewest=2, most=100)
+            else:
+                found[name].append(_seconds(run))
+    return {name: sorted(times) for name, times in found.items()}
+
+
+def tokens_per_second(runs: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+    """The median of each run, which returns how many tokens it made; the runs take turns."""
+    tokens: dict[str, int] = {}
+
+    def counted(name: str, run: Callable[[], int]) -> None:
+        tokens[name] = run()
+
+    times = take_turns(
+        {name: partial(counted, name, run) for name, run in runs.items()}, rounds=rounds, seconds=0
+    )
+    return {name: tokens[name] / statistics.median(times[name]) for name in runs}
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
@@ -48,11 +101,31 @@ def quantiles(values: list[float]) -> tuple[float, float, float]:
     return cuts[1], cuts[4], cuts[7]
 
 
-def copy_bandwidth() -> float:
-    """Bytes per second, read plus written, of copying 256 MB."""
-    source = torch.ones(64 * 2**20)
+def copy_bandwidth(device: str = "cpu", size: int = 2**28) -> float:
+    """Bytes per second, read plus written, of copying `size` bytes."""
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / take_turns({"copy": lambda: target.copy_(source)}, repeats=5)["copy"][0]
+    return 2 * source.nbytes / calls(lambda: target.copy_(source), device=device)[0]
+
+
+def product_rate(x: Tensor, weight: Tensor) -> float:
+    """FLOP per second of x [M, K] @ weight [O, K]^T, on CPU by torch or by our own, whichever is faster."""
+    runs = [lambda: x @ weight.t()]
+    if x.device.type == "cpu":
+        runs.append(lambda: ops.linear(x, weight))
+    with torch.no_grad():
+        best = min(calls(run, device=x.device.type)[0] for run in runs)
+    return 2 * len(x) * weight.numel() / best
+
+
+def ceilings(device: str, tiny: bool = False) -> tuple[float, float]:
+    """(bytes per second of a copy, FLOP per second of a product in bf16 on a GPU and fp32 on CPU), here and
+    now."""
+    size, side, dtype = (2**31, 8192, torch.bfloat16) if device != "cpu" else (2**28, 1024, torch.float32)
+    if tiny:
+        size, side = 2**14, 64
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return copy_bandwidth(device, size), product_rate(a, a)
 
 
 def commit() -> str:

@@ -1,18 +1,15 @@
 """Compiles every Triton kernel ahead of time for A100, H100 / H200 and B200; no GPU or driver is needed.
 
-    python -m bench.compile_check [--chips 80,90,100] [--only SUBSTRING] [--jobs 2] [--json]      from the root
+    python -m bench.compile_check [--chips 80,90,100] [--only SUBSTRING] [--jobs 2] [--json]   from the root
 
-Prints per kernel and chip the registers, bytes of stack (spills), shared memory and tensor-core instructions, and one JSON line
-last. Exits 1 when a kernel does not compile, spills more than SPILL_BYTES, or needs more shared memory than the chip has.
-
-The cases are those of bench/compile_cases.py and of each module of kernels/ that offers `compile_cases()`: (kernel, types of its
-arguments by name, constants by name, warps).
+Prints per kernel and chip the registers, bytes of stack (spills), shared memory and tensor-core instructions,
+and one JSON line last. Exits 1 when a kernel does not compile, spills more than SPILL_BYTES, or needs more
+shared memory than the chip has. The cases are those of bench/compile_cases.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import re
 import subprocess
@@ -27,48 +24,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ROOT = Path(__file__).resolve().parent.parent
+from bench.compile_cases import LAUNCH, Case, compile_cases
+
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a thread block's most
 SPILL_BYTES = 128  # the fp32 form of attention, which is there for tests, spills a little
-LAUNCH = ("num_stages", "enable_fp_fusion")  # constants that are launch options
-Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
 
 def cases() -> list[tuple[str, Case]]:
-    """(name, case) of all modules, in one order."""
-    names = sorted(
-        f"duologue.kernels.{p.stem}"
-        for p in (ROOT / "kernels").glob("*.py")
-        if "def compile_cases" in p.read_text("utf-8")
-    )
-    found = []
-    for module in ["bench.compile_cases", *names]:
-        for case in importlib.import_module(module).compile_cases():
-            kernel, signature, constants, _ = case
-            types = "/".join(sorted({t[1:] for t in signature.values() if t in ("*fp32", "*bf16", "*fp16")}))
-            flags = " ".join(f"{k}={int(v)}" for k, v in constants.items())
-            found.append((f"{kernel.__name__} {types} {flags}", case))
-    return found
+    """(name, case) of all, in one order."""
+    return [(case_name(case), case) for case in compile_cases()]
+
+
+def case_name(case: Case) -> str:
+    kernel, signature, constants, _ = case
+    types = "/".join(sorted({t[1:] for t in signature.values() if t in ("*fp32", "*bf16", "*fp16")}))
+    flags = " ".join(f"{name}={int(value)}" for name, value in constants.items())
+    return f"{kernel.__name__} {types} {flags}"
 
 
 def compile_one(case: Case, chip: int) -> Any:
     kernel, signature, constants, warps = case
-    launch = {k: v for k, v in constants.items() if k in LAUNCH}
-    options, constants = (
-        {"num_warps": warps, **launch},
-        {k: v for k, v in constants.items() if k not in LAUNCH},
-    )
+    options = {"num_warps": warps, **{name: constants[name] for name in LAUNCH if name in constants}}
+    flags = {name: value for name, value in constants.items() if name not in LAUNCH}
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    loose = {
-        p.name for p in kernel.params if p.do_not_specialize
-    }  # pointers and sizes are usually multiples of 16
-    aligned = [
-        i
-        for i, name in enumerate(types)
-        if types[name][0] == "*" or (types[name] in ("i32", "i64") and name not in loose)
-    ]
-    attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
-    source = ASTSource(kernel, types, constants, attributes)
+    loose = {p.name for p in kernel.params if p.do_not_specialize}
+    attributes = {}
+    for i, (name, kind) in enumerate(types.items()):  # pointers and sizes are usually multiples of 16
+        if kind.startswith("*") or (kind in ("i32", "i64") and name not in loose):
+            attributes[i,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, types, flags, attributes)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
 
 
@@ -78,12 +62,11 @@ def resources(cubin: bytes) -> tuple[int, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    assert found is not None, text
-    return int(found[1]), int(found[2])
+        command = [tool, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert usage is not None, text
+    return int(usage[1]), int(usage[2])
 
 
 def check(index: int, chip: int) -> dict[str, Any]:

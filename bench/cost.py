@@ -1,11 +1,13 @@
-"""What a dialogue of `collective-agency` costs: requests, tokens and seconds, by a model of the machine that is checked here.
+"""What a dialogue of `collective-agency` costs: requests, tokens and seconds, by a model of the machine that
+is checked here.
 
     python -m bench.cost [--dialogues 16] [--rounds 3] [--json] [--save]
 
-Plays the recipe's protocol on the shipped dilemmas with a random 4.2M model and a judge in this process that agrees after --rounds
-rounds, and makes the update. What was counted (steps, tokens, contexts) goes into the cost model with the rates of a copy and of a
-matrix product measured here; the table shows predicted beside measured seconds. The same counts, in Qwen3-14B's shape and with the
-recipe's lengths, give the seconds on one H200 (4.3 TB/s, 790 TFLOP/s measured elsewhere). The paper reports 13 s per dialogue.
+Plays the recipe's protocol on the shipped dilemmas with a random 4.2M model and a judge in this process that
+agrees after --rounds rounds, and makes the update. What was counted (steps, tokens, contexts) goes into the
+cost model with the rates of a copy and of a matrix product measured here; the table shows predicted beside
+measured seconds. The same counts, in Qwen3-14B's shape and with the recipe's lengths, give the seconds on one
+H200 (4.3 TB/s, 790 TFLOP/s measured elsewhere). The paper reports 13 s per dialogue.
 """
 
 from __future__ import annotations
@@ -33,13 +35,15 @@ from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.games.dilemma import DilemmaGame
-from duologue.rollout.judge.judge import Ask, FeedbackJudge
+from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.dialogue import assign_rewards
+from duologue.rollout.selfplay.rules import Rules
 
-from bench.common import append_rows
-from bench.workload import rates
+from bench.common import append_rows, ceilings
 
 ANSWER_TOKENS = 60  # of a judge
 LENGTHS = {"max_tokens_per_turn": 256, "max_tokens_final": 512}  # the recipe's
@@ -72,7 +76,8 @@ class Counts:
     judge_rounds: float  # questions one after the other
 
     def longer(self, factor: float) -> Counts:
-        """The same talks with turns `factor` times as long; openings keep their length, so this is an upper bound."""
+        """The same talks with turns `factor` times as long; openings keep their length, so this is an upper
+        bound."""
         return Counts(
             dialogues=self.dialogues,
             steps=self.steps * factor,
@@ -87,7 +92,8 @@ class Counts:
 
 
 def predict(counts: Counts, shape: Shape, bandwidth: float, rate: float) -> dict[str, float]:
-    """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever takes longer."""
+    """Seconds of each part. A decode step reads all weights once and each row's KV, or multiplies, whichever
+    takes longer."""
     read = (
         counts.steps * shape.bytes_ / bandwidth + counts.decode * counts.context * shape.kv_bytes / bandwidth
     )
@@ -148,7 +154,7 @@ def clocked(into: dict[str, float], name: str) -> Iterator[None]:
 def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, dict[str, float], Shape]:
     game = DilemmaGame()
     texts = [text for _, text, _ in game.items["train"]]
-    tokenizer = train_tokenizer([*texts, *(p.instructions for p in game.personas())], 4096)
+    tokenizer = train_tokenizer([*texts, *(p.instructions for _, pair in game.pairs for p in pair)], 4096)
     config = ModelConfig(
         model_type="qwen3",
         vocab_size=4096,
@@ -170,9 +176,9 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
         {kind: load_prompt(kind) for kind in REQUIRED},
         max_unscored_share=0.99,
     )
-    rules = TalkRules(max_rounds=rounds + 1, temperature=0.7, top_p=1.0, **lengths)
+    rules = Rules(max_rounds=rounds + 1, temperature=0.7, context="last_2", **lengths)
     engine = Engine(model)
-    arena = Deliberation(engine, tokenizer, game, rules, judge)
+    arena = Arena(engine, tokenizer, game, rules, judge)
     rng = random.Random(0)
     seconds: dict[str, float] = {}
     scenarios = [game.sample(rng, "train") for _ in range(max(1, dialogues // 8))]
@@ -181,7 +187,7 @@ def play(dialogues: int, rounds: int, lengths: dict[str, int]) -> tuple[Counts, 
     before = (engine.stats.steps, engine.stats.prefill_tokens, engine.stats.decode_tokens)
     with clocked(seconds, "rollout"):
         groups = arena.play(scenarios, group_size=min(8, dialogues), seed=0)
-    judge.settle([d for group in groups for d in group.dialogues])
+    assign_rewards(game, [d for group in groups for d in group.dialogues])
     steps, prefill, decode = (
         now - then
         for now, then in zip(
@@ -228,7 +234,7 @@ def main() -> int:
         parser.error("--dialogues, --rounds and --tokens: accepted is 1 or more")
     lengths = {"max_tokens_per_turn": args.tokens, "max_tokens_final": 2 * args.tokens}
     counts, seconds, shape = play(args.dialogues, args.rounds, lengths)
-    bandwidth, rate = rates("cpu")
+    bandwidth, rate = ceilings("cpu")
     here = predict(counts, shape, bandwidth, rate)
     rollout = here["prefill"] + here["decode"]
     there = predict(counts.longer(LENGTHS["max_tokens_per_turn"] / args.tokens), QWEN3_14B, *H200)

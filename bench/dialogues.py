@@ -1,11 +1,14 @@
-"""Two-persona dialogues on the engine beside a plain transformers loop, and what turns, groups and context cost.
+"""Two-persona dialogues on the engine beside transformers' `generate`, and what turns, groups and context
+cost.
 
     python bench/dialogues.py [--only ours] [--json] [--save] [--turns 6] [--tokens 48] [--groups 1]
     python bench/dialogues.py --device cuda --model 0.6B --only ours --groups 16
 
-A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which the sides alternate; G = 8
-dialogues per scenario. Ours keeps both sides' KV between turns and computes the scenario once for all. The loop feeds each turn's whole
-context to `generate`, batched over all dialogues. Both sample; tokens per second count sampled tokens only. Random Qwen3 weights, 4.2M.
+A dialogue: a shared scenario of 256 tokens, 16 private ones per side, then six turns of 48 tokens in which
+the sides alternate; G = 8 dialogues per scenario. Both play the product's negotiation in its arena; only
+who speaks differs. Ours keeps both sides' KV between turns and computes the scenario once for all; the
+other feeds each turn's whole context to `generate`, batched over all dialogues. Both sample; tokens per
+second count sampled tokens only. Random Qwen3 weights, 4.2M.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +29,129 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.kernels import backend
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, SamplingParams
+from duologue.rollout.engine.sequence import Completion
+from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.selection import SelectionGame
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.rules import Rules
+from duologue.rollout.selfplay.speakers import EngineSpeaker, Speak, Speaker
 
-from bench.common import append_rows
-from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint
-from bench.workload import QWEN3, qwen3
+from bench.common import append_rows, tokens_per_second
+from bench.models import QWEN3, chosen
 
 PRIVATE = 16
+Opening = tuple[list[int], list[int]]
 
 
-def contexts(vocab: int, scenario: int, groups: int) -> list[tuple[list[int], list[int]]]:
+class Plain:
+    """Ids written as text, in place of a tokenizer and its chat: contexts hold what is said and nothing
+    around it.
+    """
+
+    stop_token_ids: frozenset[int] = frozenset()
+
+    @property
+    def chat(self) -> Plain:
+        return self
+
+    def said(self, ids: list[int]) -> list[int]:
+        return ids
+
+    def encode(self, text: str) -> list[int]:
+        return [int(word) for word in text.split()]
+
+    def decode(self, ids: list[int]) -> str:
+        return " ".join(map(str, ids))
+
+    def open(self, ids: list[int]) -> list[int]:
+        return ids
+
+    def heard(self, ids: list[int]) -> list[int]:
+        return ids
+
+    def reply(self) -> list[int]:
+        return []
+
+    def close_reply(self, stopped: bool) -> list[int]:
+        return []
+
+
+class TalkOnly(SelectionGame[Opening]):
+    """A negotiation that nobody closes, so that it is talk alone."""
+
+    name = "talk"
+    final_prompt = ""
+    splits: dict[str, list[Opening]] = {}  # noqa: RUF012
+
+    def scenario(self, opening: Opening, split: str) -> Scenario:
+        first, second = (" ".join(map(str, ids)) for ids in opening)
+        return Scenario(game=self.name, id="", split=split, private_text=(first, second), data=None)
+
+    def closes(self, text: str) -> bool:
+        return False
+
+    def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
+        return Outcome(agreed=False, scores=(0.0, 0.0))
+
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
+        return outcome.scores
+
+    def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        return {}
+
+
+class Clocked(EngineSpeaker):
+    """`began`: when the first dialogue was asked for its n-th turn."""
+
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(engine)
+        self.began: dict[int, float] = {}
+
+    def ask(self, turn: Speak) -> None:
+        self.began.setdefault(len(turn.heard), time.perf_counter())
+        super().ask(turn)
+
+
+class Generate:
+    """transformers' `generate` as a speaker: each turn's whole context, batched over all dialogues."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.turns: list[Speak] = []
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.turns)
+
+    def open(self, token_ids: Sequence[int], adapter: int = 0) -> None:
+        return None
+
+    def ask(self, turn: Speak) -> None:
+        self.turns.append(turn)
+
+    def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
+        turns, self.turns = self.turns, []
+        ids = torch.tensor([turn.view.token_ids for turn in turns]).to(self.model.device)
+        with torch.no_grad():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=turns[0].params.max_new_tokens,
+                do_sample=True,
+                top_k=0,
+                top_p=1.0,
+                temperature=1.0,
+                pad_token_id=0,
+                eos_token_id=None,
+            )
+        said = out[:, ids.shape[1] :].tolist()
+        return [(turn, Completion(token_ids=words)) for turn, words in zip(turns, said, strict=True)]
+
+    def close(self) -> None:
+        return
+
+
+def openings(vocab: int, scenario: int, groups: int) -> list[Opening]:
     """The opening ids of both sides, per group: the shared scenario first."""
     g = torch.Generator().manual_seed(0)
     made = []
@@ -44,50 +162,12 @@ def contexts(vocab: int, scenario: int, groups: int) -> list[tuple[list[int], li
     return made
 
 
-def play(
-    engine: Engine, opening: list[tuple[list[int], list[int]]], G: int, turns: int, tokens: int
-) -> tuple[int, list[float]]:
-    """(sampled tokens, seconds of each turn)."""
-    bases = [(engine.open(first), engine.open(second)) for first, second in opening]
-    engine.prefill([branch for pair in bases for branch in pair])
-    tables: list[tuple[list[Branch], list[Branch]]] = [(a.fork(G), b.fork(G)) for a, b in bases]
-    for pair in bases:
-        for branch in pair:
-            branch.close()
-    sides = ([b for t in tables for b in t[0]], [b for t in tables for b in t[1]])
-    params, seconds = SamplingParams(max_new_tokens=tokens), []
-    for turn in range(turns):
-        began = time.perf_counter()
-        speakers, listeners = sides[turn % 2], sides[1 - turn % 2]
-        requests = [engine.start(branch, params) for branch in speakers]
-        engine.run()
-        for listener, request in zip(listeners, requests, strict=True):
-            listener.append(request.completion.token_ids)
-        seconds.append(time.perf_counter() - began)
-    for branch in (*sides[0], *sides[1]):
-        branch.close()
-    return len(sides[0]) * turns * tokens, seconds
-
-
-def loop(theirs: Any, opening: list[tuple[list[int], list[int]]], G: int, turns: int, tokens: int) -> int:
-    views = [torch.tensor([ids[side] for ids in opening for _ in range(G)]) for side in range(2)]
-    for turn in range(turns):
-        ids = views[turn % 2].to(theirs.device)
-        with torch.no_grad():
-            out = theirs.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=tokens,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                pad_token_id=0,
-                eos_token_id=None,
-            )
-        said = out[:, ids.shape[1] :].cpu()
-        views = [torch.cat((view, said), 1) for view in views]
-    return len(views[0]) * turns * tokens
+def play(policy: Speaker, opening: list[Opening], G: int, turns: int, tokens: int) -> int:
+    """Hold the dialogues, `turns` turns each, of an even number; how many tokens were sampled."""
+    game, rules = TalkOnly(), Rules(max_rounds=turns // 2, max_tokens_per_turn=tokens, first_speaker="first")
+    arena = Arena(policy, Plain(), game, rules)
+    groups = arena.play([game.scenario(pair, "train") for pair in opening], group_size=G, seed=0)
+    return sum(len(turn.token_ids) for group in groups for d in group.dialogues for turn in d.turns)
 
 
 def engine_for(model: Decoder, dialogues: int, length: int) -> Engine:
@@ -95,12 +175,16 @@ def engine_for(model: Decoder, dialogues: int, length: int) -> Engine:
 
 
 def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, Any]:
-    opening = contexts(model.config.vocab_size, 256, args.groups)
+    opening = openings(model.config.vocab_size, 256, args.groups)
     engine = engine_for(model, args.groups * 8, 256 + PRIVATE + args.turns * args.tokens)
-    runs = {"ours": lambda: play(engine, opening, 8, args.turns, args.tokens)[0]}
+    speakers: dict[str, Speaker] = {"ours": EngineSpeaker(engine)}
     if args.only is None:
-        runs["transformers"] = lambda: loop(theirs, opening, 8, args.turns, args.tokens)
-    rates = alternate(runs, args.repeats)
+        speakers["transformers"] = Generate(theirs)
+    runs = {
+        name: partial(play, speaker, opening, 8, args.turns, args.tokens)
+        for name, speaker in speakers.items()
+    }
+    rates = tokens_per_second(runs, args.repeats)
     row: dict[str, Any] = {
         "case": "dialogues",
         "model": args.model,
@@ -109,7 +193,7 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
         "turns": args.turns,
     }
     row["tokens"] = args.tokens
-    row |= {f"{side}_tokens_per_s": round(found[len(found) // 2], 1) for side, found in rates.items()}
+    row |= {f"{side}_tokens_per_s": round(speed, 1) for side, speed in rates.items()}
     if "transformers" in rates:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     return row | {
@@ -119,17 +203,21 @@ def compare(model: Decoder, theirs: Any, args: argparse.Namespace) -> dict[str, 
 
 
 def costs(model: Decoder, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Milliseconds per turn as turns, the group and the scenario grow; and the tokens computed that were not sampled."""
+    """Milliseconds per turn as turns, the group and the scenario grow; and the tokens computed that were
+    not sampled.
+    """
     rows = []
     vocab = model.config.vocab_size
     cases = [("turns", 8, 256, n) for n in (2, 4, 8, 12)]
     cases += [("group", n, 256, 4) for n in (1, 2, 4, 16)] + [("scenario", 8, n, 4) for n in (64, 1024)]
     for what, G, scenario, turns in cases:
-        opening = contexts(vocab, scenario, 1)
+        opening = openings(vocab, scenario, 1)
         engine = engine_for(model, G, scenario + PRIVATE + turns * args.tokens)
-        play(engine, opening, G, turns, args.tokens)
-        before = engine.stats.prefill_tokens
-        _, seconds = play(engine, opening, G, turns, args.tokens)
+        play(EngineSpeaker(engine), opening, G, turns, args.tokens)
+        before, speaker = engine.stats.prefill_tokens, Clocked(engine)
+        play(speaker, opening, G, turns, args.tokens)
+        times = [*speaker.began.values(), time.perf_counter()]
+        seconds = [after - began for began, after in pairwise(times)]
         rows.append(
             {
                 "case": f"cost of {what}",
@@ -162,17 +250,9 @@ def main() -> None:
         "--model", choices=["4.2M", *QWEN3], default="4.2M", help="Qwen3's shapes with --only ours"
     )
     args = parser.parse_args()
-    theirs = None
-    if args.model in QWEN3:
-        if args.only is None:
-            parser.error(
-                f"--model {args.model}: its weights are made here, without transformers; add --only ours"
-            )
-        model = qwen3(args.model, args.device)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = make_checkpoint(SHAPES[args.model], Path(folder), max_positions=4096).to(args.device)
-            model = load_ours(SHAPES[args.model], Path(folder), args.device)
+    if args.turns % 2:
+        parser.error(f"--turns {args.turns}: accepted is an even number, the sides alternate")
+    theirs, model = chosen(parser, args, max_positions=4096)
     compared, grown = compare(model, theirs, args), costs(model, args)
     if not args.json:
         for row in (compared, *grown):

@@ -2,9 +2,10 @@
 
     python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json]
 
-Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six turns with rewinds between
-them, chunked prefill among decoding rows, and in every other round a pool so small that requests are preempted. Each sampled
-token's recorded log-prob is compared with `score`, the packed training forward. Exit code 1 when one differs.
+Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six
+turns with rewinds between them, chunked prefill among decoding rows, and in every other round a pool so small
+that requests are preempted. Each sampled token's recorded log-prob is compared with `score`, the packed
+training forward. Exit code 1 when one differs.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import json
 import random
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import SamplingParams
 
 VOCAB = 503
 
@@ -95,9 +96,8 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
             part = range(start, min(start + 32, batch))
             for i, exact in zip(part, score(model, [branches[i].token_ids for i in part]), strict=True):
                 for at, logprobs in spans[i]:
-                    tally.differing += int(
-                        (torch.tensor(logprobs) != exact[at - 1 : at - 1 + len(logprobs)]).sum()
-                    )
+                    of_training = exact[at - 1 : at - 1 + len(logprobs)]
+                    tally.differing += int((torch.tensor(logprobs) != of_training).sum())
                     tally.tokens += len(logprobs)
     tally.rounds += 1
     tally.preemptions += engine.stats.preemptions
@@ -123,19 +123,8 @@ def main() -> int:
                 f"{tally.tokens:,} tokens, {tally.differing} differ, {tally.preemptions} preemptions",
                 flush=True,
             )
-    found = {name: getattr(tally, name) for name in Tally.__slots__}
-    seconds = round(time.perf_counter() - began, 1)
-    print(
-        json.dumps(
-            {
-                "bench": "exact",
-                "backend": backend.describe(),
-                "dtype": args.dtype,
-                **found,
-                "seconds": seconds,
-            }
-        )
-    )
+    row = {"bench": "exact", "backend": backend.describe(), "dtype": args.dtype, **asdict(tally)}
+    print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}))
     return int(tally.differing > 0)
 
 

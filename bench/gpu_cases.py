@@ -1,7 +1,9 @@
-"""What bench/gpu_suite.py measures: kernels of one transformer's shapes beside torch, torch.compile, Liger and TRL where installed.
+"""What bench/gpu_suite.py measures: kernels of one transformer's shapes beside torch, torch.compile, Liger
+and TRL where installed.
 
-A `Work` is one line of the table: its sides (provider -> call), and the bytes and FLOP that the work needs at least, from which the
-suite takes the share of the roofline. Sides are made when asked for, so that only one work's tensors are alive at a time.
+A `Work` is one line of the table: its sides (provider -> call), and the bytes and FLOP that the work needs at
+least, from which the suite takes the share of the roofline. Sides are made when asked for, so that only one
+work's tensors are alive at a time.
 """
 
 from __future__ import annotations
@@ -109,26 +111,22 @@ class Maker:
     def compile(self, fn: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
         return {"torch.compile": torch.compile(fn)} if self.compiled else {}
 
-    # ---- the head ------------------------------------------------------------------------------------------------
+    # ---- the head ------------------------------------------------------------------------------------------
 
     def head(self) -> Work:
-        """Forward and backward of a clipped policy loss, from hidden states to the gradients of these and of the weight."""
+        """Forward and backward of a clipped policy loss, from hidden states to the gradients of these and of
+        the weight."""
         s, N = self.shape, self.shape.rows
         hidden = self.randn(N, s.hidden).requires_grad_()
         weight = (self.randn(s.vocab, s.hidden) * s.hidden**-0.5).requires_grad_()
         targets = torch.randint(0, s.vocab, (N,), device=self.device, generator=self.generator)
-        advantage, config, total = (
-            self.randn(N, dtype=torch.float32),
-            LossConfig(),
-            Normaliser(tokens=float(N), rows=1.0),
-        )
+        advantage = self.randn(N, dtype=torch.float32)
+        total = Normaliser(tokens=float(N), rows=1.0)
         segments = torch.zeros(N, dtype=torch.int64, device=self.device)
 
         def loss(logp: Tensor, entropy: Tensor, rows: Any = slice(None)) -> Tensor:
-            old = logp.detach() + 0.01
-            return policy_loss(config, logp, old, advantage[rows], segments[rows], 1, total, entropy=entropy)[
-                0
-            ]
+            weights = (advantage[rows], segments[rows], 1, total)
+            return policy_loss(LossConfig(), logp, logp.detach() + 0.01, *weights, entropy=entropy)[0]
 
         def run(logprob: Callable[[], Tensor]) -> Tensor:
             hidden.grad = weight.grad = None
@@ -138,19 +136,20 @@ class Maker:
 
         def ours(exact: bool) -> Tensor:
             hidden.grad = weight.grad = None
-            found = ops.linear_policy_loss(hidden, weight, targets, loss, exact=exact)
-            found.loss.backward()
-            return found.logprob
+            result = ops.linear_policy_loss(hidden, weight, targets, loss, exact=exact)
+            result.loss.backward()
+            return result.logprob
 
         def plain(hidden: Tensor, weight: Tensor) -> Tensor:
             return (hidden @ weight.t()).float().log_softmax(-1).gather(1, targets[:, None])[:, 0]
 
+        def fused() -> Tensor:
+            return ops.linear_logprob(hidden, weight, targets, exact=False)[0]
+
         sides: dict[str, Callable[[], Any]] = {
             "ours": lambda: ours(False),
             "ours exact": lambda: ours(True),
-            "ours linear_logprob": lambda: run(
-                lambda: ops.linear_logprob(hidden, weight, targets, exact=False)[0]
-            ),
+            "ours linear_logprob": lambda: run(fused),
             "torch": lambda: run(lambda: plain(hidden, weight)),
             **{k: lambda f=f: run(lambda: f(hidden, weight)) for k, f in self.compile(plain).items()},
         }
@@ -158,11 +157,11 @@ class Maker:
         if _peer("trl"):
             from trl.kernels import ChunkedLogProbFunction
 
-            sides["trl chunked"] = lambda: run(
-                lambda: ChunkedLogProbFunction.apply(
-                    hidden, weight, None, targets, 1.0, 32_768, None, 1.0, ()
-                )[0]
-            )
+            def chunked() -> Tensor:
+                settings = (None, targets, 1.0, 32_768, None, 1.0, ())
+                return ChunkedLogProbFunction.apply(hidden, weight, *settings)[0]
+
+            sides["trl chunked"] = lambda: run(chunked)
         else:
             missing.append("trl")
         if _peer("liger_kernel") and self.device != "cpu":
@@ -172,14 +171,12 @@ class Maker:
         some = torch.arange(0, N, max(1, N // 64), device=self.device)
         logits = hidden.detach()[some].double() @ weight.detach().double().t()
         exact = logits.log_softmax(-1).gather(1, targets[some, None])[:, 0]
-        flops = 6.0 * N * s.hidden * s.vocab
-        moved = self.size * (2 * N * s.hidden + 3 * s.vocab * s.hidden)
         return Work(
             op="head forward and backward",
             shape=f"N={N} H={s.hidden} V={s.vocab}",
             sides=sides,
-            flops=flops,
-            bytes_=moved,
+            flops=6.0 * N * s.hidden * s.vocab,
+            bytes_=self.size * (2.0 * N * s.hidden + 3 * s.vocab * s.hidden),
             error=lambda logp: float((logp[some].double() - exact).abs().max()),
             missing=tuple(missing),
         )
@@ -196,20 +193,23 @@ class Maker:
         S = max(1, len(hidden) // 1024)
         L = len(hidden) // S
         fused = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False)
-        ids, mask, each = targets.view(S, L), torch.ones(S, L, device=self.device), advantage.view(S, L)[:, 0]
+        ids = targets.view(S, L)
+        mask = torch.ones(S, L, device=self.device)
+        of_sequence = advantage.view(S, L)[:, 0]
 
         def flsce() -> Tensor:
-            found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
-            return -(found[0] if isinstance(found, tuple) else found)
+            loss = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, targets)
+            return -(loss[0] if isinstance(loss, tuple) else loss)
 
         def grpo() -> None:
             hidden.grad = weight.grad = None
-            fused(hidden.view(S, L, -1), weight, ids, mask, each)[0].backward()
+            fused(hidden.view(S, L, -1), weight, ids, mask, of_sequence)[0].backward()
 
         def triton_grpo() -> None:
             hidden.grad = weight.grad = None
             logits = torch.nn.functional.pad((hidden @ weight.t()).view(S, L, -1), (0, 0, 0, 1))
-            triton_grpo_loss(logits, None, None, ids, each, temperature=1.0, beta=0.0)[0].sum().backward()
+            loss = triton_grpo_loss(logits, None, None, ids, of_sequence, temperature=1.0, beta=0.0)[0]
+            loss.sum().backward()
 
         return {
             "liger FLSCE": lambda: run(flsce),
@@ -217,7 +217,7 @@ class Maker:
             "liger Triton GRPO": triton_grpo,
         }
 
-    # ---- row-wise and linear -------------------------------------------------------------------------------------
+    # ---- row-wise and linear -------------------------------------------------------------------------------
 
     def linear(self, M: int) -> Work:
         s = self.shape
@@ -259,22 +259,15 @@ class Maker:
         s, N = self.shape, self.shape.rows
         angles = torch.rand(2 * s.context, s.head_dim // 2, device=self.device, generator=self.generator)
         positions = torch.arange(N, device=self.device) % s.context
-        args = (
-            self.randn(N, s.heads, s.head_dim),
-            self.randn(N, s.kv_heads, s.head_dim),
-            angles.cos(),
-            angles.sin(),
-            positions,
-        )
+        q, k = (self.randn(N, heads, s.head_dim) for heads in (s.heads, s.kv_heads))
+        args = (q, k, angles.cos(), angles.sin(), positions)
         moved = 2.0 * self.size * N * (s.heads + s.kv_heads) * s.head_dim
         return self._rows("rope", args, moved, f"N={N} heads={s.heads}+{s.kv_heads}")
 
     def logprob(self) -> Work:
         s, N = self.shape, max(1, self.shape.rows // 16)
-        logits, targets = (
-            self.randn(N, s.vocab, dtype=torch.float32),
-            torch.arange(N, device=self.device) % s.vocab,
-        )
+        logits = self.randn(N, s.vocab, dtype=torch.float32)
+        targets = torch.arange(N, device=self.device) % s.vocab
         return self._rows("logprob", (logits, targets, 0.9), 4.0 * N * s.vocab, f"N={N} V={s.vocab}")
 
     def sample(self) -> Work:
@@ -294,10 +287,8 @@ class Maker:
     def sparse(self) -> Work:
         """Supports of 8 ids, forward and backward."""
         s, N, kept = self.shape, self.shape.rows, 8
-        hidden, weight = (
-            self.randn(N, s.hidden).requires_grad_(),
-            self.randn(s.vocab, s.hidden).requires_grad_(),
-        )
+        hidden = self.randn(N, s.hidden).requires_grad_()
+        weight = self.randn(s.vocab, s.hidden).requires_grad_()
         starts = torch.randint(0, s.vocab - kept, (N, 1), device=self.device, generator=self.generator)
         ids = (starts + torch.arange(kept, device=self.device)).int()
         offsets, targets = torch.arange(N + 1, device=self.device) * kept, ids[:, 3].long()
@@ -311,10 +302,11 @@ class Maker:
             logits = (weight[ids.long()] * hidden[:, None]).sum(-1, dtype=torch.float32)
             logits.log_softmax(-1)[:, 3].sum().backward()
 
-        moved = self.size * (3.0 * N * s.hidden + 2 * N * kept * s.hidden + s.vocab * s.hidden)
-        sides = {"ours": ours, "torch": plain}
         return Work(
-            op="sparse_linear_logprob", shape=f"N={N} kept={kept} H={s.hidden}", sides=sides, bytes_=moved
+            op="sparse_linear_logprob",
+            shape=f"N={N} kept={kept} H={s.hidden}",
+            sides={"ours": ours, "torch": plain},
+            bytes_=self.size * (3.0 * N * s.hidden + 2 * N * kept * s.hidden + s.vocab * s.hidden),
         )
 
     def advantages(self) -> Work:
@@ -338,7 +330,7 @@ class Maker:
             },
         )
 
-    # ---- attention -----------------------------------------------------------------------------------------------
+    # ---- attention -----------------------------------------------------------------------------------------
 
     def training(self) -> Work:
         """Causal attention on packed rows, forward and backward."""
@@ -364,16 +356,16 @@ class Maker:
             "ours": lambda: run(lambda: ops.packed_attention(q, k, v, cu, scale, exact=False, max_seqlen=L)),
             "torch": lambda: run(torch_sdpa),
         }
-        flops = 7.0 * S * L * (L + 1) * s.heads * s.head_dim
         return Work(
             op="attention forward and backward",
             shape=f"S={S} L={L} heads={s.heads}/{s.kv_heads}",
             sides=sides,
-            flops=flops,
+            flops=7.0 * S * L * (L + 1) * s.heads * s.head_dim,
         )
 
     def decode(self, S: int, shared: bool = False) -> Work:
-        """One query for each of S sequences; with `shared`, groups of 8 that have half of their pages in common."""
+        """One query for each of S sequences; with `shared`, groups of 8 that have half of their pages in
+        common."""
         s, page = self.shape, 16
         count = -(-s.context // page)
         pages = self.randn(2, S * count, page, s.kv_heads, s.head_dim)
@@ -382,12 +374,10 @@ class Maker:
             for row in range(S):
                 table[row, : count // 2] = table[row // 8 * 8, : count // 2]
         q, cu = self.randn(S, s.heads, s.head_dim), torch.arange(S + 1, device=self.device).int()
-        lengths, scale = torch.full((S,), s.context, dtype=torch.int32, device=self.device), s.head_dim**-0.5
-        whole = (
-            (table[:, :, None] * page + torch.arange(page, device=self.device))
-            .flatten(1)[:, : s.context]
-            .long()
-        )
+        lengths = torch.full((S,), s.context, dtype=torch.int32, device=self.device)
+        scale = s.head_dim**-0.5
+        slots = table[:, :, None] * page + torch.arange(page, device=self.device)
+        whole = slots.flatten(1)[:, : s.context].long()
 
         def plain() -> Tensor:
             keys, values = (x.flatten(0, 1)[whole].transpose(1, 2) for x in pages)

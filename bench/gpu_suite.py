@@ -1,10 +1,11 @@
-"""All that needs a GPU, in one command under nine minutes: the GPU tests, then the kernels beside their peers and the
-roofline, then the engine.
+"""All that needs a GPU, in one command under nine minutes: the GPU tests, then the kernels beside their peers
+and the roofline, then the engine.
 
     python bench/gpu_suite.py [--seconds 440] [--save] [--dry]      from the root; no installation needed
 
-Prints a table and one JSON line last; --save appends the rows to bench/results/gpu.csv. What does not fit in --seconds is named as
-left out. --dry runs all of it on the CPU with sizes of nothing, to see that it works. Exits 1 when a test or a measurement fails.
+Prints a table and one JSON line last; --save appends the rows to bench/results/gpu.csv. What does not fit in
+--seconds is named as left out. --dry runs all of it on the CPU with tiny sizes, to see that it works. Exits 1
+when a test or a measurement fails.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_package() -> None:
-    """Make `duologue` importable from a bare checkout, here and in child processes: its name exists only in an installation."""
+    """Make `duologue` importable from a bare checkout, here and in child processes: its name exists only in
+    an installation."""
     if importlib.util.find_spec("duologue"):
         return
     package = Path(tempfile.mkdtemp()) / "duologue"
@@ -46,8 +47,10 @@ find_package()
 
 import torch  # noqa: E402
 
-from bench.common import append_rows, quantiles  # noqa: E402
+from bench.common import append_rows, calls, ceilings, quantiles  # noqa: E402
 from bench.gpu_cases import DRY, SHAPES, Work, works  # noqa: E402
+
+MEASURED = ("p20_us", "p50_us", "p80_us", "share_of_roofline", "extra_mb", "error", "failed")
 
 
 def run_tests(seconds: float, dry: bool) -> dict[str, Any]:
@@ -60,44 +63,11 @@ def run_tests(seconds: float, dry: bool) -> dict[str, Any]:
         text, failed = done.stdout + done.stderr, done.returncode != 0
     except subprocess.TimeoutExpired as late:
         text, failed = f"{late.stdout!r}\nnot finished after {seconds:.0f} s", True
-    counts = {
-        word: int(n)
-        for n, word in re.findall(r"(\d+)(?:/\d+)? (passed|failed|skipped|errors?|tests collected)\b", text)
-    }
+    outcome = r"(\d+)(?:/\d+)? (passed|failed|skipped|errors?|tests collected)\b"
+    counts = {word: int(n) for n, word in re.findall(outcome, text)}
     if failed:
         print(text[-6000:])
     return {"failed": failed, **counts, "seconds": round(time.perf_counter() - began, 1)}
-
-
-def clock(run: Callable[[], Any], device: str, budget: float) -> list[float]:
-    """Seconds of each of at least 5 calls, by events on a GPU; `budget` seconds in all, at most 50 calls."""
-    for _ in range(2):
-        run()
-    found: list[float] = []
-    ends = time.perf_counter() + budget
-    while len(found) < 5 or (len(found) < 50 and time.perf_counter() < ends):
-        if device == "cpu":
-            began = time.perf_counter()
-            run()
-            found.append(time.perf_counter() - began)
-            continue
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        first.record()
-        run()
-        last.record()
-        last.synchronize()
-        found.append(first.elapsed_time(last) / 1e3)
-    return sorted(found)
-
-
-def ceilings(device: str, dry: bool) -> tuple[float, float]:
-    """(bytes per second of a copy, read plus written; FLOP per second of a bf16 product), measured here and now."""
-    source = torch.ones(2**12 if dry else 2**29, device=device)
-    copy = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / clock(lambda: copy.copy_(source), device, 1.0)[0]
-    n = 64 if dry else 8192
-    a = torch.randn(n, n, device=device).bfloat16()
-    return bandwidth, 2 * n**3 / clock(lambda: a @ a, device, 1.0)[0]
 
 
 def measure(work: Work, device: str, bandwidth: float, rate: float, budget: float) -> list[dict[str, Any]]:
@@ -105,9 +75,7 @@ def measure(work: Work, device: str, bandwidth: float, rate: float, budget: floa
     rows = []
     for provider, run in work.sides.items():
         row: dict[str, Any] = {"op": work.op, "provider": provider, "shape": work.shape, "dtype": "bfloat16"}
-        row |= dict.fromkeys(
-            ("p20_us", "p50_us", "p80_us", "share_of_roofline", "extra_mb", "error", "failed"), ""
-        )
+        row |= dict.fromkeys(MEASURED, "")
         rows.append(row)
         try:
             if device != "cpu":
@@ -121,69 +89,43 @@ def measure(work: Work, device: str, bandwidth: float, rate: float, budget: floa
             if work.error is not None and result is not None:
                 row["error"] = float(f"{work.error(result):.3g}")
             del result
-            p20, p50, p80 = quantiles(clock(run, device, budget))
+            p20, p50, p80 = quantiles(calls(run, seconds=budget, device=device))
         except Exception as error:  # a peer's failure is a result too
             row["failed"] = f"{type(error).__name__}: {str(error)[:160]}".replace("\n", " ")
             continue
-        row |= {
-            name: round(value * 1e6, 1) for name, value in (("p20_us", p20), ("p50_us", p50), ("p80_us", p80))
-        }
+        micros = [round(value * 1e6, 1) for value in (p20, p50, p80)]
+        row["p20_us"], row["p50_us"], row["p80_us"] = micros
         row["share_of_roofline"] = round(floor / p50, 3)
     return rows
 
 
 def run_engine(dry: bool, ends: float) -> list[dict[str, Any]]:
-    """The common rollout workload with Qwen3-0.6B's shape, exact and fast; bench/workload.py in a process of its own."""
-    found = []
-    sizes = (
-        ["--model", "4.2M", "--sequences", "3", "--shortest", "2", "--longest", "6"]
-        if dry
-        else [
-            "--device",
-            "cuda",
-            "--model",
-            "0.6B",
-            "--sequences",
-            "256",
-            "--shortest",
-            "100",
-            "--longest",
-            "1024",
-        ]
-    )
+    """The common rollout workload with Qwen3-0.6B's shape, exact and fast; bench/workload.py in a process of
+    its own."""
+    sizes = "--device cuda --model 0.6B --sequences 256 --shortest 100 --longest 1024"
+    if dry:
+        sizes = "--model 4.2M --sequences 3 --shortest 2 --longest 6"
+    options = ["--only", "ours", "--json", "--repeats", "1", *sizes.split()]
+    rows = []
     for more in ([], ["--fast"]):
         left = ends - time.perf_counter()
-        command = [
-            sys.executable,
-            "-m",
-            "bench.workload",
-            "--only",
-            "ours",
-            "--json",
-            "--repeats",
-            "1",
-            *sizes,
-            *more,
-        ]
+        command = [sys.executable, "-m", "bench.workload", *options, *more]
         try:
             done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(left, 1))
-            row = (
-                json.loads(done.stdout.splitlines()[-1])["rows"][0]
-                if done.returncode == 0
-                else {"failed": done.stderr[-1500:]}
-            )
+            if done.returncode == 0:
+                row = json.loads(done.stdout.splitlines()[-1])["rows"][0]
+            else:
+                row = {"failed": done.stderr[-1500:]}
         except subprocess.TimeoutExpired:
             row = {"failed": "no time left"}
         print("\nrollout  " + "  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def show(rows: list[dict[str, Any]], missing: tuple[str, ...]) -> None:
-    print(
-        f"\n{rows[0]['op']}  {rows[0]['shape']}"
-        + (f"   (not installed: {', '.join(missing)})" if missing else "")
-    )
+    absent = f"   (not installed: {', '.join(missing)})" if missing else ""
+    print(f"\n{rows[0]['op']}  {rows[0]['shape']}{absent}")
     for row in rows:
         if row["failed"]:
             print(f"  {row['provider']:26} failed: {row['failed']}")
@@ -198,12 +140,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--seconds",
-        type=float,
-        default=440,
-        help="for tests and kernels; what does not fit is left out and named",
-    )
+    seconds = "for tests and kernels; what does not fit is left out and named"
+    parser.add_argument("--seconds", type=float, default=440, help=seconds)
     parser.add_argument("--save", action="store_true", help="append to bench/results/gpu.csv")
     parser.add_argument("--no-tests", action="store_true", help="benches only")
     parser.add_argument("--only", default="", help="works whose op holds this")
@@ -211,15 +149,13 @@ def main() -> int:
     args = parser.parse_args()
     device = "cpu" if args.dry else "cuda"
     if not args.dry and not torch.cuda.is_available():
-        print(
-            "gpu_suite: there is no CUDA device; --dry runs the suite on the CPU with tiny sizes",
-            file=sys.stderr,
-        )
+        message = "gpu_suite: there is no CUDA device; --dry runs the suite on the CPU with tiny sizes"
+        print(message, file=sys.stderr)
         return 2
     ends = time.perf_counter() + args.seconds
     tests = {} if args.no_tests else run_tests(0.45 * args.seconds, args.dry)
     print(f"tests: {tests}")
-    bandwidth, rate = ceilings(device, args.dry)
+    bandwidth, rate = ceilings(device, tiny=args.dry)
     print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 product {rate / 1e12:.0f} TFLOP/s")
     rows: list[dict[str, Any]] = []
     left_out = []
@@ -230,34 +166,22 @@ def main() -> int:
                 continue
             work = make()
             if args.only in work.op:
-                found = measure(work, device, bandwidth, rate, 0.01 if args.dry else 0.5)
-                show(found, work.missing)
-                rows += found
+                measured = measure(work, device, bandwidth, rate, 0.01 if args.dry else 0.5)
+                show(measured, work.missing)
+                rows += measured
             del work
             gc.collect()
             if device != "cpu":
                 torch.cuda.empty_cache()
     if left_out:
-        print(
-            f"\nleft out after {args.seconds:.0f} s: {len(left_out)} works of {', '.join(sorted(set(left_out)))}"
-        )
+        shapes = ", ".join(sorted(set(left_out)))
+        print(f"\nleft out after {args.seconds:.0f} s: {len(left_out)} works of {shapes}")
     if args.save and rows:
         append_rows("gpu", rows)
     broken = [row for row in rows if row["failed"] and row["provider"].startswith("ours")]
     engine = run_engine(args.dry, ends + 60) if not args.only else []
-    ceiling = {"bytes_per_s": bandwidth, "flops_per_s": rate}
-    print(
-        json.dumps(
-            {
-                "bench": "gpu_suite",
-                "tests": tests,
-                **ceiling,
-                "left_out": len(left_out),
-                "rows": rows,
-                "rollout": engine,
-            }
-        )
-    )
+    summary = {"bench": "gpu_suite", "tests": tests, "bytes_per_s": bandwidth, "flops_per_s": rate}
+    print(json.dumps({**summary, "left_out": len(left_out), "rows": rows, "rollout": engine}))
     return int(bool(broken or tests.get("failed") or any("failed" in row for row in engine)))
 
 

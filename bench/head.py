@@ -1,9 +1,11 @@
-"""The policy gradient from hidden states: ours in three products, plain PyTorch, and TRL's chunked log-probs. CPU, fp32.
+"""The policy gradient from hidden states: ours in three products, plain PyTorch, and TRL's chunked log-probs.
+CPU, fp32.
 
     python bench/head.py [--only ours] [--json] [--save]      from the root, after `pip install -e '.[bench]'`
 
-N = 4,096 rows, forward and backward of a clipped policy loss, gradients in hidden states and weight. The sides
-take turns in one process on the same inputs. Memory is the largest growth of the resident set during a call in a process of its own.
+N = 4,096 rows, forward and backward of a clipped policy loss, gradients in hidden states and weight. The
+sides take turns in one process on the same inputs. Memory is the largest growth of the resident set during a
+call in a process of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.kernels import backend, ops
 
-from bench.common import append_rows, quantiles
+from bench.common import append_rows, quantiles, take_turns
 
 N = 4096
 SHAPES = [(256, 4096), (768, 4096), (256, 32768), (768, 32768)]  # H, V
@@ -47,7 +50,7 @@ def make(H: int, V: int, active: float) -> dict[str, Tensor]:
 
 def loss(x: dict[str, Tensor], logp: Tensor, entropy: Tensor, rows: slice, config: LossConfig) -> Tensor:
     total = Normaliser(tokens=float(N), rows=1.0)
-    old = logp.detach() + 0.01  # on policy but for a hair, so that nothing is clipped
+    old = logp.detach() + 0.01  # nearly on policy, so that nothing is clipped
     return policy_loss(
         config, logp, old, x["advantage"][rows], x["segments"][rows], 1, total, entropy=entropy
     )[0]
@@ -121,15 +124,13 @@ def bench(
     H: int, V: int, sides: list[str], repeats: int, config: LossConfig, active: float
 ) -> dict[str, Any]:
     x = make(H, V, active)
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for turn in range(repeats + 1):
-        for side in sides:
-            x["hidden"].grad = x["weight"].grad = None
-            time.sleep(0.05)  # lets the other side's spinning threads fall asleep
-            began = time.perf_counter()
-            SIDES[side](x, config)
-            if turn:
-                seconds[side].append(time.perf_counter() - began)
+
+    def run(side: str) -> None:
+        x["hidden"].grad = None
+        x["weight"].grad = None
+        SIDES[side](x, config)
+
+    seconds = take_turns({side: partial(run, side) for side in sides}, rounds=repeats, seconds=0)
     row: dict[str, Any] = {
         "op": "linear_policy_loss",
         "N": N,
@@ -140,7 +141,7 @@ def bench(
         "active": active,
     }
     for side in sides:
-        p20, p50, p80 = quantiles(sorted(seconds[side]))
+        p20, p50, p80 = quantiles(seconds[side])
         row |= {f"{side}_p20_s": round(p20, 4), f"{side}_s": round(p50, 4), f"{side}_p80_s": round(p80, 4)}
     row["ours_gflops"] = round(6 * N * H * V * active / row["ours_s"] / 1e9, 1)
     for side in sides[1:]:

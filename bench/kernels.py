@@ -32,9 +32,9 @@ def measure(case: Case, dtype: torch.dtype, only_ours: bool, bandwidth: float) -
     if not only_ours:
         runs["torch"] = lambda: torch_op(*inputs)
     with torch.no_grad():
-        found = take_turns(runs)
+        times = take_turns(runs)
     rows = []
-    for provider, seconds in found.items():
+    for provider, seconds in times.items():
         p20, p50, p80 = quantiles(seconds)
         moved = case.elements * torch.empty(0, dtype=dtype).element_size()
         rows.append(
@@ -67,19 +67,18 @@ def main() -> None:
     for cases in (*CASES.values(), *cases_attention.CASES.values(), *cases_sparse.CASES.values()):
         for case in (c for c in cases if c.kind == LARGE):
             for dtype in (torch.float32, torch.bfloat16):
-                rows += (found := measure(case, dtype, args.only == "ours", bandwidth))
-                if not args.json:
-                    ratio = (
-                        f"  {found[1]['p50_us'] / found[0]['p50_us']:.2f}x torch" if len(found) > 1 else ""
-                    )
-                    print("  ".join(f"{k}={v}" for k, v in found[0].items() if v) + ratio, flush=True)
+                measured = measure(case, dtype, args.only == "ours", bandwidth)
+                rows += measured
+                if args.json:
+                    continue
+                text = "  ".join(f"{key}={value}" for key, value in measured[0].items() if value)
+                if len(measured) > 1:
+                    text += f"  {measured[1]['p50_us'] / measured[0]['p50_us']:.2f}x torch"
+                print(text, flush=True)
     if args.save:
         append_rows("kernels_cpu", rows)
-    print(
-        json.dumps(
-            {"bench": "kernels", "backend": backend.describe(), "copy_bytes_per_s": bandwidth, "rows": rows}
-        )
-    )
+    summary = {"bench": "kernels", "backend": backend.describe(), "copy_bytes_per_s": bandwidth}
+    print(json.dumps({**summary, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
-"""Memory of a step with an adapter and with all weights: what is trained, the peak, and what a frozen partner adds.
+"""Memory of a step with an adapter and with all weights: what is trained, the peak, and what a frozen partner
+adds.
 
     python -m bench.lora [--json] [--device cpu] [--model 91M] [--rank 16]
 
-Each case is a process of its own: the policy, an engine that plays 8 rows, 4 of them the partner's where there is one, and one
-update on 4 rows with the optimizer's step. `held` are the bytes of all tensors before the update, exact; `peak` is the most memory
-that the process held from the engine on, without what its imports took (resident on CPU, which varies by some 5 % from run to run;
-allocated on CUDA). With an adapter the partner is the base, the adapter off, in the same engine steps;
-with all weights it is a second set of weights with its own KV pool. The last line is JSON.
+Each case is a process of its own: the policy, an engine that plays 8 rows, 4 of them the partner's where
+there is one, and one update on 4 rows with the optimizer's step. `held` are the bytes of all tensors before
+the update, exact; `peak` is the most memory that the process held from the engine on, without what its
+imports took (resident on CPU, which varies by some 5 % from run to run; allocated on CUDA). With an adapter
+the partner is the base, the adapter off, in the same engine steps; with all weights it is a second set of
+weights with its own KV pool. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.rollout import SHAPES
+from bench.models import SHAPES
 
 ROWS, PROMPT, NEW, CACHE = 4, 32, 32, 4096
 SIZES = ("weights", "trained", "optimizer", "held", "peak")
@@ -123,7 +125,7 @@ def measure(name: str, rank: int, trains: str, partner: bool, device: str) -> di
             dialogue_id=i,
             role=0,
             logprobs=[0.0] * PROMPT + request.completion.logprobs,
-            kept=None,
+            supports=None,
         )
         for i, request in enumerate(own)
     ]
@@ -182,10 +184,8 @@ def main() -> None:
         rows.append(row := json.loads(done.stdout))
         if not args.json:
             sizes = "".join(f"{row[f'{key}_bytes'] / 1e6:10.1f}" for key in SIZES)
-            print(
-                f"{row['trains']:12} {'yes' if row['partner'] else 'no':14} {sizes}{row['update_seconds']:10.2f}",
-                flush=True,
-            )
+            partner = "yes" if row["partner"] else "no"
+            print(f"{row['trains']:12} {partner:14} {sizes}{row['update_seconds']:10.2f}", flush=True)
     added = {
         trains: with_it["held_bytes"] - without["held_bytes"]
         for trains, without, with_it in (("all weights", *rows[:2]), ("adapter", *rows[2:]))

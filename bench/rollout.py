@@ -1,125 +1,40 @@
 """Rollout throughput beside transformers' `generate`: same weights, same prompts, one process.
 
-    python -m bench.rollout [--only ours] [--json] [--save]      from the root, after `pip install -e '.[bench]'`
+    python -m bench.rollout [--only ours] [--json] [--save]  # at the root; needs `pip install -e '.[bench]'`
 
-Prompts of 64 tokens, 64 new tokens, sampled. Both sides run on all cores; they take turns, so that both see the same machine. The
-ceiling is the larger of two times per step: reading every weight once at the measured copy bandwidth, and multiplying them at the
-measured rate of the best matrix product of this shape's dtype.
+Prompts of 64 tokens, 64 new tokens, sampled. Both sides run on all cores; they take turns, so that both see
+the same machine. The ceiling is the larger of two times per step: reading every weight once at the measured
+copy bandwidth, and multiplying them at the measured rate of the best matrix product of this shape's dtype.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from duologue.kernels import backend
-from duologue.model.checkpoint import load_weights, parse_dtype, read_config
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.common import append_rows
+from bench.common import append_rows, copy_bandwidth, product_rate, tokens_per_second
+from bench.models import SHAPES, both
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "4.2M": {
-        "hidden_size": 256,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 768,
-        "vocab_size": 4096,
-        "dtype": "float32",
-    },
-    "91M": {
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "intermediate_size": 2304,
-        "vocab_size": 8192,
-        "dtype": "bfloat16",
-    },
-}
 PROMPT, NEW = 64, 64
 
 
-def make_checkpoint(shape: dict[str, Any], folder: Path, max_positions: int = 512) -> Any:
-    """A random Qwen3 checkpoint in `folder`, and transformers' model of it."""
-    import transformers
-
-    sizes = {k: v for k, v in shape.items() if k != "dtype"}
-    torch.manual_seed(0)
-    config = transformers.Qwen3Config(
-        **sizes,
-        head_dim=64,
-        max_position_embeddings=max_positions,
-        tie_word_embeddings=True,
-        initializer_range=0.02,
-    )
-    model = transformers.Qwen3ForCausalLM(config).to(parse_dtype(shape["dtype"])).eval()
-    model.generation_config.eos_token_id = None
-    model.save_pretrained(folder)
-    return model
-
-
-def load_ours(shape: dict[str, Any], folder: Path, device: str) -> Decoder:
-    model = Decoder(read_config(folder))
-    load_weights(model, folder, device, parse_dtype(shape["dtype"]))
-    return model
-
-
-def timed(run: Callable[[], int]) -> float:
-    """Tokens per second of one call."""
-    began = time.perf_counter()
-    tokens = run()
-    return tokens / (time.perf_counter() - began)
-
-
-def alternate(runs: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
-    """Each run `repeats` times, taking turns after one warm-up; tokens per second, sorted."""
-    rates: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
-    for _ in range(repeats):
-        for name, run in runs.items():
-            rates[name].append(timed(run))
-            time.sleep(0.05)  # lets the other side's spinning threads fall asleep
-    return {name: sorted(found) for name, found in rates.items()}
-
-
 def ceiling(model: Decoder, batch: int) -> float:
-    """Tokens per second that the weights' bytes and multiplications allow, both rates measured here and now."""
+    """Tokens per second that the weights' bytes and multiplications allow, at rates measured here and now."""
     weights = [p for p in model.parameters() if p.dim() == 2]
     size = sum(p.nbytes for p in weights)
-    source = torch.empty(64 * 2**20, dtype=torch.float32)
-    target = torch.empty_like(source)
-    best_copy = max(2 * source.nbytes / _best_seconds(lambda: target.copy_(source)) for _ in range(3))
     w = max(weights, key=lambda p: p.numel()).detach()
     x = torch.randn(512, w.shape[1], dtype=w.dtype, device=w.device)
-    rate = (
-        2
-        * x.shape[0]
-        * w.numel()
-        / min(_best_seconds(lambda: backend.linear(x, w, None, None)), _best_seconds(lambda: x @ w.t()))
-    )
+    rate = product_rate(x, w)
     flops = 2 * sum(p.numel() for p in weights) * batch
-    return batch / max(size / best_copy, flops / rate)
-
-
-def _best_seconds(run: Callable[[], Any]) -> float:
-    run()
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        run()
-        best = min(best, time.perf_counter() - began)
-    return best
+    return batch / max(size / copy_bandwidth(), flops / rate)
 
 
 def bench(
@@ -152,10 +67,9 @@ def bench(
     runs: dict[str, Callable[[], int]] = {"ours": ours}
     if not only_ours:
         runs["transformers"] = transformers_generate
-    rates = alternate(runs, repeats)
     row: dict[str, Any] = {"model": name, "dtype": SHAPES[name]["dtype"], "batch": batch}
-    for side, found in rates.items():
-        row[f"{side}_tokens_per_s"] = round(found[len(found) // 2], 1)
+    for side, speed in tokens_per_second(runs, repeats).items():
+        row[f"{side}_tokens_per_s"] = round(speed, 1)
     if not only_ours:
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     row["share_of_ceiling"] = round(row["ours_tokens_per_s"] / ceiling(model, batch), 3)
@@ -175,13 +89,11 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for name in args.models:
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = make_checkpoint(SHAPES[name], Path(folder))
-            model = load_ours(SHAPES[name], Path(folder), "cpu")
-            for batch in args.batches:
-                rows.append(bench(name, batch, args.repeats, args.only == "ours", theirs, model))
-                if not args.json:
-                    print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
+        theirs, model = both(name, "cpu")
+        for batch in args.batches:
+            rows.append(bench(name, batch, args.repeats, args.only == "ours", theirs, model))
+            if not args.json:
+                print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.save:
         append_rows("rollout", rows)
     print(json.dumps({"bench": "rollout", "backend": backend.describe(), "rows": rows}))

@@ -2,9 +2,10 @@
 
     python bench/step.py [--only ours|trl] [--json] [--device cpu] [--steps 8]
 
-4.2M parameters (Qwen3: hidden 256, 4 layers, 4 heads, 2 KV heads, intermediate 768, vocab 4096, tied), fp32; 8 prompts
-of 64 tokens x 8 completions of exactly 64; one on-policy update (dapo, no KL). Checkpoint and tokenizer are made on the
-spot, nothing is downloaded. A step is all of rollout, reward, forward, backward and optimizer. The last line is JSON.
+4.2M parameters (Qwen3: hidden 256, 4 layers, 4 heads, 2 KV heads, intermediate 768, vocab 4096, tied), fp32;
+8 prompts of 64 tokens x 8 completions of exactly 64; one on-policy update (dapo, no KL). Checkpoint and
+tokenizer are made on the spot, nothing is downloaded. A step is all of rollout, reward, forward, backward and
+optimizer. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -126,7 +127,8 @@ def rollout(engine: Engine, prompts: list[list[int]], params: SamplingParams) ->
 
 
 def run_trl(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
-    """Seconds of each step of GRPOTrainer: its defaults, but for what makes the step the same, and no checkpointing."""
+    """Seconds of each step of GRPOTrainer: its defaults, but for what makes the step the same, and no
+    checkpointing."""
     import datasets
     import trl
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -202,15 +204,15 @@ def main() -> None:
     }
     speeds = {p: SAMPLED / parts["step"] for p, parts in medians.items()}
     if not args.json:
-        print(
-            f"{'':6}{'s / step':>10}{'fastest':>10}{'slowest':>10}{'rollout':>10}{'update':>10}{'tokens/s':>10}"
-        )
+        columns = ("s / step", "fastest", "slowest", "rollout", "update", "tokens/s")
+        print(" " * 6 + "".join(f"{name:>10}" for name in columns))
         for p, parts in medians.items():
-            spread = (parts["step"], min(times[p]["step"]), max(times[p]["step"]))
-            split = "".join(
-                f"{parts[part]:10.3f}" if part in parts else f"{'':10}" for part in ("rollout", "update")
+            times_of_step = (parts["step"], min(times[p]["step"]), max(times[p]["step"]))
+            text = "".join(f"{x:10.3f}" for x in times_of_step)
+            text += "".join(
+                f"{parts[part]:10.3f}" if part in parts else " " * 10 for part in ("rollout", "update")
             )
-            print(f"{p:6}{''.join(f'{x:10.3f}' for x in spread)}{split}{speeds[p]:10.0f}")
+            print(f"{p:6}{text}{speeds[p]:10.0f}")
     result: dict[str, Any] = {
         "bench": "step",
         "device": args.device,

@@ -1,13 +1,16 @@
-"""The common rollout workload: sequences of many lengths, in and out, at once. Ours beside transformers, and the roofline.
+"""The common rollout workload: sequences of many lengths at once. Ours beside transformers, and the roofline.
 
-    python -m bench.workload [--model 4.2M] [--sequences 64] [--shortest 12 --longest 128] [--only ours] [--json] [--save]
+    python -m bench.workload [--model 4.2M] [--sequences 64] [--shortest 12 --longest 128]
+                             [--only ours] [--json] [--save]
 
-On a GPU: python -m bench.workload --device cuda --model 0.6B --sequences 256 --shortest 100 --longest 1024 --only ours
+On a GPU: python -m bench.workload --device cuda --model 0.6B --sequences 256 --shortest 100 --longest 1024
+                                   --only ours
 
-Prompt and output lengths are uniform between the two bounds; ids and weights are random. Peers get the same: `generate` in batches
-sorted by length, whose rows all run to the batch's longest output; and transformers' continuous batching. Tokens per second count
-what was asked for. The ideal reads the weights once per step and each live sequence's KV, or multiplies the weights, whichever takes
-longer, at the rates measured here. nano-vllm reports 1,434 tokens/s against vLLM's 1,362 for 0.6B on a laptop RTX 4070.
+Prompt and output lengths are uniform between the two bounds; ids and weights are random. Peers get the same:
+`generate` in batches sorted by length, whose rows all run to the batch's longest output; and transformers'
+continuous batching. Tokens per second count what was asked for. The ideal reads the weights once per step and
+each live sequence's KV, or multiplies the weights, whichever takes longer, at the rates measured here.
+nano-vllm reports 1,434 tokens/s against vLLM's 1,362 for 0.6B on a laptop RTX 4070.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,53 +26,25 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.kernels import backend
-from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.common import append_rows
-from bench.rollout import SHAPES, alternate, load_ours, make_checkpoint, timed
-
-QWEN3 = {  # name: hidden, inner, layers, heads
-    "0.6B": (1024, 3072, 28, 16),
-    "1.7B": (2048, 6144, 28, 16),
-    "8B": (4096, 12_288, 36, 32),
-}
-
-
-def qwen3(name: str, device: str) -> Decoder:
-    """Random weights in one of Qwen3's shapes, bf16."""
-    hidden, inner, layers, heads = QWEN3[name]
-    config = ModelConfig(
-        model_type="qwen3",
-        vocab_size=151_936,
-        hidden_size=hidden,
-        intermediate_size=inner,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        max_position_embeddings=4096,
-        tie_word_embeddings=name != "8B",
-    )
-    with torch.device(device):
-        model = Decoder(config).bfloat16()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.fill_(1.0) if "norm" in name else parameter.normal_(std=0.02)
-    return model
+from bench.common import append_rows, calls, ceilings, tokens_per_second
+from bench.models import QWEN3, SHAPES, chosen
 
 
 def lengths(n: int, shortest: int, longest: int) -> tuple[list[int], list[int]]:
+    """Of n prompts, and of what follows each."""
     generator = torch.Generator().manual_seed(0)
-    return tuple(torch.randint(shortest, longest + 1, (n,), generator=generator).tolist() for _ in range(2))  # type: ignore[return-value]
+    of_prompts, of_outputs = torch.randint(shortest, longest + 1, (2, n), generator=generator).tolist()
+    return of_prompts, of_outputs
 
 
 def run_ours(engine: Engine, prompts: list[list[int]], out: list[int]) -> int:
-    found = engine.generate(prompts, [SamplingParams(max_new_tokens=n) for n in out])
-    assert [len(c.token_ids) for c in found] == out
+    completions = engine.generate(prompts, [SamplingParams(max_new_tokens=n) for n in out])
+    assert [len(c.token_ids) for c in completions] == out
     return sum(out)
 
 
@@ -125,7 +99,7 @@ def run_continuous(theirs: Any, prompts: list[list[int]], out: list[int]) -> int
 def ideal_seconds(
     model: Decoder, prompts: list[list[int]], out: list[int], bandwidth: float, rate: float
 ) -> float:
-    """All sequences at once: prompts at the rate of a product, then one step for each token of the longest output."""
+    """All at once: prompts at the rate of a product, then a step for each token of the longest output."""
     weights = [
         p
         for name, p in model.named_parameters()
@@ -137,29 +111,6 @@ def ideal_seconds(
         live = [len(p) + step for p, n in zip(prompts, out, strict=True) if n > step]
         seconds += max((size + kv * sum(live)) / bandwidth, 2 * count * len(live) / rate)
     return seconds
-
-
-def rates(device: str) -> tuple[float, float]:
-    """(bytes per second of a copy, FLOP per second of a product in bf16 on a GPU, in fp32 on CPU), the best of several."""
-
-    def best(run: Any) -> float:
-        found = []
-        for _ in range(6):
-            began = time.perf_counter()
-            run()
-            if device != "cpu":
-                torch.cuda.synchronize()
-            found.append(time.perf_counter() - began)
-        return min(found[1:])
-
-    source = torch.ones(2**29 if device != "cpu" else 2**26, device=device)
-    target, n = torch.empty_like(source), 8192 if device != "cpu" else 1024
-    a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if device != "cpu" else torch.float32)
-    product = min(
-        best(lambda: a @ a),
-        best(lambda: backend.linear(a, a, None, None)) if device == "cpu" else float("inf"),
-    )
-    return 2 * source.nbytes / best(lambda: target.copy_(source)), 2 * n**3 / product
 
 
 def main() -> int:
@@ -184,19 +135,7 @@ def main() -> int:
         parser.error(
             f"--shortest {args.shortest} --longest {args.longest}: accepted is 1 <= shortest <= longest"
         )
-    theirs = None
-    if args.model in QWEN3:
-        if args.only is None:
-            parser.error(
-                f"--model {args.model}: its weights are made here, without transformers; add --only ours"
-            )
-        model = qwen3(args.model, args.device)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            theirs = make_checkpoint(
-                SHAPES[args.model], Path(folder), max_positions=2 * args.longest + 64
-            ).to(args.device)
-            model = load_ours(SHAPES[args.model], Path(folder), args.device)
+    theirs, model = chosen(parser, args, max_positions=2 * args.longest + 64)
     model.use_exact(not args.fast)
     n_in, out = lengths(args.sequences, args.shortest, args.longest)
     generator = torch.Generator().manual_seed(1)
@@ -211,7 +150,7 @@ def main() -> int:
     if theirs is not None and args.only is None:
         runs["generate"] = lambda: run_generate(theirs, prompts, out, args.batch)
         runs["continuous"] = lambda: run_continuous(theirs, prompts, out)
-    bandwidth, rate = rates(args.device)
+    bandwidth, rate = ceilings(args.device)
     row: dict[str, Any] = {
         "model": args.model,
         "device_type": args.device,
@@ -220,28 +159,24 @@ def main() -> int:
     }
     row |= {"shortest": args.shortest, "longest": args.longest}
     continuous = runs.pop("continuous", None)
-    found = alternate(runs, args.repeats)
+    speeds = tokens_per_second(runs, args.repeats)
     if continuous is not None:  # once, and without a warm-up: its start takes seconds of threads
-        found["continuous"] = [timed(continuous)]
-    for side, speeds in found.items():
-        row[f"{side}_tokens_per_s"] = round(speeds[len(speeds) // 2], 1)
+        speeds["continuous"] = sum(out) / calls(continuous, seconds=0, fewest=1, warm_up=0)[0]
+    for side, speed in speeds.items():
+        row[f"{side}_tokens_per_s"] = round(speed, 1)
         if side != "ours":
             row[f"of_{side}"] = round(row["ours_tokens_per_s"] / row[f"{side}_tokens_per_s"], 2)
-    bandwidth, rate = map(
-        max, zip((bandwidth, rate), rates(args.device), strict=True)
-    )  # the machine may have been slow at first
+    again = ceilings(args.device)  # the machine may have been slow at first
+    bandwidth, rate = max(bandwidth, again[0]), max(rate, again[1])
     row["share_of_ideal"] = round(
         row["ours_tokens_per_s"] * ideal_seconds(model, prompts, out, bandwidth, rate) / sum(out), 3
     )
     stats = engine.stats
-    if (
-        args.device != "cpu"
-    ):  # nearly all is decoding: what is not spent waiting for the device is the host's own work
-        began, before = time.perf_counter(), engine.stats.waited_seconds
+    if args.device != "cpu":  # nearly all is decoding: what is not spent in host syncs is the host's own work
+        began, before = time.perf_counter(), stats.waited_seconds
         run_ours(engine, prompts, out)
-        row["host_share"] = round(
-            1 - (engine.stats.waited_seconds - before) / (time.perf_counter() - began), 3
-        )
+        blocked = stats.waited_seconds - before
+        row["host_share"] = round(1 - blocked / (time.perf_counter() - began), 3)
     row["idle_slot_share"] = round(stats.idle_slot_steps / max(stats.slot_steps, 1), 3)
     if not args.json:
         print("\n".join(f"{key:24} {value}" for key, value in row.items()), flush=True)

@@ -6,13 +6,13 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
@@ -34,46 +34,13 @@ def build_game(config: Config) -> Game:
 def build_judge(
     config: Config, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]
 ) -> FeedbackJudge | None:
-    """The judge that the configuration names, None where the game's rules are it. `start` loads the starting weights; `ledger` is the file where none is named."""
+    """The judge that the configuration names, None where the game's rules are it. `start` loads the
+    starting weights; `ledger` is the file where none is named.
+    """
     j = config.judge
     if j.backend == "rules":
         return None
-    answers: dict[str, Any] = {"temperature": j.temperature, "max_tokens": j.max_tokens}
-    backend: Backend
-    if j.backend == "endpoint":
-        if not j.url:
-            raise ValueError(
-                "judge.url = '': accepted is an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
-            )
-        try:
-            from duologue.rollout.judge.endpoint import Endpoint
-        except ModuleNotFoundError as error:
-            raise ValueError(
-                f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
-            ) from None
-        key = os.environ.get(j.key_env, "").strip()
-        limits: dict[str, Any] = {
-            "concurrency": j.concurrency,
-            "deadline_s": j.deadline_s,
-            "timeout_s": j.timeout_s,
-        }
-        backend = Endpoint(j.url, j.model, api_key=key, **limits, **answers)
-    else:
-        if (j.backend == "model") != bool(j.model):
-            raise ValueError(
-                f"judge.model = {j.model!r}: accepted is a checkpoint with judge.backend = 'model', '' with 'policy'"
-            )
-        if not config.model.path:
-            raise ValueError(
-                f"model.path = '': judge.backend = {j.backend!r} needs a checkpoint that the policy starts from"
-            )
-        load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config)
-
-        def engine() -> tuple[Engine, Tokenizer]:
-            model, tokenizer = load()
-            return build_engine(config, model, 65_536), tokenizer  # the policy's pool took what was free
-
-        backend = ModelJudge(engine, **answers)
+    backend = _endpoint(config) if j.backend == "endpoint" else _model_judge(config, start)
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
@@ -83,6 +50,46 @@ def build_judge(
         max_unscored_share=j.max_unscored_share,
         offline=j.offline,
     )
+
+
+def _endpoint(config: Config) -> Backend:
+    j = config.judge
+    if not j.url:
+        accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
+        raise ValueError(f"judge.url = '': accepted is {accepted}")
+    try:
+        from duologue.rollout.judge.endpoint import Endpoint
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
+        ) from None
+    return Endpoint(
+        j.url,
+        j.model,
+        api_key=os.environ.get(j.key_env, "").strip(),
+        concurrency=j.concurrency,
+        deadline_s=j.deadline_s,
+        timeout_s=j.timeout_s,
+        temperature=j.temperature,
+        max_tokens=j.max_tokens,
+    )
+
+
+def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]]) -> Backend:
+    j = config.judge
+    if (j.backend == "model") != bool(j.model):
+        accepted = "a checkpoint with judge.backend = 'model', '' with 'policy'"
+        raise ValueError(f"judge.model = {j.model!r}: accepted is {accepted}")
+    if not config.model.path:
+        needed = "needs a checkpoint that the policy starts from"
+        raise ValueError(f"model.path = '': judge.backend = {j.backend!r} {needed}")
+    load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config)
+
+    def engine() -> tuple[Engine, Tokenizer]:
+        model, tokenizer = load()
+        return build_engine(config, model, CACHE_TOKENS), tokenizer  # the policy's pool took what was free
+
+    return ModelJudge(engine, temperature=j.temperature, max_tokens=j.max_tokens)
 
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:
@@ -131,7 +138,7 @@ def build_arena(
     judge: FeedbackJudge | None = None,
     temperature: float | None = None,
 ) -> Arena:
-    """An arena on `engine`; `temperature` replaces the one of training, and a final is then always written."""
+    """An arena on `engine`; `temperature` replaces that of training, and a final is then always written."""
     rules = config.dialogue
     if temperature is not None:
         final = rules.final_temperature if temperature else 0.0
@@ -151,8 +158,8 @@ def check_context(engine: Engine, rules: Rules, longest: int) -> None:
     )
     for key, limit in limits:
         if longest > limit:
+            longest_talk = f"{rules.max_rounds} rounds of {rules.max_tokens_per_turn} tokens per turn"
             raise ValueError(
-                f"{key} = {limit} is below the {longest} tokens that a dialogue of {rules.max_rounds} rounds of "
-                f"{rules.max_tokens_per_turn} tokens per turn can take; raise it or lower dialogue.max_rounds or "
-                "max_tokens_per_turn"
+                f"{key} = {limit} is below the {longest} tokens that a dialogue of {longest_talk} can take; "
+                "raise it or lower dialogue.max_rounds or max_tokens_per_turn"
             )

@@ -141,9 +141,10 @@ def _train(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
+    from duologue.rollout.games.catalogue import GAMES
 
     run = _open_run(options, config)
-    progress = Progress()
+    progress = Progress(measures=GAMES[config.game.name].measures)
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
@@ -173,9 +174,9 @@ def _config(recipe: str, overrides: list[str], shortcuts: dict[str, Any]) -> Con
     config = load_config(recipe, overrides)
     device = torch.device(config.model.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        found = torch.cuda.device_count()
+        count = torch.cuda.device_count()
         raise ValueError(
-            f"model.device = {config.model.device!r}: accepted is cpu or one of {found} CUDA devices here"
+            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
         )
     return config
 
@@ -221,15 +222,15 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def ask(number: int, frame: Any) -> None:
+    def ask_to_stop(*_: Any) -> None:
         stop.set()
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
-        for each, handler in before.items():
-            signal.signal(each, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     try:
         for number in before:
-            signal.signal(number, ask)
+            signal.signal(number, ask_to_stop)
         yield stop
     finally:
         for number, handler in before.items():
@@ -292,9 +293,9 @@ def _eval(options: argparse.Namespace) -> int:
             f"{config.game.name} has rules"
         )
     model, tokenizer = load_policy(options.checkpoint, config)
-    engine = build_engine(config, model)
-    metrics, _ = evaluate(engine, tokenizer, build_game(config), config, None)
-    Progress().results({options.checkpoint.name: metrics}, _conditions(config))
+    game = build_game(config)
+    metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
+    Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
     if options.json:
         origin = {
             "checkpoint": str(options.checkpoint),

@@ -1,11 +1,15 @@
-"""What a person sees while a run trains: the numbers that matter, live in a terminal and as plain lines elsewhere."""
+"""What a person sees while a run trains: the numbers that matter, live in a terminal and as plain lines
+elsewhere.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+from duologue.rollout.games.game import Measure
 from rich.console import Console, Group
 from rich.live import Live
 from rich.padding import Padding
@@ -13,13 +17,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-# metric -> (heading, format)
-SHOWN = {
-    "reward": ("reward", "{:.3f}"),
-    "agreement": ("agreed", "{:.1%}"),
-    "pareto": ("Pareto", "{:.1%}"),
-    "joint_ratio": ("joint", "{:.3f}"),
-    "unscored_share": ("unscored", "{:.1%}"),
+# What a step of training shows beside the game's own measures: metric -> (heading, format)
+REWARD = {"reward": ("reward", "{:.3f}")}
+TRAINING = {
     "loss": ("loss", "{:.4f}"),
     "entropy": ("entropy", "{:.3f}"),
     "kl_start": ("KL start", "{:.4f}"),
@@ -27,29 +27,19 @@ SHOWN = {
     "rollout_tokens_per_s": ("rollout tok/s", "{:,.0f}"),
     "update_tokens_per_s": ("update tok/s", "{:,.0f}"),
 }
-RESULT = {
-    "agreement": ("agreement", "{:.1%}"),
-    "pareto": ("Pareto-optimal among agreed", "{:.1%}"),
-    "joint_ratio": ("joint score / best joint", "{:.3f}"),
-    "efficiency": ("right deals where one is possible", "{:.1%}"),
-    "right_walks": ("walked away where none is", "{:.1%}"),
-    "wrong_deals": ("deals worse than walking away", "{:.1%}"),
-    "share_buyer": ("buyer's share of the surplus", "{:.3f}"),
-    "share_seller": ("seller's share of the surplus", "{:.3f}"),
-    "nash_ratio": ("Nash product / best", "{:.3f}"),
-    "score_agreed_0": ("score of side 1, agreed", "{:.2f}"),
-    "score_agreed_1": ("score of side 2, agreed", "{:.2f}"),
-    "score": ("judge's score from 0 to 5", "{:.2f}"),
-    "rounds": ("rounds to agreement", "{:.2f}"),
-    "unscored_share": ("unscored", "{:.1%}"),
-    "dialogues": ("dialogues", "{:.0f}"),
-}
+COUNT = {"dialogues": Measure("dialogues", "{:.0f}")}  # below every table of measures
 
 
 class Progress:
-    """`stage`, then `update` after each step. `quiet` shows nothing."""
+    """`stage`, then `update` after each step. `measures` are the game's; `quiet` shows nothing."""
 
-    def __init__(self, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(
+        self,
+        quiet: bool = False,
+        console: Console | None = None,
+        measures: Mapping[str, Measure] = MappingProxyType({}),
+    ) -> None:
+        self.measures = measures
         self.console = console or Console(quiet=quiet, highlight=False, markup=False)
         self._live: Live | None = None
         self._stage = ""
@@ -67,7 +57,9 @@ class Progress:
             self._live.start()
 
     def update(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """`step` steps of the stage are done. A metric that is not measured on every step keeps its latest value."""
+        """`step` steps of the stage are done. A metric that is not measured on every step keeps its latest
+        value.
+        """
         self._latest |= {key: value for key, value in metrics.items() if value is not None}
         if self._live is not None:
             self._live.update(self._view(step))
@@ -86,9 +78,10 @@ class Progress:
         table.add_column("")
         for name in columns:
             table.add_column(name, justify="right")
-        for key, (heading, form) in RESULT.items():
-            if all(key in c for c in columns.values()):
-                table.add_row(heading, *(form.format(c[key]) for c in columns.values()))
+        for key, measure in {**self.measures, **COUNT}.items():
+            if all(key in column for column in columns.values()):
+                values = (measure.format.format(column[key]) for column in columns.values())
+                table.add_row(measure.heading, *values)
         self.console.print(table)
 
     def close(self) -> None:
@@ -101,9 +94,10 @@ class Progress:
                 self.console.print(last)
 
     def _cells(self) -> list[tuple[str, str]]:
+        of_game = {key: (m.short, m.format) for key, m in self.measures.items() if m.short}
         return [
             (title, form.format(self._latest[key]))
-            for key, (title, form) in SHOWN.items()
+            for key, (title, form) in {**REWARD, **of_game, **TRAINING}.items()
             if key in self._latest
         ]
 

@@ -19,10 +19,11 @@ AT_ONCE = 256  # dialogues: bounds the pool that is needed
 def evaluate(
     engine: Engine, tokenizer: Tokenizer, game: Game, config: Config, judge: FeedbackJudge | None
 ) -> tuple[dict[str, float], list[Dialogue]]:
-    """`eval.dialogues` dialogues of the policy with itself on `eval.split`, sampled at `eval.temperature` (0 = greedy).
+    """`eval.dialogues` dialogues of the policy with itself on `eval.split`, sampled at `eval.temperature`
+    (0 = greedy).
 
-    The scenarios and the draws follow from `train.seed` alone, so two policies are compared on the same ones. The engine is the
-    policy's; what it holds of the KV is dropped.
+    The scenarios and the draws follow from `train.seed` alone, so two policies are compared on the same
+    ones. The engine is the policy's; what it holds of the KV is dropped.
     """
     engine.name_weights(0)  # as of an engine of its own
     arena = build_arena(config, engine, tokenizer, game, judge, temperature=config.eval.temperature)

@@ -26,6 +26,7 @@ from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import POLICY, Group
 from duologue.rollout.selfplay.speakers import Opponent
@@ -212,7 +213,7 @@ class Opponents:
                 self.config.opponent.kind == "frozen"
             )  # nothing is written over these, so a KL term's may serve
             other = (frozen and reference) or load_beside(self.model, self._path(step))
-            self._own = build_engine(self.config, other, 65_536)  # the policy's pool took what was free
+            self._own = build_engine(self.config, other, CACHE_TOKENS)  # the policy's pool took what was free
         elif self._present != [step]:
             other = empty_decoder(self.model.config)
             load_weights(other, self._path(step), "cpu", self.model.head_weight.dtype)

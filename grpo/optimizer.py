@@ -124,16 +124,16 @@ class Optimizer:
         """Go on exactly where `state` was taken. ValueError names a tensor missing, surplus or of another
         shape.
         """
-        own = self.state_dict()
-        if wrong := sorted(own.keys() ^ state.keys()):
-            problem = "is missing" if wrong[0] in own else "belongs to no parameter here"
+        present = self.state_dict()
+        if wrong := sorted(present.keys() ^ state.keys()):
+            problem = "is missing" if wrong[0] in present else "belongs to no parameter here"
             raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
-        for key, tensor in own.items():
+        for key, tensor in present.items():
             if state[key].shape != tensor.shape:
                 raise ValueError(
                     f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}"
                 )
-        for key, tensor in own.items():
+        for key, tensor in present.items():
             tensor.copy_(state[key])
         self._write_back()
 

@@ -27,7 +27,7 @@ from itertools import accumulate
 import torch
 from duologue.kernels import ops
 from duologue.model.decoder import Decoder
-from duologue.rollout.engine.sequence import Kept
+from duologue.rollout.engine.sequence import Supports
 from torch import Tensor
 
 
@@ -41,7 +41,7 @@ class Row:
     advantage: float
     dialogue_id: int
     role: int
-    kept: Kept | None = None  # [t] supports of truncated draws; None: all were from the full softmax
+    supports: Supports | None = None  # [t] supports of truncated draws; None: all were from the full softmax
 
     @property
     def n_trained(self) -> int:
@@ -60,8 +60,8 @@ class Batch:
     advantages: Tensor  # [T] fp32
     nodes: Tensor  # [T] int64: positions with the same prefix have the same node, 0 .. U - 1
     first: Tensor  # [U] int64: where in T each node occurs first
-    kept_ids: Tensor  # int32: supports of the trained tokens whose draw was truncated, one after the other
-    kept_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
+    support_ids: Tensor  # int32: supports of the trained tokens whose draw was truncated, one after the other
+    support_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
 
     @property
     def targets(self) -> Tensor:
@@ -89,7 +89,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
 
     lengths = [len(row.token_ids) for row in rows]
     nodes, first = _prefix_tree(rows)
-    kept_ids, sizes = _supports(rows)
+    support_ids, sizes = _supports(rows)
     return Batch(
         token_ids=tensor([t for row in rows for t in row.token_ids], torch.int64),
         positions=tensor([p for n in lengths for p in range(n)], torch.int64),
@@ -99,8 +99,8 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         advantages=tensor([row.advantage for row in rows for _ in row.token_ids], torch.float32),
         nodes=tensor(nodes, torch.int64),
         first=tensor(first, torch.int64),
-        kept_ids=tensor(kept_ids, torch.int32),
-        kept_offsets=tensor([0, *accumulate(sizes)], torch.int64),
+        support_ids=tensor(support_ids, torch.int32),
+        support_offsets=tensor([0, *accumulate(sizes)], torch.int64),
     )
 
 
@@ -110,13 +110,13 @@ def _supports(rows: Sequence[Row]) -> tuple[array[int], list[int]]:
     ids: array[int] = array("i")
     sizes: list[int] = []
     for row in rows:
-        if row.kept is None:
+        if row.supports is None:
             sizes += [0] * len(row.token_ids)
             continue
         start = 0
-        for size, trained in zip(row.kept.sizes, row.loss_mask, strict=True):
+        for size, trained in zip(row.supports.sizes, row.loss_mask, strict=True):
             if trained:
-                ids += row.kept.ids[start : start + size]
+                ids += row.supports.ids[start : start + size]
             sizes.append(size if trained else 0)
             start += size
     return ids, sizes

@@ -101,10 +101,10 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
     if config.model.path:
         return
     for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
-        wanted, found = getattr(config.model, key), getattr(model.config, key)
-        if wanted != found:
+        wanted, present = getattr(config.model, key), getattr(model.config, key)
+        if wanted != present:
             raise ValueError(
-                f"{path} has {key} = {found}, but the run's configuration says model.{key} = {wanted}"
+                f"{path} has {key} = {present}, but the run's configuration says model.{key} = {wanted}"
             )
 
 

@@ -25,7 +25,7 @@ def view_row(view: View, kinds: tuple[str, ...], advantage: float, dialogue_id: 
         token_ids=view.token_ids,
         loss_mask=[kind in wanted for kind in view.kinds],
         logprobs=view.logprobs,
-        kept=view.kept,
+        supports=view.supports,
         advantage=advantage,
         dialogue_id=dialogue_id,
         role=role,

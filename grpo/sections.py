@@ -15,6 +15,7 @@ from duologue.model.lora import LoraSettings
 from duologue.model.settings import like, setting
 from duologue.model.tokenizer import LEAST_IDS
 from duologue.model.weights import DTYPES
+from duologue.rollout.engine.pages import CACHE_TOKENS
 
 HTTP = r"(https?://[^/].*)?"
 HTTP_WORDS = "'' or an address that begins with http:// or https://"
@@ -197,7 +198,7 @@ class RolloutSection:
 
     page_size: int = setting(16, "tokens of a page of the KV pool, a multiple of 16", least=16, most=1024)
     cache_tokens: int = setting(
-        65_536,
+        CACHE_TOKENS,
         "tokens of the KV pool; 0 is 85 % of the GPU memory that is free when it is made, given back during "
         "updates",
         least=0,

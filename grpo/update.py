@@ -13,7 +13,7 @@ from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estima
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import ops
-from duologue.kernels.head import LossFn, PolicyLoss
+from duologue.kernels.policy_loss import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder
 from torch import Tensor
 
@@ -61,11 +61,11 @@ def truncated_logprobs(
 ) -> tuple[Tensor, Tensor]:
     """(log-probs [N], entropies [N]) of truncated draws, by the distributions that they were drawn from."""
     offsets = torch.cat(
-        (batch.kept_offsets[batch.targets], batch.kept_offsets[-1:])
+        (batch.support_offsets[batch.targets], batch.support_offsets[-1:])
     )  # between targets there are none
     targets = batch.token_ids[batch.targets]
     return ops.sparse_linear_logprob(
-        hidden_NH, model.head_weight, targets, batch.kept_ids, offsets, temperature
+        hidden_NH, model.head_weight, targets, batch.support_ids, offsets, temperature
     )
 
 
@@ -73,7 +73,7 @@ def head_loss(
     model: Decoder, batch: Batch, hidden_NH: Tensor, loss_fn: LossFn, temperature: float, level: str = "token"
 ) -> PolicyLoss:
     """The loss of the batch's trained tokens, from the hidden states before them."""
-    if len(batch.kept_ids) == 0:
+    if len(batch.support_ids) == 0:
         targets = batch.token_ids[batch.targets]
         return ops.linear_policy_loss(
             hidden_NH,
@@ -136,7 +136,7 @@ def packed_loss(
 def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> Tensor:
     """Log-probs [N] of the batch's trained tokens."""
     hidden_NH = trained_hidden(model, batch)
-    if len(batch.kept_ids):
+    if len(batch.support_ids):
         return truncated_logprobs(model, batch, hidden_NH, temperature)[0]
     return ops.linear_logprob(
         hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature, exact=model.exact

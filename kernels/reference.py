@@ -1,8 +1,9 @@
 """The definition of correct: every op in plain PyTorch, on any device and dtype.
 
-fp32 and bf16 inputs are computed in fp32 and rounded once at the end; float64 inputs stay in float64 (the oracle of the tests).
+fp32 and bf16 inputs are computed in fp32 and rounded once at the end; float64 inputs stay in float64 (the
+oracle of the tests).
 
-Shapes: T tokens, N rows, K in, O out, Hq/Hk query and key heads, D head dim, V vocabulary, S sequences, P pages, B page size.
+Arguments and axes are those of ops.py; some say how to compute, and change nothing here.
 """
 
 from __future__ import annotations
@@ -18,14 +19,24 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    exact: bool = True,
 ) -> Tensor:
-    out_dtype = out_dtype or x.dtype
-    if out_dtype == x.dtype:
-        return torch.nn.functional.linear(x, weight, bias)
-    return torch.nn.functional.linear(
-        x.to(out_dtype), weight.to(out_dtype), None if bias is None else bias.to(out_dtype)
-    )
+    if out_dtype is not None:
+        x, weight = x.to(out_dtype), weight.to(out_dtype)
+        bias = None if bias is None else bias.to(out_dtype)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+def softcapped(logits: Tensor, softcap: float | None, out: Tensor | None = None) -> Tensor:
+    """softcap * tanh(logits / softcap), into `out` where it is given; the logits themselves without a
+    softcap."""
+    if not softcap:
+        return logits
+    return torch.mul(torch.tanh(torch.div(logits, softcap, out=out), out=out), softcap, out=out)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -39,16 +50,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return rms_norm(total, weight, eps), total
 
 
-def _rotate(x_THD: Tensor, cos_T1d: Tensor, sin_T1d: Tensor) -> Tensor:
+def rotate(x_THD: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> Tensor:
+    cos_T1d, sin_T1d = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
     first, second = _wide(x_THD).chunk(2, dim=-1)
-    return torch.cat((first * cos_T1d - second * sin_T1d, second * cos_T1d + first * sin_T1d), dim=-1).to(
-        x_THD.dtype
-    )
+    rotated = torch.cat((first * cos_T1d - second * sin_T1d, second * cos_T1d + first * sin_T1d), dim=-1)
+    return rotated.to(x_THD.dtype)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    cos_T1d, sin_T1d = cos[positions].unsqueeze(1), sin[positions].unsqueeze(1)
-    return _rotate(q, cos_T1d, sin_T1d), _rotate(k, cos_T1d, sin_T1d)
+    return rotate(q, cos, sin, positions), rotate(k, cos, sin, positions)
 
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
@@ -56,7 +66,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _attend(q_nHD: Tensor, k_LGD: Tensor, v_LGD: Tensor, scale: float) -> Tensor:
-    """The n queries are the last n of L positions; causal; query heads share key heads in consecutive groups."""
+    """The n queries are the last n of L positions; causal; query heads share key heads in consecutive
+    groups."""
     n, heads, _ = q_nHD.shape
     length, groups, _ = k_LGD.shape
     k_HLD = _wide(k_LGD).repeat_interleave(heads // groups, dim=1).transpose(0, 1)
@@ -87,6 +98,7 @@ def paged_attention(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     scale: float,
+    groups: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     bounds = cu_seqlens.tolist()
     parts = []
@@ -110,6 +122,16 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) 
     return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
+def logprob_backward(
+    logits: Tensor, targets: Tensor, temperature: Tensor, entropy: Tensor, g: Tensor, h: Tensor
+) -> Tensor:
+    """The gradient of the logits [N, V], given those of log-prob (g) and entropy (h), both [N]."""
+    logp_NV = torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    g, h, entropy, targets = (x.unsqueeze(-1) for x in (g, h, entropy, targets))
+    grad_NV = -logp_NV.exp() * (g + h * (logp_NV + entropy))
+    return _scaled(grad_NV.scatter_add_(-1, targets, g), temperature)
+
+
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -119,7 +141,7 @@ def linear_logprob(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     logits = linear(hidden, weight, bias, _wide(hidden).dtype)
-    return logprob(softcap * torch.tanh(logits / softcap) if softcap else logits, targets, temperature)
+    return logprob(softcapped(logits, softcap), targets, temperature)
 
 
 _M0, _M1, _W0, _W1, _MASK = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
@@ -135,7 +157,8 @@ def _mul_hi_lo(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def philox(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words (in int64) per counter; all arguments broadcast."""
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words (in int64) per counter; all arguments
+    broadcast."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):
@@ -147,9 +170,11 @@ def philox(
 
 
 def uniforms(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
-    """[N, V] fp32 uniforms in (0, 1): key = seed, counter = (token id // 4, 0, position), one word per token id.
+    """[N, V] fp32 uniforms in (0, 1): key = seed, counter = (token id // 4, 0, position), one word per token
+    id.
 
-    All 32 bits count: a token wins by a small uniform, and there fp32 resolves them; 24 bits would cut the tail at 6e-8.
+    All 32 bits count: a token wins by a small uniform, and there fp32 resolves them; 24 bits would cut the
+    tail at 6e-8.
     """
     block = torch.arange(-(-vocab_size // 4), device=seed.device)
     seed, position = seed.unsqueeze(1), position.unsqueeze(1)
@@ -163,9 +188,11 @@ def uniforms(seed: Tensor, position: Tensor, vocab_size: int) -> Tensor:
 
 
 def keep_mask(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
-    """[N, V] support after top-k, then top-p, then min-p, each on what the one before kept (transformers' order).
+    """[N, V] support after top-k, then top-p, then min-p, each on what the one before kept (transformers'
+    order).
 
-    A token stays when fewer than k (when less than p of the mass) lie strictly above it: so ties stay or go together.
+    A token stays when fewer than k (when less than p of the mass) lie strictly above it: so ties stay or go
+    together.
     """
     size = logits.shape[-1]
     ranked = logits.sort(dim=-1, descending=True).values
@@ -177,10 +204,10 @@ def keep_mask(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
     return (logits >= least) & (logits >= ranked[:, :1] + min_p.unsqueeze(-1).log())
 
 
-def _renormalised(scaled: Tensor, keep: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy of softmax over the kept tokens [N, V] of scaled logits."""
-    logp_NV = scaled.masked_fill(~keep, float("-inf")).log_softmax(-1)
-    entropy = -(logp_NV.exp() * logp_NV.masked_fill(~keep, 0.0)).sum(-1)
+def _renormalised(scaled: Tensor, support: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy of softmax over the support [N, V] of scaled logits."""
+    logp_NV = scaled.masked_fill(~support, float("-inf")).log_softmax(-1)
+    entropy = -(logp_NV.exp() * logp_NV.masked_fill(~support, 0.0)).sum(-1)
     return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
@@ -197,14 +224,14 @@ def sample(
     scaled = _scaled(logits, torch.where(greedy, torch.ones_like(temperature), temperature))
     noise = -torch.log(-torch.log1p(-uniforms(seed, position, logits.shape[-1])))
     score = torch.where(greedy.unsqueeze(-1), scaled, scaled + noise)
-    keep = torch.ones_like(scaled, dtype=torch.bool)
+    support = torch.ones_like(scaled, dtype=torch.bool)
     if bool((top_k > 0).any() | (top_p < 1).any() | (min_p > 0).any()):
-        keep = keep_mask(scaled, top_k, top_p, min_p) | greedy.unsqueeze(-1)
-    token = score.masked_fill(~keep, float("-inf")).argmax(-1)
-    keep |= (keep | scaled.isneginf()).all(-1, keepdim=True)
-    listed = keep & ~keep.all(-1, keepdim=True)
+        support = keep_mask(scaled, top_k, top_p, min_p) | greedy.unsqueeze(-1)
+    token = score.masked_fill(~support, float("-inf")).argmax(-1)
+    support |= (support | scaled.isneginf()).all(-1, keepdim=True)
+    listed = support & ~support.all(-1, keepdim=True)
     offsets = torch.nn.functional.pad(listed.sum(-1).cumsum(0), (1, 0))
-    return token, *_renormalised(scaled, keep, token), listed.nonzero()[:, 1].int(), offsets
+    return token, *_renormalised(scaled, support, token), listed.nonzero()[:, 1].int(), offsets
 
 
 def sparse_linear_logprob(
@@ -217,13 +244,13 @@ def sparse_linear_logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    logits, counts = linear(hidden, weight, bias, _wide(hidden).dtype), kept_offsets.diff()
-    scaled = _scaled(softcap * torch.tanh(logits / softcap) if softcap else logits, temperature)
-    keep = (counts == 0).unsqueeze(1).repeat(1, scaled.shape[1])
-    keep[
-        torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts), kept_ids.long()
-    ] = True
-    return _renormalised(scaled, keep, targets)
+    logits = linear(hidden, weight, bias, _wide(hidden).dtype)
+    scaled = _scaled(softcapped(logits, softcap), temperature)
+    counts = kept_offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
+    support = (counts == 0).unsqueeze(1).repeat(1, scaled.shape[1])
+    support[row, kept_ids.long()] = True
+    return _renormalised(scaled, support, targets)
 
 
 def group_advantages(
@@ -237,27 +264,30 @@ def group_advantages(
     n_roles: int,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As in `ops.group_advantages`. Means are taken of the distances from the least: equal rewards stay
+    equal."""
     role = torch.zeros_like(group_ids) if roles is None else roles
-    ids, r, new = group_ids * n_roles + role, rewards[scored], rewards.new_zeros
+    role, r = role[scored], rewards[scored]
+    group = group_ids[scored] * n_roles + role
+    zeros = rewards.new_zeros
 
     def moments(key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(number, mean, squares about it, whether all are equal) of the scored members of each key."""
-        least = torch.full_like(new(size), float("inf")).scatter_reduce(0, key, r, "amin")
-        most = torch.full_like(new(size), float("-inf")).scatter_reduce(0, key, r, "amax")
-        count = new(size).index_add(0, key, torch.ones_like(r))
-        mean = torch.where(count > 0, least, 0.0) + new(size).index_add(0, key, r - least[key]) / count.clamp(
-            min=1
-        )
-        return count, mean, new(size).index_add(0, key, (r - mean[key]).square()), least == most
+        least = torch.full_like(zeros(size), float("inf")).scatter_reduce(0, key, r, "amin")
+        largest = torch.full_like(zeros(size), float("-inf")).scatter_reduce(0, key, r, "amax")
+        count = zeros(size).index_add(0, key, torch.ones_like(r))
+        above = zeros(size).index_add(0, key, r - least[key]) / count.clamp(min=1)
+        mean = torch.where(count > 0, least, 0.0) + above
+        return count, mean, zeros(size).index_add(0, key, (r - mean[key]).square()), least == largest
 
-    count, mean, square, flat = moments(ids[scored], n_groups * n_roles)
-    shape, after, key = (n_groups, n_roles), new(0, dtype=torch.float64), ids[scored]
+    count, mean, square, flat = moments(group, n_groups * n_roles)
+    new_baseline = zeros(0, dtype=torch.float64)
     if method == "running":
         assert baseline is not None
-        seen, present, _, _ = moments(role[scored], n_roles)
+        seen, present, _, _ = moments(role, n_roles)
         before = torch.where(baseline.isnan(), present.double(), baseline)
-        after = torch.where(seen > 0, decay * before + (1 - decay) * present, baseline)
-        value = r - before[role[scored]]
+        new_baseline = torch.where(seen > 0, decay * before + (1 - decay) * present, baseline)
+        value = r - before[role]
     else:
         others = (count - 1).clamp(min=1)
         scale = {
@@ -265,6 +295,7 @@ def group_advantages(
             "mean": torch.ones_like(count),
             "leave_one_out": count / others,
         }[method]
-        value = torch.where(flat[key], 0.0, (r - mean[key]) * scale[key])
+        value = torch.where(flat[group], 0.0, (r - mean[group]) * scale[group])
     out = torch.zeros(len(rewards), device=rewards.device).masked_scatter(scored, value.float())
-    return out, count.long().view(shape), flat.view(shape), after
+    shape = (n_groups, n_roles)
+    return out, count.long().view(shape), flat.view(shape), new_baseline

@@ -1,4 +1,5 @@
-"""Log-prob, entropy and sampling on the C++ kernels: the contracts, and `torch.library` ops with gradients.
+"""Log-prob, entropy and sampling from logits: the contracts, the calls of C++ and Triton, and the
+`torch.library` ops.
 
 Shapes: N rows, V vocabulary.
 """
@@ -9,8 +10,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, family, lib, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
 from torch import Tensor
+from torch.library import custom_op
+
+# temperature, top_k, top_p, min_p, seed, position, each [N]
+Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# token [N], log-prob [N], entropy [N]; the ids of all supports, and where each row's begin and end [N + 1]
+Samples = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _check_logits(op: str, logits: Tensor) -> tuple[int, int]:
@@ -21,6 +28,9 @@ def _check_logits(op: str, logits: Tensor) -> tuple[int, int]:
     return N, V
 
 
+# ---- log-prob and entropy ----------------------------------------------------------------------------------
+
+
 def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float]:
     """(one per row, one for all): the kernel takes either; making a tensor costs as much as a short call."""
     if isinstance(temperature, Tensor):
@@ -28,7 +38,7 @@ def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float
     return None, float(temperature)
 
 
-def logprob(
+def forward(
     logits: Tensor,
     targets: Tensor,
     temperatures: Tensor | None,
@@ -39,109 +49,35 @@ def logprob(
     """(log-prob [N], entropy [N], what the backward needs [N, 2] or nothing)."""
     logits, targets = logits.contiguous(), targets.contiguous()
     N, V = _check_logits("logprob", logits)
-    check("logprob", "targets", targets, (N,), torch.int64, logits.device.type)
+    device = logits.device.type
+    check("logprob", "targets", targets, (N,), torch.int64, device)
     if temperatures is not None:
-        check("logprob", "temperature", temperatures, (N,), torch.float32, logits.device.type)
-    out, entropy = logits.new_empty(N, dtype=torch.float32), logits.new_empty(N, dtype=torch.float32)
+        check("logprob", "temperature", temperatures, (N,), torch.float32, device)
+    logprob, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
     stats = logits.new_empty((N, 2) if keep_stats or triton(logits) else 0, dtype=torch.float32)
     if triton(logits):
-        family("softmax").logprob(logits, targets, temperatures, temperature, out, entropy, stats)
-        return out, entropy, stats
-    bad = lib().logprob(
-        logits.data_ptr(),
-        targets.data_ptr(),
-        0 if temperatures is None else temperatures.data_ptr(),
-        temperature,
-        out.data_ptr(),
-        entropy.data_ptr(),
-        stats.data_ptr() if keep_stats else 0,
-        N,
-        V,
-        DTYPES[logits.dtype],
-    )
+        from duologue.kernels.gpu import softmax as gpu_softmax
+
+        gpu_softmax.logprob(logits, targets, temperatures, temperature, logprob, entropy, stats)
+        return logprob, entropy, stats
+    inputs = (*pointers(logits, targets, temperatures), temperature)
+    outputs = pointers(logprob, entropy, stats if keep_stats else None)
+    bad = lib().logprob(*inputs, *outputs, N, V, DTYPES[logits.dtype])
     if bad:
-        target, used = (
-            int(targets[bad - 1]),
-            temperature if temperatures is None else float(temperatures[bad - 1]),
-        )
+        row = bad - 1
+        used = temperature if temperatures is None else float(temperatures[row])
         raise ValueError(
-            f"logprob: row {bad - 1} has target {target} and temperature {used}, accepted is 0 to {V - 1} and above 0"
+            f"logprob: row {row} has target {int(targets[row])} and temperature {used}, "
+            f"accepted is 0 to {V - 1} and above 0"
         )
-    return out, entropy, stats
+    return logprob, entropy, stats
 
 
-Settings = tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
-]  # temperature, top_k, top_p, min_p, seed, position
-Drawn = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # token, log-prob, entropy, kept ids and their offsets
+def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
+    return forward(logits, targets, *split_temperature(temperature))[:2]
 
 
-def check_settings(op: str, settings: Settings, N: int, device: str) -> Settings:
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
-    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
-    for name, x, dtype in zip(names, settings, dtypes, strict=True):
-        check(op, name, x, (N,), dtype, device)
-    a, b, c, d, e, f = (x.contiguous() for x in settings)
-    return a, b, c, d, e, f
-
-
-def draw(
-    op: str, call: Callable[..., int], inputs: list[int], settings: Settings, N: int, *sizes: float
-) -> Drawn:
-    """Call a sampler of the library: addresses of its inputs and settings, of the outputs, then sizes."""
-    token, counts, stash = (torch.empty(N, dtype=torch.int64) for _ in range(3))
-    out, entropy = torch.empty(N, dtype=torch.float32), torch.empty(N, dtype=torch.float32)
-    bad = call(*inputs, *pointers(*settings, token, out, entropy, counts, stash), N, *sizes)
-    if bad:
-        names = ("temperature", "top_k", "top_p", "min_p")
-        given = ", ".join(f"{name} = {x[bad - 1].item()}" for name, x in zip(names, settings, strict=False))
-        raise ValueError(
-            f"{op}: row {bad - 1} has {given}; accepted are temperature and top_k from 0, top_p and min_p from 0 to 1"
-        )
-    offsets = torch.zeros(N + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    kept_ids = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    lib().take_kept(*pointers(counts, stash, kept_ids), N)
-    return token, out, entropy, kept_ids, offsets
-
-
-def sample(logits: Tensor, settings: Settings) -> Drawn:
-    logits = logits.contiguous()
-    N, V = _check_logits("sample", logits)
-    settings = check_settings("sample", settings, N, logits.device.type)
-    if triton(logits):
-        token = logits.new_empty(N, dtype=torch.int64)
-        out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
-        cuts = family("softmax").sample(logits, settings, token, out, entropy).unsqueeze(1)
-        kept = (logits > cuts) & (cuts > float("-inf"))
-        kept &= ~kept.all(1, keepdim=True)
-        return (
-            token,
-            out,
-            entropy,
-            kept.nonzero()[:, 1].int(),
-            torch.nn.functional.pad(kept.sum(1).cumsum(0), (1, 0)),
-        )
-    return draw("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
-
-
-def sample_bounded(
-    logits: Tensor, settings: Settings, most: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """On Triton only; see `ops.sample_bounded`. Launches and allocations alone, nothing that waits."""
-    logits = logits.contiguous()
-    N, _ = _check_logits("sample_bounded", logits)
-    settings = check_settings("sample_bounded", settings, N, logits.device.type)
-    token, kept = logits.new_empty(N, dtype=torch.int64), logits.new_empty((N, most), dtype=torch.int32)
-    out, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
-    sizes = logits.new_empty(N, dtype=torch.int32)
-    family("softmax").keep(
-        logits, family("softmax").sample(logits, list(settings), token, out, entropy), kept, sizes
-    )
-    return token, out, entropy, kept, sizes
-
-
-def grad_logits(
+def backward(
     logits: Tensor,
     targets: Tensor,
     temperatures: Tensor | None,
@@ -151,61 +87,145 @@ def grad_logits(
     grad_logprob: Tensor,
     grad_entropy: Tensor,
     out: Tensor,
-    source: Tensor | None = None,
+    from_row: Tensor | None = None,
 ) -> None:
-    """Row i of `out` becomes the gradient of row source[i] (None: i) of the logits, given those of its log-prob and entropy.
+    """Row i of `out` becomes the gradient of row from_row[i] (None: i) of the logits, given those of its
+    log-prob and entropy.
 
-    `out` may be the first rows of the logits, if a row that is written is the source of no other. On Triton a negative source leaves
-    the row as it is.
+    `out` may be the first rows of the logits, if no row is written that another is made from. On Triton a
+    negative from_row leaves the row as it is.
     """
-    logits, targets, stats = logits.contiguous(), targets.contiguous(), stats.contiguous()
-    entropy, grad_logprob, grad_entropy = (
-        entropy.contiguous(),
-        grad_logprob.contiguous(),
-        grad_entropy.contiguous(),
+    logits, targets, entropy, stats, grad_logprob, grad_entropy = (
+        x.contiguous() for x in (logits, targets, entropy, stats, grad_logprob, grad_entropy)
     )
     assert out.is_contiguous()
+    inputs = (entropy, stats, grad_logprob, grad_entropy)
     if triton(logits):
-        rows = (entropy, stats, grad_logprob, grad_entropy)
-        family("softmax").logprob_backward(logits, targets, temperatures, temperature, *rows, source, out)
+        from duologue.kernels.gpu import softmax as gpu_softmax
+
+        gpu_softmax.logprob_backward(logits, targets, temperatures, temperature, *inputs, from_row, out)
         return
-    lib().logprob_backward(
-        logits.data_ptr(),
-        targets.data_ptr(),
-        0 if temperatures is None else temperatures.data_ptr(),
-        temperature,
-        entropy.data_ptr(),
-        stats.data_ptr(),
-        grad_logprob.data_ptr(),
-        grad_entropy.data_ptr(),
-        out.data_ptr(),
-        0 if source is None else source.data_ptr(),
-        *out.shape,
-        DTYPES[logits.dtype],
-    )
+    of_logits = (*pointers(logits, targets, temperatures), temperature)
+    tensors = pointers(*inputs, out, from_row)
+    lib().logprob_backward(*of_logits, *tensors, *out.shape, DTYPES[logits.dtype])
 
 
-# ---- torch.library ops -----------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("duologue::logprob", mutates_args=())
-def _logprob_op(
+def check_settings(op: str, settings: Settings, N: int, device: str) -> Settings:
+    """The settings, contiguous; ValueError for one that does not fit."""
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
+    dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
+    for name, x, dtype in zip(names, settings, dtypes, strict=True):
+        check(op, name, x, (N,), dtype, device)
+    temperature, top_k, top_p, min_p, seed, position = (x.contiguous() for x in settings)
+    return temperature, top_k, top_p, min_p, seed, position
+
+
+def call_sampler(
+    op: str, call: Callable[..., int], inputs: list[int], settings: Settings, N: int, *sizes: float
+) -> Samples:
+    """Call a sampler of the C++ library: addresses of its inputs and settings, of the outputs, then sizes."""
+    token, counts, stash = (torch.empty(N, dtype=torch.int64) for _ in range(3))
+    logprob, entropy = (torch.empty(N, dtype=torch.float32) for _ in range(2))
+    bad = call(*inputs, *pointers(*settings, token, logprob, entropy, counts, stash), N, *sizes)
+    if bad:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        given = ", ".join(f"{name} = {x[bad - 1].item()}" for name, x in zip(names, settings, strict=False))
+        accepted = "accepted are temperature and top_k from 0, top_p and min_p from 0 to 1"
+        raise ValueError(f"{op}: row {bad - 1} has {given}; {accepted}")
+    offsets = torch.zeros(N + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=offsets[1:])
+    return token, logprob, entropy, take_supports(counts, stash), offsets
+
+
+def take_supports(counts: Tensor, stash: Tensor) -> Tensor:
+    """The ids of all supports, one after the other, int32; `stash` is where the C++ library has them until
+    now."""
+    ids = torch.empty(int(counts.sum()), dtype=torch.int32)
+    lib().take_kept(*pointers(counts, stash, ids), counts.numel())
+    return ids
+
+
+def _on_triton(op: str, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(token [N], log-prob [N], entropy [N], the largest logit [N] that truncation removed); `logits`
+    contiguous."""
+    from duologue.kernels.gpu import softmax as gpu_softmax
+
+    N, _ = _check_logits(op, logits)
+    settings = check_settings(op, settings, N, logits.device.type)
+    token = logits.new_empty(N, dtype=torch.int64)
+    logprob, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
+    cuts = gpu_softmax.sample(logits, list(settings), token, logprob, entropy)
+    return token, logprob, entropy, cuts
+
+
+def sample(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    min_p: Tensor,
+    seed: Tensor,
+    position: Tensor,
+) -> Samples:
+    logits = logits.contiguous()
+    settings = (temperature, top_k, top_p, min_p, seed, position)
+    if triton(logits):
+        token, logprob, entropy, cuts = _on_triton("sample", logits, settings)
+        cuts = cuts.unsqueeze(1)
+        support = (logits > cuts) & (cuts > float("-inf"))
+        support &= ~support.all(1, keepdim=True)
+        offsets = torch.nn.functional.pad(support.sum(1).cumsum(0), (1, 0))
+        return token, logprob, entropy, support.nonzero()[:, 1].int(), offsets
+    N, V = _check_logits("sample", logits)
+    settings = check_settings("sample", settings, N, "cpu")
+    return call_sampler("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
+
+
+def sample_bounded(logits: Tensor, settings: Settings, most: int) -> Samples:
+    """On Triton only; see `ops.sample_bounded`. Launches and allocations alone, nothing that waits."""
+    from duologue.kernels.gpu import softmax as gpu_softmax
+
+    logits = logits.contiguous()
+    token, logprob, entropy, cuts = _on_triton("sample_bounded", logits, settings)
+    support = logits.new_empty((len(logits), most), dtype=torch.int32)
+    sizes = logits.new_empty(len(logits), dtype=torch.int32)
+    gpu_softmax.keep(logits, cuts, support, sizes)
+    return token, logprob, entropy, support, sizes
+
+
+def bounded(samples: Samples, most: int) -> Samples:
+    """What `sample` gave, in the form of `sample_bounded`."""
+    token, logprob, entropy, ids, offsets = samples
+    sizes = offsets.diff()
+    row = torch.repeat_interleave(torch.arange(len(token), device=token.device), sizes)
+    column = torch.arange(len(ids), device=token.device) - offsets[row]
+    fits = column < most
+    support = ids.new_zeros((len(token), most))
+    support[row[fits], column[fits]] = ids[fits]
+    return token, logprob, entropy, support, sizes.int()
+
+
+# ---- torch.library ops -------------------------------------------------------------------------------------
+
+
+@custom_op("duologue::logprob", mutates_args=())
+def forward_op(
     logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return logprob(logits, targets, temperatures, temperature, keep_stats=True)
+    return forward(logits, targets, temperatures, temperature, keep_stats=True)
 
 
-@_logprob_op.register_fake
-def _(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    n = logits.shape[0]
-    new = logits.new_empty
-    return new(n, dtype=torch.float32), new(n, dtype=torch.float32), new((n, 2), dtype=torch.float32)
+@forward_op.register_fake
+def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    N = logits.shape[0]
+    return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2)))
 
 
-@torch.library.custom_op("duologue::logprob_backward", mutates_args=())
-def _logprob_backward_op(
+@custom_op("duologue::logprob_backward", mutates_args=())
+def backward_op(
     logits: Tensor,
     targets: Tensor,
     temperatures: Tensor | None,
@@ -216,11 +236,11 @@ def _logprob_backward_op(
     grad_entropy: Tensor,
 ) -> Tensor:
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    grad_logits(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
+    backward(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
     return grad
 
 
-@_logprob_backward_op.register_fake
+@backward_op.register_fake
 def _(logits: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -233,41 +253,25 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     logits, targets, temperatures, entropy, stats = ctx.saved_tensors
-    grad = _logprob_backward_op(
-        logits, targets, temperatures, ctx.temperature, entropy, stats, grad_logprob, grad_entropy
-    )
-    return grad, None, None, None
+    inputs = (logits, targets, temperatures, ctx.temperature)
+    return backward_op(*inputs, entropy, stats, grad_logprob, grad_entropy), None, None, None
 
 
-_logprob_op.register_autograd(_backward, setup_context=_setup)
+forward_op.register_autograd(_backward, setup_context=_setup)
 
 
-def logprob_op(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    out: tuple[Tensor, Tensor, Tensor] = _logprob_op(logits, targets, *split_temperature(temperature))
-    return out[:2]
+def logprob_traced(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Any:
+    return forward_op(logits, targets, *split_temperature(temperature))[:2]
 
 
-def logprob_now(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tuple[Tensor, Tensor]:
-    return logprob(logits, targets, *split_temperature(temperature))[:2]
-
-
-@torch.library.custom_op("duologue::sample", mutates_args=())
-def sample_op(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Drawn:
-    return sample(logits, (temperature, top_k, top_p, min_p, seed, position))
+sample_op = custom_op("duologue::sample", sample, mutates_args=())
 
 
 @sample_op.register_fake
-def fake_drawn(rows: Tensor, *_: Any) -> Drawn:
-    """How many tokens are kept is known only to the kernel."""
-    new, n = rows.new_empty, rows.shape[0]
-    kept_ids = new(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
-    token, offsets = new(n, dtype=torch.int64), new(n + 1, dtype=torch.int64)
-    return token, new(n, dtype=torch.float32), new(n, dtype=torch.float32), kept_ids, offsets
+def _(logits: Tensor, *_: Any) -> Samples:
+    """How many tokens the supports have is known only to the kernel."""
+    new = logits.new_empty
+    N, E = logits.shape[0], torch.library.get_ctx().new_dynamic_size()
+    token, offsets = (new(size, dtype=torch.int64) for size in (N, N + 1))
+    logprob, entropy = (new(N, dtype=torch.float32) for _ in range(2))
+    return token, logprob, entropy, new(E, dtype=torch.int32), offsets

@@ -84,11 +84,11 @@ class Pieces(NamedTuple):
             "user": ("user_before", "user_after"),
             "assistant": ("earlier", "closing"),
         }
-        found = []
+        fragments = []
         for i, role in enumerate(roles):
             before, after = around[role]
-            found += [(before, getattr(self, before)), (str(i), _mark(i)), (after, getattr(self, after))]
-        return found
+            fragments += [(before, getattr(self, before)), (str(i), _mark(i)), (after, getattr(self, after))]
+        return fragments
 
 
 def _mark(i: int) -> str:

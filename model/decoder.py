@@ -19,7 +19,7 @@ from typing import Protocol
 
 import torch
 from duologue.kernels import backend, ops
-from duologue.kernels.layers import LayerTensors, PagedDecoder
+from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig, RopeScaling
 from torch import Tensor, nn
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import ops
-from duologue.kernels.autograd import linear_backward
+from duologue.kernels.linear import backward_op as linear_backward
 from duologue.model.decoder import Decoder, Linear
 from torch import Tensor, nn
 
@@ -35,8 +35,8 @@ class QuantizedLinear(Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
         """[out, in], unpacked for this use."""
-        found: Tensor = _functional().dequantize_4bit(self.packed, self.state)
-        return found
+        weight: Tensor = _functional().dequantize_4bit(self.packed, self.state)
+        return weight
 
     def forward(self, x: Tensor, lora: Any = None) -> Tensor:
         out: Tensor = _Unpacked.apply(x, self)  # type: ignore[no-untyped-call]

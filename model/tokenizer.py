@@ -233,12 +233,12 @@ class Tokenizer:
         token = self._named().get(key)
         if token is None:
             return None
-        found: int | None = self._core.token_to_id(token)
-        if found is None:
+        token_id: int | None = self._core.token_to_id(token)
+        if token_id is None:
             raise ValueError(
                 f"{key} = {token!r} in tokenizer_config.json is not in tokenizer.json's vocabulary"
             )
-        return found
+        return token_id
 
     @classmethod
     def from_dir(cls, path: str | Path) -> Tokenizer:

@@ -53,8 +53,8 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
 from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.judge import FeedbackJudge
@@ -155,8 +155,8 @@ def completion_record(c: Completion) -> Plain:
         "ids": c.token_ids,
         "logprobs": c.logprobs,
         "entropies": c.entropies,
-        "kept_sizes": c.kept.sizes,
-        "kept_ids": c.kept.ids,
+        "kept_sizes": c.supports.sizes,
+        "kept_ids": c.supports.ids,
         "finish": c.finish_reason,
         "error": c.error,
         "weights_version": c.weights_version,
@@ -306,8 +306,8 @@ def _view_record(role: int, view: View) -> Plain:
         "ids": view.token_ids,
         "kinds": view.kinds,
         "logprobs": view.logprobs,
-        "kept_sizes": view.kept.sizes,
-        "kept_ids": view.kept.ids,
+        "kept_sizes": view.supports.sizes,
+        "kept_ids": view.supports.ids,
     }
 
 
@@ -358,8 +358,8 @@ def policy_gradient(
             "logprobs": r.logprobs,
             "advantage": r.advantage,
             "of": [r.dialogue_id, r.role],
-            "kept_sizes": r.kept.sizes if r.kept else None,
-            "kept_ids": r.kept.ids if r.kept else None,
+            "kept_sizes": r.supports.sizes if r.supports else None,
+            "kept_ids": r.supports.ids if r.supports else None,
         }
         for r in rows
     ]

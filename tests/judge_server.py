@@ -1,4 +1,6 @@
-"""A judge that speaks OpenAI's chat completions on loopback, whose answers are known and which can be told to fail."""
+"""A judge that speaks OpenAI's chat completions on loopback, whose answers are known and which can be told
+to fail.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def answer(prompt: str) -> dict[str, Any]:
 
 
 class JudgeServer(ThreadingHTTPServer):
-    """`fault(n, prompt)` names one of FAULTS for the n-th request, or None. `requests` are the bodies, `heads` the headers."""
+    """`fault(n, prompt)` names one of FAULTS for the n-th request, or None. `requests` are the bodies,
+    `heads` the headers.
+    """
 
     daemon_threads = True
     request_queue_size = 128

@@ -1,4 +1,5 @@
-"""One of two processes that share a batch under DDP or FSDP2; started by tests/test_parallel.py with RANK, MODE and a folder."""
+"""One of two processes that share a batch under DDP or FSDP2; started by tests/test_parallel.py with RANK,
+MODE and a folder."""
 
 from __future__ import annotations
 
@@ -63,8 +64,9 @@ def main() -> None:
     whole = {name: g if mode == "ddp" else g.full_tensor() for name, g in grads.items() if g is not None}
     torch.save(whole, folder / f"grads{rank}.pt")
     dist.barrier()  # the other rank has all that it waits for
-    # Without destructors: DDP's reducer ends the process group while it holds the interpreter lock, which gloo's worker
-    # thread may be waiting for to drop its last all-reduce, and then neither ever goes on (torch 2.13).
+    # Without destructors: DDP's reducer ends the process group while it holds the interpreter lock, which
+    # gloo's worker thread may be waiting for to drop its last all-reduce, and then neither ever goes on
+    # (torch 2.13).
     os._exit(0)
 
 

@@ -1,4 +1,6 @@
-"""What holds for every game with scripts: its dialogues have the right form and nothing private leaks, and its recipe runs."""
+"""What holds for every game with scripts: its dialogues have the right form and nothing private leaks, and
+its recipe runs.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ from duologue.grpo.rows import demonstration_rows
 from duologue.grpo.run_dir import read_lines
 from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS, corpus
+from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import MAX_UTTERANCES, ScriptedDialogue
 from duologue.rollout.games.selection import CLOSE
-from duologue.rollout.games.game import Game
 
 TINY = [
     "model.hidden_size=32",
@@ -104,7 +106,9 @@ def test_a_corpus_follows_from_its_seed_and_from_training_contexts(name: str) ->
 
 @every_game
 def test_private_text_reaches_its_own_side_only(name: str) -> None:
-    """The same words with other private text: the other side's ids and what is trained of them do not change."""
+    """The same words with other private text: the other side's ids and what is trained of them do not
+    change.
+    """
     tokenizer = train_tokenizer([text for d in scripts(name)[:300] for _, text, _ in d.turns], 400)
     for dialogue in scripts(name)[:40]:
         texts = dialogue.scenario.private_text

@@ -1,4 +1,6 @@
-"""`collective-agency` and `dynamic-alignment` end to end: a Qwen3 checkpoint with its real chat template, a real HTTP judge."""
+"""`collective-agency` and `dynamic-alignment` end to end: a Qwen3 checkpoint with its real chat template, a
+real HTTP judge.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen3 as it lies on the Hub: safetensors, tokenizer.json, the model's own chat template."""
+    """A tiny random Qwen3 as it lies on the Hub: safetensors, tokenizer.json, the model's own chat
+    template.
+    """
     import transformers
     import trl
 
@@ -152,7 +156,9 @@ def expected_reward(dialogue: dict[str, Any]) -> float:
 
 
 def check_dialogues(found: list[dict[str, Any]]) -> None:
-    """Every reward is the server's score of that very text, or 0 without an agreement, and rounds are counted."""
+    """Every reward is the server's score of that very text, or 0 without an agreement, and rounds are
+    counted.
+    """
     assert found
     for d in found:
         assert d["reward"] == [expected_reward(d)] * 2
@@ -227,7 +233,9 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
 def test_faults_lose_and_misread_no_dialogue(
     run: Run, judge_server: JudgeServer, tmp_path: Path, fault: str
 ) -> None:
-    """Each fault alone hits a fifth of the requests; "all": every fault hits a fifth, so that five of six requests fail."""
+    """Each fault alone hits a fifth of the requests; "all": every fault hits a fifth, so that five of six
+    requests fail.
+    """
     rng = random.Random(0)
     faults = FAULTS if fault == "all" else (fault,)
     judge_server.fault = lambda n, prompt: next((name for name in faults if rng.random() < 0.2), None)
@@ -286,7 +294,9 @@ def test_too_many_unscored_dialogues_stop_the_run_which_then_goes_on(
 def test_the_policy_learns_to_say_what_the_judge_likes(
     run: Run, judge_server: JudgeServer, tmp_path: Path
 ) -> None:
-    """The judge wants the letter e in the words of side 1, which alone are trained; side 2 speaks with the same weights."""
+    """The judge wants the letter e in the words of side 1, which alone are trained; side 2 speaks with the
+    same weights.
+    """
 
     def likes_e(prompt: str) -> dict[str, Any]:
         said = [inside(prompt, f'turn speaker="{side}"') for side in (1, 2)]
@@ -395,7 +405,7 @@ def test_lora_on_a_frozen_base(run: Run, tmp_path: Path, checkpoint_dir: Path) -
     assert any(bool(b.any()) for name, b in adapter.items() if "lora_B" in name)
 
 
-# ---- dynamic-alignment -----------------------------------------------------------------------------------------------
+# ---- dynamic-alignment -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("more", [[], ["lora.rank=4"]])
@@ -437,7 +447,7 @@ def test_the_policy_scores_its_own_answers_by_its_starting_weights(
         answers |= dict(judge.answered(wait=True))
     judge.close()
     for i, d in enumerate(found):  # the frozen start, though the policy has moved
-        assert d["reward"][0] == sum(answers[i].values()) / 4
+        assert d["reward"][0] == sum(answers[i][aspect] for aspect in ASPECTS) / 4
     offline = [f"judge.ledger={tmp_path / 'run' / 'judge.sqlite'}", "judge.offline=true"]
     assert run("again", *settings, *offline, recipe="dynamic-alignment") == 0
     assert dialogues(tmp_path / "again") == found
@@ -493,16 +503,20 @@ def test_rewards_of_a_finished_run_come_from_its_files_alone(
         )
     answers = dict(judge.answered(wait=True))
     judge.close()
-    assert [sum(answers[i].values()) / 4 for i in range(len(agreed))] == [d["reward"][0] for d in agreed]
+    assert [sum(answers[i][aspect] for aspect in ASPECTS) / 4 for i in range(len(agreed))] == [
+        d["reward"][0] for d in agreed
+    ]
 
 
-# ---- a server that is not ours ---------------------------------------------------------------------------------------
+# ---- a server that is not ours -----------------------------------------------------------------------------
 
 KNOWN = {"knowledge": 3, "benevolence": 2, "power": 5, "vitality": 1, "reason": "by heart", "agreed": False}
 
 
 def by_heart(folder: Path) -> Path:
-    """A Qwen3 checkpoint that says `KNOWN` and stops, whatever it is asked: one token for the answer, which every token calls for."""
+    """A Qwen3 checkpoint that says `KNOWN` and stops, whatever it is asked: one token for the answer, which
+    every token calls for.
+    """
     import transformers
     import trl
 

@@ -1,4 +1,6 @@
-"""The deal game against brute force written anew here, its known constants, and every way a statement can be wrong."""
+"""The deal game against brute force written anew here, its known constants, and every way a statement can
+be wrong.
+"""
 
 from __future__ import annotations
 

@@ -11,11 +11,11 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
-from duologue.rollout.games.selection import CLOSE, Vector
 from duologue.rollout.games.deal import Deal, DealGame, DealSettings, summarise
 from duologue.rollout.games.deal_scripts import TEMPERAMENTS, Negotiator, scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, Vector
 
 GAME = DealGame()
 CORPUS = corpus(GAME, 4000, seed=11)
@@ -160,7 +160,9 @@ def test_two_open_sides_waste_nothing() -> None:
 
 @pytest.mark.parametrize("temperament", TEMPERAMENTS)
 def test_every_temperament_is_open_at_times(temperament: str) -> None:
-    """The open act (to state one's values, unasked or in answer, or to offer the best) has a tenth of the chances."""
+    """The open act (to state one's values, unasked or in answer, or to offer the best) has a tenth of the
+    chances.
+    """
     rng = random.Random(5)
 
     def share(heard: Act | None, revealed: bool) -> float:

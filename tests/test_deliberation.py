@@ -1,4 +1,6 @@
-"""Deliberations: who sees what, when the judge is asked, and that the gradient falls on tokens of the trained kinds alone."""
+"""Deliberations: who sees what, when the judge is asked, and that the gradient falls on tokens of the
+trained kinds alone.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,20 @@ from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
-from duologue.rollout.judge.judge import Ask, FeedbackJudge
+from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
-from duologue.rollout.selfplay.deliberation import Deliberation, TalkRules
-from duologue.rollout.selfplay.dialogue import FINAL, PROMPT, UTTERANCE, Dialogue, Group
+from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.dialogue import (
+    FINAL,
+    PROMPT,
+    UTTERANCE,
+    Dialogue,
+    Group,
+    assign_rewards,
+)
+from duologue.rollout.selfplay.rules import Rules
 from judge_server import answer, inside, scores
 from torch import Tensor
 
@@ -41,7 +52,14 @@ TWO = {
     "first": {"name": "Cy", "instructions": "be quick"},
     "second": {"name": "Di", "instructions": "be sure"},
 }
-RULES = {"max_rounds": 3, "max_tokens_per_turn": 9, "max_tokens_final": 11, "temperature": 0.7, "top_p": 0.9}
+RULES = {
+    "max_rounds": 3,
+    "max_tokens_per_turn": 9,
+    "max_tokens_final": 11,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "context": "last_2",
+}
 TEMPLATE = (  # thoughts stand before a reply and leave the history, as in Qwen3
     "{{ bos_token }}{% for m in messages %}{{ '<|' + m['role'] + '|>' }}"
     "{{ '(think)' if m['role'] == 'assistant' and loop.last }}{{ m['content'] + '<|end|>' }}{% endfor %}"
@@ -50,7 +68,9 @@ TEMPLATE = (  # thoughts stand before a reply and leave the history, as in Qwen3
 
 
 class Scripted:
-    """A back end in this thread that holds every answer back until nothing else goes on, then gives it by `judge`."""
+    """A back end in this thread that holds every answer back until nothing else goes on, then gives it by
+    `judge`.
+    """
 
     settings: dict[str, object] = {}  # noqa: RUF012
     name = "scripted"
@@ -153,7 +173,7 @@ class Table:
         prompts = {kind: load_prompt(kind) for kind in REQUIRED}
         self.judge = FeedbackJudge(self.backend, Ledger(path), prompts, max_unscored_share=0.99)
         self.engine = Engine(self.model, **{"cache_tokens": 16384, **engine})
-        self.arena = Deliberation(self.engine, tokenizer, game, TalkRules(**{**RULES, **rules}), self.judge)
+        self.arena = Arena(self.engine, tokenizer, game, Rules(**{**RULES, **rules}), self.judge)
 
     def play(self, n: int = 2, size: int = 4, split: str = "train") -> list[Group]:
         rng = random.Random(1)
@@ -161,7 +181,7 @@ class Table:
         assert [len(group.dialogues) for group in groups] == [size] * n
         assert not self.engine.busy
         assert not self.engine._branches
-        self.judge.settle([d for group in groups for d in group.dialogues])
+        assign_rewards(self.game, [d for group in groups for d in group.dialogues])
         return groups
 
 
@@ -183,7 +203,7 @@ def facts(groups: list[Group]) -> list[Any]:
     ]
 
 
-# ---- the protocol ----------------------------------------------------------------------------------------------------
+# ---- the protocol ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("first", ["first", "alternate", "random"])
@@ -301,7 +321,7 @@ def test_draws_are_made_as_the_rules_say(table: Any, plain: Tokenizer) -> None:
     assert len({p.seed for p in seen}) == len(seen)
 
 
-# ---- contexts --------------------------------------------------------------------------------------------------------
+# ---- contexts ----------------------------------------------------------------------------------------------
 
 
 def context(d: Dialogue, tokenizer: Tokenizer, game: DilemmaGame, role: int, said: list[Any]) -> list[int]:
@@ -404,21 +424,23 @@ def test_the_longest_context_is_a_bound_that_is_nearly_met(table: Any, tokenizer
             continue
         here = table(tokenizer, judge=refusing, always_final=True, **rules)
         found = max(len(view.token_ids) for d in every(here.play(n=6, split="heldout")) for view in d.views)
-        assert found <= here.arena.longest_context() < 1.6 * found
+        assert found <= here.arena.contexts.longest() < 1.6 * found
 
 
-# ---- the gradient ----------------------------------------------------------------------------------------------------
+# ---- the gradient ------------------------------------------------------------------------------------------
 
 
 def supports(rows: list[Row]) -> dict[tuple[int, ...], list[int]]:
-    """What each trained token was drawn from, by what stands before it; an empty list stands for all tokens."""
+    """What each trained token was drawn from, by what stands before it; an empty list stands for all
+    tokens.
+    """
     found = {}
     for row in rows:
-        assert row.kept is not None
+        assert row.supports is not None
         start = 0
-        for t, (size, trained) in enumerate(zip(row.kept.sizes, row.loss_mask, strict=True)):
+        for t, (size, trained) in enumerate(zip(row.supports.sizes, row.loss_mask, strict=True)):
             if trained:
-                found[tuple(row.token_ids[:t])] = row.kept.ids[start : start + size].tolist()
+                found[tuple(row.token_ids[:t])] = row.supports.ids[start : start + size].tolist()
             start += size
     return found
 
@@ -436,8 +458,10 @@ def test_the_gradient_is_that_of_the_trained_kinds_and_zero_elsewhere(
     kinds: tuple[str, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Against float64 autograd over contexts that are built here from the dialogues' turns alone, each token's softmax cut to its
-    support. And token by token: the gradient on the hidden state before any token of another kind or side is exactly 0."""
+    """Against float64 autograd over contexts that are built here from the dialogues' turns alone, each
+    token's softmax cut to its support. And token by token: the gradient on the hidden state before any
+    token of another kind or side is exactly 0.
+    """
     here = table(plain, context=how, max_rounds=2)
     groups = here.play()
     rows, _ = grpo_rows(

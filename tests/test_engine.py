@@ -1,4 +1,4 @@
-"""The rollout engine against transformers' `generate`, and its promise: the training forward's log-probs, bit for bit."""
+"""The rollout engine against transformers; its log-probs are those of the training forward, bit for bit."""
 
 from __future__ import annotations
 
@@ -180,10 +180,21 @@ def test_unseeded_requests_differ_and_stop_tokens_end_them() -> None:
     )
     assert len({tuple(c.token_ids) for c in completions}) == 8
     for c in completions:
-        assert c.stopped
+        assert c.finish_reason == "stop"
         assert c.token_ids[-1] in (3, 4, 5)
         assert not set(c.token_ids[:-1]) & {3, 4, 5}
         assert len(c.token_ids) == len(c.logprobs) == len(c.entropies)
+
+
+def test_seeded_requests_in_between_change_no_draw() -> None:
+    """So that an engine can be lent: whoever borrows it gives seeds, as arenas do."""
+    model, unseeded = make_model(), SamplingParams(max_new_tokens=12)
+    alone, lent = Engine(model), Engine(model)
+    expected = [alone.generate([[1, 2]], unseeded) for _ in range(2)]
+    first = lent.generate([[1, 2]], unseeded)
+    lent.generate(make_prompts(7, seed=6), SamplingParams(max_new_tokens=9, seed=5, top_p=0.8), n=2)
+    assert [first, lent.generate([[1, 2]], unseeded)] == expected
+    assert expected[0] != expected[1]
 
 
 def test_new_weights_are_noticed_and_old_kv_is_never_hit() -> None:

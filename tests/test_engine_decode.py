@@ -1,4 +1,4 @@
-"""Several steps between two looks of the host: the same completions, bit for bit, as step by step; and the pool's memory."""
+"""Several steps per host sync give what single steps give, bit for bit; groups; and the pool's memory."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
-from duologue.rollout.engine import decode, runner
+from duologue.rollout.engine import decode_gpu, runner
 from duologue.rollout.engine.attention import shared_groups
+from duologue.rollout.engine.decode_cpu import NativeLoop
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 
@@ -24,9 +25,9 @@ V = 307
 def loop(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """Both kinds of loop: the one for CUDA runs on CPU where the C++ kernels do not take whole layers."""
     if request.param == "one call":
-        return decode.NativeLoop
+        return NativeLoop
     monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
-    return decode.DecodeLoop
+    return decode_gpu.DeviceLoop
 
 
 def make_model() -> Decoder:
@@ -65,7 +66,7 @@ def work(seed: int, n: int = 24) -> tuple[list[list[int]], list[SamplingParams]]
 
 
 def drawn(completions: list[Completion]) -> list[tuple[Any, ...]]:
-    return [(c.token_ids, c.logprobs, c.entropies, c.kept, c.finish_reason) for c in completions]
+    return [(c.token_ids, c.logprobs, c.entropies, c.supports, c.finish_reason) for c in completions]
 
 
 @pytest.mark.parametrize(("steps", "tokens"), [(2, 4096), (8, 4096), (8, 640), (33, 65_536)])
@@ -82,8 +83,8 @@ def test_completions_do_not_depend_on_steps_ahead(loop: type, seed: int, steps: 
     assert ahead.stats.decode_tokens + ahead.stats.prefill_tokens >= sum(len(c.token_ids) for c in plain)
 
 
-def test_a_support_without_room_is_drawn_by_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "KEPT", 5)
+def test_a_support_that_does_not_fit_is_drawn_by_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_gpu, "SUPPORT_IDS", 5)
     monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
     model = make_model()
     prompts = [[1, 2, 3], [4], [5, 6]]
@@ -92,7 +93,7 @@ def test_a_support_without_room_is_drawn_by_a_plain_step(monkeypatch: pytest.Mon
     ]  # about half of 307 ids, never 5
     ahead = Engine(model, decode_steps=8).generate(prompts, params)
     assert drawn(ahead) == drawn(Engine(model, decode_steps=1).generate(prompts, params))
-    assert min(min(c.kept.sizes) for c in ahead) > 5
+    assert min(min(c.supports.sizes) for c in ahead) > 5
 
 
 @pytest.mark.usefixtures("loop")

@@ -8,8 +8,8 @@ import torch
 from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Request, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Request, SamplingParams
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
@@ -32,7 +32,10 @@ MODEL.init_weights(0)
 
 
 class EngineLife(RuleBasedStateMachine):
-    """Opens, forks, rewinds, turns, cancels and closes on a pool too small for all. The model is a list of ids per branch."""
+    """Opens, forks, rewinds, turns, cancels and closes on a pool too small for all.
+
+    The model is a list of ids per branch.
+    """
 
     branches = Bundle("branches")
 

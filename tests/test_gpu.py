@@ -1,4 +1,5 @@
-"""The kernels on a GPU: against float64, plain PyTorch's error in the same dtype, and the promise that bits do not depend on the batch.
+"""The kernels on a GPU: against float64, plain PyTorch's error in the same dtype, and the promise that bits
+do not depend on the batch.
 
 python -m pytest -q -m gpu
 """
@@ -102,7 +103,7 @@ def test_fast_forms_are_close(op: str) -> None:
         assert float((a.double() - e).norm()) <= 0.02 * float(e.norm())
 
 
-# ---- bits ------------------------------------------------------------------------------------------------------------
+# ---- bits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -196,7 +197,8 @@ def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("max_batch", "decode_steps"), [(1, 1), (5, 8), (64, 1), (64, 8)])
 def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int, decode_steps: int) -> None:
-    """Step by step, and as CUDA graphs of which eight run between two looks of the host; the memory is given back once."""
+    """Step by step, and as CUDA graphs of which eight run between two looks of the host; the memory is given
+    back once."""
     from duologue.model.config import ModelConfig
     from duologue.model.decoder import Decoder, score
     from duologue.rollout.engine.engine import Engine

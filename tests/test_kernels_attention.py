@@ -1,4 +1,5 @@
-"""Attention held to float64 and to torch's own, and the promise that a row's bits depend on that row's keys alone."""
+"""Attention held to float64 and to torch's own, and the promise that a row's bits depend on that row's keys
+alone."""
 
 from __future__ import annotations
 
@@ -82,7 +83,8 @@ def test_reference_is_torch_attention() -> None:
 def with_torch_errors(
     D: int, ratio: int, dtype: torch.dtype
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """(q, k, v, cu_seqlens, output gradient; exact output and gradients; the norms of torch's errors in these)."""
+    """(q, k, v, cu_seqlens, output gradient; exact output and gradients; the norms of torch's errors in
+    these)."""
     inputs = rows(LENGTHS, 2 * ratio, 2, D, dtype)
     grad = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     exact = with_gradients(reference.packed_attention, *inputs, grad, torch.float64)
@@ -103,7 +105,8 @@ def test_error_is_no_larger_than_torch(isa: str, dtype: torch.dtype, D: int, rat
 
 
 def pages_of(k: Tensor, v: Tensor, lengths: list[int], B: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The keys scattered over random pages; whatever holds no token is NaN, and unused table entries are -1."""
+    """The keys scattered over random pages; whatever holds no token is NaN, and unused table entries are
+    -1."""
     counts = [-(-n // B) for n in lengths]
     order = torch.randperm(sum(counts) + 3).int()
     pages = torch.full((2, len(order), B, *k.shape[1:]), float("nan"), dtype=k.dtype)

@@ -113,6 +113,18 @@ def test_bits_are_those_of_linear_and_logprob_in_any_batch(dtype: torch.dtype) -
             assert all(torch.equal(a, b[rows]) for a, b in zip(got, expected, strict=True))
 
 
+@pytest.mark.parametrize("mask", [None, torch.arange(7) % 3 > 0])
+def test_float64_gradient_is_that_of_differences(mask: Tensor | None) -> None:
+    """No kernel takes float64: the definition has the gradient of every form too."""
+    x = doubled(inputs(7, 3, 5, torch.float32, bias=True))
+
+    def call(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        rest = {"bias": bias, "softcap": 3.0, "mask": mask, "chunk_bytes": 3 * 5 * 20}
+        return ops.linear_logprob(hidden, weight, x["targets"], 0.7, **rest)
+
+    assert torch.autograd.gradcheck(call, (x["hidden"], x["weight"], x["bias"]))
+
+
 def test_masked_rows_return_zero_and_get_no_gradient() -> None:
     x = inputs(40, 16, 300, torch.float32)
     mask = torch.arange(40) % 3 > 0
@@ -135,7 +147,8 @@ CLIPS: list[dict[str, float]] = [{}, {"clip_high": 0.4}, {"dual_clip": 1.5}]
 
 @pytest.mark.parametrize("variant", ["dapo", "grpo", "bnpo", "dr_grpo", "gspo", "cispo"])
 def test_every_loss_has_its_autograd_gradient(variant: str) -> None:
-    """variant x KL x clip x entropy bonus x importance weights, in float64 and fp32, against autograd of the plain composition."""
+    """variant x KL x clip x entropy bonus x importance weights, in float64 and fp32, against autograd of the
+    plain composition."""
     N, H, V, S = 23, 6, 11, 4
     g = torch.Generator().manual_seed(1)
     segments = torch.sort(torch.randint(0, S, (N,), generator=g)).values
@@ -213,7 +226,8 @@ def test_rows_without_a_coefficient_change_nothing() -> None:
 
 
 def test_compaction_moves_only_into_gaps() -> None:
-    """Every active row once, in the first k places; a place that is written with another row is the source of none."""
+    """Every active row once, in the first k places; a place that is written with another row is the source of
+    none."""
     g = torch.Generator().manual_seed(0)
     for n in (1, 2, 7, 64):
         for share in (0.0, 0.2, 0.5, 0.9, 1.0):
@@ -221,11 +235,17 @@ def test_compaction_moves_only_into_gaps() -> None:
             moved = head.Compaction(active)
             k = moved.count()
             assert k == int(active.sum())
-            source = moved.source[:k]
+            source = moved.from_row[:k]
             assert sorted(source.tolist()) == active.nonzero()[:, 0].tolist()
-            assert (moved.source[k:] == -1).all()
+            assert (moved.from_row[k:] == -1).all()
             elsewhere = source != torch.arange(k)
             assert not active[:k][elsewhere].any()
+
+
+def test_compaction_is_as_drawn() -> None:
+    moved = head.Compaction(torch.tensor([False, True, False, True, True]))
+    assert moved.from_row.tolist() == [3, 1, 4, -1, -1]
+    assert moved.count() == 3
 
 
 def test_library_checks_and_compile() -> None:

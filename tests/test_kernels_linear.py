@@ -1,4 +1,5 @@
-"""Linear, the norms, rope and the gate: held to float64, to plain PyTorch's own error, and to the bits of a row computed alone."""
+"""Linear, the norms, rope and the gate: held to float64, to plain PyTorch's own error, and to the bits of a
+row computed alone."""
 
 from __future__ import annotations
 
@@ -39,7 +40,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def outputs_and_gradients(fn: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> list[Tensor]:
-    """The op's outputs and the gradients of a fixed random projection of them; tables and positions stay as they are."""
+    """The op's outputs and the gradients of a fixed random projection of them; tables and positions stay as
+    they are."""
     floats = [
         isinstance(a, Tensor) and a.is_floating_point() and not (a.dim() == 2 and a.shape[0] == 256)
         for a in arguments
@@ -73,7 +75,7 @@ def test_error_is_at_most_that_of_plain_torch(case: Any, dtype: torch.dtype, isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("K", [7, 129, 256])
 def test_a_row_of_linear_has_the_same_bits_at_every_m(dtype: torch.dtype, K: int, isa: str) -> None:
-    x, weight = cases._randn(300, K, dtype=dtype), cases._randn(61, K, dtype=dtype)
+    x, weight = cases.randn(300, K, dtype=dtype), cases.randn(61, K, dtype=dtype)
     whole = ops.linear(x, weight)
     for m in (1, 2, 3, 4, 5, 7, 16, 64, 127, 129):
         for start in (0, 1, 170):

@@ -1,4 +1,5 @@
-"""Log-prob, entropy and sampling held to float64, the published Philox, transformers' truncation and the multinomial."""
+"""Log-prob, entropy and sampling held to float64, the published Philox, transformers' truncation and the
+multinomial."""
 
 from __future__ import annotations
 
@@ -59,7 +60,7 @@ def with_gradient(
     return [logprob.detach(), entropy.detach(), grad]
 
 
-# ---- log-prob --------------------------------------------------------------------------------------------------------
+# ---- log-prob ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -131,7 +132,7 @@ def test_impossible_tokens_count_as_nothing(isa: str) -> None:
     assert bool((token % 3 == 0).all())
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
 def settings(
@@ -298,7 +299,7 @@ def test_greedy_takes_the_first_of_the_largest(isa: str) -> None:
     assert torch.equal(torch.stack((logprob, entropy)), torch.stack(ops.logprob(logits, token, 1.0)))
 
 
-# ---- contracts -------------------------------------------------------------------------------------------------------
+# ---- contracts ---------------------------------------------------------------------------------------------
 
 
 def test_library_ops_are_sound() -> None:

@@ -1,4 +1,5 @@
-"""Kept supports, sampling fused with the head, group advantages: held to float64, to brute force, to each other's bits.
+"""Kept supports, sampling fused with the head, group advantages: held to float64, to brute force, to each
+other's bits.
 
 The Triton kernels run in Triton's interpreter on the same cases: interpreted_sparse.py.
 """
@@ -16,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 from duologue.kernels import backend, ops, reference, sparse
-from duologue.kernels.gpu import advantage as gpu_advantage
-from duologue.kernels.gpu import sparse as gpu_sparse
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -85,7 +84,7 @@ def drawn(case: Any, dtype: torch.dtype, top_p: float = 0.8) -> tuple[tuple[Any,
     return (hidden, weight, args, more), ops.linear_sample(hidden, weight, *args, *more)
 
 
-# ---- log-probs over a support ----------------------------------------------------------------------------------------
+# ---- log-probs over a support ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -104,16 +103,19 @@ def test_error_is_at_most_that_of_plain_torch(isa: str, case: Any, dtype: torch.
 def test_float64_gradient_is_that_of_differences() -> None:
     hidden, weight, targets, ids, offsets, temperature, bias, cap = ODD[1].make(torch.float64)
     inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
-    call = lambda h, w, b: reference.sparse_linear_logprob(
-        h, w, targets, ids, offsets, temperature.double(), b, cap
-    )
+
+    def call(h: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        rest = (targets, ids, offsets, temperature.double(), b, cap)
+        return reference.sparse_linear_logprob(h, w, *rest)
+
     assert torch.autograd.gradcheck(call, inputs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", ODD[1:], ids=lambda c: c.name)
 def test_what_was_sampled_is_what_is_trained(isa: str, case: Any, dtype: torch.dtype) -> None:
-    """Behaviour log-prob and entropy are those of the training op at the same weights, bit for bit, truncated or not."""
+    """Behaviour log-prob and entropy are those of the training op at the same weights, bit for bit, truncated
+    or not."""
     (hidden, weight, args, more), (token, logprob, entropy, ids, offsets) = drawn(case, dtype)
     counts = offsets.diff()
     assert int((counts > 0).sum()) > 0
@@ -132,7 +134,7 @@ def test_what_was_sampled_is_what_is_trained(isa: str, case: Any, dtype: torch.d
 def test_linear_sample_is_linear_then_sample(
     isa: str, dtype: torch.dtype, top_p: float, N: int, H: int, V: int
 ) -> None:
-    hidden, weight, bias = (cases_sparse._randn(*s, dtype=dtype) for s in ((N, H), (V, H), (V,)))
+    hidden, weight, bias = (cases_sparse.randn(*s, dtype=dtype) for s in ((N, H), (V, H), (V,)))
     n = torch.arange(N)
     temperature = torch.where(n % 5 == 3, 0.0, 0.3 + n / N)
     args = (temperature, (n % 3).int() * 4 * (top_p < 1), torch.full((N,), top_p), 0 * temperature, n * 31, n)
@@ -205,8 +207,8 @@ def test_a_row_without_a_support_is_the_full_head(isa: str, dtype: torch.dtype) 
 def test_large_supports_take_the_bits_of_small_ones(isa: str) -> None:
     """Above an eighth of the vocabulary all logits are computed instead of gathered."""
     hidden, weight = (
-        cases_sparse._randn(70, 33, dtype=torch.float32),
-        cases_sparse._randn(300, 33, dtype=torch.float32),
+        cases_sparse.randn(70, 33, dtype=torch.float32),
+        cases_sparse.randn(300, 33, dtype=torch.float32),
     )
     small, large = torch.tensor([3, 40, 299], dtype=torch.int32), torch.arange(0, 300, 3, dtype=torch.int32)
     targets, padding = torch.full((70,), 3), torch.zeros(70, 33)
@@ -223,11 +225,12 @@ def test_large_supports_take_the_bits_of_small_ones(isa: str) -> None:
 
 
 def test_draws_are_distributed_as_the_training_op_says(isa: str) -> None:
-    """Chi-square of 20,000 truncated draws against brute force in float64, and the op's own probabilities of them."""
+    """Chi-square of 20,000 truncated draws against brute force in float64, and the op's own probabilities of
+    them."""
     draws, H, V, top_p = 20_000, 8, 41, 0.8
     hidden, weight = (
-        cases_sparse._randn(1, H, dtype=torch.float32),
-        cases_sparse._randn(V, H, dtype=torch.float32) / 3,
+        cases_sparse.randn(1, H, dtype=torch.float32),
+        cases_sparse.randn(V, H, dtype=torch.float32) / 3,
     )
     n = torch.arange(draws)
     half = torch.full((draws,), 0.8)
@@ -254,7 +257,7 @@ def test_draws_are_distributed_as_the_training_op_says(isa: str) -> None:
     assert torch.equal(logprob, of_op[torch.searchsorted(kept, token)])
 
 
-# ---- Triton ----------------------------------------------------------------------------------------------------------
+# ---- Triton ------------------------------------------------------------------------------------------------
 
 
 def test_triton_kernels_in_the_interpreter() -> None:
@@ -274,14 +277,7 @@ def test_triton_kernels_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout[-4_000:]
 
 
-@pytest.mark.parametrize("module", [gpu_sparse, gpu_advantage], ids=lambda m: m.__name__)
-def test_compile_cases_name_every_argument(module: Any) -> None:
-    for kernel, signature, constants, warps in module.compile_cases():
-        assert [*signature, *constants] == list(kernel.arg_names)
-        assert warps in (1, 2, 4, 8)
-
-
-# ---- group advantages ------------------------------------------------------------------------------------------------
+# ---- group advantages --------------------------------------------------------------------------------------
 
 
 def members(n: int, seed: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -331,7 +327,7 @@ def test_group_advantages(method: str, n: int, dtype: torch.dtype) -> None:
     assert_same_advantages(ours, theirs, exact, given["scored"])
 
 
-# ---- contracts -------------------------------------------------------------------------------------------------------
+# ---- contracts ---------------------------------------------------------------------------------------------
 
 
 def small() -> dict[str, Any]:

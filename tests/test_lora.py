@@ -25,8 +25,8 @@ from duologue.model.lora import (
     new_adapter,
 )
 from duologue.model.peft import read_adapter, write_adapter
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, SamplingParams
 
 needs_cpp = pytest.mark.skipif(
     not backend.available(), reason="bitwise equality is a promise of the C++ kernels, which are not built"

@@ -37,12 +37,12 @@ from duologue.model.decoder import Decoder, score
 from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import SamplingParams
+from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.dilemma import DilemmaGame, DilemmaSettings
 from duologue.rollout.games.game import Outcome, Scenario
-from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View
-from duologue.rollout.selfplay.guests import Guest, messages
+from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Dialogue, Group, Turn, View, assign_rewards
+from duologue.rollout.selfplay.speakers import Opponent, Speak, messages
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, digest, serving
@@ -244,7 +244,7 @@ def find(ids: list[int], part: list[int], start: int) -> int:
 def test_the_policy_is_on_both_sides_in_turn_or_on_the_first(start: Path, tmp_path: Path) -> None:
     both = run(tmp_path / "both", config(start, True, "opponent.kind=frozen", "train.steps=4"))
     at = both.opponents
-    sides = [[guest.role for guest in at.guests(step, 0) if guest is not None] for step in range(4)]
+    sides = [[guest.role for guest in at.of_groups(step, 0) if guest is not None] for step in range(4)]
     assert sides == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
     run(
         tmp_path / "first",
@@ -286,11 +286,13 @@ def test_draws_follow_the_seed_and_have_their_shares(
 ) -> None:
     more = ("opponent.pool_every=1", "opponent.pool_size=3", f"opponent.pool_draw={draw}", "train.steps=4")
     trainer = run(tmp_path / "run", config(start, True, "opponent.kind=pool", "train.save_every=100", *more))
-    found = Counter(g.name for seed in range(400) for g in trainer.opponents.guests(4, seed) if g is not None)
+    found = Counter(
+        g.name for seed in range(400) for g in trainer.opponents.of_groups(4, seed) if g is not None
+    )
     total = sum(found.values())
     for step, share in zip((1, 2, 3), shares, strict=True):
         assert found[f"step_{step:06d}"] / total == pytest.approx(share, abs=0.05)
-    names = [[g.name for g in trainer.opponents.guests(4, seed) if g is not None] for seed in (5, 6, 5)]
+    names = [[g.name for g in trainer.opponents.of_groups(4, seed) if g is not None] for seed in (5, 6, 5)]
     assert names[0] == names[2] != names[1]
 
 
@@ -539,21 +541,33 @@ def test_a_server_that_is_down_stops_the_run_which_then_goes_on(
 class Mumbler:
     """A server that gives every answer after the second look, and none to what `lost` names by its number."""
 
+    who = "the mumbler"
+    max_unscored_share = 0.5
     last_fault = "it said nothing"
 
     def __init__(self, lost: set[int]) -> None:
-        self.lost, self.open, self.asked = lost, [], []
+        self.lost, self.waiting, self.asked = lost, [], []
 
-    def ask(self, number: int, messages: list[dict[str, str]], params: SamplingParams) -> None:
-        self.asked.append(messages)
-        self.open.append([2, number])
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting)
 
-    def answered(self, seconds: float) -> list[tuple[int, list[int] | None]]:
-        for entry in self.open:
+    def open(self, token_ids: list[int], adapter: int = 0) -> None:
+        return None
+
+    def ask(self, turn: Speak) -> None:
+        self.asked.append(turn.messages())
+        self.waiting.append([2, len(self.asked), turn])
+
+    def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
+        for entry in self.waiting:
             entry[0] -= 1
-        found = [(n, None if n in self.lost else [40 + n % 7, 41, 42]) for left, n in self.open if left <= 0]
-        self.open = [entry for entry in self.open if entry[0] > 0]
+        found = [(turn, self.says(n)) for left, n, turn in self.waiting if left <= 0]
+        self.waiting = [entry for entry in self.waiting if entry[0] > 0]
         return found
+
+    def says(self, n: int) -> Completion | None:
+        return None if n in self.lost else Completion(token_ids=[40 + n % 7, 41, 42])
 
     def close(self) -> None:
         return
@@ -579,22 +593,27 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
         other.model.embed_tokens.weight.mul_(1.1)
     engine = Engine(other, cache_tokens=16384) if who == "engine" else None
     server = Mumbler({5})
-    here.arena.speakers.server = server  # type: ignore[assignment]
-    here.arena.speakers.max_unscored_share = 0.5
+    here.arena.speakers.outside = server
     rng = random.Random(1)
-    guests = [Guest(role=0, name="guest", engine=engine), None, Guest(role=1, name="guest", engine=engine)]
+    opponents = [
+        Opponent(role=0, name="guest", engine=engine),
+        None,
+        Opponent(role=1, name="guest", engine=engine),
+    ]
     groups = here.arena.play(
-        [here.game.sample(rng, "train") for _ in range(3)], group_size=4, seed=5, guests=guests
+        [here.game.sample(rng, "train") for _ in range(3)], group_size=4, seed=5, opponents=opponents
     )
-    here.judge.settle([d for group in groups for d in group.dialogues])
+    assign_rewards(here.game, [d for group in groups for d in group.dialogues])
     assert not here.engine._branches
     assert engine is None or not engine._branches
     finals = 0
-    for group, guest in zip(groups, guests, strict=True):
+    for group, opponent in zip(groups, opponents, strict=True):
         for d in group.dialogues:
             assert (
                 d.players
-                == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[guest and guest.role]
+                == {0: ("guest", POLICY), None: (POLICY, POLICY), 1: (POLICY, "guest")}[
+                    opponent and opponent.role
+                ]
             )
             own = [i for i in (0, 1) if d.players[i] == POLICY]
             finals += sum(turn.kind == "final" for turn in d.turns)

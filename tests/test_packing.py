@@ -16,7 +16,7 @@ from duologue.grpo.update import trained_logprobs
 from duologue.kernels import ops
 from duologue.model.decoder import score
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Kept, SamplingParams
+from duologue.rollout.engine.sequence import SamplingParams, Supports
 from tiny import decoder
 from torch import nn
 
@@ -57,7 +57,7 @@ def test_packing_keeps_every_row() -> None:
 
 
 def test_supports_are_packed_for_trained_tokens_only() -> None:
-    kept = Kept([0, 0, 2, 0, 3, 1], array("i", [4, 7, 1, 2, 3, 9]))
+    supports = Supports([0, 0, 2, 0, 3, 1], array("i", [4, 7, 1, 2, 3, 9]))
     mask = [False, False, True, True, False, True]
     a = Row(
         token_ids=[5, 6, 7, 8, 2, 9],
@@ -66,12 +66,12 @@ def test_supports_are_packed_for_trained_tokens_only() -> None:
         advantage=2,
         dialogue_id=0,
         role=1,
-        kept=kept,
+        supports=supports,
     )
-    batch = pack([dataclasses.replace(a, kept=None), a])
-    assert batch.kept_ids.tolist() == [4, 7, 9]
-    assert batch.kept_offsets.tolist() == [0] * 9 + [2, 2, 2, 3]
-    assert batch.kept_offsets[batch.targets].tolist() == [0, 0, 0, 0, 2, 2]
+    batch = pack([dataclasses.replace(a, supports=None), a])
+    assert batch.support_ids.tolist() == [4, 7, 9]
+    assert batch.support_offsets.tolist() == [0] * 9 + [2, 2, 2, 3]
+    assert batch.support_offsets[batch.targets].tolist() == [0, 0, 0, 0, 2, 2]
 
 
 def test_targets_by_hand() -> None:
@@ -229,7 +229,7 @@ def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, fl
         assert all(t in range(i, 80, 7) for n, t in enumerate(c.token_ids) if n % 2 or i == 1)
     rows = []
     for i, (prompt, c) in enumerate(zip(prompts, completions, strict=True)):
-        kept = Kept([0] * len(prompt) + c.kept.sizes, c.kept.ids)
+        supports = Supports([0] * len(prompt) + c.supports.sizes, c.supports.ids)
         mask = [False] * len(prompt) + [True] * len(c.token_ids)
         logprobs = [0.0] * len(prompt) + c.logprobs
         rows.append(
@@ -240,7 +240,7 @@ def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, fl
                 advantage=1.0,
                 dialogue_id=i,
                 role=0,
-                kept=kept,
+                supports=supports,
             )
         )
     batch = pack(rows)

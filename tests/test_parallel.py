@@ -1,4 +1,5 @@
-"""The fused head under DDP and FSDP2: two processes with unequal shares of a batch get the gradient of the whole batch."""
+"""The fused head under DDP and FSDP2: two processes with unequal shares of a batch get the gradient of the
+whole batch."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ def test_gradients_are_synchronised(mode: str, tmp_path: Path) -> None:
         )
         for rank, path in enumerate(errors)
     ]
-    try:  # a rank that fails leaves the other waiting: look at all of them, and say what the first to fail said
+    try:  # a rank that fails leaves the other waiting: look at all, and say what the first to fail said
         deadline = time.monotonic() + 240
         while any(process.poll() is None for process in running) and not any(
             process.poll() for process in running

@@ -1,4 +1,6 @@
-"""`duologue play`: a person in a real terminal and on a pipe; the outcome is what the game's rules say of the words on the screen."""
+"""`duologue play`: a person in a real terminal and on a pipe; the outcome is what the game's rules say of
+the words on the screen.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ import pytest
 from duologue.grpo.cli import main
 from duologue.grpo.commands.play import Terminal
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.seeds import derive_seed
 from test_cli import TINY
@@ -176,13 +179,13 @@ def test_the_policy_hears_a_dilemma_as_in_training(
     contexts: list[str] = []
     folder = shutil.copytree(checkpoint_dir, tmp_path / "plain")
     (folder / "chat_template.jinja").write_text(CHATML)  # Qwen3's own drops thoughts from what went before
-    tokenizer, opened = Tokenizer.from_dir(folder), Engine.open
+    tokenizer, started = Tokenizer.from_dir(folder), Engine.start
 
-    def spy(engine: Engine, token_ids: list[int]) -> object:
-        contexts.append(tokenizer.decode(token_ids))
-        return opened(engine, token_ids)
+    def spy(engine: Engine, branch: Branch, params: SamplingParams) -> object:
+        contexts.append(tokenizer.decode(branch.token_ids))
+        return started(engine, branch, params)
 
-    monkeypatch.setattr(Engine, "open", spy)
+    monkeypatch.setattr(Engine, "start", spy)
     settings = ["dialogue.first_speaker=first", f"dialogue.context={context}", "dialogue.max_rounds=3"]
     shown = person(
         ["I would mend it.", "x " * 9000, "Halve the cost.", "We agree."], folder, *dilemma, *settings

@@ -1,4 +1,6 @@
-"""`duologue eval` on dilemmas: preference in both orders, intervals, a second judge; a real HTTP judge whose verdicts are known."""
+"""`duologue eval` on dilemmas: preference in both orders, intervals, a second judge; a real HTTP judge
+whose verdicts are known.
+"""
 
 from __future__ import annotations
 
@@ -203,7 +205,9 @@ def test_without_another_checkpoint_and_bad_input(
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
-    """Of 200 samples of a coin, about 95 % have an interval that holds its chance; a mean's is that of the normal approximation."""
+    """Of 200 samples of a coin, about 95 % have an interval that holds its chance; a mean's is that of the
+    normal approximation.
+    """
     rng = np.random.default_rng(0)
     covered = 0
     for i in range(200):

@@ -1,4 +1,6 @@
-"""The price game against brute force written anew here, a random policy's exact values, and what its scripts say."""
+"""The price game against brute force written anew here, a random policy's exact values, and what its
+scripts say.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,10 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
-from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.game import Outcome
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 
 GAME = PriceGame()
 CONTEXTS = [*GAME.splits["train"], *GAME.splits["heldout"]]
@@ -69,7 +71,9 @@ def test_judge_agrees_with_brute_force() -> None:
 
 
 def test_what_a_random_price_reaches() -> None:
-    """Both state the same price from 1 to 40, all alike, over all contexts; exact, from the numbers of the zones alone."""
+    """Both state the same price from 1 to 40, all alike, over all contexts; exact, from the numbers of the
+    zones alone.
+    """
     found = GAME.summarise([agree(haggle, price) for haggle in CONTEXTS for price in range(1, 41)])
     n_of = {g: 26 - abs(g) for g in (*range(-6, -1), *range(2, 13))}
     zones = {g: n for g, n in n_of.items() if g > 0}
@@ -193,7 +197,7 @@ def test_summary_by_hand() -> None:
     assert set(GAME.summarise([]).values()) == {0.0}
 
 
-# ---- scripts ---------------------------------------------------------------------------------------------------------
+# ---- scripts -----------------------------------------------------------------------------------------------
 
 
 def utterances(dialogue: ScriptedDialogue) -> list[tuple[int, str]]:
@@ -215,7 +219,8 @@ def test_the_price_agreed_is_the_last_one_named() -> None:
 
 def test_stated_limits_are_true() -> None:
     limit = re.compile(
-        r"(?:i can pay|i need) (\d+) at (?:most|least)|no (?:more|less) than (\d+) for me|it (?:is worth|costs me) (\d+)"
+        r"(?:i can pay|i need) (\d+) at (?:most|least)|no (?:more|less) than (\d+) for me|"
+        r"it (?:is worth|costs me) (\d+)"
         r"|honestly , (?:below )?(\d+) (?:is all|i lose)|\bi (\d+) :|\d+ and (\d+) , so"
         r"|between \d+ and (\d+) is|my (\d+) , then"
     )
@@ -258,7 +263,7 @@ def test_the_mixture_leaves_much_to_gain_and_two_honest_sides_nothing() -> None:
 
 
 def test_nobody_peeks() -> None:
-    """With another limit on the other side, a side's words stay the same for as long as what it hears does."""
+    """With another limit on the other side, a side's words stay the same while what it hears does."""
     rng = random.Random(2)
     compared = changed = 0
     for _ in range(1000):

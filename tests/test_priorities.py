@@ -1,4 +1,6 @@
-"""The priorities game against brute force written anew here, random allocations' exact values, and what its scripts say."""
+"""The priorities game against brute force written anew here, random allocations' exact values, and what its
+scripts say.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +12,12 @@ from statistics import fmean
 
 import pytest
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
-from duologue.rollout.games.selection import CLOSE, SelectionSettings
 from duologue.rollout.games.deal import Deal, Vector, class_of
 from duologue.rollout.games.deal_scripts import scripted_dialogue
 from duologue.rollout.games.deal_words import Language, utter
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
+from duologue.rollout.games.selection import CLOSE, SelectionSettings
 
 GAME = PrioritiesGame()
 CORPUS = corpus(GAME, 3000, seed=9)
@@ -162,7 +164,7 @@ def test_summary_counts_walking_away() -> None:
     assert sum(value for key, value in found.items() if key.startswith("failure")) == 0.5
 
 
-# ---- scripts ---------------------------------------------------------------------------------------------------------
+# ---- scripts -----------------------------------------------------------------------------------------------
 
 AMOUNT = r"(?:all )?(\d) (food|water|firewood)"
 SPLIT = re.compile(
@@ -181,7 +183,9 @@ def amounts(text: str) -> Vector:
 
 
 def read_offer(text: str) -> tuple[Vector, Vector] | None:
-    """(what the speaker takes, what the other gets) from the words alone: item by item, compared, or share by share."""
+    """(what the speaker takes, what the other gets) from the words alone: item by item, compared, or share
+    by share.
+    """
     by_item = {m[2] or m[3]: m for m in SPLIT.finditer(text)}
     if len(by_item) == 3:
         mine = []
@@ -276,7 +280,7 @@ def test_who_leaves_walks_away() -> None:
 
 
 def test_nobody_peeks() -> None:
-    """With another order on the other side, a side's words stay the same for as long as what it hears does."""
+    """With another order on the other side, a side's words stay the same while what it hears does."""
     rng = random.Random(2)
     compared = changed = 0
     for _ in range(600):

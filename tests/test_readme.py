@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -183,13 +184,20 @@ def test_every_block_runs(block: str, place: Path, tmp_path: Path, monkeypatch: 
         assert names["hidden"].grad is not None
 
 
+def test_the_way_through_the_code_is_short() -> None:
+    section = (ROOT / "README.md").read_text("utf-8").split("## Read the code")[1].split("\n## ")[0]
+    files = re.findall(r"^\d+\. `([\w/]+\.py)`", section, re.MULTILINE)
+    assert 5 < len(files) <= 10
+    assert sum(len((ROOT / file).read_text("utf-8").splitlines()) for file in files) <= 1_800
+
+
 def test_the_step_is_quoted_as_it_stands() -> None:
-    from duologue.grpo.trainer import Trainer
+    from duologue.grpo.steps import Steps
 
     quoted = [block for page in PAGES for block in blocks(page, "python") if "def selfplay_step" in block]
     assert quoted
     for block in quoted:
-        assert block.strip() == inspect.cleandoc(inspect.getsource(Trainer.selfplay_step)).strip()
+        assert block.strip() == textwrap.dedent(inspect.getsource(Steps.selfplay_step)).strip()
 
 
 # ---- the trainer for TRL -------------------------------------------------------------------------

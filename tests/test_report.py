@@ -1,4 +1,6 @@
-"""The report of a run that looks like a real one: its numbers, its dialogues, and that no text of a run becomes markup."""
+"""The report of a run that looks like a real one: its numbers, its dialogues, and that no text of a run
+becomes markup.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,8 @@ from duologue.grpo.commands.report import _pieces, write_report
 from duologue.grpo.config import load_config
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.catalogue import corpus
-from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.games.deal import DealGame, summarise
+from duologue.rollout.games.scripted import ScriptedDialogue
 
 IMITATION, SELFPLAY = 60, 40
 HOSTILE = "<script>alert('1')</script> & \"quoted\""

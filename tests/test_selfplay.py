@@ -18,8 +18,9 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.catalogue import corpus
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.arena import Arena, Rules
+from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import FINAL, PROMPT, UTTERANCE, Group
+from duologue.rollout.selfplay.rules import Rules
 
 GAME = DealGame()
 SCRIPTS = corpus(GAME, 400, 0)

@@ -270,7 +270,7 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     import copy
     import random
 
-    from duologue.grpo.build import build_arena
+    from duologue.grpo.build import build_arena, build_engine
     from duologue.grpo.packing import Row
     from duologue.grpo.rows import view_row
 
@@ -281,14 +281,14 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4)  # far from uniform, so that supports are small
-    arena = build_arena(c, model, tokenizer, game)
+    arena = build_arena(c, build_engine(c, model), tokenizer, game)
     group = arena.play([game.sample(random.Random(0), "train")], group_size=3, seed=1)[0]
     rows: list[Row] = [
         view_row(d.views[role], ("utterance",), 0.5 - i - role / 3, i, role)
         for i, d in enumerate(group.dialogues)
         for role in (0, 1)
     ]
-    assert all(row.kept is not None and len(row.kept.sizes) == len(row.token_ids) for row in rows)
+    assert all(row.supports is not None and len(row.supports.sizes) == len(row.token_ids) for row in rows)
     accumulate_policy_gradient(model, rows, LossConfig(), temperature=1.0, max_tokens=max_tokens)
     found = gradients(model)
 
@@ -296,11 +296,11 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     total = sum(row.n_trained for row in rows)
     supports = []
     for row in rows:
-        assert row.kept is not None
+        assert row.supports is not None
         logits = exact(torch.tensor([row.token_ids]))[0].double()
         start, loss = 0, torch.zeros((), dtype=torch.float64)
-        for t, (size, trained) in enumerate(zip(row.kept.sizes, row.loss_mask, strict=True)):
-            support = row.kept.ids[start : start + size].tolist()
+        for t, (size, trained) in enumerate(zip(row.supports.sizes, row.loss_mask, strict=True)):
+            support = row.supports.ids[start : start + size].tolist()
             start += size
             if trained:
                 assert not support or row.token_ids[t] in support

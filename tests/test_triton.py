@@ -1,7 +1,9 @@
-"""Runs tests/triton_interpreted.py in Triton's interpreter, which must be chosen before a kernel is imported; and the compile check."""
+"""Runs tests/triton_interpreted.py in Triton's interpreter, which must be chosen before a kernel is imported;
+and the compile check."""
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -19,35 +21,43 @@ ROOT = Path(__file__).parent.parent
 
 def test_kernels_in_the_interpreter() -> None:
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/triton_interpreted.py",
-    ]
+    options = ["-q", "-x", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, "tests/triton_interpreted.py"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
+def test_compile_cases_name_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.compile_cases import LAUNCH, compile_cases
+
+    for kernel, signature, constants, warps in compile_cases():
+        assert [*signature, *(name for name in constants if name not in LAUNCH)] == list(kernel.arg_names)
+        assert warps in (1, 2, 4, 8)
+
+
+def test_compile_cases_reach_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of kernels/gpu, or a kernel in it, that the list forgot."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.compile_cases import compile_cases
+
+    kernels = set()
+    for path in (ROOT / "kernels/gpu").glob("*.py"):
+        module = importlib.import_module(f"duologue.kernels.gpu.{path.stem}")
+        for name, value in vars(module).items():
+            if type(value).__name__ == "JITFunction" and not name.startswith("_"):
+                kernels.add(name)
+    called_by_kernels = {"noise", "capped"}
+    assert {kernel.__name__ for kernel, *_ in compile_cases()} == kernels - called_by_kernels
+
+
 def test_compile_check_for_one_chip() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "bench.compile_check",
-        "--json",
-        "--chips",
-        "90",
-        "--only",
-        "bf16/fp32 ROTATE=1",
-    ]
+    options = ["--json", "--chips", "90", "--only", "rotate_kernel bf16"]
+    command = [sys.executable, "-m", "bench.compile_check", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert row["kernel"].startswith("rotary_kernel")
+    assert row["kernel"].startswith("rotate_kernel")
     assert 0 < row["registers"] < 256
     assert row["spill_bytes"] == 0
 
@@ -57,14 +67,13 @@ def test_compile_check_refuses_spills_and_shared_memory(monkeypatch: pytest.Monk
     from bench import compile_check
 
     names = [name for name, _ in compile_check.cases()]
-    index = next(
-        i for i, name in enumerate(names) if name.startswith("linear_kernel bf16 ") and "COLUMNS=16" in name
-    )
-    found = compile_check.check(index, 90)
-    assert "error" not in found
-    assert found["tensor_cores"] == "wgmma"
-    monkeypatch.setitem(compile_check.SHARED_BYTES, 90, found["shared_bytes"] - 1)
+    narrow = [name for name in names if name.startswith("linear_kernel bf16 ") and "COLUMNS=16" in name]
+    index = names.index(narrow[0])
+    row = compile_check.check(index, 90)
+    assert "error" not in row
+    assert row["tensor_cores"] == "wgmma"
+    monkeypatch.setitem(compile_check.SHARED_BYTES, 90, row["shared_bytes"] - 1)
     assert "shared memory" in compile_check.check(index, 90)["error"]
     monkeypatch.setattr(compile_check, "SPILL_BYTES", -1)
-    monkeypatch.setitem(compile_check.SHARED_BYTES, 90, found["shared_bytes"])
+    monkeypatch.setitem(compile_check.SHARED_BYTES, 90, row["shared_bytes"])
     assert "spills" in compile_check.check(index, 90)["error"]

@@ -1,4 +1,5 @@
-"""The Triton kernels in the interpreter, started by tests/test_triton.py: against float64, plain PyTorch's error, and their own bits.
+"""The Triton kernels in the interpreter, started by tests/test_triton.py: against float64, plain PyTorch's
+error, and their own bits.
 
 fp32 and fp16: the interpreter's bf16 is not reliable.
 """
@@ -74,17 +75,17 @@ def test_error_is_at_most_that_of_plain_torch(case: Any, dtype: torch.dtype) -> 
         assert float((a.double() - e).norm()) <= limit, i
 
 
-# ---- bits ------------------------------------------------------------------------------------------------------------
+# ---- bits --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_row_has_the_same_bits_at_every_m(dtype: torch.dtype) -> None:
     x, weight, norm = (
-        cases._randn(129, 70, dtype=dtype),
-        cases._randn(37, 70, dtype=dtype),
-        cases._randn(70, dtype=dtype),
+        cases.randn(129, 70, dtype=dtype),
+        cases.randn(37, 70, dtype=dtype),
+        cases.randn(70, dtype=dtype),
     )
-    targets, z = torch.arange(129) % 127, 3 * cases._randn(129, 127, dtype=dtype)
+    targets, z = torch.arange(129) % 127, 3 * cases.randn(129, 127, dtype=dtype)
     runs = (
         lambda rows: (ops.linear(x[rows], weight), ops.linear(x[rows], weight, None, torch.float32)),
         lambda rows: (ops.rms_norm(x[rows], norm, 1e-6), *ops.add_rms_norm(x[rows], x[rows] * 2, norm, 1e-6)),
@@ -105,7 +106,8 @@ def offsets(lengths: list[int]) -> Tensor:
 def pages_of(
     k: Tensor, v: Tensor, lengths: list[int], B: int, shared: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys scattered over random pages, NaN where there are none; `shared` pages are those of the first sequence in all."""
+    """Keys scattered over random pages, NaN where there are none; `shared` pages are those of the first
+    sequence in all."""
     counts = [-(-n // B) for n in lengths]
     order = torch.randperm(sum(counts) + 3).int()
     pages = torch.full((2, len(order), B, *k.shape[1:]), float("nan"), dtype=k.dtype)
@@ -124,7 +126,8 @@ def pages_of(
     ("dtype", "D", "ratio", "B"), [(torch.float32, 20, 2, 16), (torch.float16, 32, 1, 48)]
 )
 def test_paged_is_packed_bit_for_bit(dtype: torch.dtype, D: int, ratio: int, B: int) -> None:
-    """Decode, prefill in pieces and mixes of both, chunks in a loop or side by side: the bits of the packed forward."""
+    """Decode, prefill in pieces and mixes of both, chunks in a loop or side by side: the bits of the packed
+    forward."""
     torch.manual_seed(D)
     rng, lengths = random.Random(D), [1, 130, 7, 270]
     k, v = (torch.randn(sum(lengths), 2, D).to(dtype) for _ in range(2))
@@ -181,23 +184,6 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     assert torch.equal(out[0], out[1])
 
 
-def test_rope_write_kv_is_rope_and_write_kv() -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(5, heads, 18) for heads in (9, 2, 2))
-    cos, sin, positions, slots = (
-        torch.randn(64, 9),
-        torch.randn(64, 9),
-        torch.arange(5) * 9,
-        torch.tensor([33, 2, 16, 47, 0]),
-    )
-    pages = torch.zeros(4, 3, 16, 2, 18)
-    turned = ops.rope_write_kv(q, k, v, cos, sin, positions, pages[0], pages[1], slots)
-    expected = ops.rope(q, k, cos, sin, positions)
-    reference.write_kv(expected[1], v, pages[2], pages[3], slots)
-    assert torch.equal(turned, expected[0])
-    assert torch.equal(pages[:2], pages[2:])
-
-
 # ---- sampling --------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +192,7 @@ def noise_kernel(seed, position, out, BLOCK: tl.constexpr):
     for start in range(0, 2 * BLOCK, BLOCK):
         tl.store(
             out + start + tl.arange(0, BLOCK),
-            gpu_softmax._noise(tl.load(seed), tl.load(position), start, BLOCK),
+            gpu_softmax.noise(tl.load(seed), tl.load(position), start // 4 + tl.arange(0, BLOCK // 4)),
         )
 
 
@@ -268,9 +254,9 @@ def test_sample_draws_what_the_reference_and_cpp_draw(
 )
 def test_head_and_sampler_in_one_pass(N: int, H: int, V: int, dtype: torch.dtype, extra: str) -> None:
     """No stored logits: the draws of the stored ones, and their log-prob and entropy up to rounding."""
-    hidden, weight = cases._randn(N, H, dtype=dtype), cases._randn(V, H, dtype=dtype)
+    hidden, weight = cases.randn(N, H, dtype=dtype), cases.randn(V, H, dtype=dtype)
     bias, softcap = (
-        cases._randn(V, dtype=dtype) if extra == "bias" else None,
+        cases.randn(V, dtype=dtype) if extra == "bias" else None,
         4.0 if extra == "softcap" else None,
     )
     _, (temperature, _, _, _, seed, position) = draws(N, V)
@@ -309,7 +295,7 @@ def test_greedy_takes_the_first_of_the_largest() -> None:
 
 
 def test_impossible_tokens_count_as_nothing() -> None:
-    z, targets = 4 * cases._randn(4, 127, dtype=torch.float32), torch.tensor([0, 3, 6, 9])
+    z, targets = 4 * cases.randn(4, 127, dtype=torch.float32), torch.tensor([0, 3, 6, 9])
     masked = torch.full_like(z, float("-inf"))
     masked[:, ::3] = z[:, ::3]
     found = outputs_and_gradients(lambda x: ops.logprob(x, targets, 0.9), (masked,), torch.float32)
@@ -321,16 +307,17 @@ def test_impossible_tokens_count_as_nothing() -> None:
     assert found[2].count_nonzero() == found[2][:, ::3].count_nonzero()
 
 
-# ---- the head ----------------------------------------------------------------------------------------------------------
+# ---- the head ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("extra", ["", "bias", "softcap"])
 @pytest.mark.parametrize(("N", "H", "V"), [(1, 8, 7), (23, 24, 129), (40, 17, 2500)])
 def test_policy_loss_of_the_fused_head(N: int, H: int, V: int, extra: str, dtype: torch.dtype) -> None:
-    """Chunks of a few rows, most of them without a coefficient, so that rows move: against float64 of the stored logits."""
-    inputs = [cases._randn(N, H, dtype=dtype), cases._randn(V, H, dtype=dtype) / 3]
-    inputs += [cases._randn(V, dtype=dtype)] if extra == "bias" else []
+    """Chunks of a few rows, most of them without a coefficient, so that rows move: against float64 of the
+    stored logits."""
+    inputs = [cases.randn(N, H, dtype=dtype), cases.randn(V, H, dtype=dtype) / 3]
+    inputs += [cases.randn(V, dtype=dtype)] if extra == "bias" else []
     softcap, targets = 5.0 if extra == "softcap" else None, torch.arange(N) * 3 % V
     g, h = (
         torch.linspace(-1, 1, N) * (torch.arange(N) % 3 == 1),
@@ -373,14 +360,14 @@ def test_policy_loss_of_the_fused_head(N: int, H: int, V: int, extra: str, dtype
 
 
 def test_the_fused_head_has_the_bits_of_linear_and_logprob() -> None:
-    hidden, weight = (cases._randn(rows, 24, dtype=torch.float16) for rows in (20, 300))
+    hidden, weight = (cases.randn(rows, 24, dtype=torch.float16) for rows in (20, 300))
     targets = torch.arange(20) * 14
     expected = ops.logprob(ops.linear(hidden, weight, None, torch.float32), targets, torch.full((20,), 0.9))
     found = ops.linear_logprob(hidden[5:12], weight, targets[5:12], 0.9, chunk_bytes=3 * 1800)
     assert all(torch.equal(a, b[5:12]) for a, b in zip(found, expected, strict=True))
 
 
-# ---- as ops ----------------------------------------------------------------------------------------------------------
+# ---- as ops ------------------------------------------------------------------------------------------------
 
 
 def test_opcheck() -> None:
@@ -408,8 +395,8 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("exact", [True, False])
 def test_compiled_is_eager(exact: bool) -> None:
     x, weight, norm = (
-        cases._randn(6, 32, dtype=torch.float32),
-        cases._randn(32, 32, dtype=torch.float32),
+        cases.randn(6, 32, dtype=torch.float32),
+        cases.randn(32, 32, dtype=torch.float32),
         torch.ones(32),
     )
 
@@ -456,7 +443,8 @@ def test_no_rows() -> None:
 
 
 def test_rollout_is_score_bit_for_bit() -> None:
-    """The engine, with prefill in pieces among decodes, against the training forward, both on these kernels."""
+    """The engine, with prefill in pieces among decodes, against the training forward, both on these
+    kernels."""
     config = ModelConfig(
         model_type="qwen3",
         vocab_size=61,
@@ -506,7 +494,7 @@ def test_decoding_ahead_with_a_shared_prefix_has_the_bits_of_score(monkeypatch: 
         found.append(engine.generate(prompts, params))
         assert engine.stats.shared_tokens >= 512
     for a, b in zip(*found, strict=True):
-        assert (a.token_ids, a.logprobs, a.kept) == (b.token_ids, b.logprobs, b.kept)
+        assert (a.token_ids, a.logprobs, a.supports) == (b.token_ids, b.logprobs, b.supports)
     with torch.no_grad():
         scored = score(model, [p + c.token_ids for p, c in zip(prompts, found[0], strict=True)])
     for i in (0, 2):  # not truncated

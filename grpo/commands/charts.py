@@ -1,4 +1,6 @@
-"""Small line charts as geometry: what report.html draws as inline SVG. Plain numbers in, coordinates and labels out."""
+"""Small line charts as geometry: what report.html draws as inline SVG. Plain numbers in, coordinates and
+labels out.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""How well a policy deliberates: both held-out sets, greedy and sampled, measured by a judge, and against another checkpoint.
+"""How well a policy deliberates: both held-out sets, greedy and sampled, measured by a judge, and against
+another checkpoint.
 
-Two answers to one task are shown to the judge in both orders. A win counts only when both orders agree on it; pairs whose orders
-contradict each other are counted as inconsistent and belong to nobody. Intervals hold 95 % of the percentile bootstrap over tasks.
+Two answers to one task are shown to the judge in both orders. A win counts only when both orders agree on
+it; pairs whose orders contradict each other are counted as inconsistent and belong to nobody. Intervals
+hold 95 % of the percentile bootstrap over tasks.
 """
 
 from __future__ import annotations
@@ -12,25 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from duologue.grpo.build import build_arena, build_judge
+from duologue.grpo.build import build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
-from duologue.rollout.judge.judge import UNSCORED, FeedbackJudge
+from duologue.rollout.games.game import UNSCORED
+from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.questions import PREFERENCE, Case
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
 from rich.table import Table
 
-Policy = tuple[Decoder, Tokenizer]
+Policy = tuple[Engine, Tokenizer]
 Interval = dict[str, float | None]  # value, low, high; None where nothing was measured
 RESAMPLES = 2000
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed: int) -> Interval:
-    """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of which NaN are left out."""
+    """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of
+    which NaN are left out.
+    """
     rng, n = np.random.default_rng(seed), len(values)
     found = (
         np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]) if n else np.array([])
@@ -50,7 +56,9 @@ def mean(values: np.ndarray) -> float:
 
 
 def win_rate(verdicts: np.ndarray) -> float:
-    """Of the pairs with a winner in both orders; verdicts are 1, -1, 0 for a tie and NaN for inconsistent or unscored pairs."""
+    """Of the pairs with a winner in both orders; verdicts are 1, -1, 0 for a tie and NaN for inconsistent
+    or unscored pairs.
+    """
     wins, losses = int((verdicts == 1).sum()), int((verdicts == -1).sum())
     return wins / (wins + losses) if wins + losses else float("nan")
 
@@ -59,11 +67,12 @@ def hold(
     policy: Policy, game: DilemmaGame, config: Config, judge: FeedbackJudge, temperature: float
 ) -> list[Dialogue]:
     """One dialogue, or answer, per held-out task, in their order."""
-    arena = build_arena(config, *policy, game, judge, temperature=temperature)
-    scenarios = [
-        game.scenario(item, "heldout", item[2]) for item in game.items["heldout"][: config.eval.dialogues]
-    ]
+    engine, tokenizer = policy
+    arena = build_arena(config, engine, tokenizer, game, judge, temperature=temperature)
+    tasks = game.items["heldout"][: config.eval.dialogues]
+    scenarios = [game.scenario(item, "heldout", item.personas) for item in tasks]
     groups = arena.play(scenarios, group_size=1, seed=derive_seed(config.train.seed, "eval"))
+    engine.release_memory()
     return [group.dialogues[0] for group in groups]
 
 
@@ -126,32 +135,38 @@ def prefer(
     }
 
 
-def judges(config: Config, game: DilemmaGame, policy: Policy) -> tuple[FeedbackJudge, FeedbackJudge]:
-    """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model name."""
+def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJudge, FeedbackJudge]:
+    """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model
+    name.
+    """
     ledger = Path(":memory:")
     start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
-    scorer = build_judge(config, game, ledger, start)
-    assert isinstance(scorer, FeedbackJudge)
+    scorer = build_judge(config, ledger, start)
+    assert scorer is not None
     e = config.eval
     if not (e.judge_url or e.judge_model):
         return scorer, scorer
     other = dataclasses.replace(
         config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model
     )
-    second = build_judge(dataclasses.replace(config, judge=other), game, ledger, start)
-    assert isinstance(second, FeedbackJudge)
+    second = build_judge(dataclasses.replace(config, judge=other), ledger, start)
+    assert second is not None
     return scorer, second
 
 
-def compare(config: Config, policies: dict[str, Policy]) -> dict[str, Any]:
-    """`policies`: the one that is measured, and perhaps one to compare it with. See the module; JSON-able."""
+def compare(config: Config, models: dict[str, tuple[Decoder, Tokenizer]]) -> dict[str, Any]:
+    """`models`: the policy that is measured, and perhaps one to compare it with; JSON-able."""
     texts = config.game
     if texts.name == "dilemma_alone":  # a recipe without talks has no context for them
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
     assert isinstance(texts, DilemmaSettings)
     questions = config.eval.questions or str(DilemmaGame.questions)
     talks, alone = DilemmaGame(texts), AloneGame(dataclasses.replace(texts, tasks=questions))
-    scorer, second = judges(config, talks, next(iter(policies.values())))
+    scorer, second = judges(config, next(iter(models.values())))
+    policies: dict[str, Policy] = {}
+    for name, (model, tokenizer) in models.items():
+        policies[name] = build_engine(config, model), tokenizer
+        policies[name][0].release_memory()  # only one pool is there at a time
     result: dict[str, Any] = {
         "judge": scorer.backend.name,
         "preference_judge": second.backend.name,

@@ -5,16 +5,23 @@ more.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import queue
+import re
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duologue.model.atomic import write_file
 from duologue.rollout.games.texts import NEEDS, SHIPPED, TIERS, Row, kind_of, likeness, read
+from duologue.rollout.judge.asking import Ask
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from duologue.rollout.judge.endpoint import ChatEndpoint
 
 MOST_ALIKE = 0.3  # above this two texts count as one
 WORDS = (20, 120)  # of a dilemma that a model wrote
@@ -127,74 +134,70 @@ def _write(options: argparse.Namespace) -> int:
     if options.count < 1:
         raise ValueError(f"--count {options.count}: accepted is 1 or more")
     known = read(SHIPPED["dilemmas"], NEEDS["dilemmas"])
-    own = read(options.out, NEEDS["dilemmas"]) if options.out.exists() else []
-    console = Console(highlight=False, markup=False)
-    ids = {row["id"] for row in own}
-    written = refused = 0
-    for turn in range(TRIES * options.count):
-        same_tier = [row for row in (*known, *own) if row.get("tier") == options.tier]
-        examples = "\n\n".join(
-            row["text"] for row in (same_tier[(turn * 7 + i * 31) % len(same_tier)] for i in range(3))
-        )
-        text = " ".join(
-            _ask(options, REQUEST.format(tier=options.tier.replace("_", " "), examples=examples)).split()
-        )
-        texts = [*(row["text"] for row in (*known, *own)), text]
-        nearest = max((value for value, i, _ in likeness(texts) if i == len(texts) - 1), default=0.0)
-        if nearest > MOST_ALIKE or not WORDS[0] <= len(text.split()) <= WORDS[1]:
-            refused += 1
-            continue
-        name = next(
-            f"{options.tier}/written/{n}" for n in range(1, 10**9) if f"{options.tier}/written/{n}" not in ids
-        )
-        ids.add(name)
-        own.append({"id": name, "tier": options.tier, "tags": ["written"], "text": text})
-        write_file(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in own).encode())
-        written += 1
-        if written == options.count:
-            break
+    rows = read(options.out, NEEDS["dilemmas"]) if options.out.exists() else []
+    before = len(rows)
+    endpoint = _endpoint(options)
+    try:
+        refused = _extend(rows, known, options, endpoint)
+    finally:
+        endpoint.close()
+    written = len(rows) - before
     limits = f"too much alike, or not of {WORDS[0]} to {WORDS[1]} words"
+    console = Console(highlight=False, markup=False)
     console.print(f"{options.out}: {written} dilemmas written, {refused} refused ({limits})")
     return int(written < options.count)
 
 
-def _ask(options: argparse.Namespace, prompt: str) -> str:
+def _extend(rows: list[Row], known: list[Row], options: argparse.Namespace, endpoint: ChatEndpoint) -> int:
+    """Write to `options.out` until it has `options.count` dilemmas more or the tries are used up; how
+    many were refused."""
+    ids = {row["id"] for row in rows}
+    goal = len(rows) + options.count
+    refused = 0
+    for turn in range(TRIES * options.count):
+        same_tier = [row for row in (*known, *rows) if row.get("tier") == options.tier]
+        examples = [same_tier[(turn * 7 + i * 31) % len(same_tier)]["text"] for i in range(3)]
+        request = REQUEST.format(tier=options.tier.replace("_", " "), examples="\n\n".join(examples))
+        text = " ".join(_ask(endpoint, request, options).split())
+        texts = [*(row["text"] for row in (*known, *rows)), text]
+        nearest = max((value for value, i, _ in likeness(texts) if i == len(texts) - 1), default=0.0)
+        if nearest > MOST_ALIKE or not WORDS[0] <= len(text.split()) <= WORDS[1]:
+            refused += 1
+            continue
+        names = (f"{options.tier}/written/{n}" for n in itertools.count(1))
+        name = next(name for name in names if name not in ids)
+        ids.add(name)
+        rows.append({"id": name, "tier": options.tier, "tags": ["written"], "text": text})
+        write_file(options.out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        if len(rows) == goal:
+            break
+    return refused
+
+
+def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
     try:
-        import httpx
-        from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
+        from duologue.rollout.judge.endpoint import ChatEndpoint
     except ModuleNotFoundError as error:
         raise ValueError(f"duologue data write needs {error.name}: pip install 'duologue[judge]'") from None
-
-    def passing(error: BaseException) -> bool:
-        if isinstance(error, httpx.HTTPStatusError):
-            return error.response.status_code in (408, 429) or error.response.status_code >= 500
-        return isinstance(error, (httpx.TransportError, LookupError, ValueError))
-
     key = os.environ.get(options.key_env, "").strip()
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    body = {
-        "model": options.model,
-        "messages": [{"role": "user", "content": prompt}],
-        "temperature": 1.0,
-        "max_tokens": 400,
-    }
-    url = options.url.rstrip("/") + "/chat/completions"
-    waits = wait_exponential_jitter(initial=0.2, max=10)
-    try:
-        for attempt in Retrying(
-            stop=stop_after_attempt(6), wait=waits, retry=retry_if_exception(passing), reraise=True
-        ):
-            with attempt:
-                response = httpx.post(url, json=body, headers=headers, timeout=120)
-                response.raise_for_status()
-                return str(response.json()["choices"][0]["message"]["content"])
-    except (httpx.HTTPError, LookupError, ValueError) as error:
-        reason = (
-            f"HTTP {error.response.status_code}"
-            if isinstance(error, httpx.HTTPStatusError)
-            else type(error).__name__
-        )
+    limits: dict[str, Any] = {"concurrency": 1, "attempts": 6, "timeout_s": 120.0, "deadline_s": 720.0}
+    return ChatEndpoint(options.url, options.model, api_key=key, **limits)
+
+
+def _ask(endpoint: ChatEndpoint, prompt: str, options: argparse.Namespace) -> str:
+    """What the server answers."""
+    body = {"messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": 400}
+    answers: queue.SimpleQueue[tuple[str | None, str]] = queue.SimpleQueue()
+
+    def done(content: str | None, reason: str) -> None:
+        answers.put((content, reason))
+
+    endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=str, done=done))
+    content, reason = answers.get()
+    if content is None:
+        status = re.search(r"HTTP \d+", reason)
         raise RuntimeError(
-            f"{url} gave no dilemma: {reason}; what was written before is in {options.out}"
-        ) from None
-    raise AssertionError("tenacity raises when it gives up")
+            f"{options.url} gave no dilemma: {status[0] if status else reason}; "
+            f"what was written before is in {options.out}"
+        )
+    return content

@@ -63,7 +63,7 @@ def examine() -> int:
         torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})",
     )
     table.add_row("CPU tensors", backend.describe())
-    table.add_row("CUDA tensors", "PyTorch" if cuda else "no CUDA device")
+    table.add_row("CUDA tensors", backend.describe("cuda") if cuda else "no CUDA device")
     mismatch = largest_mismatch("cpu")
     broken = backend.available() and mismatch != 0.0
     verdict = "exact" if mismatch == 0.0 else "NOT EXACT" if broken else "approximate, as PyTorch is"

@@ -5,6 +5,7 @@ Works on a run that is still going or was cut off: what exists is shown. All tex
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -17,18 +18,18 @@ from typing import Any
 
 import jinja2
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
-from duologue.grpo.console import RESULT
+from duologue.grpo.console import COUNT
 from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
 from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.games.catalogue import GAMES
+from duologue.rollout.games.game import Game, Measure, Published
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
 POLICIES = {"warm_start": "warm start", "trained": "trained"}
-# stage, title, metric -> label, whether a share
+# stage, title, metric -> label, whether a share; those of the game's own measures come first
 CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
-    ("selfplay", "Reward and joint score", {"reward": "reward", "joint_ratio": "joint / best"}, False),
-    ("selfplay", "Agreement and Pareto", {"agreement": "agreed", "pareto": "Pareto, agreed"}, True),
     ("selfplay", "Entropy per token", {"entropy": "nats"}, False),
     ("selfplay", "KL to the start", {"kl_start": "nats per token"}, False),
     ("selfplay", "Rollout against trainer", {"mismatch": "largest log-prob difference"}, False),
@@ -47,22 +48,6 @@ CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
     ("selfplay", "Gradient norm", {"grad_norm": "before clipping"}, False),
     ("imitation", "Imitation loss", {"loss": "nats per token"}, False),
 )
-# Deal-or-No-Deal with three types and values that add up to 10: people (Lewis et al. 2017) and a random split.
-PUBLISHED = {
-    "people": {"agreement": 0.801, "pareto": 0.770, "joint_ratio": 0.950, "nash_ratio": 0.914},
-    "random split": {"pareto": 0.230, "joint_ratio": 0.680, "nash_ratio": 0.368},
-}
-FAILURES = {
-    "no_close": "the talk ended without a close",
-    "malformed": "a selection could not be read",
-    "out_of_range": "a selection took more than there is",
-    "conflict": "both took the same item",
-    "leftover": "items were left over",
-    "mismatch": "two different prices",
-    "walk_away": "walked away",
-    "no_agreement": "no agreement",
-    "unscored": "the judge gave no valid answer",
-}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -87,6 +72,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{run_dir} holds no run: it has no config.toml")
     toml = (run_dir / "config.toml").read_text("utf-8")
     config = tomllib.loads(toml)
+    game = GAMES.get(config["game"]["name"], Game)
     metrics = read_lines(run_dir / "metrics.jsonl")
     summary = _summary(run_dir)
     policies, recent = _dialogues(run_dir / "dialogues.jsonl")
@@ -94,14 +80,14 @@ def gather(run_dir: Path) -> dict[str, Any]:
     sections = _sections(policies, recent)
     for rows in sections.values():
         for row in rows:
-            row["columns"] = [(name, _dialogue(record, tokenizer)) for name, record in row["columns"]]
+            row["columns"] = [(name, _dialogue(game, record, tokenizer)) for name, record in row["columns"]]
     return {
         "name": run_dir.resolve().name,
         "facts": _facts(config, metrics, summary),
         "finished": (run_dir / "summary.json").is_file(),
-        "results": _results(config, summary),
-        "failures": _failures(summary),
-        "charts": _charts(metrics),
+        "results": _results(game, config, summary),
+        "failures": _failures(game, summary),
+        "charts": _charts(game, metrics),
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         "sections": sections,
         "coloured": tokenizer is not None,
@@ -125,7 +111,9 @@ def _summary(run_dir: Path) -> dict[str, Any]:
 
 
 def _dialogues(path: Path) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
-    """The last evaluation's dialogues of each policy, and the latest of self-play. Read once: the file may be large."""
+    """The last evaluation's dialogues of each policy, and the latest of self-play. Read once: the file may
+    be large.
+    """
     policies: dict[str, list[dict[str, Any]]] = {}
     recent: deque[dict[str, Any]] = deque(maxlen=SHOWN)
     for record in iter_lines(path):
@@ -146,7 +134,7 @@ def _tokenizer(run_dir: Path) -> Tokenizer | None:
     return None
 
 
-# ---- numbers ---------------------------------------------------------------------------------------------------------
+# ---- numbers -----------------------------------------------------------------------------------------------
 
 
 def _facts(
@@ -173,53 +161,64 @@ def _facts(
     return facts
 
 
-def _results(config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
-    """The table of the policies, and what people and chance reach where that is known."""
+def _results(game: type[Game], config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """The table of the policies, and what others reach where that is known."""
     columns = {label: summary[key] for key, label in POLICIES.items() if summary.get(key)}
-    game = config["game"]
-    known = columns and (game["name"], game.get("item_types"), game.get("total_value")) == ("deal", 3, 10)
-    others: dict[str, dict[str, float]] = PUBLISHED if known else {}
+    published = _published(game, config["game"]) if columns else Published()
     rows = []
-    for key, (heading, form) in RESULT.items():
-        if not all(key in column for column in columns.values()):
+    for key, measure in {**game.measures, **COUNT}.items():
+        if not columns or not all(key in column for column in columns.values()):
             continue
+        form = measure.format
         values = [form.format(column[key]) for column in columns.values()]
         change = ""
-        if len(columns) == 2 and key != "dialogues":
-            change = _change(summary["trained"][key] - summary["warm_start"][key], form)
-        rows.append(
-            (heading, values, change, [form.format(o[key]) if key in o else "" for o in others.values()])
-        )
-    return {"columns": list(columns), "others": list(others), "rows": rows if columns else []}
+        if len(columns) == 2 and key not in COUNT:
+            change = _change(summary["trained"][key] - summary["warm_start"][key], measure)
+        others = [form.format(c[key]) if key in c else "" for c in published.columns.values()]
+        rows.append((measure.heading, values, change, others))
+    return {"columns": [*columns], "others": [*published.columns], "source": published.source, "rows": rows}
 
 
-def _change(difference: float, form: str) -> str:
-    return f"{100 * difference:+.1f} points" if "%" in form else f"{difference:+{form[2:-1]}}"
+def _published(game: type[Game], section: Mapping[str, Any]) -> Published:
+    keys = [field.name for field in dataclasses.fields(game.Settings)]
+    return game.published(game.Settings(**{key: section[key] for key in keys if key in section}))
 
 
-def _failures(summary: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
+def _change(difference: float, measure: Measure) -> str:
+    if measure.is_share:
+        return f"{100 * difference:+.1f} points"
+    return f"{difference:+{measure.format[2:-1]}}"
+
+
+def _failures(game: type[Game], summary: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
     """(kind in words, share of all dialogues for each policy) of the kinds that occurred."""
     columns = [summary[key] for key in POLICIES if summary.get(key)]
-    kinds = [
-        key.removeprefix("failure_") for key in (columns[0] if columns else {}) if key.startswith("failure_")
-    ]
+    kinds = [key for key in (columns[0] if columns else {}) if key.startswith("failure_")]
     rows = [
-        (FAILURES.get(kind, kind), [column.get(f"failure_{kind}", 0.0) for column in columns])
+        (game.failure_in_words(kind.removeprefix("failure_")), [column.get(kind, 0.0) for column in columns])
         for kind in kinds
     ]
     return [row for row in rows if any(row[1])]
 
 
-def _charts(metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
-    found = []
-    for stage, title, keys, percent in CHARTS:
-        drawn = chart(title, [row for row in metrics if row["stage"] == stage], keys, percent)
+def _charts(game: type[Game], metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    shown = {key: measure for key, measure in game.measures.items() if measure.short}
+    values = {"reward": "reward", **{key: m.short for key, m in shown.items() if not m.is_share}}
+    shares = {key: m.short for key, m in shown.items() if m.is_share}
+    of_game = [
+        ("selfplay", " and ".join(keys.values()), keys, keys is shares) for keys in (values, shares) if keys
+    ]
+    charts = []
+    for stage, title, keys, percent in (*of_game, *CHARTS):
+        drawn = chart(
+            title[0].upper() + title[1:], [row for row in metrics if row["stage"] == stage], keys, percent
+        )
         if drawn is not None:
-            found.append(drawn)
-    return found
+            charts.append(drawn)
+    return charts
 
 
-# ---- dialogues -------------------------------------------------------------------------------------------------------
+# ---- dialogues ---------------------------------------------------------------------------------------------
 
 
 def _sections(
@@ -241,58 +240,38 @@ def _sections(
 
 
 def _rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:
-    found = {"warm start": before, "trained": after}
-    present = {name: record for name, record in found.items() if record}
+    both = {"warm start": before, "trained": after}
+    present = {name: record for name, record in both.items() if record}
     same = len({record["scenario"]["id"] for record in present.values()}) == 1
     return [_row(present)] if same else [_row({name: record}) for name, record in present.items()]
 
 
 def _row(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
     scenario = next(iter(records.values()))["scenario"]
-    return {
-        "id": scenario["id"],
-        "shared": scenario.get("shared"),
-        "private": scenario["private"],
-        "columns": list(records.items()),
-    }
+    return {"id": scenario["id"], "shared": scenario.get("shared"), "columns": list(records.items())}
 
 
-def _dialogue(record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    outcome, reward = record["outcome"] or {}, record["reward"]
+def _dialogue(game: type[Game], record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What the template shows of a dialogue, in the game's own words."""
+    reward = record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
-    judged = bool(record["personas"])  # a dilemma: one side writes a resolution, and a judge scores it
-    if outcome.get("agreed") and not outcome["failure"]:
-        verdict = ("agreed, the judge gives {:g} of 5" if judged else "deal, {:g} and {:g} points").format(
-            *outcome["scores"]
-        )
-    else:
-        kind = outcome.get("failure") or "unscored"
-        verdict = f"{'no agreement' if judged else 'no deal'}: {FAILURES.get(kind, kind)}"
-    measures = [_measure(name, value) for name, value in outcome.get("metrics", {}).items()]
+    shown = game.shown(record)
+    measures = [*shown.measures]
     if reward is not None:
-        measures.append(
-            "reward {:.2f}".format(*reward)
-            if reward[0] == reward[1]
-            else "reward {:.2f}, {:.2f}".format(*reward)
-        )
+        same = reward[0] == reward[1]
+        measures.append(("reward {:.2f}" if same else "reward {:.2f}, {:.2f}").format(*reward))
     return {
         "talk": [turn for turn in turns if turn["kind"] != "final"],
         "finals": sorted((turn for turn in turns if turn["kind"] == "final"), key=lambda turn: turn["side"]),
-        "agreed": bool(outcome.get("agreed")),
-        "verdict": verdict,
-        "stated": "writes the resolution" if judged else "selects",
+        "agreed": bool((record["outcome"] or {}).get("agreed")),
+        "shown": shown,
         "measures": measures,
     }
 
 
-def _measure(name: str, value: float) -> str:
-    if name == "pareto":
-        return "Pareto-optimal" if value == 1 else "not Pareto-optimal"
-    return f"{name.replace('_', ' ')} {value:.2f}"
-
-
 def _pieces(turn: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:
-    """(text, how surprising from 0 to 5, what the pointer is shown) of each token; the whole text when they are unknown.
+    """(text, how surprising from 0 to 5, what the pointer is shown) of each token; the whole text when they
+    are unknown.
 
     A token without text, as the one that ends a turn, has the text "".
     """

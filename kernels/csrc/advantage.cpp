@@ -8,7 +8,8 @@ namespace {
 constexpr double kEps = 1e-4;
 
 struct Sums {
-  double low = 0, high = 0, sum = 0, square = 0; // sum: of what is above `low`; square: of the distance to the mean
+  double low = 0, high = 0, sum = 0,
+         square = 0; // sum: of what is above `low`; square: of the distance to the mean
   int64_t count = 0;
   double mean() const { return low + (count ? sum / (double)count : 0.0); }
 };
@@ -45,9 +46,23 @@ double advantage(int method, const Sums &s, double r) {
   return method == 1 ? centred : centred * ((double)s.count / others);
 }
 
+std::string check_ids(const AdvantageArgs *a) {
+  for (int64_t n = 0; n < a->N; ++n) {
+    const std::string row = "[" + std::to_string(n) + "] = ";
+    if (a->group_ids[n] < 0 || a->group_ids[n] >= a->S)
+      return "group_ids" + row + std::to_string(a->group_ids[n]) + ", accepted is 0 to " +
+             std::to_string(a->S - 1);
+    if (a->roles && (a->roles[n] < 0 || a->roles[n] >= a->R))
+      return "roles" + row + std::to_string(a->roles[n]) + ", accepted is 0 to " + std::to_string(a->R - 1);
+  }
+  return "";
+}
+
 } // namespace
 
-void group_advantages(const AdvantageArgs *a) {
+std::string group_advantages(const AdvantageArgs *a) {
+  const std::string error = check_ids(a);
+  if (!error.empty()) return error;
   auto role = [&](int64_t n) { return a->roles ? a->roles[n] : 0; };
   auto segment = [&](int64_t n) { return a->group_ids[n] * a->R + role(n); };
   const std::vector<Sums> groups = collect(a, a->S * a->R, segment);
@@ -57,14 +72,17 @@ void group_advantages(const AdvantageArgs *a) {
   }
   if (a->method != 3) {
     for (int64_t n = 0; n < a->N; ++n)
-      a->value[n] = a->scored[n] ? (float)advantage(a->method, groups[(size_t)segment(n)], reward(a, n)) : 0.0f;
-    return;
+      a->value[n] =
+          a->scored[n] ? (float)advantage(a->method, groups[(size_t)segment(n)], reward(a, n)) : 0.0f;
+    return "";
   }
   const std::vector<Sums> roles = collect(a, a->R, role);
   auto before = [&](int64_t r) { return isnan(a->baseline[r]) ? roles[(size_t)r].mean() : a->baseline[r]; };
-  for (int64_t n = 0; n < a->N; ++n) a->value[n] = a->scored[n] ? (float)(reward(a, n) - before(role(n))) : 0.0f;
+  for (int64_t n = 0; n < a->N; ++n)
+    a->value[n] = a->scored[n] ? (float)(reward(a, n) - before(role(n))) : 0.0f;
   for (int64_t r = 0; r < a->R; ++r) {
     const Sums &s = roles[(size_t)r];
     a->new_baseline[r] = s.count ? a->decay * before(r) + (1 - a->decay) * s.mean() : a->baseline[r];
   }
+  return "";
 }

@@ -1,6 +1,8 @@
-// Group-relative advantages: a few thousand numbers per step, in double, in order. Compiled without instruction-set flags.
+// Group-relative advantages: a few thousand numbers per step, in double, in order. Compiled without
+// instruction-set flags.
 #pragma once
 #include <stdint.h>
+#include <string>
 
 struct AdvantageArgs {
   const void *rewards;              // [N] float, or double when `wide`
@@ -17,4 +19,4 @@ struct AdvantageArgs {
   bool wide;
 };
 
-void group_advantages(const AdvantageArgs *a); // whose group and role ids are in range
+std::string group_advantages(const AdvantageArgs *a); // what is wrong with the group and role ids, or nothing

@@ -2,10 +2,10 @@
 
 #include <string.h>
 
-extern const Table table_generic;
+extern const Kernels kernels_generic;
 #if defined(DUOLOGUE_X86)
 #include <cpuid.h>
-extern const Table table_avx2, table_avx512, table_avx512bf16;
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512bf16;
 
 namespace {
 
@@ -34,24 +34,27 @@ Features detect() {
 
 } // namespace
 
-const Table *best_table() {
+const Kernels *best_kernels() {
   const Features f = detect();
-  return f.bf16 ? &table_avx512bf16 : f.avx512 ? &table_avx512 : f.avx2 ? &table_avx2 : &table_generic;
+  return f.bf16     ? &kernels_avx512bf16
+         : f.avx512 ? &kernels_avx512
+         : f.avx2   ? &kernels_avx2
+                    : &kernels_generic;
 }
 
-const Table *find_table(const char *name) {
+const Kernels *find_kernels(const char *name) {
   const Features f = detect();
-  if (!strcmp(name, "generic")) return &table_generic;
-  if (!strcmp(name, "avx2")) return f.avx2 ? &table_avx2 : nullptr;
-  if (!strcmp(name, "avx512")) return f.avx512 ? best_table() : nullptr;
-  if (!strcmp(name, "avx512-nobf16")) return f.avx512 ? &table_avx512 : nullptr;
+  if (!strcmp(name, "generic")) return &kernels_generic;
+  if (!strcmp(name, "avx2")) return f.avx2 ? &kernels_avx2 : nullptr;
+  if (!strcmp(name, "avx512")) return f.avx512 ? best_kernels() : nullptr;
+  if (!strcmp(name, "avx512-nobf16")) return f.avx512 ? &kernels_avx512 : nullptr;
   return nullptr;
 }
 #else
-const Table *best_table() {
-  return &table_generic;
+const Kernels *best_kernels() {
+  return &kernels_generic;
 }
-const Table *find_table(const char *name) {
-  return strcmp(name, "generic") ? nullptr : &table_generic;
+const Kernels *find_kernels(const char *name) {
+  return strcmp(name, "generic") ? nullptr : &kernels_generic;
 }
 #endif

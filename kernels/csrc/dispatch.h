@@ -1,6 +1,6 @@
 // Chooses the instruction set once. Compiled without any instruction-set flag, so that it runs anywhere.
 #pragma once
-#include "table.h"
+#include "kernels.h"
 
-const Table *best_table();
-const Table *find_table(const char *name); // null when unknown here or not runnable on this machine
+const Kernels *best_kernels();
+const Kernels *find_kernels(const char *name); // null when unknown here or not runnable on this machine

@@ -16,11 +16,12 @@
 
 namespace {
 
-constexpr int kSpins = 40000; // about a millisecond: longer than what Python does between two steps of a model
+constexpr int kSpins =
+    40000; // about a millisecond: longer than what Python does between two steps of a model
 
-// `ticket` holds (job number, tasks left): a thread claims a task by lowering it, and nothing can be claimed between jobs, when
-// the fields change. The caller waits for claimed tasks only, never for a worker that has not come: on a busy machine it works
-// alone.
+// `ticket` holds (job number, tasks left): a thread claims a task by lowering it, and nothing can be claimed
+// between jobs, when the fields change. The caller waits for claimed tasks only, never for a worker that has
+// not come: on a busy machine it works alone.
 struct Pool {
   std::mutex call; // one parallel_for at a time
   std::mutex mutex;
@@ -87,7 +88,8 @@ struct Pool {
     }
     work();
     // A worker may be waiting for this very core: give it up when the end is not in sight.
-    for (int spin = 0; done.load(std::memory_order_acquire) != tasks; ++spin) spin < 2000 ? PAUSE() : (void)sched_yield();
+    for (int spin = 0; done.load(std::memory_order_acquire) != tasks; ++spin)
+      spin < 2000 ? PAUSE() : (void)sched_yield();
   }
 };
 

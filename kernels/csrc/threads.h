@@ -1,4 +1,5 @@
-// A persistent pool of worker threads. Calls from several threads take turns; a call from inside a task runs serially.
+// A persistent pool of worker threads. Calls from several threads take turns; a call from inside a task runs
+// serially.
 #pragma once
 #include <stdint.h>
 

@@ -1,9 +1,10 @@
 """Causal attention on CUDA over packed or paged keys: kernels and launchers of kernels/attention.py.
 
-The keys of a sequence are cut into chunks of 256 from its first token on; each chunk gives a softmax of its own, and chunks are
-merged in order (`_merge`). Training, prefill and decode run the same code on tiles of 64 rows, so a row's bits depend on its keys
-alone. Where programs are few, chunks are computed side by side and merged by a second kernel; there, a prefix that
-neighbouring sequences share is read once for all their queries. Exponents are base 2.
+The keys of a sequence are cut into chunks of 256 from its first token on; each chunk gives a softmax of its
+own, and chunks are merged in order (`_merge`). Training, prefill and decode run the same code on tiles of 64
+rows, so a row's bits depend on its keys alone. Where programs are few, chunks are computed side by side and
+merged by a second kernel; there, a prefix that neighbouring sequences share is read once for all their
+queries. Exponents are base 2.
 
 The rows of a sequence and key head are numbered x = query * R + r, R = Hq / Hk the query heads of a key head.
 """
@@ -17,20 +18,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK, FILL = 256, 512  # keys of a chunk, programs that fill a GPU
-LOWEST, LOG2_E = tl.constexpr(-1e30), tl.constexpr(1.44269504)
+CHUNK = 256  # keys
+FILL = 512  # programs that fill a GPU
+LOWEST = tl.constexpr(-1e30)
+LOG2_E = tl.constexpr(1.44269504)
 Groups = tuple[Tensor, Tensor]
 
 
 @triton.jit
 def _sequence(cu_seqlens, S, R, ROWS: tl.constexpr):
-    """Block program_id(0) of `ROWS` rows: its sequence s (the last with cu_seqlens[s] * R // ROWS + s at most the block's number),
-    the sequence's first token, its length, and the rows, which may lie past the end."""
-    block, low, high = tl.program_id(0), tl.program_id(0) * 0, S
+    """Block program_id(0) of `ROWS` rows: its sequence s (the last with cu_seqlens[s] * R // ROWS + s at most
+    the block's number), the sequence's first token, its length, and the rows, which may lie past the end."""
+    block = tl.program_id(0)
+    low = block * 0
+    high = S
     while high - low > 1:
         mid = (low + high) // 2
         before = tl.load(cu_seqlens + mid) * R // ROWS + mid <= block
-        low, high = tl.where(before, mid, low), tl.where(before, high, mid)
+        low = tl.where(before, mid, low)
+        high = tl.where(before, high, mid)
     begin = tl.load(cu_seqlens + low)
     rows = (block - (begin * R // ROWS + low)) * ROWS + tl.arange(0, ROWS)
     return low.to(tl.int64), begin.to(tl.int64), tl.load(cu_seqlens + low + 1) - begin, rows
@@ -38,11 +44,13 @@ def _sequence(cu_seqlens, S, R, ROWS: tl.constexpr):
 
 @triton.jit
 def _merge(top, total, acc, next_top, next_total, next_acc):
-    """The state of rows (largest score, sum of weights, sum of weighted values) and that of their next chunk."""
-    most = tl.maximum(top, next_top)
-    old, new = tl.exp2(top - most), tl.exp2(next_top - most)
+    """The states of rows (largest score, sum of weights, sum of weighted values) and of their next chunk, as
+    one."""
+    highest = tl.maximum(top, next_top)
+    old = tl.exp2(top - highest)
+    new = tl.exp2(next_top - highest)
     acc = tl.fma(acc, tl.broadcast_to(old[:, None], acc.shape), next_acc * new[:, None])
-    return most, tl.fma(total, old, next_total * new), acc
+    return highest, tl.fma(total, old, next_total * new), acc
 
 
 @triton.jit
@@ -63,22 +71,27 @@ def _chunk(
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """The state of rows q [ROWS, BLOCK] over the chunk from key `start` on, of which row i sees keys below seen[i] <= limit."""
+    """The state of rows q [ROWS, BLOCK] over the chunk from key `start` on, of which row i sees keys below
+    seen[i] <= limit."""
     top = tl.full((q.shape[0],), LOWEST, tl.float32)
-    total, acc, d = tl.zeros_like(top), tl.zeros(q.shape, tl.float32), tl.arange(0, q.shape[1])
+    total = tl.zeros_like(top)
+    acc = tl.zeros(q.shape, tl.float32)
+    d = tl.arange(0, q.shape[1])
     for first in range(start, tl.minimum(start + CHUNK, limit), KEYS):
         key = first + tl.arange(0, KEYS)
         token = begin + key
         if PAGE:
             token = tl.load(table + key // PAGE, key < limit, 0).to(tl.int64) * PAGE + key % PAGE
-        at, real = ((token * Hk + g) * D)[:, None] + d[None, :], (key < limit)[:, None] & (d < D)[None, :]
+        at = ((token * Hk + g) * D)[:, None] + d[None, :]
+        real = (key < limit)[:, None] & (d < D)[None, :]
         visible = key[None, :] < seen[:, None]
-        z = tl.where(
-            visible, tl.dot(q, tl.trans(tl.load(k + at, real, 0.0)), input_precision="tf32x3") * scale, LOWEST
-        )
-        most = tl.maximum(top, tl.max(z, 1))
-        p, old = tl.where(visible, tl.exp2(z - most[:, None]), 0.0), tl.exp2(top - most)
-        total, top = tl.fma(total, old, tl.sum(p, 1)), most
+        score = tl.dot(q, tl.trans(tl.load(k + at, real, 0.0)), input_precision="tf32x3") * scale
+        z = tl.where(visible, score, LOWEST)
+        highest = tl.maximum(top, tl.max(z, 1))
+        p = tl.where(visible, tl.exp2(z - highest[:, None]), 0.0)
+        old = tl.exp2(top - highest)
+        total = tl.fma(total, old, tl.sum(p, 1))
+        top = highest
         acc = tl.dot(p.to(q.dtype), tl.load(v + at, real, 0.0), acc * old[:, None], input_precision="tf32x3")
     return top, total, acc
 
@@ -109,14 +122,16 @@ def attention_kernel(
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program (block, g): out [T, Hq, D] and stats [T, Hq, 2], the largest score and 1 / sum. With SPLIT program (block, g, c):
-    the state of chunk c, in out [T, Hq, n_chunks, D] and stats [T, Hq, n_chunks, 2].
+    """Program (block, g): out [T, Hq, D] and stats [T, Hq, 2], the largest score and 1 / sum. With SPLIT
+    program (block, g, c): the state of chunk c, in out [T, Hq, n_chunks, D] and stats [T, Hq, n_chunks, 2].
 
-    Of a sequence the first shared[s] keys, in whole chunks, are left out with PREFIX = 2 and the only ones with PREFIX = 1.
+    Of a sequence the first shared[s] keys, in whole chunks, are left out with PREFIX = 2 and the only ones
+    with PREFIX = 1.
     """
     R = Hq // Hk
     s, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
-    g, d = tl.program_id(1), tl.arange(0, BLOCK)
+    g = tl.program_id(1)
+    d = tl.arange(0, BLOCK)
     if tl.min(x, 0) < n * R:
         seen = x // R + 1 + (tl.load(context_lens + s) - n if PAGE else 0)
         low = 0
@@ -128,13 +143,13 @@ def attention_kernel(
         row = (begin + x // R) * Hq + g * R + x % R
         mine = x < n * R
         limit = tl.max(tl.where(mine, seen, 0), 0)
-        table += s * max_pages
+        block_table = table + s * max_pages
         tile = tl.load(q + row[:, None] * D + d[None, :], mine[:, None] & (d < D)[None, :], 0.0)
         if SPLIT:
             start = tl.program_id(2) * CHUNK
             if (start >= low) & (start < limit):
                 top, total, acc = _chunk(
-                    tile, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
+                    tile, k, v, block_table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
                 )
                 row = row * n_chunks + tl.program_id(2)
                 tl.store(stats + 2 * row, top, mine)
@@ -142,10 +157,11 @@ def attention_kernel(
                 tl.store(out + row[:, None] * D + d[None, :], acc, mine[:, None] & (d < D)[None, :])
         else:
             top = tl.full((ROWS,), LOWEST, tl.float32)
-            total, acc = tl.zeros_like(top), tl.zeros((ROWS, BLOCK), tl.float32)
+            total = tl.zeros_like(top)
+            acc = tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, limit, CHUNK):
                 part_top, part_total, part = _chunk(
-                    tile, k, v, table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
+                    tile, k, v, block_table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
                 )
                 top, total, acc = _merge(top, total, acc, part_top, part_total, part)
             tl.store(stats + 2 * row, top, mine)
@@ -157,9 +173,11 @@ def attention_kernel(
 @triton.jit(do_not_specialize=["n_chunks"])
 def merge_kernel(parts, part_stats, out, D, n_chunks, BLOCK: tl.constexpr):
     """Program i: row i of out [T * Hq, D]; chunks that it does not see have a sum of 0."""
-    row, d = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64), tl.arange(0, BLOCK)
+    row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
+    d = tl.arange(0, BLOCK)
     top = tl.full((1,), LOWEST, tl.float32)
-    total, acc = tl.zeros_like(top), tl.zeros((1, BLOCK), tl.float32)
+    total = tl.zeros_like(top)
+    acc = tl.zeros((1, BLOCK), tl.float32)
     for c in range(n_chunks):
         at = row * n_chunks + c
         next_total = tl.load(part_stats + 2 * at + 1)
@@ -175,9 +193,11 @@ def merge_kernel(parts, part_stats, out, D, n_chunks, BLOCK: tl.constexpr):
 def _weights(q, k, grad, v, stats, delta, row, visible, scale):
     """Of a tile: the weights p, and the gradient p (grad . v - grad . out) of the scores; [rows, keys]."""
     z = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-    top, inverse = tl.load(stats + 2 * row)[:, None], tl.load(stats + 2 * row + 1)[:, None]
+    top = tl.load(stats + 2 * row)[:, None]
+    inverse = tl.load(stats + 2 * row + 1)[:, None]
     p = tl.where(visible, tl.exp2(z - top) * inverse, 0.0)
-    return p, p * (tl.dot(grad, tl.trans(v), input_precision="tf32x3") - tl.load(delta + row)[:, None])
+    dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
+    return p, p * (dp - tl.load(delta + row)[:, None])
 
 
 @triton.jit(do_not_specialize=["S"])
@@ -199,34 +219,26 @@ def grad_query_kernel(
     KEYS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    R, g, d = Hq // Hk, tl.program_id(1), tl.arange(0, BLOCK)
+    R = Hq // Hk
+    g = tl.program_id(1)
+    d = tl.arange(0, BLOCK)
     _, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
     if tl.min(x, 0) < n * R:
-        last = n * R - 1
-        row = (
-            (begin + tl.minimum(x, last) // R) * Hq + g * R + x % R
-        )  # a row past the end computes what is not stored
-        at, width = row[:, None] * D + d[None, :], (d < D)[None, :]
-        tile, grad_tile, acc = (
-            tl.load(q + at, width, 0.0),
-            tl.load(grad + at, width, 0.0),
-            tl.zeros((ROWS, BLOCK), tl.float32),
-        )
+        last = n * R - 1  # a row past the end computes what is not stored
+        row = (begin + tl.minimum(x, last) // R) * Hq + g * R + x % R
+        at = row[:, None] * D + d[None, :]
+        width = (d < D)[None, :]
+        rows = tl.load(q + at, width, 0.0)
+        grads = tl.load(grad + at, width, 0.0)
+        acc = tl.zeros((ROWS, BLOCK), tl.float32)
         for first in range(0, tl.minimum(tl.max(x, 0), last) // R + 1, KEYS):
             key = first + tl.arange(0, KEYS)
-            of_key, real = ((begin + key) * Hk + g)[:, None] * D + d[None, :], (key < n)[:, None] & width
-            keys, values = tl.load(k + of_key, real, 0.0), tl.load(v + of_key, real, 0.0)
-            ds = _weights(
-                tile,
-                keys,
-                grad_tile,
-                values,
-                stats,
-                delta,
-                row,
-                key[None, :] <= (x // R)[:, None],
-                scale * LOG2_E,
-            )[1]
+            of_key = ((begin + key) * Hk + g)[:, None] * D + d[None, :]
+            real = (key < n)[:, None] & width
+            keys = tl.load(k + of_key, real, 0.0)
+            values = tl.load(v + of_key, real, 0.0)
+            visible = key[None, :] <= (x // R)[:, None]
+            ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)[1]
             acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")
         tl.store(grad_q + at, (acc * scale).to(grad_q.dtype.element_ty), (x <= last)[:, None] & width)
 
@@ -252,23 +264,26 @@ def grad_key_kernel(
     BLOCK: tl.constexpr,
 ):
     """Program (block of keys, g) owns its keys' gradients and walks the rows that see them in order."""
-    R, g, d = Hq // Hk, tl.program_id(1), tl.arange(0, BLOCK)
+    R = Hq // Hk
+    g = tl.program_id(1)
+    d = tl.arange(0, BLOCK)
     _, begin, n, key = _sequence(cu_seqlens, S, 1, KEYS)
     first = tl.min(key, 0)
     if first < n:
-        of_key, width = ((begin + key) * Hk + g)[:, None] * D + d[None, :], (d < D)[None, :]
+        of_key = ((begin + key) * Hk + g)[:, None] * D + d[None, :]
+        width = (d < D)[None, :]
         real = (key < n)[:, None] & width
-        keys, values = tl.load(k + of_key, real, 0.0), tl.load(v + of_key, real, 0.0)
+        keys = tl.load(k + of_key, real, 0.0)
+        values = tl.load(v + of_key, real, 0.0)
         grad_keys = tl.zeros((KEYS, BLOCK), tl.float32)
         grad_values = tl.zeros((KEYS, BLOCK), tl.float32)
         for start in range(first * R, n * R, ROWS):
             x = start + tl.arange(0, ROWS)
             row = (begin + tl.minimum(x, n * R - 1) // R) * Hq + g * R + x % R
-            at, visible = (
-                row[:, None] * D + d[None, :],
-                (key[None, :] <= (x // R)[:, None]) & (x < n * R)[:, None],
-            )
-            rows, grads = tl.load(q + at, width, 0.0), tl.load(grad + at, width, 0.0)
+            at = row[:, None] * D + d[None, :]
+            visible = (key[None, :] <= (x // R)[:, None]) & (x < n * R)[:, None]
+            rows = tl.load(q + at, width, 0.0)
+            grads = tl.load(grad + at, width, 0.0)
             p, ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)
             grad_values = tl.dot(tl.trans(p).to(grads.dtype), grads, grad_values, input_precision="tf32x3")
             grad_keys = tl.dot(tl.trans(ds).to(rows.dtype), rows, grad_keys, input_precision="tf32x3")
@@ -277,8 +292,10 @@ def grad_key_kernel(
 
 
 def tile(D: int, narrow: bool) -> dict[str, Any]:
-    """The launch for head dim D and inputs of 16 bits or of 32: one for all numbers of rows, or bits would differ."""
-    size, block = 64 if narrow else 32, max(16, triton.next_power_of_2(D))
+    """The launch for head dim D and inputs of 16 bits or of 32, whatever the number of rows: bits depend on
+    it."""
+    size = 64 if narrow else 32
+    block = max(16, triton.next_power_of_2(D))
     fixed = {"ROWS": size, "KEYS": size, "BLOCK": block, "num_warps": 4 if block <= 64 else 8}
     return {**fixed, "num_stages": 2 if narrow else 1, "enable_fp_fusion": False}
 
@@ -296,76 +313,57 @@ def forward(
     groups: Groups | None = None,
     split: bool | None = None,
 ) -> Tensor:
-    """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table [S, max_pages].
+    """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table
+    [S, max_pages].
 
-    `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their pages the first shared[i]
-    keys in common, all before their queries; these are read once per group. Groups at the end may be empty. Bits stay the same.
-    `split` forces chunks side by side (pages only) or in a loop; None chooses.
+    `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their
+    pages the first shared[i] keys in common, all before their queries; these are read once per group. Groups
+    at the end may be empty. Bits stay the same. `split` forces chunks side by side (pages only) or in a loop;
+    None chooses.
     """
-    (T, Hq, D), Hk, S, page = q.shape, k.shape[-2], len(cu_seqlens) - 1, 0 if table is None else k.shape[1]
+    T, Hq, D = q.shape
+    Hk = k.shape[-2]
+    S = len(cu_seqlens) - 1
+    page = 0
+    max_pages = 0
+    n_chunks = 1
+    if table is None:
+        table = context_lens = cu_seqlens
+    else:
+        page = k.shape[1]
+        max_pages = table.shape[1]
+        n_chunks = triton.cdiv(max_pages * page, CHUNK)
     launch = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
-    full, n_chunks = (
-        T * Hq // Hk // launch["ROWS"] + 1,
-        1 if table is None else triton.cdiv(table.shape[1] * page, CHUNK),
-    )
-    split = groups is not None or (n_chunks > 1 and (full + S) * Hk < FILL) if split is None else split
-    table, context_lens, max_pages = (
-        (cu_seqlens, cu_seqlens, 0) if table is None else (table, context_lens, table.shape[1])
-    )
+    blocks = T * Hq // Hk // launch["ROWS"] + 1  # of rows, but for one more per sequence
+    if split is None:
+        split = groups is not None or (n_chunks > 1 and (blocks + S) * Hk < FILL)
 
-    def run(
-        table: Tensor, cu_seqlens: Tensor, shared: Tensor, prefix: int, out: Tensor, stats: Tensor
-    ) -> None:
+    def run(table: Tensor, cu_seqlens: Tensor, shared: Tensor, prefix: int, *out: Tensor) -> None:
         n = len(cu_seqlens) - 1
-        attention_kernel[(full + n, Hk, n_chunks if split else 1)](
-            q,
-            k,
-            v,
-            out,
-            stats,
-            table,
-            cu_seqlens,
-            context_lens,
-            shared,
-            scale * LOG2_E.value,
-            n,
-            Hq,
-            Hk,
-            D,
-            max_pages,
-            n_chunks,
-            SPLIT=split,
-            PREFIX=prefix,
-            **launch,
-        )
+        tensors = (q, k, v, *out, table, cu_seqlens, context_lens, shared)
+        sizes = (scale * LOG2_E.value, n, Hq, Hk, D, max_pages, n_chunks)
+        grid = (blocks + n, Hk, n_chunks if split else 1)
+        attention_kernel[grid](*tensors, *sizes, SPLIT=split, PREFIX=prefix, **launch)
 
     if T == 0:
         return out
     if not split:
-        run(
-            table,
-            cu_seqlens,
-            cu_seqlens,
-            0,
-            out,
-            q.new_empty((T, Hq, 2), dtype=torch.float32) if stats is None else stats,
-        )
+        stats = q.new_empty((T, Hq, 2), dtype=torch.float32) if stats is None else stats
+        run(table, cu_seqlens, cu_seqlens, 0, out, stats)
         return out
-    parts = (
-        q.new_empty((T, Hq, n_chunks, D), dtype=torch.float32),
-        q.new_zeros((T, Hq, n_chunks, 2), dtype=torch.float32),
-    )
-    shared = cu_seqlens
-    if groups is not None:
-        firsts, shared = (
-            groups[0].long(),
-            torch.repeat_interleave(groups[1], groups[0].diff().long(), output_size=S),
-        )
-        run(table[firsts[:-1].clamp(max=S - 1)], cu_seqlens[firsts], groups[1], 1, *parts)
-    run(table, cu_seqlens, shared, 0 if groups is None else 2, *parts)
-    merge_kernel[(T * Hq,)](
-        *parts, out, D, n_chunks, BLOCK=launch["BLOCK"], num_warps=1, enable_fp_fusion=False
-    )
+    parts = q.new_empty((T, Hq, n_chunks, D), dtype=torch.float32)
+    part_stats = q.new_zeros((T, Hq, n_chunks, 2), dtype=torch.float32)
+    if groups is None:
+        run(table, cu_seqlens, cu_seqlens, 0, parts, part_stats)
+    else:  # the shared keys by the first sequence's table, for the queries of all; then each sequence's rest
+        starts, shared = groups
+        starts = starts.long()
+        firsts = table[starts[:-1].clamp(max=S - 1)]
+        run(firsts, cu_seqlens[starts], shared, 1, parts, part_stats)
+        shared = torch.repeat_interleave(shared, starts.diff(), output_size=S)
+        run(table, cu_seqlens, shared, 2, parts, part_stats)
+    merge = {"BLOCK": launch["BLOCK"], "num_warps": 1, "enable_fp_fusion": False}
+    merge_kernel[(T * Hq,)](parts, part_stats, out, D, n_chunks, **merge)
     return out
 
 
@@ -381,19 +379,15 @@ def backward(
     *grads: Tensor,
 ) -> tuple[Tensor, ...]:
     """Fills and returns grads, those of q, k and v."""
-    (T, Hq, D), Hk, S, launch = (
-        q.shape,
-        k.shape[1],
-        len(cu_seqlens) - 1,
-        tile(q.shape[2], q.element_size() == 2),
-    )
-    inputs, sizes = (
-        (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens),
-        (scale, S, Hq, Hk, D),
-    )
+    T, Hq, D = q.shape
+    Hk = k.shape[1]
+    S = len(cu_seqlens) - 1
+    launch = tile(D, q.element_size() == 2)
+    inputs = (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens)
+    sizes = (scale, S, Hq, Hk, D)
     if T:
-        grad_query_kernel[(triton.cdiv(T * Hq // Hk, launch["ROWS"]) + S, Hk)](
-            *inputs, grads[0], *sizes, **launch
-        )
-        grad_key_kernel[(triton.cdiv(T, launch["KEYS"]) + S, Hk)](*inputs, *grads[1:], *sizes, **launch)
+        of_rows = (triton.cdiv(T * Hq // Hk, launch["ROWS"]) + S, Hk)
+        grad_query_kernel[of_rows](*inputs, grads[0], *sizes, **launch)
+        of_keys = (triton.cdiv(T, launch["KEYS"]) + S, Hk)
+        grad_key_kernel[of_keys](*inputs, *grads[1:], *sizes, **launch)
     return grads

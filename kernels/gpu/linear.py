@@ -1,9 +1,10 @@
-"""linear on CUDA with one order of summation: the kernel of `duologue::linear` in exact mode, and its launcher.
+"""linear on CUDA with one order of summation: the kernel of `duologue::linear` in exact mode, and its
+launcher.
 
-Why a row's bits do not depend on M: K is walked in ascending order in one loop by one program (no split-K), fp32 accumulates, and
-rows past M are zeros. Tiles of few and of many rows differ only in their rows and columns, which share no sum; both are at least 64
-rows high, so that Hopper multiplies both by the same instruction family (wgmma), in steps of 16 along K. fp32 inputs are multiplied
-in fp32, without tensor cores.
+Why a row's bits do not depend on M: K is walked in ascending order in one loop by one program (no split-K),
+fp32 accumulates, and rows past M are zeros. Tiles of few and of many rows differ only in their rows and
+columns, which share no sum; both are at least 64 rows high, so that Hopper multiplies both by the same
+instruction family (wgmma), in steps of 16 along K. fp32 inputs are multiplied in fp32, without tensor cores.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ def linear_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of out [M, O] = x [M, K] @ weight [O, K]^T + bias [O]; eight row tiles in turn share a panel of the weight."""
-    rows, columns = tl.cdiv(M, ROWS), tl.cdiv(O, COLUMNS)
-    group, place = tl.program_id(0) // (8 * columns), tl.program_id(0) % (8 * columns)
+    """One tile of out [M, O] = x [M, K] @ weight [O, K]^T + bias [O]; eight row tiles in turn share a panel
+    of the weight."""
+    rows = tl.cdiv(M, ROWS)
+    columns = tl.cdiv(O, COLUMNS)
+    group = tl.program_id(0) // (8 * columns)
+    place = tl.program_id(0) % (8 * columns)
     height = tl.minimum(rows - group * 8, 8)
     i = (group * 8 + place % height).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = (place // height).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -42,9 +46,8 @@ def linear_kernel(
         acc = tl.dot(a, b, acc, input_precision="ieee")
     if HAS_BIAS:
         acc += tl.load(bias + j, j < O, 0.0).to(tl.float32)[None, :]
-    tl.store(
-        out + i[:, None] * O + j[None, :], acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :]
-    )
+    at = out + i[:, None] * O + j[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
 
 
 def tile(few: bool, O: int, narrow: bool) -> dict[str, int]:
@@ -59,15 +62,15 @@ def tile(few: bool, O: int, narrow: bool) -> dict[str, int]:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, exact: bool) -> Tensor:
     """Fills out [..., O]; all contiguous. Unless `exact` by torch, whose bits depend on M."""
     O, K = weight.shape
-    x, M = x.view(-1, K) if K else x.flatten(0, -2), out.numel() // max(O, 1)
+    x = x.view(-1, K) if K else x.flatten(0, -2)
+    M = out.numel() // max(O, 1)
     if not exact:
         wider = x.is_cuda and out.dtype != x.dtype
         product = torch.mm(x, weight.t(), out_dtype=out.dtype) if wider else torch.mm(x, weight.t())
         return out.copy_((product if bias is None else product + bias).view(out.shape))
-    launch = tile(M <= 64, O, x.element_size() == 2)
     if M * O:
+        launch = tile(M <= 64, O, x.element_size() == 2)
         grid = (triton.cdiv(M, launch["ROWS"]) * triton.cdiv(O, launch["COLUMNS"]),)
-        linear_kernel[grid](
-            x, weight, x if bias is None else bias, out, M, O, K, HAS_BIAS=bias is not None, **launch
-        )
+        tensors = (x, weight, x if bias is None else bias, out)
+        linear_kernel[grid](*tensors, M, O, K, HAS_BIAS=bias is not None, **launch)
     return out

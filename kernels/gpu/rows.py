@@ -1,7 +1,7 @@
 """RMS norm, the gate, rotary embedding and KV writes on CUDA: kernels and launchers. All are bound by memory.
 
-A row is summed in one program by one layout, which depends on its length alone: so its bits depend on that row alone. Tensors are
-contiguous and checked by the caller.
+A row is summed in one program by one layout, which depends on its length alone: so its bits depend on that
+row alone. Tensors are contiguous and checked by the caller.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STEPS, GATE, HEADS = (
-    8,
-    1024,
-    8,
-)  # row tiles that share a partial sum; elements of a program of silu_mul; heads of one of rotary
+STEPS = 8  # row tiles that share a partial sum
+GATE = 1024  # elements of a program of silu_mul
+HEADS = 8  # of a program of rotate
+KV = 1024  # elements of a program of write_kv
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -32,8 +31,10 @@ def rms_norm_kernel(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    n, k = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK)
-    at, real = n[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :]
+    n = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK)
+    at = n[:, None] * K + k[None, :]
+    real = (n < N)[:, None] & (k < K)[None, :]
     z = tl.load(x + at, real, 0.0).to(tl.float32)
     if HAS_RESIDUAL:
         z = (z + tl.load(residual + at, real, 0.0).to(tl.float32)).to(x.dtype.element_ty)
@@ -63,13 +64,17 @@ def rms_norm_backward_kernel(
 ):
     """Program p: grad_x of its rows, and partial [p, K], their sum of grad * normed for the weight."""
     k = tl.arange(0, BLOCK)
-    w, sums = tl.load(weight + k, k < K, 0.0).to(tl.float32), tl.zeros((BLOCK,), tl.float32)
+    w = tl.load(weight + k, k < K, 0.0).to(tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
     for step in range(STEPS):
         n = (tl.program_id(0).to(tl.int64) * STEPS + step) * ROWS + tl.arange(0, ROWS)
-        at, real = n[:, None] * K + k[None, :], (n < N)[:, None] & (k < K)[None, :]
-        x, g = tl.load(total + at, real, 0.0).to(tl.float32), tl.load(grad + at, real, 0.0).to(tl.float32)
+        at = n[:, None] * K + k[None, :]
+        real = (n < N)[:, None] & (k < K)[None, :]
+        x = tl.load(total + at, real, 0.0).to(tl.float32)
+        g = tl.load(grad + at, real, 0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(x * x, 1) / K + eps)[:, None]
-        normed, gw = x * scale, g * w[None, :]
+        normed = x * scale
+        gw = g * w[None, :]
         sums += tl.sum(g * normed.to(grad_x.dtype.element_ty).to(tl.float32), 0)
         gx = scale * (gw - normed * (tl.sum(gw * normed, 1) / K)[:, None])
         if HAS_TOTAL:
@@ -82,7 +87,8 @@ def rms_norm_backward_kernel(
 def silu_mul_kernel(gate, up, grad, out, grad_up, size, BACKWARD: tl.constexpr, BLOCK: tl.constexpr):
     """out = silu(gate) * up; or, backward, the gradients of gate (in out) and of up."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g, u = tl.load(gate + at, at < size, 0.0).to(tl.float32), tl.load(up + at, at < size, 0.0).to(tl.float32)
+    g = tl.load(gate + at, at < size, 0.0).to(tl.float32)
+    u = tl.load(up + at, at < size, 0.0).to(tl.float32)
     s = 1.0 / (1.0 + tl.exp(-g))
     y = g * s * u
     if BACKWARD:
@@ -93,49 +99,35 @@ def silu_mul_kernel(gate, up, grad, out, grad_up, size, BACKWARD: tl.constexpr, 
 
 
 @triton.jit
-def rotary_kernel(
-    q,
-    q_out,
-    k,
-    k_out,
-    v,
-    v_out,
-    cos,
-    sin,
-    positions,
-    slots,
-    Hq,
-    Hk,
-    D,
-    max_position,
-    sign,
-    ROTATE: tl.constexpr,
-    HALF: tl.constexpr,
-    HEADS: tl.constexpr,
+def rotate_kernel(
+    x, out, cos, sin, positions, H, D, max_position, sign, HALF: tl.constexpr, HEADS: tl.constexpr
 ):
-    """Program (t, b): a block of heads of token t, of q, then k, then v. q and (if ROTATE) k are turned; q goes to the same row of
-    q_out, k and v go to the token's slot of k_out and v_out. A position outside of the tables gives NaN."""
-    t, b, d, half = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, HALF), tl.cdiv(D, 2)
-    of_k, of_v = tl.cdiv(Hq, HEADS), tl.cdiv(Hq, HEADS) + tl.cdiv(Hk, HEADS)
-    x, to = q, q_out
-    if b >= of_k:
-        x, to = k, k_out
-    if b >= of_v:
-        x, to = v, v_out
-    row, H = tl.load(slots + t, b >= of_k, t), tl.where(b >= of_k, Hk, Hq)
-    h = (b - tl.where(b >= of_v, of_v, tl.where(b >= of_k, of_k, 0))) * HEADS + tl.arange(0, HEADS)
-    low, high = (h < H)[:, None] & (d < half)[None, :], (h < H)[:, None] & (d + half < D)[None, :]
-    at, there = (t * H + h)[:, None] * D + d[None, :], (row * H + h)[:, None] * D + d[None, :]
-    one, two = tl.load(x + at, low, 0.0), tl.load(x + at + half, high, 0.0)
-    if (b < of_k) | ((b < of_v) & ROTATE):
-        place = tl.load(positions + t)
-        known = (d < half) & (place >= 0) & (place < max_position)
-        c = tl.load(cos + place * half + d, known, float("nan"))[None, :]
-        s = sign * tl.load(sin + place * half + d, known, float("nan"))[None, :]
-        a, e = one.to(tl.float32), two.to(tl.float32)
-        one, two = (a * c - e * s).to(q.dtype.element_ty), (e * c + a * s).to(q.dtype.element_ty)
-    tl.store(to + there, one, low)
-    tl.store(to + there + half, two, high)
+    """Program (t, b): a block of heads of token t, rotated by its position; NaN when that is out of range."""
+    t = tl.program_id(0).to(tl.int64)
+    h = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    d = tl.arange(0, HALF)
+    half = D // 2
+    real = (h < H)[:, None] & (d < half)[None, :]
+    at = (t * H + h)[:, None] * D + d[None, :]
+    position = tl.load(positions + t)
+    known = (d < half) & (position >= 0) & (position < max_position)
+    c = tl.load(cos + position * half + d, known, float("nan"))[None, :]
+    s = sign * tl.load(sin + position * half + d, known, float("nan"))[None, :]
+    low = tl.load(x + at, real, 0.0).to(tl.float32)
+    high = tl.load(x + at + half, real, 0.0).to(tl.float32)
+    tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), real)
+    high = tl.fma(high, c, low * s)  # else the compiler chooses which product it fuses, and with it the bits
+    tl.store(out + at + half, high.to(out.dtype.element_ty), real)
+
+
+@triton.jit
+def write_kv_kernel(k, v, k_pages, v_pages, slots, size, BLOCK: tl.constexpr):
+    """Program (t, b): a block of the `size` = Hk * D elements of token t, to the token's slot."""
+    t = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots + t)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(k_pages + slot * size + i, tl.load(k + t * size + i, i < size), i < size)
+    tl.store(v_pages + slot * size + i, tl.load(v + t * size + i, i < size), i < size)
 
 
 def norm_tile(K: int) -> dict[str, int]:
@@ -146,71 +138,52 @@ def norm_tile(K: int) -> dict[str, int]:
 def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, out: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:
-    K, tile, there = x.shape[-1], norm_tile(x.shape[-1]), residual is not None
+    K = x.shape[-1]
+    tile = norm_tile(K)
     if N := x.numel() // max(K, 1):
+        tensors = (x, x if residual is None else residual, weight, out, total)
         grid = (triton.cdiv(N, tile["ROWS"]),)
-        rms_norm_kernel[grid](
-            x, residual if there else x, weight, out, total, N, K, eps, HAS_RESIDUAL=there, **tile
-        )
+        rms_norm_kernel[grid](*tensors, N, K, eps, HAS_RESIDUAL=residual is not None, **tile)
     return out, total
 
 
 def rms_norm_backward(
     total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None, grad_x: Tensor
 ) -> tuple[Tensor, Tensor]:
-    K, tile, there = total.shape[-1], norm_tile(total.shape[-1]), grad_total is not None
+    K = total.shape[-1]
     N = total.numel() // max(K, 1)
+    tile = norm_tile(K)
     partial = total.new_empty((triton.cdiv(N, tile["ROWS"] * STEPS), K), dtype=torch.float32)
     if N:
-        inputs = (total, weight, grad, grad_total if there else grad, grad_x, partial, N, K, eps)
-        rms_norm_backward_kernel[(len(partial),)](*inputs, HAS_TOTAL=there, STEPS=STEPS, **tile)
+        tensors = (total, weight, grad, grad if grad_total is None else grad_total, grad_x, partial)
+        flags = {"HAS_TOTAL": grad_total is not None, "STEPS": STEPS}
+        rms_norm_backward_kernel[(len(partial),)](*tensors, N, K, eps, **flags, **tile)
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
 def silu_mul(
     gate: Tensor, up: Tensor, grad: Tensor | None, out: Tensor, grad_up: Tensor
 ) -> tuple[Tensor, Tensor]:
-    backward, grid = grad is not None, (triton.cdiv(gate.numel(), GATE),)
-    if grid[0]:
-        tensors = (gate, up, grad if backward else gate, out, grad_up)
-        silu_mul_kernel[grid](*tensors, gate.numel(), BACKWARD=backward, BLOCK=GATE, num_warps=4)
+    if size := gate.numel():
+        tensors = (gate, up, gate if grad is None else grad, out, grad_up)
+        grid = (triton.cdiv(size, GATE),)
+        silu_mul_kernel[grid](*tensors, size, BACKWARD=grad is not None, BLOCK=GATE, num_warps=4)
     return out, grad_up
 
 
-def rotary(
-    q: Tensor,
-    q_out: Tensor,
-    kv: tuple[Tensor, ...],
-    cos: Tensor,
-    sin: Tensor,
-    positions: Tensor,
-    sign: float,
-    slots: Tensor,
-) -> Tensor:
-    """q [T, Hq, D] turned by its positions [T] into q_out; `kv`, where not empty, is k and v [T, Hk, D] and their pages: k is turned
-    too, unless Hq = 0, and both go to the slots [T] of the pages."""
-    (T, Hq, D), (k, v, k_pages, v_pages) = q.shape, kv or (q, q, q_out, q_out)
-    Hk = k.shape[1] if kv else 0
-    if T:
-        rotary_kernel[(T, triton.cdiv(Hq, HEADS) + 2 * triton.cdiv(Hk, HEADS))](
-            q,
-            q_out,
-            k,
-            k_pages,
-            v,
-            v_pages,
-            cos,
-            sin,
-            positions,
-            slots,
-            Hq,
-            Hk,
-            D,
-            len(cos),
-            sign,
-            ROTATE=Hq > 0,
-            HALF=triton.next_power_of_2(triton.cdiv(D, 2)),
-            HEADS=HEADS,
-            num_warps=4,
-        )
-    return q_out
+def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float) -> Tensor:
+    """x [T, H, D] rotated by its positions [T] into out."""
+    T, H, D = x.shape
+    if T * H:
+        tile = {"HALF": triton.next_power_of_2(triton.cdiv(D, 2)), "HEADS": HEADS}
+        grid = (T, triton.cdiv(H, HEADS))
+        rotate_kernel[grid](x, out, cos, sin, positions, H, D, len(cos), sign, **tile, num_warps=4)
+    return out
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """k and v [T, Hk, D] to the slots [T] of their pages."""
+    if k.numel():
+        size = k[0].numel()
+        grid = (len(k), triton.cdiv(size, KV))
+        write_kv_kernel[grid](k, v, k_pages, v_pages, slots, size, BLOCK=KV, num_warps=4)

@@ -11,41 +11,55 @@ import numpy as np
 from duologue.kernels import ops
 from torch import Tensor
 
-LEAST_SHARED = (
-    512  # keys that rows must have in common to be worth a pass of their own: two chunks of the kernel
-)
+LEAST_SHARED = 512  # keys in common that are worth a pass of their own: two chunks of the kernel
 
 
 def shared_groups(
     pages: Sequence[Sequence[int]], cached: Sequence[int], page_size: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
-    """(starts [rows + 1], shared [rows]) int32 of neighbours that begin with the same pages, or None when none do.
+    """(starts [rows + 1], shared [rows]) int32 of neighbours that begin with the same pages; None if none do.
 
-    `cached` tokens of each row lie before its queries. Rows beyond those given, and what is left over of the arrays, are groups of
-    their own and empty ones: their sizes depend on `rows` alone, as a CUDA graph wants it.
+    `cached` tokens of each row lie before its queries. With pages of 256 tokens, all but a row's last full:
+
+        row   pages        group of rows
+         0    4 5 6 | 9      0, 1    begin with 3 pages: 768 keys, read once for both
+         1    4 5 6 | 11
+         2    7 | 8          2       alone: reads its keys by itself
+         3    2 3 | 10       3, 4    begin with 2 pages: 512 keys
+         4    2 3 | 12               starts = 0 2 3 5 5 5, shared = 768 0 512 0 0
+
+    Rows beyond those given are groups of one, and what is left over of the arrays are empty groups: their
+    sizes depend on `rows` alone, as a CUDA graph wants it.
     """
-    starts, shared = [0], []
-    common = list(pages[0][: cached[0] // page_size])
-    for i in range(1, len(pages) + 1):
-        if i < len(pages):
-            both = zip(common, pages[i][: cached[i] // page_size], strict=False)
-            n = next((k for k, (a, b) in enumerate(both) if a != b), min(len(common), cached[i] // page_size))
-            if n * page_size >= LEAST_SHARED:
-                common = common[:n]
-                continue
-        alone = i - starts[-1] == 1
-        shared.append(0 if alone else len(common) * page_size)
-        starts.append(i)
-        common = list(pages[i][: cached[i] // page_size]) if i < len(pages) else []
+    whole = [ids[: n // page_size] for ids, n in zip(pages, cached, strict=True)]
+    starts: list[int] = []
+    shared: list[int] = []
+    common: Sequence[int] = ()  # pages that all rows of the present group begin with
+    for row, ids in enumerate(whole):
+        n = _agreeing(common, ids)
+        if n * page_size >= LEAST_SHARED:
+            common = ids[:n]
+            shared[-1] = n * page_size
+        else:
+            common = ids
+            starts.append(row)
+            shared.append(0)
     if not any(shared):
         return None
-    starts += range(len(pages) + 1, rows + 1)
+    starts += range(len(pages), rows + 1)
     starts += [rows] * (rows + 1 - len(starts))
-    return np.array(starts, dtype=np.int32), np.array(shared + [0] * (rows - len(shared)), dtype=np.int32)
+    shared += [0] * (rows - len(shared))
+    return np.array(starts, dtype=np.int32), np.array(shared, dtype=np.int32)
+
+
+def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many items two lists have in common at their beginning."""
+    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
+    return next(differing, min(len(a), len(b)))
 
 
 class PagedAttention:
-    """The attention context of one step: writes the step's K/V into the pages, then attends over each request's pages."""
+    """The attention context of one step: writes its K/V into the pages, then attends over each request's."""
 
     def __init__(
         self,

@@ -1,11 +1,16 @@
 """The KV pool: fixed-size pages, reference counts, and the weights version under which each page was written.
 
-A full page has a key: the page before it, its own ids and the weights version. Branches whose ids and adapter agree find each
-other's pages by it. A page before another lives as long as that one, because whoever holds a page holds those before it too; so keys
-of live pages never point to reused ones. The pool holds numbers only; the tensors that the numbers index belong to the runner.
+A full page has a key: the page before it, its own ids and the weights version. Branches whose ids and adapter
+agree find each other's pages by it. A page before another lives as long as that one, because whoever holds a
+page holds those before it too; so keys of live pages never point to reused ones. The pool holds numbers only;
+the tensors that the numbers index belong to the runner.
 """
 
 from __future__ import annotations
+
+from duologue.rollout.engine.sequence import BranchState
+
+CACHE_TOKENS = 65_536  # of a pool whose size nobody names
 
 Key = tuple[int, int, tuple[int, ...]]  # version, page before (-1 - adapter at the start), token ids
 
@@ -55,23 +60,96 @@ class PagePool:
                 self._free.append(page)
                 self.unname(page)
 
-    def find(self, key: Key) -> int | None:
-        """The live page that holds these ids after that page, if there is one."""
-        return self._by_key.get(key)
-
     def name(self, page: int, key: Key) -> int:
-        """Let others find a page that is full now. Returns the page to use: an equal one may have been named before."""
+        """Let others find a page that is full now. Returns the page to use: an equal one may have a name."""
         assert key[0] == self.version[page]
-        if page not in self._keys:
-            found = self._by_key.setdefault(key, page)
-            if found != page:
-                self.share([found])
-                self.give_back([page])
-                return found
+        if page in self._keys:
+            return page
+        named = self._by_key.setdefault(key, page)
+        if named == page:
             self._keys[page] = key
-        return page
+        else:
+            self.share([named])
+            self.give_back([page])
+        return named
 
     def unname(self, page: int) -> None:
         """The page is not to be found any more: it is free, or its tail will be written anew."""
         if (key := self._keys.pop(page, None)) is not None:
             del self._by_key[key]
+
+    # ---- the pages of a branch ---------------------------------------------------------------------------
+
+    def release(self, branch: BranchState) -> None:
+        """Give all pages of a branch back; its ids stay."""
+        self.give_back(branch.pages)
+        branch.pages = []
+        branch.n_cached = 0
+
+    def trim(self, branch: BranchState, n_tokens: int) -> None:
+        """Keep the KV of the first `n_tokens` at most. A page that others hold too stays whole or goes."""
+        keep = min(branch.n_cached, n_tokens)
+        n_pages = self.pages_for(keep)
+        if keep % self.page_size and self.refcount[branch.pages[n_pages - 1]] > 1:
+            n_pages -= 1
+            keep = n_pages * self.page_size
+        self.give_back(branch.pages[n_pages:])
+        del branch.pages[n_pages:]
+        branch.n_cached = keep
+        if keep % self.page_size:
+            self.unname(branch.pages[-1])
+
+    def fork(self, branch: BranchState, child: BranchState) -> tuple[int, int] | None:
+        """Let `child`, which has no pages and the same ids, share the full ones.
+
+        Returns the partly filled page and the child's own, into which the caller copies it. None where there
+        is none, or no page is left for the copy: then the child recomputes those tokens.
+        """
+        n_full, rest = divmod(branch.n_cached, self.page_size)
+        child.pages = branch.pages[:n_full]
+        child.n_cached = n_full * self.page_size
+        self.share(child.pages)
+        if rest == 0:
+            return None
+        partial = branch.pages[n_full]
+        copy = self.take(1, self.version[partial])
+        if copy is None:
+            return None
+        child.pages += copy
+        child.n_cached += rest
+        return partial, copy[0]
+
+    def key(self, branch: BranchState, index: int, version: int) -> Key:
+        """Of a branch's page `index`, full or about to be filled."""
+        before = branch.pages[index - 1] if index else -1 - branch.adapter
+        start = index * self.page_size
+        return version, before, tuple(branch.token_ids[start : start + self.page_size])
+
+    def next_key(self, branch: BranchState, version: int) -> Key | None:
+        """Of the page that a branch at a page boundary fills next; None when its ids do not fill one.
+
+        The last token does not count: it must be computed, to sample after it.
+        """
+        at = branch.n_cached
+        if at % self.page_size or len(branch) <= at + self.page_size:
+            return None
+        return self.key(branch, at // self.page_size, version)
+
+    def find_shared(self, branch: BranchState, version: int) -> int:
+        """Take over pages of other branches as far as the ids agree; the number of tokens they hold."""
+        n_before = branch.n_cached
+        while (key := self.next_key(branch, version)) is not None:
+            page = self._by_key.get(key)
+            if page is None:
+                break
+            self.share([page])
+            branch.pages.append(page)
+            branch.n_cached += self.page_size
+        return branch.n_cached - n_before
+
+    def computed(self, branch: BranchState, n_tokens: int, version: int) -> None:
+        """`n_tokens` more of a branch's tokens have their KV: name the pages that this filled."""
+        first = branch.n_cached // self.page_size
+        branch.n_cached += n_tokens
+        for i in range(first, branch.n_cached // self.page_size):
+            branch.pages[i] = self.name(branch.pages[i], self.key(branch, i, version))

@@ -1,7 +1,8 @@
 """Decides what one engine step computes. Plain Python on numbers: no torch here.
 
-A request is always "some tokens whose KV is missing, then one sample". Decoding is the case of one missing token, so prefill,
-chunked prefill, decode and recompute after preemption are one thing, and they mix freely in a step.
+A request is always "some tokens whose KV is missing, then one sample". Decoding is the case of one missing
+token, so prefill, chunked prefill, decode and recompute after preemption are one thing, and they mix freely
+in a step.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from duologue.rollout.engine.pages import Key, PagePool
-from duologue.rollout.engine.sequence import Branch, Request
+from duologue.rollout.engine.pages import PagePool
+from duologue.rollout.engine.sequence import BranchState, Request
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,12 +28,12 @@ class Stats:
     shared_tokens: int = 0  # whose KV was found in another branch's pages
     slot_steps: int = 0  # steps times the most requests that ran at once since the engine was last idle
     idle_slot_steps: int = 0  # of these, places that no request took
-    waited_seconds: float = 0.0  # for the device, while several steps ran without a look in between
+    waited_seconds: float = 0.0  # blocked in the host syncs of several steps
 
 
 @dataclass(kw_only=True, slots=True)
 class Work:
-    """One request's share of a step: compute KV for `n_tokens` tokens, and sample if that completes the context."""
+    """One request's share of a step: KV for `n_tokens` tokens, and a sample if that completes the context."""
 
     request: Request
     n_tokens: int
@@ -40,15 +41,16 @@ class Work:
 
 
 class Scheduler:
-    """Continuous batching: admit while there is room, and take pages back when they run out.
+    """Continuous batching: admit while pages are free, and take pages back when they run out.
 
-    Who may have the most to do is admitted first, so that the long ones do not run alone at the end; equals keep their order, which
-    keeps a group together. Pages are taken first from idle branches (the longest unused first), then from waiting requests, then
-    from the youngest running request. Whoever loses its pages is recomputed later, with the same result.
+    Who may have the most to do is admitted first, so that the long ones do not run alone at the end; equals
+    keep their order, which keeps a group together. Pages are taken first from idle branches (the longest
+    unused first), then from waiting requests, then from the youngest running request. Whoever loses its pages
+    is recomputed later, with the same result.
     """
 
     def __init__(
-        self, pool: PagePool, max_batch: int, max_step_tokens: int, branches: Iterable[Branch]
+        self, pool: PagePool, max_batch: int, max_step_tokens: int, branches: Iterable[BranchState]
     ) -> None:
         self.pool = pool
         self.max_batch = max_batch
@@ -74,7 +76,10 @@ class Scheduler:
         (self.running if request in self.running else self.waiting).remove(request)
 
     def plan(self, version: int) -> list[Work]:
-        """The next step's work; never empty while there is a request, since each alone fits the pool (checked at start)."""
+        """The next step's work, rows that share a prefix side by side: attention reads what they share once.
+
+        Never empty while there is a request, since each alone fits the pool (checked at its start).
+        """
         works: list[Work] = []
         budget = self.max_step_tokens
         self.running.sort(key=lambda r: r.n_todo > 1)  # decode first: its latency is every dialogue's latency
@@ -82,33 +87,39 @@ class Scheduler:
         while queue and budget > 0:
             request = queue.popleft()
             n = min(request.n_todo, budget)
-            while not self.grow(request.branch, n, version):
-                victim = queue.pop() if queue else request
-                self._preempt(victim)
-                if victim is request:
-                    break
-            else:
+            if self._grow_or_preempt(request, n, queue, version):
                 works.append(self._work(request, n))
                 budget -= n
         if self.waiting and not queue:
             self._admit(works, budget, version)
         assert works or not self.busy, "no request fits the pool"
         self._count(works)
-        works.sort(
-            key=lambda w: w.request.branch.pages[0]
-        )  # rows that share a prefix lie together: attention reads it once
+        works.sort(key=lambda w: w.request.branch.pages[0])
         return works
+
+    def _grow_or_preempt(self, request: Request, n: int, queue: deque[Request], version: int) -> bool:
+        """Pages for `n` tokens of a running request, taken from the last of `queue` where none are left.
+
+        False when the request lost its own pages in the end.
+        """
+        while not self.grow(request.branch, n, version):
+            victim = queue.pop() if queue else request
+            self._preempt(victim)
+            if victim is request:
+                return False
+        return True
 
     def _admit(self, works: list[Work], budget: int, version: int) -> None:
         if not self._sorted:
             self.waiting = deque(sorted(self.waiting, key=lambda r: (not r.preempted, -r.expected)))
             self._sorted = True
-        coming = {key for w in works if (key := self._next_key(w.request.branch, version)) is not None}
+        next_keys = (self.pool.next_key(w.request.branch, version) for w in works)
+        coming = {key for key in next_keys if key is not None}
         later: list[Request] = []  # whose next page is computed for another one in this step
         while self.waiting and len(self.running) < self.max_batch and budget > 0:
             request = self.waiting[0]
-            self.find_shared(request, version)
-            key = self._next_key(request.branch, version)
+            self.stats.shared_tokens += self.pool.find_shared(request.branch, version)
+            key = self.pool.next_key(request.branch, version)
             if key in coming and works:
                 later.append(self.waiting.popleft())
                 continue
@@ -122,75 +133,37 @@ class Scheduler:
             budget -= n
         self.waiting.extendleft(reversed(later))
 
-    def _next_key(self, branch: Branch, version: int) -> Key | None:
-        """Of the page that a branch at a page boundary fills next; None when its ids do not fill one."""
-        size, at = self.pool.page_size, branch.n_cached
-        if at % size or len(branch.token_ids) <= at + size:
-            return None
-        return (
-            version,
-            branch.pages[-1] if branch.pages else -1 - branch.adapter,
-            tuple(branch.token_ids[at : at + size]),
-        )
-
-    def find_shared(self, request: Request, version: int) -> None:
-        """Take over pages of other branches as far as the ids agree; the last token is left, it must be computed to sample."""
-        branch, size = request.branch, self.pool.page_size
-        while (key := self._next_key(branch, version)) is not None and (
-            page := self.pool.find(key)
-        ) is not None:
-            self.pool.share([page])
-            branch.pages.append(page)
-            branch.n_cached += size
-            self.stats.shared_tokens += size
-
-    def computed(self, branch: Branch, n_tokens: int, version: int) -> None:
-        """`n_tokens` more of a branch's tokens have their KV: name the pages that this filled."""
-        size, before = self.pool.page_size, branch.n_cached // self.pool.page_size
-        branch.n_cached += n_tokens
-        for i in range(before, branch.n_cached // size):
-            key = (
-                version,
-                branch.pages[i - 1] if i else -1 - branch.adapter,
-                tuple(branch.token_ids[i * size : (i + 1) * size]),
-            )
-            branch.pages[i] = self.pool.name(branch.pages[i], key)
-
     def _count(self, works: list[Work]) -> None:
-        stats, n = self.stats, len(works)
-        self._slots = max(self._slots, n)
+        self._slots = max(self._slots, len(works))
         decode = sum(w.n_tokens == 1 and w.samples for w in works)
-        stats.steps += bool(works)
-        stats.decode_tokens += decode
-        stats.prefill_tokens += sum(w.n_tokens for w in works) - decode
-        stats.slot_steps += self._slots
-        stats.idle_slot_steps += self._slots - n
+        self.stats.steps += bool(works)
+        self.stats.decode_tokens += decode
+        self.stats.prefill_tokens += sum(w.n_tokens for w in works) - decode
+        self.stats.slot_steps += self._slots
+        self.stats.idle_slot_steps += self._slots - len(works)
 
     def count_ahead(self, n: int, steps: int, taken: int) -> None:
-        """`n` rows took `taken` tokens in `steps` steps, of which `plan` counted one; rows that stopped before are idle."""
-        stats, more = self.stats, (steps - 1) * self._slots
-        stats.steps += steps - 1
-        stats.decode_tokens += taken - n
-        stats.slot_steps += more
-        stats.idle_slot_steps += more - (taken - n)
+        """`n` rows took `taken` tokens in `steps` steps, of which `plan` counted the first.
+
+        Rows that stopped before the last step are idle in the others.
+        """
+        slots = (steps - 1) * self._slots
+        self.stats.steps += steps - 1
+        self.stats.decode_tokens += taken - n
+        self.stats.slot_steps += slots
+        self.stats.idle_slot_steps += slots - (taken - n)
 
     def _work(self, request: Request, n: int) -> Work:
         return Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only)
-
-    def release(self, branch: Branch) -> None:
-        """Give all pages of a branch back; its ids stay."""
-        self.pool.give_back(branch.pages)
-        branch.pages = []
-        branch.n_cached = 0
 
     def _preempt(self, victim: Request) -> None:
         self.stats.preemptions += 1
         self.running.remove(victim)
         victim.preempted = True
         self.waiting.appendleft(victim)
-        self.release(victim.branch)
+        self.pool.release(victim.branch)
 
-    def grow(self, branch: Branch, n_tokens: int, version: int) -> bool:
+    def grow(self, branch: BranchState, n_tokens: int, version: int) -> bool:
         """Pages for `n_tokens` more tokens, evicting those who do not run; False when that is not enough."""
         missing = self.pool.pages_for(branch.n_cached + n_tokens) - len(branch.pages)
         if missing <= 0:
@@ -202,12 +175,12 @@ class Scheduler:
         self.stats.peak_pages = max(self.stats.peak_pages, self.pool.n_pages - self.pool.n_free)
         return True
 
-    def _evict(self, keep: Branch) -> bool:
+    def _evict(self, keep: BranchState) -> bool:
         idle = (b for b in self._branches if b.request is None and b.pages)
         waiting = (r.branch for r in reversed(self.waiting) if r.branch.pages and r.branch is not keep)
         victim = next(idle, None) or next(waiting, None)
         if victim is None:
             return False
         self.stats.evictions += 1
-        self.release(victim)
+        self.pool.release(victim)
         return True

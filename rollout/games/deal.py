@@ -1,8 +1,10 @@
-"""Deal-or-No-Deal: two sides divide a few items that they value differently (Lewis et al. 2017, arXiv 1706.05125).
+"""Deal-or-No-Deal: two sides divide a few items that they value differently (Lewis et al. 2017, arXiv
+1706.05125).
 
-Contexts are generated. Each side sees the counts and its own values; each side's values add up to the same total. Every
-type is worth something to somebody, and at least one type to both. Contexts that differ only in the order of the items
-or in who sits where form a class, and the train / held-out split goes by class: held-out ones have no twin in training.
+Contexts are generated. Each side sees the counts and its own values; each side's values add up to the same
+total. Every type is worth something to somebody, and at least one type to both. Contexts that differ only
+in the order of the items or in who sits where form a class, and the train / held-out split goes by class:
+held-out ones have no twin in training.
 """
 
 from __future__ import annotations
@@ -129,8 +131,9 @@ def contexts(types: int = 3, total: int = 10) -> list[Deal]:
 
 
 def draw_contexts(types: int, total: int, n: int, seed: int) -> list[Deal]:
-    """Up to `n` different ones of `contexts`, drawn evenly without listing them: four types have millions. Fewer than
-    `n` only when hardly any pair of values is a context."""
+    """Up to `n` different ones of `contexts`, drawn evenly without listing them: four types have millions.
+    Fewer than `n` only when hardly any pair of values is a context.
+    """
     rng = random.Random(seed)
     choices = [(counts, value_vectors(counts, total)) for counts in count_vectors(types, *count_range(types))]
     weights = list(itertools.accumulate(len(v) ** 2 for _, v in choices))
@@ -199,8 +202,9 @@ class DealGame(SelectionGame[Deal]):
 
     @cached_property
     def splits(self) -> dict[str, list[Deal]]:
-        """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle. A variant too large to list
-        is represented by a fixed draw of `POOL` contexts."""
+        """Contexts of "train" and "heldout"; the classes are dealt out by a fixed shuffle. A variant too
+        large to list is represented by a fixed draw of `POOL` contexts.
+        """
         types, total = self.types, self.total
         pairs = sum(
             len(value_vectors(counts, total)) ** 2 for counts in count_vectors(types, *count_range(types))
@@ -213,7 +217,7 @@ class DealGame(SelectionGame[Deal]):
             self._frontiers[deal] = frontier(deal)
         return self._frontiers[deal]
 
-    # ---- the Game interface ------------------------------------------------------------------------------------------
+    # ---- the Game interface --------------------------------------------------------------------------------
 
     def scenario(self, deal: Deal, split: str) -> Scenario:
         first, second = (self.private_text(deal, side) for side in (0, 1))
@@ -254,8 +258,10 @@ class DealGame(SelectionGame[Deal]):
         return Outcome(agreed=True, scores=(float(points[0]), float(points[1])), metrics=metrics)
 
     def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-        """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both are 0
-        without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a bad deal."""
+        """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both
+        are 0 without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a
+        bad deal.
+        """
         if self.settings.objective == "selfish":
             points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
             return points[0] / self.total, points[1] / self.total
@@ -268,7 +274,10 @@ class DealGame(SelectionGame[Deal]):
 
     @classmethod
     def published(cls, settings: GameSettings) -> Published:
-        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (3, 10)
+        standard = isinstance(settings, DealSettings) and (settings.item_types, settings.total_value) == (
+            3,
+            10,
+        )
         return PUBLISHED if standard else Published()
 
     @classmethod
@@ -293,9 +302,10 @@ def _failure(deal: Deal, finals: tuple[str, str] | None, takes: Sequence[Vector 
 
 
 def summarise(outcomes: Sequence[Outcome], failures: Iterable[str] = FAILURES) -> dict[str, float]:
-    """Means over dialogues. `agreement` and `failure_*` (`failures`, kinds of failed deals) are shares of all. `pareto`,
-    `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed. `score_*` and `joint_all`
-    are over all, where a failed deal counts 0."""
+    """Means over dialogues. `agreement` and `failure_*` (`failures`, kinds of failed deals) are shares of
+    all. `pareto`, `joint_ratio`, `nash_ratio` and `score_agreed_*` are over the agreed, 0 when none agreed.
+    `score_*` and `joint_all` are over all, where a failed deal counts 0.
+    """
     n = max(len(outcomes), 1)
     agreed = [o for o in outcomes if o.agreed]
     m = max(len(agreed), 1)

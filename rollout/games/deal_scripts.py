@@ -1,9 +1,9 @@
 """Scripted negotiators for `deal`: what a policy that starts from nothing imitates first.
 
-Each side is a temperament. It sees the counts, its own values and what the other side's words say (an `Act`), never
-the other's values. The mixture is made to be improved upon: two open sides waste nothing, the others waste something in
-most of their agreements or find none, and everybody is open now and then, so that no way of acting well is out of reach
-of a policy that imitates all of them.
+Each side is a temperament. It sees the counts, its own values and what the other side's words say (an
+`Act`), never the other's values. The mixture is made to be improved upon: two open sides waste nothing, the
+others waste something in most of their agreements or find none, and everybody is open now and then, so that
+no way of acting well is out of reach of a policy that imitates all of them.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Negotiator(Side):
                 return False
         return self._worth(offer) >= floor
 
-    # ---- what to say when the other's offer, if there is one, is not accepted ----------------------------------------
+    # ---- what to say when the other's offer, if there is one, is not accepted ------------------------------
 
     def _candid(self) -> Act:
         """The open thing to do next: offer the best joint deal, or state the values, or ask."""
@@ -134,16 +134,18 @@ class Negotiator(Side):
         return Act(take=self._half(), refuse=pending)
 
     def _hasty(self) -> Act:
-        """Offers what comes to mind, or closes before anything is settled. It accepts whatever it is offered."""
+        """Offers what comes to mind, or closes before anything is settled. It accepts whatever it is
+        offered.
+        """
         if (self.spoken or self.last is not START) and self.chance(0.4):
             return Act(close=True)
         mine = self._favourite()
         return Act(take=tuple(c if k == mine else self.rng.randint(0, c) for k, c in enumerate(self.counts)))
 
-    # ---- allocations -------------------------------------------------------------------------------------------------
+    # ---- allocations ---------------------------------------------------------------------------------------
 
     def _joint_best(self, theirs: Vector) -> Vector:
-        """Each type goes to whom it is worth more; what is worth the same to both is theirs, as a courtesy."""
+        """Each type goes to whom it is worth more; what is worth the same to both is theirs."""
         return tuple(
             c if mine > other else 0 for c, mine, other in zip(self.counts, self.values, theirs, strict=True)
         )
@@ -179,7 +181,9 @@ class Negotiator(Side):
         return tuple(take)
 
     def _demand(self) -> Vector:
-        """Everything but an item or two, one more of them with each refusal, and nothing of my favourite type."""
+        """Everything but an item or two, one more of them with each refusal, and nothing of my favourite
+        type.
+        """
         mine = self._favourite()
         others = [k for k, c in enumerate(self.counts) if k != mine for _ in range(c)]
         given = self.rng.sample(others, min(len(others), self.refusals + 1))

@@ -1,8 +1,9 @@
 """How a scripted negotiator of `deal` says what it means; the forms are in deal_words.toml.
 
-Offers name exactly who gets what, mostly item by item in the order of the items: what is said next to each other needs no memory
-and no arithmetic across the sentence, which is what a small model learns late. For the same reason an offer that is best for both
-may set the two values of each item side by side before it says who gets it.
+Offers name exactly who gets what, mostly item by item in the order of the items: what is said next to each
+other needs no memory and no arithmetic across the sentence, which is what a small model learns late. For
+the same reason an offer that is best for both may set the two values of each item side by side before it
+says who gets it.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def _splits(take: Vector, counts: Vector) -> int:
 
 
 def _compared(item: str, mine: str, yours: str, n: int, count: int) -> str:
-    """What one is worth to both sides, and who gets it: "hat 2 to 1 for me", or divided "hat 1 to 1 , 2 for me and 1 for you"."""
+    """What one is worth to both sides, and who gets it: "hat 2 to 1 for me", or divided "hat 1 to 1 , 2 for
+    me and 1 for you".
+    """
     return f"{item} {mine} to {yours} " + (
         f", {n} for me and {count - n} for you" if 0 < n < count else f"for {'me' if n else 'you'}"
     )

@@ -1,4 +1,6 @@
-"""Dilemmas without a right answer: two opposed personas look for a resolution, or one policy answers alone; a judge scores it."""
+"""Dilemmas without a right answer: two opposed personas look for a resolution, or one policy answers alone;
+a judge scores it.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +27,14 @@ from duologue.rollout.games.texts import NEEDS, SHIPPED, Row, read
 ASPECTS = ("knowledge", "benevolence", "power", "vitality")  # each scored from 0 to HIGHEST
 HIGHEST = 5
 NO_AGREEMENT = "no_agreement"
+MEASURES = {
+    "agreement": Measure("agreement", "{:.1%}", "agreed"),
+    "score": Measure("judge's score from 0 to 5", "{:.2f}"),
+    **{aspect: Measure(f"{aspect}, from 0 to 5", "{:.2f}") for aspect in ASPECTS},
+    "rounds": Measure("rounds to agreement", "{:.2f}"),
+    "unscored_share": Measure("unscored", "{:.1%}", "unscored"),
+}
+FAILURES = {NO_AGREEMENT: "no agreement", UNSCORED: "the judge gave no valid answer"}
 PROMPTS = Path(__file__).parent / "prompts"
 
 
@@ -42,7 +52,9 @@ class DilemmaSettings(GameSettings):
 
     dilemmas: str = setting("", "a .jsonl file of dilemmas to train on")
     personas: str = setting("", "a .jsonl file of pairs of personas")
-    tasks: str = setting("", "a .jsonl file of held-out tasks, which bring their personas; alone, of questions")
+    tasks: str = setting(
+        "", "a .jsonl file of held-out tasks, which bring their personas; alone, of questions"
+    )
     prompts: str = setting("", "a folder of prompts that replace the package's")
 
 
@@ -54,14 +66,8 @@ class DilemmaGame(Game):
     Settings = DilemmaSettings
     settings: DilemmaSettings
     questions = SHIPPED["questions"]  # held out too, for one who answers alone
-    measures = {
-        "agreement": Measure("agreement", "{:.1%}", "agreed"),
-        "score": Measure("judge's score from 0 to 5", "{:.2f}"),
-        **{aspect: Measure(f"{aspect}, from 0 to 5", "{:.2f}") for aspect in ASPECTS},
-        "rounds": Measure("rounds to agreement", "{:.2f}"),
-        "unscored_share": Measure("unscored", "{:.1%}", "unscored"),
-    }
-    failures = {NO_AGREEMENT: "no agreement", UNSCORED: "the judge gave no valid answer"}
+    measures = MEASURES
+    failures = FAILURES
     final_form = "The resolution, as the policy writes it:\n{}"
 
     def __init__(self, settings: DilemmaSettings | None = None) -> None:
@@ -117,7 +123,11 @@ class DilemmaGame(Game):
         return self.scenario(item, "train", (Persona(name, instructions),) * 2)
 
     def outcome(
-        self, rounds: int, agreed: bool = False, failure: str | None = None, answer: Mapping[str, Any] | None = None
+        self,
+        rounds: int,
+        agreed: bool = False,
+        failure: str | None = None,
+        answer: Mapping[str, Any] | None = None,
     ) -> Outcome:
         """`answer` is the judge's, where it scored the resolution."""
         metrics = {} if answer is None else {aspect: float(answer[aspect]) for aspect in ASPECTS}
@@ -136,8 +146,9 @@ class DilemmaGame(Game):
         return None if outcome.failure == UNSCORED else outcome.scores
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """`agreement` and `rounds` to it, over the dialogues that were judged; the aspects over those that were
-        scored, `score` over all but the unscored, 0 without an agreement."""
+        """`agreement` and `rounds` to it, over the dialogues that were judged; the aspects over those that
+        were scored, `score` over all but the unscored, 0 without an agreement.
+        """
         judged = [o for o in outcomes if o.agreed or o.failure != UNSCORED]
         agreed = [o for o in outcomes if o.agreed]
         scored = [o for o in agreed if o.metrics]
@@ -151,7 +162,7 @@ class DilemmaGame(Game):
             **{aspect: sum(o.metrics[aspect] for o in scored) / max(len(scored), 1) for aspect in ASPECTS},
         }
 
-    # ---- for people --------------------------------------------------------------------------------------------------
+    # ---- for people ----------------------------------------------------------------------------------------
 
     @classmethod
     def shown(cls, record: Mapping[str, Any]) -> Shown:
@@ -170,10 +181,10 @@ class DilemmaGame(Game):
     @classmethod
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         if not outcome.get("agreed"):
-            return cls.failure_in_words(outcome)
+            return cls.failure_in_words(outcome.get("failure"))
         start = "" if cls.alone else f"agreed after {outcome['rounds']} rounds, "
         if outcome["failure"]:
-            return start + cls.failure_in_words(outcome)
+            return start + cls.failure_in_words(outcome.get("failure"))
         return start + f"the judge gives {outcome['scores'][0]:g} of {HIGHEST}"
 
     @classmethod

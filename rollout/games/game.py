@@ -1,4 +1,6 @@
-"""What is talked about, and how it is scored: the nouns that every game shares, and the interface of a game."""
+"""What is talked about, and how it is scored: the nouns that every game shares, and the interface of a
+game.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,9 @@ class Persona:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scenario:
-    """One dialogue to be held. A side's context begins with `shared_text`, the same for both, then `private_text[i]`,
-    which is told to side i alone; `data` is the game's own typed description."""
+    """One dialogue to be held. A side's context begins with `shared_text`, the same for both, then
+    `private_text[i]`, which is told to side i alone; `data` is the game's own typed description.
+    """
 
     game: str
     id: str
@@ -38,7 +41,8 @@ class Scenario:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How a dialogue ended. `scores` are in the game's points; `failure` names the kind of a failure, None when agreed.
+    """How a dialogue ended. `scores` are in the game's points; `failure` names the kind of a failure, None
+    when agreed.
 
     `rounds` were held, where that is counted; `reason` is a judge's, where it gave one.
     """
@@ -53,7 +57,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """How a mean of `Game.summarise` is shown. `short` heads it in the progress line, "" leaves it out there."""
+    """How a mean of `Game.summarise` is shown. `short` heads it in the progress line, "" leaves it out
+    there.
+    """
 
     heading: str
     format: str
@@ -86,7 +92,9 @@ class Shown:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GameSettings:
-    """What a game lets a user set, the keys of a run's [game]: a game that has more than its name extends this."""
+    """What a game lets a user set, the keys of a run's [game]: a game that has more than its name extends
+    this.
+    """
 
     name: str = setting("", "the game, by its name in the catalogue")
 
@@ -99,8 +107,10 @@ class GameSettings:
 
 
 class Game(ABC):
-    """What two sides talk about, by which protocol, and what it is worth. Side 0 and side 1 differ only in what they are
-    told. A new game is a class like this, a line in catalogue.py and a recipe; all words that people read are here."""
+    """What two sides talk about, by which protocol, and what it is worth. Side 0 and side 1 differ only in
+    what they are told. A new game is a class like this, a line in catalogue.py and a recipe; all words that
+    people read are here.
+    """
 
     name: ClassVar[str]
     protocol: ClassVar[str]  # a function of rollout/selfplay/protocols.py
@@ -112,6 +122,7 @@ class Game(ABC):
     measures: ClassVar[Mapping[str, Measure]] = {}  # of `summarise`, in the order of tables
     failures: ClassVar[Mapping[str, str]] = {}  # the kinds of a failed dialogue, in words
     ending: str = ""  # tells a person how the talk ends
+    selection_form: str = "any words"  # how a person's final statement is written
     final_form: str = "{}"  # a policy's final statement, as a person who plays sees it
 
     def __init__(self, settings: Any = None) -> None:
@@ -130,15 +141,16 @@ class Game(ABC):
         """Means over dialogues, `dialogues` and `agreement` among them."""
 
     def final_parts(self, scenario: Scenario) -> list[str]:
-        """The texts of a request for the final statement, with the dialogue between them, where it is made in a context of
-        its own; empty where it is made in the side's context, by `final_prompt`."""
+        """The texts of a request for the final statement, with the dialogue between them, where it is made
+        in a context of its own; empty where it is made in the side's context, by `final_prompt`.
+        """
         return []
 
     def longest(self, length: Callable[[str], int]) -> Scenario:
         """A scenario that is told in as many tokens as any."""
         return self.sample(random.Random(0), "train")
 
-    # ---- for people --------------------------------------------------------------------------------------------------
+    # ---- for people ----------------------------------------------------------------------------------------
 
     @classmethod
     def published(cls, settings: GameSettings) -> Published:
@@ -163,11 +175,12 @@ class Game(ABC):
         """How a dialogue ended, of its record; an empty one is unscored."""
         if outcome.get("agreed") and not outcome["failure"]:
             return "agreed, {:g} and {:g} points".format(*outcome["scores"])
-        return f"not agreed: {cls.failure_in_words(outcome)}"
+        return f"not agreed: {cls.failure_in_words(outcome.get('failure'))}"
 
     @classmethod
-    def failure_in_words(cls, outcome: Mapping[str, Any]) -> str:
-        kind = outcome.get("failure") or UNSCORED
+    def failure_in_words(cls, kind: str | None) -> str:
+        """None: there is no outcome at all."""
+        kind = kind or UNSCORED
         return {UNSCORED: "nobody gave a valid answer", **cls.failures}.get(kind, kind)
 
     @classmethod

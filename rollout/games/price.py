@@ -1,7 +1,8 @@
 """One price between a buyer and a seller whose limits are private: the game, and its scripted negotiators.
 
-What walking away leaves a side is in its limit: a price at the limit gains nothing, one beyond it is a loss. The zone of agreement
-lies between the seller's limit and the buyer's; a third of the contexts have none, and there both do best to walk away.
+What walking away leaves a side is in its limit: a price at the limit gains nothing, one beyond it is a
+loss. The zone of agreement lies between the seller's limit and the buyer's; a third of the contexts have
+none, and there both do best to walk away.
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ from duologue.rollout.games.selection import (
 
 LIMITS = range(5, 31)
 GAPS = (*range(-6, -1), *range(2, 13))  # the buyer's limit less the seller's
+MEASURES = {
+    "agreement": AGREEMENT,
+    "efficiency": Measure("right deals where one is possible", "{:.1%}"),
+    "right_walks": Measure("walked away where none is", "{:.1%}"),
+    "wrong_deals": Measure("deals worse than walking away", "{:.1%}"),
+    "share_buyer": Measure("buyer's share of the surplus", "{:.3f}"),
+    "share_seller": Measure("seller's share of the surplus", "{:.3f}"),
+    "nash_ratio": NASH_RATIO,
+}
 FAILURES = {**NO_CLOSE, **MALFORMED, "mismatch": "two different prices", **WALKED_AWAY}
 
 
@@ -56,15 +66,7 @@ class PriceGame(SelectionGame[Haggle]):
 
     name = "price"
     failures = FAILURES
-    measures = {
-        "agreement": AGREEMENT,
-        "efficiency": Measure("right deals where one is possible", "{:.1%}"),
-        "right_walks": Measure("walked away where none is", "{:.1%}"),
-        "wrong_deals": Measure("deals worse than walking away", "{:.1%}"),
-        "share_buyer": Measure("buyer's share of the surplus", "{:.3f}"),
-        "share_seller": Measure("seller's share of the surplus", "{:.3f}"),
-        "nash_ratio": NASH_RATIO,
-    }
+    measures = MEASURES
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
 
     @cached_property
@@ -82,13 +84,17 @@ class PriceGame(SelectionGame[Haggle]):
         return Scenario(game=self.name, id=name, split=split, private_text=texts, data=haggle)
 
     def parse(self, text: str) -> int | None:
-        """The price that a final statement names, None when it is not exactly "price " and a number from 0 to 99."""
+        """The price that a final statement names, None when it is not exactly "price " and a number from 0
+        to 99.
+        """
         match = re.fullmatch(r"price (0|[1-9][0-9]?)", text)
         return int(match[1]) if match else None
 
     def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
-        """Every outcome has the measures `zone`, whether there is one; `wrong`, whether a deal leaves a side worse than walking
-        away; `right`, whether it is another deal, or a walk-away without a zone; `nash_ratio`, in a zone product / best product."""
+        """Every outcome has the measures `zone`, whether there is one; `wrong`, whether a deal leaves a
+        side worse than walking away; `right`, whether it is another deal, or a walk-away without a zone;
+        `nash_ratio`, in a zone product / best product.
+        """
         haggle: Haggle = scenario.data
         prices = [None, None] if finals is None else [self.parse(text) for text in finals]
         failure = _failure(finals, prices)
@@ -113,16 +119,20 @@ class PriceGame(SelectionGame[Haggle]):
         )
 
     def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-        """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`: `nash_ratio`. Both for both
-        sides. `selfish`: own gain / the largest zone; no deal leaves 0, more than a wrong one."""
+        """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`:
+        `nash_ratio`. Both for both sides. `selfish`: own gain / the largest zone; no deal leaves 0, more
+        than a wrong one.
+        """
         if self.settings.objective == "selfish":
             return outcome.scores[0] / max(GAPS), outcome.scores[1] / max(GAPS)
         value = outcome.metrics["right" if self.settings.objective == "cooperative" else "nash_ratio"]
         return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Where there is a zone: `agreement`, deals of any kind, and `efficiency`, right ones, of all. Elsewhere: `right_walks`
-        of all. `wrong_deals` of all deals. `share_*` and `nash_ratio`: means over right deals. Of nothing, 0."""
+        """Where there is a zone: `agreement`, deals of any kind, and `efficiency`, right ones, of all.
+        Elsewhere: `right_walks` of all. `wrong_deals` of all deals. `share_*` and `nash_ratio`: means over
+        right deals. Of nothing, 0.
+        """
         zone = [o for o in outcomes if o.metrics["zone"]]
         right = [o for o in zone if o.metrics["right"]]
         return {
@@ -153,7 +163,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / max(len(values), 1)
 
 
-# ---- scripted negotiators --------------------------------------------------------------------------------------------
+# ---- scripted negotiators ----------------------------------------------------------------------------------
 
 TEMPERAMENTS = {"honest": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
 ENOUGH = {"honest": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
@@ -212,7 +222,9 @@ class Haggler(Side):
         return Act(take=self._at(2), refuse=pending) if pending or self.chance(0.4) else Act(ask=True)
 
     def _fair(self, pending: bool) -> Act:
-        """Begins a little off, then names the middle of what both have offered; states its limit when it is asked."""
+        """Begins a little off, then names the middle of what both have offered; states its limit when it is
+        asked.
+        """
         if self.last.ask and not self.revealed and self.chance(0.7):
             return Act(reveal=self.values, refuse=pending)
         if self.offered is None or self.offer is None:
@@ -225,7 +237,7 @@ class Haggler(Side):
         return Act(take=self._at(max(1, self.rng.randint(7, 9) - 2 * self.refusals)), refuse=pending)
 
     def _hasty(self, pending: bool) -> Act:
-        """Names any price near its limit, also one at which it loses, or closes before anything is settled."""
+        """Names any price near its limit, also one at which it loses, or closes before a deal."""
         if self.spoken and self.chance(0.3):
             return Act(close=True)
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=pending and self.chance(0.3))

@@ -1,8 +1,9 @@
-"""Two campers share three packages each of food, water and firewood, with private priorities (CaSiNo, Chawla et al. 2021,
-arXiv 2103.15721; rules only), and may walk away.
+"""Two campers share three packages each of food, water and firewood, with private priorities (CaSiNo,
+Chawla et al. 2021, arXiv 2103.15721; rules only), and may walk away.
 
-It is a deal with fixed counts. A side's values are 5, 4 and 3 in its own order, so what two sides are to each other is one of five
-classes: how the orders compare. Held out is the one in which the sides rank no type alike; in training at least one type is.
+It is a deal with fixed counts. A side's values are 5, 4 and 3 in its own order, so what two sides are to
+each other is one of five classes: how the orders compare. Held out is the one in which the sides rank no
+type alike; in training at least one type is.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from duologue.rollout.games.selection import (
 PACKAGES = (3, 3, 3)
 RANKS = {5: "high", 4: "medium", 3: "low"}
 TOTAL = sum(3 * value for value in RANKS)
+ALL_FAILURES = {**FAILURES, **WALKED_AWAY}
 ALONE = 5  # points of a side when somebody walks away
 
 
@@ -36,7 +38,7 @@ class PrioritiesGame(DealGame):
     name = "priorities"
     Settings = SelectionSettings
     item_names = ("food", "water", "firewood")
-    failures = {**FAILURES, **WALKED_AWAY}
+    failures = ALL_FAILURES
 
     @property
     def selection_form(self) -> str:  # type: ignore[override]
@@ -60,7 +62,9 @@ class PrioritiesGame(DealGame):
         )
 
     def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
-        """A walk-away, which must be stated, has measures too and so a small reward; other failures have none."""
+        """A walk-away, which must be stated, has measures too and so a small reward; other failures have
+        none.
+        """
         if finals is None or WALK_AWAY not in finals:
             return super().judge(scenario, finals)
         best = self.frontier(scenario.data)

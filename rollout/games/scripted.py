@@ -1,4 +1,6 @@
-"""Scripted negotiators, whose dialogues a policy that starts from nothing imitates: what those of all games share."""
+"""Scripted negotiators, whose dialogues a policy that starts from nothing imitates: what those of all games
+share.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,7 @@ class Side(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class ScriptedDialogue:
-    """`turns` are (side, text, kind) with kind "utterance" or "final"; `final_prompt` comes before a final."""
+    """`turns` are (side, text, "utterance" | "final"); `final_prompt` comes before a final."""
 
     scenario: Scenario
     first_speaker: int
@@ -120,7 +122,9 @@ def hold(
     rng: random.Random,
     side: Callable[..., Side],
 ) -> ScriptedDialogue:
-    """Two sides with temperaments drawn by weight negotiate until one closes or has left for good; `side` makes number i."""
+    """Two sides with temperaments drawn by weight negotiate until one closes or has left for good; `side`
+    makes number i.
+    """
     names = rng.choices(list(temperaments), weights=list(temperaments.values()), k=2)
     sides = [side(i, names[i], random.Random(rng.getrandbits(64))) for i in (0, 1)]
     first = rng.randrange(2)

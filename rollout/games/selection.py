@@ -46,7 +46,6 @@ class SelectionGame(Game, Generic[Context]):
     final_prompt = "selection ?"  # what both sides are asked once the talk is closed
     final_form = "policy states> {}"
     close = CLOSE  # what an utterance that closes the talk ends with
-    selection_form: str  # for people: how a final statement is written
 
     @cached_property
     @abstractmethod
@@ -67,7 +66,7 @@ class SelectionGame(Game, Generic[Context]):
         """Whether this utterance ends the talk, after which both sides state their selection."""
         return text.endswith(CLOSE)
 
-    # ---- for people --------------------------------------------------------------------------------------------------
+    # ---- for people ----------------------------------------------------------------------------------------
 
     @property
     def ending(self) -> str:  # type: ignore[override]
@@ -84,7 +83,7 @@ class SelectionGame(Game, Generic[Context]):
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         if outcome.get("agreed") and not outcome["failure"]:
             return "deal, {:g} and {:g} points".format(*outcome["scores"])
-        return f"no deal: {cls.failure_in_words(outcome)}"
+        return f"no deal: {cls.failure_in_words(outcome.get('failure'))}"
 
     def can_state(self, scenario: Scenario, text: str) -> bool:
         return self.judge(scenario, (text, text)).failure not in UNCLEAR
@@ -97,7 +96,7 @@ class SelectionGame(Game, Generic[Context]):
 def split_by_class(
     contexts: Sequence[Context], class_of: Callable[[Context], Hashable]
 ) -> dict[str, list[Context]]:
-    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth of them is held out."""
+    """The classes, which must have an order, are dealt out by a fixed shuffle; a fifth is held out."""
     classes = sorted({class_of(context) for context in contexts})  # type: ignore[type-var]
     random.Random(0).shuffle(classes)
     heldout = set(classes[: round(HELDOUT_SHARE * len(classes))])

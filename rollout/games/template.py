@@ -14,7 +14,9 @@ def fill(template: str, places: dict[str, str]) -> str:
 
 
 def load_template(folder: str, default: Path, name: str, accepted: set[str], required: set[str]) -> str:
-    """`name`.txt of `folder` where it is there, else of `default`; ValueError for a place that is unknown or lacks."""
+    """`name`.txt of `folder` where it is there, else of `default`; ValueError for a place that is unknown
+    or lacks.
+    """
     if folder and not Path(folder).is_dir():
         raise ValueError(f"there is no folder {folder} of prompts")
     path = Path(folder) / f"{name}.txt"

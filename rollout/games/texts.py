@@ -1,7 +1,9 @@
-"""Files of texts to talk about: dilemmas, persona pairs, conflict tasks, questions. Read strictly, and measured for likeness.
+"""Files of texts to talk about: dilemmas, persona pairs, conflict tasks, questions. Read strictly, and
+measured for likeness.
 
-A file has one JSON object per line. Needed are `id` and `text` (personas: none), and `first` and `second`, each a `name` and
-`instructions`, for personas and conflict tasks; `tier`, `situation` and `tags` may be given.
+A file has one JSON object per line. Needed are `id` and `text` (personas: none), and `first` and `second`,
+each a `name` and `instructions`, for personas and conflict tasks; `tier`, `situation` and `tags` may be
+given.
 """
 
 from __future__ import annotations
@@ -73,7 +75,9 @@ def _object(where: str, line: str, needs: Sequence[str]) -> Row:
 
 
 def kind_of(path: str | Path) -> str:
-    """What a file holds, by the fields of its first row: a text with sides is a conflict, one with a tier a dilemma."""
+    """What a file holds, by the fields of its first row: a text with sides is a conflict, one with a tier a
+    dilemma.
+    """
     row = read(path, ("id",))[0]
     if "first" in row:
         return "conflicts" if "text" in row else "personas"
@@ -87,7 +91,9 @@ def shingles(text: str) -> set[tuple[str, ...]]:
 
 
 def likeness(texts: Sequence[str]) -> Iterator[tuple[float, int, int]]:
-    """(Jaccard index of the three-word sequences, i, j < i) of all pairs that have one in common (Broder 1997)."""
+    """(Jaccard index of the three-word sequences, i, j < i) of all pairs that have one in common (Broder
+    1997).
+    """
     sets = [shingles(text) for text in texts]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
     for i, own in enumerate(sets):

@@ -1,4 +1,6 @@
-"""Asking a back end: each question once, every answer kept on disk before anybody hears of it, handed out in the caller's thread."""
+"""Asking a back end: each question once, every answer kept on disk before anybody hears of it, handed out
+in the caller's thread.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repea
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ask:
-    """One question for a back end. `check` raises ValueError for an invalid answer, which is then asked for again.
+    """One question for a back end. `check` raises ValueError for an invalid answer, which is then asked for
+    again.
 
     `done` is called once, from any thread, with a checked answer or None, and the reason of a None.
     """
@@ -28,7 +31,9 @@ class Ask:
 
 
 class Backend(Protocol):
-    """Answers questions. `name` and `settings` are what an answer depends on; they are part of its address in the ledger."""
+    """Answers questions. `name` and `settings` are what an answer depends on; they are part of its address
+    in the ledger.
+    """
 
     settings: dict[str, object]
 
@@ -47,7 +52,9 @@ class Backend(Protocol):
 
 
 class Asking:
-    """Questions in flight, each under a tag of the caller's. `offline` asks nobody: all comes from the ledger."""
+    """Questions in flight, each under a tag of the caller's. `offline` asks nobody: all comes from the
+    ledger.
+    """
 
     def __init__(self, backend: Backend, ledger: Ledger, offline: bool = False) -> None:
         self.backend, self.ledger, self.offline = backend, ledger, offline
@@ -62,8 +69,9 @@ class Asking:
         self.answer_seconds = 0.0  # of all questions, from `ask` to the answer
 
     def ask(self, tag: Any, *, kind: str, version: str, text: str, read: Callable[[str], Any]) -> None:
-        """Ask `text`, written by a prompt of that version, unless it is known or in flight. `read` makes the answer of what
-        comes back; a ValueError of it means that this is none."""
+        """Ask `text`, written by a prompt of that version, unless it is known or in flight. `read` makes
+        the answer of what comes back; a ValueError of it means that this is none.
+        """
         key = ledger_key(self.backend.name, version, self.backend.settings, text)
         content = self.ledger.get(key)
         with contextlib.suppress(ValueError):  # kept under older rules
@@ -100,8 +108,9 @@ class Asking:
         return Ask(kind=kind, text=text, check=check, done=done)
 
     def answers(self, timeout: float | None = 0.0) -> list[tuple[Any, Any]]:
-        """(tag, answer) of all that has come; None is no valid answer. When nothing has, wait so many seconds for something;
-        None: until it comes."""
+        """(tag, answer) of all that has come; None is no valid answer. When nothing has, wait so many
+        seconds for something; None: until it comes.
+        """
         come, self._known = self._known, []
         while True:
             works = bool(self._waiting) and self.backend.work()
@@ -137,10 +146,12 @@ class Fallible(Protocol):
 
 
 def check_share(asked: Fallible, unscored: int, total: int) -> None:
-    """RuntimeError when more of `total` dialogues are unscored than is accepted, as soon as that is certain."""
+    """RuntimeError when more of `total` dialogues are unscored than is accepted, as soon as that is
+    certain.
+    """
     if unscored > asked.max_unscored_share * total:
         raise RuntimeError(
-            f"{asked.who} failed: {unscored} of {total} dialogues are unscored, above judge.max_unscored_share = "
-            f"{asked.max_unscored_share:g}; the last reason: {asked.last_fault}. --resume goes on from the last "
-            "checkpoint and asks nothing again that was answered"
+            f"{asked.who} failed: {unscored} of {total} dialogues are unscored, above "
+            f"judge.max_unscored_share = {asked.max_unscored_share:g}; the last reason: {asked.last_fault}. "
+            "--resume goes on from the last checkpoint and asks nothing again that was answered"
         )

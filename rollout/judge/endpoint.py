@@ -1,8 +1,9 @@
 """A judge behind HTTP: any server with OpenAI's chat completions.
 
-All questions live on one event loop in one background thread, at most `concurrency` of them on the wire. A question that meets 429
-(its Retry-After is kept), 5xx, a timeout or a lost connection is asked again after a growing pause, one with an invalid answer at
-once, until `attempts` or `deadline_s` is used up; then it stays unanswered. Waiting for a place on the wire does not count.
+All questions live on one event loop in one background thread, at most `concurrency` of them on the wire. A
+question that meets 429 (its Retry-After is kept), 5xx, a timeout or a lost connection is asked again after
+a growing pause, one with an invalid answer at once, until `attempts` or `deadline_s` is used up; then it
+stays unanswered. Waiting for a place on the wire does not count.
 """
 
 from __future__ import annotations
@@ -122,7 +123,9 @@ class Endpoint:
         return (text.replace(self._key, "***") if self._key else text)[:300]
 
     async def _persist(self, question: Ask, last: list[str]) -> str:
-        """Ask until there is a valid answer; `last` holds the latest fault for the one who runs out of time."""
+        """Ask until there is a valid answer; `last` holds the latest fault for the one who runs out of
+        time.
+        """
         retrying = AsyncRetrying(
             stop=stop_after_attempt(self._attempts),
             wait=_pause,

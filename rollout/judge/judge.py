@@ -1,23 +1,37 @@
 """AI feedback: asks a back end whether two agree, what a resolution is worth, which of two answers is better.
 
-    judge.submit(AGREEMENT, case, tag)               # returns at once; the arena goes on with other dialogues
-    for tag, answer in judge.answered(wait=False):   # what has come since; None: no valid answer, so unscored
+judge.submit(AGREEMENT, case, tag)               # returns at once; the arena goes on with other dialogues
+for tag, answer in judge.answered(wait=False):   # what has come since; None: no valid answer, so unscored
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, Protocol
 
-from duologue.rollout.judge.asking import Asking, Backend
+from duologue.rollout.judge.asking import Asking, Backend, Fallible
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.questions import AGREEMENT, Case, Prompt, read_answer
 
 Answer = dict[str, Any] | None
 
 
+class Judge(Fallible, Protocol):
+    """Answers the questions of protocols."""
+
+    def submit(self, kind: str, case: Case, tag: Any) -> None:
+        """Begin to ask about `case`."""
+        ...
+
+    def answered(self, wait: bool) -> list[tuple[Any, Answer]]:
+        """(tag, answer) of all that has come; with `wait` at least one, if anything is open."""
+        ...
+
+
 class FeedbackJudge:
-    """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the ledger."""
+    """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the
+    ledger.
+    """
 
     who = "the judge"
 
@@ -70,7 +84,8 @@ class FeedbackJudge:
             "judge_asked": float(asking.asked),
             "judge_hits": float(asking.hits),
             "judge_failed": float(asking.failed),
-            "judge_seconds": asking.answer_seconds / max(asking.asked, 1),  # of a question, from submit to answer
+            "judge_seconds": asking.answer_seconds
+            / max(asking.asked, 1),  # of a question, from submit to answer
             "judge_wait_seconds": self._wait_seconds,  # with nothing else to do
         }
         asking.forget_counts()

@@ -1,7 +1,8 @@
 """Every answer of a judge, kept on disk under the hash of what was asked: nothing is asked twice.
 
-A resumed step finds the answers of the step that was cut off, and the rewards of a finished run can be computed again without the
-judge. Only valid answers are kept. One file may serve several runs, also at the same time.
+A resumed step finds the answers of the step that was cut off, and the rewards of a finished run can be
+computed again without the judge. Only valid answers are kept. One file may serve several runs, also at the
+same time.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 
 def ledger_key(judge: str, version: str, settings: dict[str, object], text: str) -> str:
-    """The address of a question: who is asked, with which version of the prompt, with which settings, and what."""
+    """The address of a question: who is asked, with which version of the prompt, with which settings, and
+    what.
+    """
     return hashlib.sha256(json.dumps([judge, version, settings, text], sort_keys=True).encode()).hexdigest()
 
 
@@ -39,7 +42,9 @@ class Ledger:
             raise ValueError(f"judge.ledger = {str(path)!r} cannot be opened: {error}; {accepted}") from None
 
     def _use_wal(self) -> None:
-        """Two processes that change the mode of a new file at once lock each other out at once: SQLite's timeout does not wait here."""
+        """Two processes that change the mode of a new file at once lock each other out at once: SQLite's
+        timeout does not wait here.
+        """
         ends = time.monotonic() + 60
         while True:
             try:

@@ -1,7 +1,9 @@
-"""A judge in this process: frozen weights on an engine of their own, for example the policy's own at the start (self-reward).
+"""A judge in this process: frozen weights on an engine of their own, for example the policy's own at the
+start (self-reward).
 
-It works in the arena's thread, between the arena's steps. Scores are held to their form: the judge only chooses the four numbers, so
-that every checkpoint gives a valid answer. An agreement has free quotes and is strict JSON or asked again.
+It works in the arena's thread, between the arena's steps. Scores are held to their form: the judge only
+chooses the four numbers, so that every checkpoint gives a valid answer. An agreement has free quotes and is
+strict JSON or asked again.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from functools import cached_property
 import torch
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Request, SamplingParams
 from duologue.rollout.games.dilemma import ASPECTS, HIGHEST
 from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
@@ -21,7 +23,9 @@ from duologue.rollout.judge.questions import SCORE
 
 
 class ModelJudge:
-    """Answers with the model that `load` gives, which nobody may change. It is loaded when it is first needed."""
+    """Answers with the model that `load` gives, which nobody may change. It is loaded when it is first
+    needed.
+    """
 
     def __init__(
         self,
@@ -34,7 +38,7 @@ class ModelJudge:
         self.settings: dict[str, object] = {"temperature": temperature, "max_tokens": max_tokens}
         self._load = load
         self._temperature, self._max_tokens, self._attempts = temperature, max_tokens, attempts
-        self._open: dict[Request, tuple[Ask, int]] = {}
+        self._open: dict[Request, tuple[Ask, int, Branch]] = {}
 
     @cached_property
     def _loaded(self) -> tuple[Engine, Tokenizer, list[list[int]]]:
@@ -57,7 +61,7 @@ class ModelJudge:
             allow=(lambda so_far: form[len(so_far)]) if scoring else None,
         )
         try:
-            self._open[engine.start(branch, params)] = (question, attempt)
+            self._open[engine.start(branch, params)] = (question, attempt, branch)
         except ValueError as error:  # the question is longer than the judge's context
             branch.close()
             question.done(None, str(error))
@@ -65,8 +69,8 @@ class ModelJudge:
     def work(self) -> bool:
         engine, tokenizer, _ = self._loaded
         for request in engine.step():
-            question, attempt = self._open.pop(request)
-            request.branch.close()
+            question, attempt, branch = self._open.pop(request)
+            branch.close()
             content = tokenizer.decode(request.completion.token_ids).strip()
             try:
                 question.check(content)

@@ -1,8 +1,8 @@
 """What a judge is asked and what it may answer: the wire format, the same for every back end.
 
-A prompt is a text file with places such as `{completion}`. What others wrote is put there between tags and escaped (`&lt;` and so
-on), so that it can neither close its tag nor pass for a turn of somebody else. Answers are strict JSON; a ValueError says what is
-wrong with one.
+A prompt is a text file with places such as `{completion}`. What others wrote is put there between tags and
+escaped (`&lt;` and so on), so that it can neither close its tag nor pass for a turn of somebody else.
+Answers are strict JSON; a ValueError says what is wrong with one.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ REQUIRED = {AGREEMENT: "transcript", SCORE: "completion", PREFERENCE: "answers"}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Case:
-    """What is judged. `turns` are (role, text); `answers` are the two to choose from, in the order in which they are shown."""
+    """What is judged. `turns` are (role, text); `answers` are the two to choose from, in the order in which
+    they are shown.
+    """
 
     dilemma: str
     personas: tuple[Persona, ...] = ()
@@ -81,7 +83,7 @@ def _tag(name: str, text: str, attribute: str = "") -> str:
     return f"<{name}{attribute}>{escape(text)}</{name}>"
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 def read_answer(kind: str, content: str, case: Case) -> dict[str, Any]:

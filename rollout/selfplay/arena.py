@@ -1,4 +1,6 @@
-"""Holds many dialogues at once by the protocol of their game: whoever has its answer goes on, and the engine batches what is in flight."""
+"""Holds many dialogues at once by the protocol of their game: whoever has its answer goes on, and the
+engine batches what is in flight.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch
+from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.judge.asking import check_share
-from duologue.rollout.judge.judge import FeedbackJudge
+from duologue.rollout.judge.judge import Judge
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Group
@@ -31,7 +32,9 @@ class _Running:
         self.answers: dict[Request, Any] = {}
 
     def go_on(self) -> None:
-        """Take all answers in the order in which they were asked for, and go on to the next requests; none at the end."""
+        """Take all answers in the order in which they were asked for, and go on to the next requests; none
+        at the end.
+        """
         answers = [self._heard(request) for request in self.requests]
         try:
             self.requests = self.protocol.send(answers) if self.requests else next(self.protocol)
@@ -46,7 +49,8 @@ class _Running:
 
 
 class Arena:
-    """`play` holds groups of dialogues on `game` under `rules`. `policy`: an engine on its weights, or somebody who speaks for it.
+    """`play` holds groups of dialogues on `game` under `rules`. `policy`: an engine on its weights, or
+    somebody who speaks for it.
 
     `judge` answers the questions of protocols that ask any.
     """
@@ -57,12 +61,18 @@ class Arena:
         tokenizer: Tokenizer,
         game: Game,
         rules: Rules,
-        judge: FeedbackJudge | None = None,
+        judge: Judge | None = None,
     ) -> None:
         self.tokenizer, self.game, self.rules, self.judge = tokenizer, game, rules, judge
         self.contexts = Contexts(tokenizer, game, rules)
         self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
         self._running: dict[Request, _Running] = {}
+
+    @property
+    def engine(self) -> Engine:
+        """The policy's."""
+        assert isinstance(self.speakers.policy, EngineSpeaker)
+        return self.speakers.policy.engine
 
     def play(
         self,
@@ -74,10 +84,12 @@ class Arena:
         step: int = 0,
         first_group: int = 0,
     ) -> list[Group]:
-        """One group of `group_size` dialogues per scenario, with an opponent on one side where `opponents` has one for the group.
+        """One group of `group_size` dialogues per scenario, with an opponent on one side where `opponents`
+        has one for the group.
 
-        One first speaker per group. All draws follow from `seed` and the group's number, which counts from `first_group`;
-        `step` counts for alternating first speakers. RuntimeError as soon as too many dialogues are unscored.
+        One first speaker per group. All draws follow from `seed` and the group's number, which counts from
+        `first_group`; `step` counts for alternating first speakers. RuntimeError as soon as too many
+        dialogues are unscored.
         """
         opponents = opponents or [None] * len(scenarios)
         opened = [self._open(s, opponent) for s, opponent in zip(scenarios, opponents, strict=True)]

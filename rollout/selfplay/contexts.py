@@ -1,4 +1,5 @@
-"""What a side has before it when it speaks, as ids: a context that grows, one of the latest turns, or one for a final statement.
+"""What a side has before it when it speaks, as ids: a context that grows, one of the latest turns, or one
+for a final statement.
 
 Nothing that was sampled is tokenised again: turns go into a context with the ids that they have.
 """
@@ -14,7 +15,9 @@ from duologue.rollout.selfplay.rules import Rules
 
 
 class Contexts:
-    """Of all dialogues on one game. `grows`: a side's context lives as long as the dialogue, and its KV stays."""
+    """Of all dialogues on one game. `grows`: a side's context lives as long as the dialogue, and its KV
+    stays.
+    """
 
     def __init__(self, tokenizer: Tokenizer, game: Game, rules: Rules) -> None:
         self.tokenizer, self.game, self.rules = tokenizer, game, rules
@@ -39,8 +42,9 @@ class Contexts:
         return view
 
     def final(self, scenario: Scenario, turns: Sequence[Turn]) -> View:
-        """The context of a final statement that is made apart from the talk: the shared text, then the game's request with
-        all that was said, each turn after its persona's name."""
+        """The context of a final statement that is made apart from the talk: the shared text, then the
+        game's request with all that was said, each turn after its persona's name.
+        """
         before, *after = self.game.final_parts(scenario)
         request = self._encode(before)
         for part in after:

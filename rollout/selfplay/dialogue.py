@@ -1,7 +1,8 @@
 """A dialogue as data: the turns, and the token-exact view that each side has of them.
 
-A `View` is one side's context with its provenance. It is the only place where the loss mask comes from: a token is marked if and
-only if it was sampled by this policy on this side, in a turn of a named kind, together with its behaviour log-prob.
+A `View` is one side's context with its provenance. It is the only place where the loss mask comes from: a
+token is marked if and only if it was sampled by this policy on this side, in a turn of a named kind,
+together with its behaviour log-prob.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from duologue.model.chat import Chat
-from duologue.rollout.engine.sequence import Kept
+from duologue.rollout.engine.sequence import Supports
 from duologue.rollout.games.game import Game, Outcome, Scenario
 
 POLICY = "policy"  # the player whose tokens are trained
@@ -32,21 +33,23 @@ class Turn:
 
 @dataclass(slots=True)
 class View:
-    """One side's context, append-only. `kinds[t]` indexes KINDS; `logprobs[t]` is 0 where nothing was sampled."""
+    """One side's context, append-only. `kinds[t]` indexes KINDS; `logprobs[t]` is 0 where nothing was
+    sampled.
+    """
 
     token_ids: list[int] = field(default_factory=list)  # [T]
     kinds: list[int] = field(default_factory=list)  # [T]
     logprobs: list[float] = field(default_factory=list)  # [T]
-    kept: Kept = field(default_factory=Kept)  # [T] the supports that sampled tokens were drawn from
+    supports: Supports = field(default_factory=Supports)  # [T], what sampled tokens were drawn from
 
     def prompt(self, token_ids: list[int]) -> None:
         self.token_ids += token_ids
         self.kinds += [PROMPT] * len(token_ids)
         self.logprobs += [0.0] * len(token_ids)
-        self.kept.sizes += [0] * len(token_ids)
+        self.supports.sizes += [0] * len(token_ids)
 
     def said(
-        self, token_ids: list[int], logprobs: list[float] | None, kind: int, kept: Kept | None = None
+        self, token_ids: list[int], logprobs: list[float] | None, kind: int, supports: Supports | None = None
     ) -> None:
         """This side's own words. Without log-probs they are a demonstration: marked, to be imitated."""
         assert kind != PROMPT
@@ -54,12 +57,14 @@ class View:
         self.token_ids += token_ids
         self.kinds += [kind] * len(token_ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(token_ids)
-        self.kept.extend(kept or Kept([0] * len(token_ids)))
-        assert len(self.kept.sizes) == len(self.token_ids)
+        self.supports.extend(supports or Supports([0] * len(token_ids)))
+        assert len(self.supports.sizes) == len(self.token_ids)
 
 
 class Transcript:
-    """Keeps both views in step while a dialogue is held. Private text enters one view only, here, and nothing else does."""
+    """Keeps both views in step while a dialogue is held. Private text enters one view only, here, and
+    nothing else does.
+    """
 
     def __init__(self, chat: Chat, private_ids: tuple[list[int], list[int]]) -> None:
         self.chat = chat
@@ -82,16 +87,17 @@ class Transcript:
         logprobs: list[float] | None,
         kind: int,
         text: str,
-        kept: Kept | None = None,
+        supports: Supports | None = None,
         opponent: bool = False,
     ) -> None:
-        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An opponent's words are
-        marked as a prompt's, so that they are never trained."""
+        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An
+        opponent's words are marked as a prompt's, so that they are never trained.
+        """
         stopped = bool(token_ids) and token_ids[-1] in self.chat.stop_token_ids
         if opponent:
             self.views[role].prompt(token_ids)
         else:
-            self.views[role].said(token_ids, logprobs, kind, kept)
+            self.views[role].said(token_ids, logprobs, kind, supports)
         self.views[role].prompt(self.chat.close_reply(stopped))
         if kind == UTTERANCE:
             self.views[1 - role].prompt(self.chat.heard(token_ids[:-1] if stopped else token_ids))
@@ -166,7 +172,9 @@ class Group:
 
 
 def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
-    """Write into every dialogue what it is worth to each side by the game's rules, None where it is unscored."""
+    """Write into every dialogue what it is worth to each side by the game's rules, None where it is
+    unscored.
+    """
     for dialogue in dialogues:
         if dialogue.outcome is not None:  # else an opponent's server gave no answer
             dialogue.reward = game.rewards(dialogue.scenario, dialogue.outcome)

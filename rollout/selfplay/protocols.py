@@ -1,10 +1,12 @@
-"""How a dialogue goes, read from top to bottom: a protocol is a generator that yields what it waits for and is sent the answers.
+"""How a dialogue goes, read from top to bottom: a protocol is a generator that yields what it waits for and
+is sent the answers.
 
-    said, other = yield [talk.turn(0), talk.turn(1)]   # both at once; the words of each, None where nobody answered
-    (answer,) = yield [talk.question(AGREEMENT)]        # the judge's answer, None where there is none
+    one, other = yield [talk.turn(0), talk.turn(1)]   # both at once: their words, None where nobody answered
+    (answer,) = yield [talk.question(AGREEMENT)]       # the judge's answer, None where there is none
 
-What it returns is the outcome, None for a dialogue that is unscored. Many dialogues go on beside each other: while one waits, others
-speak. A new protocol is a function here, entered below under its name, which its games name.
+What it returns is the outcome, None for a dialogue that is unscored. Many dialogues go on beside each
+other: while one waits, others speak. A new protocol is a function here, entered below under its name, which
+its games name.
 """
 
 from __future__ import annotations

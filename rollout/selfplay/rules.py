@@ -15,9 +15,10 @@ from duologue.rollout.selfplay.dialogue import FINAL
 class Rules:
     """A round is one exchange: both sides speak once.
 
-    With context "full" a side's context grows and its KV stays; with "last_2" each turn sees the two before it, in a context
-    of its own. Who speaks first is drawn per group ("random"), side 0 ("first"), or alternates from group to group and step
-    to step. A truncated draw (top_p) is trained by the distribution that it was drawn from.
+    With context "full" a side's context grows and its KV stays; with "last_2" each turn sees the two before
+    it, in a context of its own. Who speaks first is drawn per group ("random"), side 0 ("first"), or
+    alternates from group to group and step to step. A truncated draw (top_p) is trained by the distribution
+    that it was drawn from.
     """
 
     max_rounds: int = setting(5, "rounds at most; in one, both sides speak once", least=1)
@@ -26,7 +27,9 @@ class Rules:
     context: str = setting("full", "what a side has heard when it speaks", one_of=("full", "last_2"))
     temperature: float = setting(1.0, "of all draws; 0 takes the likeliest token", least=0, most=100)
     top_p: float = setting(1.0, "probability that a draw is cut to", above=0, most=1)
-    final_temperature: float = setting(-1.0, "of a final statement; below 0: as temperature", least=-1, most=100)
+    final_temperature: float = setting(
+        -1.0, "of a final statement; below 0: as temperature", least=-1, most=100
+    )
     final_top_p: float = setting(0.0, "of a final statement; 0: as top_p", least=0, most=1)
     first_speaker: str = setting("random", "side that speaks first", one_of=("random", "first", "alternate"))
     always_final: bool = False  # no key: a final is written, not scored, where a judge saw no agreement too

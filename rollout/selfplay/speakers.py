@@ -1,7 +1,8 @@
-"""Who says the words of a side: the policy on its engine, an opponent on the same engine or another, a server, a person.
+"""Who says the words of a side: the policy on its engine, an opponent on the same engine or another, a
+server, a person.
 
-All are a `Speaker`: they are asked for a turn and give its words back later, so that dialogues go on beside each other. What an
-opponent says is never trained.
+All are a `Speaker`: they are asked for a turn and give its words back later, so that dialogues go on beside
+each other. What an opponent says is never trained.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.engine.engine import Engine
-from duologue.rollout.engine.sequence import Branch, Completion, Request, SamplingParams
+from duologue.rollout.engine.engine import Branch, Engine
+from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.judge.asking import Asking, Fallible
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.selfplay.dialogue import POLICY, Turn, View
@@ -24,7 +25,9 @@ LEFT = "left"  # finish_reason of a person who ends a talk without a word
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opponent:
-    """Has the side `role` in place of the policy: `adapter` of `engine`, or without one whoever speaks from outside."""
+    """Has the side `role` in place of the policy: `adapter` of `engine`, or without one whoever speaks from
+    outside.
+    """
 
     role: int
     name: str
@@ -34,7 +37,9 @@ class Opponent:
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Speak:
-    """A turn that a protocol waits for. It is answered with the words as text, or with None when nobody answered."""
+    """A turn that a protocol waits for. It is answered with the words as text, or with None when nobody
+    answered.
+    """
 
     role: int
     kind: int  # of the words, an index into KINDS
@@ -104,7 +109,8 @@ class EngineSpeaker:
 
 
 class Server:
-    """A server with OpenAI's chat completions. It hears the talk as text; what it says is tokenised once, here.
+    """A server with OpenAI's chat completions. It hears the talk as text; what it says is tokenised once,
+    here.
 
     Every answer is kept in a ledger under what was asked, so that a resumed run hears the same.
     """
@@ -112,7 +118,13 @@ class Server:
     who = "the opponent's server"
 
     def __init__(
-        self, url: str, model: str, ledger: Ledger, tokenizer: Tokenizer, max_unscored_share: float, **limits: Any
+        self,
+        url: str,
+        model: str,
+        ledger: Ledger,
+        tokenizer: Tokenizer,
+        max_unscored_share: float,
+        **limits: Any,
     ) -> None:
         """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
         from duologue.rollout.judge.endpoint import ChatEndpoint
@@ -149,7 +161,9 @@ class Server:
         return [(turn, None if text is None else self._completion(turn, text)) for turn, text in answers]
 
     def _completion(self, turn: Speak, text: str) -> Completion:
-        """As a reply of the policy would be: it ends with the stop token, unless it is cut at the limit of a turn."""
+        """As a reply of the policy would be: it ends with the stop token, unless it is cut at the limit of
+        a turn.
+        """
         ids, limit = self._tokenizer.encode(text.strip()), turn.params.max_new_tokens
         end = self._tokenizer.turn_chat.end_token_id
         return Completion(token_ids=[*ids, end] if len(ids) < limit else ids[:limit])
@@ -186,7 +200,9 @@ class Speakers:
         return any(speaker.busy for speaker in self._all())
 
     def answered(self) -> list[tuple[Speak, Completion | None]]:
-        """One step of every engine at work, and what came from outside, for which it waits where nothing else is to do."""
+        """One step of every engine at work, and what came from outside, for which it waits where nothing
+        else is to do.
+        """
         answers: list[tuple[Speak, Completion | None]] = []
         idle = True
         for speaker in self._all():

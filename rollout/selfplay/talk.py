@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from duologue.rollout.engine.sequence import Branch, Completion
+from duologue.rollout.engine.engine import Branch
+from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.judge.questions import Case
 from duologue.rollout.seeds import derive_seed
@@ -26,14 +27,18 @@ from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers, 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class Question:
-    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there is none."""
+    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there
+    is none.
+    """
 
     kind: str
     case: Case
 
 
 class Talk:
-    """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what `turn` and `question` make."""
+    """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what
+    `turn` and `question` make.
+    """
 
     def __init__(
         self,
@@ -69,7 +74,9 @@ class Talk:
         return self._left
 
     def turn(self, role: int, kind: int = UTTERANCE, draw: int | str | None = None) -> Speak:
-        """`role`'s next words. Draws of a dialogue that must differ have different `draw`s, by default the turn's number."""
+        """`role`'s next words. Draws of a dialogue that must differ have different `draw`s, by default the
+        turn's number.
+        """
         seed = derive_seed(self._seed, len(self.turns) if draw is None else draw)
         question = self.game.final_prompt if kind == FINAL else ""
         apart = kind == FINAL and bool(self.game.final_parts(self.scenario))
@@ -126,15 +133,16 @@ class Talk:
             assert self._version in (-1, version), "the weights changed within a dialogue"
             self._version = version
         ids, logprobs = completion.token_ids, completion.logprobs or None
+        support = completion.supports if logprobs else None
         opponent = self.players[asked.role] != POLICY
         text = self._contexts.tokenizer.decode(ids).strip()
         if asked.grows:
-            self._transcript.say(asked.role, ids, logprobs, asked.kind, text, completion.kept, opponent)
+            self._transcript.say(asked.role, ids, logprobs, asked.kind, text, support, opponent)
             return text
         if opponent:
             asked.view.prompt(ids)
         else:
-            asked.view.said(ids, logprobs, asked.kind, completion.kept)
+            asked.view.said(ids, logprobs, asked.kind, support)
         if asked.branch is not None:
             assert asked.view.token_ids == asked.branch.token_ids, "a branch and its view went apart"
             asked.branch.close()

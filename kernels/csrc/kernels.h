@@ -1,4 +1,5 @@
-// The entry points of one instruction set. Plain C types: each isa_*.cpp fills one table, and nothing else is shared.
+// The entry points of one instruction set and what they take. Plain types: each isa_*.cpp fills one
+// `Kernels`, and nothing else is shared.
 #pragma once
 #include <stdint.h>
 
@@ -13,7 +14,8 @@ struct LinearArgs {
   int dtype, out_dtype;
 };
 
-// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r], one stride 1; r runs in order, in blocks.
+// C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r], one stride 1; r runs in
+// order, in blocks.
 struct MatmulArgs {
   const float *a, *b; // b [R, C]
   float *c;           // [I, C]
@@ -74,17 +76,19 @@ struct LogprobArgs {
   // backward only
   const float *grad_logprob, *grad_entropy; // the latter may be null
   void *grad_logits;
-  const int64_t *source; // [N]: the row of everything above that a row of grad_logits belongs to; or null: its own
+  const int64_t
+      *source; // [N]: the row of everything above that a row of grad_logits belongs to; or null: its own
   // sampling only
   const int32_t *top_k;
   const float *top_p, *min_p;
   const int64_t *seed, *position;
   int64_t *token;
-  int64_t *counts; // [N] how many tokens truncation has kept, 0: all
+  int64_t *counts; // [N] sizes of the supports that truncation left, 0: all tokens
   int32_t **stash; // [N] where counts is not 0: their ids, to be freed by who takes them
 };
 
-struct HeadArgs { // log-probs and draws from hidden states: logits = softcap * tanh((hidden weight^T + bias) / softcap)
+struct HeadArgs { // log-probs and draws from hidden states: logits = softcap * tanh((hidden weight^T + bias)
+                  // / softcap)
   const void *hidden, *weight, *bias; // [N, H], [V, H], [V] or null
   int64_t N, H, V;
   int dtype;
@@ -102,13 +106,18 @@ struct HeadArgs { // log-probs and draws from hidden states: logits = softcap * 
   void *grad_hidden, *grad_weight, *grad_bias; // the last two: zeros, or null when not wanted
 };
 
-struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the order of kernels/layers.py
+struct LayerTensors { // pointers; biases, q_norm and k_norm may be null. In the order of
+                      // kernels/paged_decoder.py
   const void *input_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias;
   const void *post_norm, *gate, *gate_bias, *up, *up_bias, *down, *down_bias;
   void *k_pages, *v_pages; // [n_pages, page_size, Hk, D]
 };
 
-struct DecoderArgs {
+struct DecoderSizes {
+  int64_t V, L, T, N, S, H, I, Hq, Hk, D, page_size, max_pages, n_pages, max_position;
+};
+
+struct DecoderArgs : DecoderSizes {
   const LayerTensors *layers;         // [L]
   const void *embedding, *final_norm; // [V, H], [H]
   void *out;                          // [N, H]
@@ -117,14 +126,26 @@ struct DecoderArgs {
   const int64_t *positions, *slots;         // [T]
   const int32_t *block_table;               // [S, max_pages]
   const int32_t *cu_seqlens, *context_lens; // [S + 1], [S]
-  int64_t V, L, T, N, S, H, I, Hq, Hk, D, page_size, max_pages, n_pages, max_position;
   float eps, scale;
   int dtype;
 };
 
-// Functions return 0, or the 1-based index of the row whose input (target, position, slot, page, sampling parameter) is out of
-// range.
-struct Table {
+struct DecodeArgs {    // several steps for N = T = S sequences of one token to compute each
+  DecoderArgs decoder; // of a step
+  HeadArgs head;
+  LogprobArgs draw; // of the first step; what the others draw is written behind it, N entries each
+  // What `decoder` and `draw` read ([N]; `next` is draw.position), advanced by each step; slots and
+  // context_lens are for use in between.
+  int64_t *token_ids, *positions, *slots, *next;
+  int32_t *context_lens;
+  const int64_t *stop_ids,
+      *stop_offsets; // the stops of sequence n are stop_ids[stop_offsets[n]] and on; [N + 1]
+  int64_t steps;
+};
+
+// Functions return 0, or the 1-based index of the row whose input (target, position, slot, page, sampling
+// parameter) is out of range.
+struct Kernels {
   const char *name;
   void (*linear)(const LinearArgs *, ParallelFor, int threads);
   void (*matmul)(const MatmulArgs *, ParallelFor, int threads);
@@ -144,4 +165,5 @@ struct Table {
   void (*sparse_backward)(const HeadArgs *, ParallelFor, int threads);
   int64_t (*linear_sample)(const HeadArgs *, const LogprobArgs *, ParallelFor, int threads);
   int64_t (*decoder)(const DecoderArgs *, ParallelFor, int threads);
+  int64_t (*decode)(const DecodeArgs *, ParallelFor, int threads);
 };

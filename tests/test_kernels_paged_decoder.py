@@ -1,4 +1,5 @@
-"""All layers in one call: the bits of the single ops, whatever the rows, the split between threads and the dtype."""
+"""All layers in one call: the bits of the single ops, whatever the rows, the split between threads and the
+dtype."""
 
 from __future__ import annotations
 
@@ -147,7 +148,7 @@ def test_what_lies_elsewhere_is_refused_by_name() -> None:
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight = torch.nn.Parameter(torch.randn(48, 100).t())
     layers[1] = model.model.layers[1].tensors()
-    from duologue.kernels.layers import PagedDecoder
+    from duologue.kernels.paged_decoder import PagedDecoder
 
     with pytest.raises(ValueError, match=r"layers\[1\].up must be contiguous"):
         PagedDecoder(model.head_weight, layers, model.model.norm.weight, 20, 1e-6, 1.0)

@@ -1,0 +1,124 @@
+"""linear and its gradients: the contracts, the calls of C++ and Triton, and the `torch.library` ops.
+
+Shapes: M rows (all leading axes together), K in, O out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from duologue.kernels import backend
+from duologue.kernels.backend import DTYPES, lib, pointers
+from torch import Tensor
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+    exact: bool = True,
+    out: Tensor | None = None,
+) -> Tensor:
+    """`ops.linear` by a kernel; `out`, contiguous, is written where it is given."""
+    x = x.contiguous()
+    K = x.shape[-1]
+    O = weight.shape[0]
+    if out is None:
+        out = x.new_empty((*x.shape[:-1], O), dtype=out_dtype or x.dtype)
+    backend.check("linear", "weight", weight, (None, K), x.dtype, x.device.type)
+    if bias is not None:
+        backend.check("linear", "bias", bias, (O,), x.dtype, x.device.type)
+        bias = bias.contiguous()
+    if out.dtype not in (x.dtype, torch.float32):
+        raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {x.dtype} or torch.float32")
+    weight = weight.contiguous()
+    if backend.triton(x):
+        from duologue.kernels.gpu import linear as gpu_linear
+
+        return gpu_linear.forward(x, weight, bias, out, exact)
+    M = x.numel() // max(K, 1)
+    lib().linear(*pointers(x, weight, bias, out), M, O, K, DTYPES[x.dtype], DTYPES[out.dtype])
+    return out
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
+    """out [I, C] (+)= A [I, R] @ b [R, C] in fp32, by C++.
+
+    `sizes` are I, R, C and the strides of `a` along I and R, one of which is 1.
+    """
+    lib().matmul(*pointers(a, b, out), *sizes, add)
+
+
+def backward(
+    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    """(grad [..., O] @ weight [O, K], grad^T @ x [..., K]); what is not needed is empty.
+
+    On CPU not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the
+    workers of these kernels.
+    """
+    grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
+    shape, dtype = x.shape, x.dtype
+    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    if backend.cpp(x):
+        x, weight, grad = (tensor.float().contiguous() for tensor in (x, weight, grad))
+        M, O = grad.shape
+        K = x.shape[1]
+        if need_x:
+            grad_x = x.new_empty(M, K)
+            matmul(grad, weight, grad_x, (M, O, K, O, 1), add=False)
+        if need_weight:
+            grad_weight = x.new_empty(O, K)
+            matmul(grad, x, grad_weight, (O, M, K, 1, O), add=False)
+    else:
+        grad = grad.to(dtype)
+        grad_x = grad @ weight if need_x else grad_x
+        grad_weight = grad.t() @ x if need_weight else grad_weight
+    grad_x = grad_x.view(shape) if need_x else grad_x
+    return grad_x.to(dtype), grad_weight.to(dtype)
+
+
+# ---- torch.library ops -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("duologue::linear", mutates_args=())
+def forward_op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype | None,
+    exact: bool = True,
+) -> Tensor:
+    return forward(x, weight, bias, out_dtype, exact)
+
+
+@forward_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, *_: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
+
+
+backward_op = torch.library.custom_op("duologue::linear_backward", backward, mutates_args=())
+
+
+@backward_op.register_fake
+def _(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, bias = inputs[:3]
+    ctx.has_bias = bias is not None
+    ctx.save_for_backward(x, weight)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
+    grad_x, grad_weight = backward_op(x, weight, grad, need_x, need_weight)
+    grad_bias = grad.flatten(0, -2).sum(0).to(x.dtype) if ctx.has_bias and need_bias else None
+    return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, None, None
+
+
+forward_op.register_autograd(_backward, setup_context=_setup)

@@ -1,0 +1,248 @@
+"""RMS norm, the gate, rotary embedding and KV writes: the contracts, the calls of C++ and Triton, and the
+`torch.library` ops. In all of them a row depends on itself alone.
+
+Shapes: K length of a row, T tokens, H heads, D head dim, Hk key heads, P pages, B page size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
+from torch import Tensor
+from torch.library import custom_op
+
+
+def _shape(x: Tensor) -> tuple[int, int]:
+    """(number of rows, length of a row)."""
+    K = x.shape[-1]
+    return x.numel() // max(K, 1), K
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+# ---- norms -------------------------------------------------------------------------------------------------
+
+
+def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed, total); total is x itself without a residual."""
+    x = x.contiguous()
+    check("rms_norm", "weight", weight, x.shape[-1:], x.dtype, x.device.type)
+    weight = weight.contiguous()
+    out = torch.empty_like(x)
+    total = x
+    if residual is not None:
+        check("add_rms_norm", "residual", residual, x.shape, x.dtype, x.device.type)
+        residual = residual.contiguous()
+        total = torch.empty_like(x)
+    if triton(x):
+        from duologue.kernels.gpu import rows as gpu_rows
+
+        return gpu_rows.rms_norm(x, residual, weight, eps, out, total)
+    lib().rms_norm(*pointers(x, residual, weight, out, total), *_shape(x), eps, DTYPES[x.dtype])
+    return out, total
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _norm(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _norm(x, residual, weight, eps)
+
+
+def rms_norm_backward(
+    total: Tensor, weight: Tensor, eps: float, grad: Tensor, grad_total: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the normed input, gradient of the weight). `grad_total` is added when the sum has another
+    use."""
+    total, weight, grad = (x.contiguous() for x in (total, weight, grad))
+    grad_total = None if grad_total is None else grad_total.contiguous()
+    grad_x = torch.empty_like(total)
+    if triton(total):
+        from duologue.kernels.gpu import rows as gpu_rows
+
+        return gpu_rows.rms_norm_backward(total, weight, eps, grad, grad_total, grad_x)
+    N, K = _shape(total)
+    partial = torch.empty((-(-N // 32), K), dtype=torch.float32)
+    tensors = pointers(total, weight, grad, grad_total, grad_x, partial)
+    lib().rms_norm_backward(*tensors, N, K, eps, DTYPES[total.dtype])
+    return grad_x, partial.sum(0).to(weight.dtype)
+
+
+rms_norm_op = custom_op("duologue::rms_norm", rms_norm, mutates_args=())
+add_rms_norm_op = custom_op("duologue::add_rms_norm", add_rms_norm, mutates_args=())
+rms_norm_backward_op = custom_op("duologue::rms_norm_backward", rms_norm_backward, mutates_args=())
+
+
+@rms_norm_op.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return _like(x)
+
+
+@add_rms_norm_op.register_fake
+def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(x), _like(x)
+
+
+@rms_norm_backward_op.register_fake
+def _(total: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return _like(total), torch.empty_like(weight)
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+
+
+def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    return (*rms_norm_backward_op(x, weight, ctx.eps, grad, None), None)
+
+
+def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.eps = inputs[3]
+    ctx.save_for_backward(output[1], inputs[2])
+
+
+def _add_rms_norm_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    grad_x, grad_weight = rms_norm_backward_op(total, weight, ctx.eps, grad, grad_total)
+    return grad_x, grad_x, grad_weight, None
+
+
+rms_norm_op.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
+add_rms_norm_op.register_autograd(_add_rms_norm_backward, setup_context=_add_rms_norm_setup)
+
+
+# ---- the gate ----------------------------------------------------------------------------------------------
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    gate, up = gate.contiguous(), up.contiguous()
+    check("silu_mul", "up", up, gate.shape, gate.dtype, gate.device.type)
+    out = torch.empty_like(gate)
+    if triton(gate):
+        from duologue.kernels.gpu import rows as gpu_rows
+
+        return gpu_rows.silu_mul(gate, up, None, out, out)[0]
+    lib().silu_mul(*pointers(gate, up, out), *_shape(gate), DTYPES[gate.dtype])
+    return out
+
+
+def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of gate and up."""
+    gate, up, grad = (x.contiguous() for x in (gate, up, grad))
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
+    if triton(gate):
+        from duologue.kernels.gpu import rows as gpu_rows
+
+        return gpu_rows.silu_mul(gate, up, grad, grad_gate, grad_up)
+    tensors = pointers(gate, up, grad, grad_gate, grad_up)
+    lib().silu_mul_backward(*tensors, *_shape(gate), DTYPES[gate.dtype])
+    return grad_gate, grad_up
+
+
+silu_mul_op = custom_op("duologue::silu_mul", silu_mul, mutates_args=())
+silu_mul_backward_op = custom_op("duologue::silu_mul_backward", silu_mul_backward, mutates_args=())
+
+
+@silu_mul_op.register_fake
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    return _like(gate)
+
+
+@silu_mul_backward_op.register_fake
+def _(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return _like(gate), _like(up)
+
+
+def _silu_mul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _silu_mul_backward(ctx: Any, grad: Tensor) -> Any:
+    return silu_mul_backward_op(*ctx.saved_tensors, grad)
+
+
+silu_mul_op.register_autograd(_silu_mul_backward, setup_context=_silu_mul_setup)
+
+
+# ---- rotary embedding --------------------------------------------------------------------------------------
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
+    """x [T, H, D], each head rotated by its token's position; back again with sign -1."""
+    x = x.contiguous()
+    device = x.device.type
+    check("rope", "x", x, (None, None, None), None, device)
+    T, H, D = x.shape
+    if D % 2:
+        raise ValueError(f"rope: the head dim is {D}, accepted is an even number")
+    check("rope", "cos", cos, (None, D // 2), torch.float32, device)
+    check("rope", "sin", sin, cos.shape, torch.float32, device)
+    check("rope", "positions", positions, (T,), torch.int64, device)
+    cos, sin, positions = (tensor.contiguous() for tensor in (cos, sin, positions))
+    out = torch.empty_like(x)
+    if triton(x):
+        from duologue.kernels.gpu import rows as gpu_rows
+
+        return gpu_rows.rotate(x, out, cos, sin, positions, sign)
+    tensors = pointers(x, out, cos, sin, positions)
+    bad = lib().rope(*tensors, T, H, D, len(cos), sign, DTYPES[x.dtype])
+    if bad:
+        position = int(positions[bad - 1])
+        raise ValueError(f"rope: positions[{bad - 1}] = {position}, accepted is 0 to {len(cos) - 1}")
+    return out
+
+
+rotate_op = custom_op("duologue::rope", rotate, mutates_args=())
+
+
+@rotate_op.register_fake
+def _(x: Tensor, *_: Any) -> Tensor:
+    return _like(x)
+
+
+def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.sign = inputs[4]
+    ctx.save_for_backward(*inputs[1:4])
+
+
+def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """A rotation's transpose is the rotation back."""
+    return rotate_op(grad, *ctx.saved_tensors, -ctx.sign), None, None, None, None
+
+
+rotate_op.register_autograd(_rotate_backward, setup_context=_rotate_setup)
+
+
+# ---- KV writes ---------------------------------------------------------------------------------------------
+
+
+def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    k, v = k.contiguous(), v.contiguous()
+    device = k.device.type
+    check("write_kv", "k", k, (None, None, None), k_pages.dtype, device)
+    T, Hk, D = k.shape
+    check("write_kv", "v", v, (T, Hk, D), k.dtype, device)
+    check("write_kv", "k_pages", k_pages, (None, None, Hk, D), k.dtype, device)
+    check("write_kv", "v_pages", v_pages, k_pages.shape, k.dtype, device)
+    check("write_kv", "slots", slots, (T,), torch.int64, device)
+    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise ValueError("write_kv: k_pages and v_pages must be contiguous, they are written in place")
+    slots = slots.contiguous()
+    if triton(k):
+        from duologue.kernels.gpu import rows as gpu_rows
+
+        gpu_rows.write_kv(k, v, k_pages, v_pages, slots)
+        return
+    P, B = k_pages.shape[:2]
+    tensors = pointers(k, v, k_pages, v_pages, slots)
+    bad = lib().write_kv(*tensors, T, P * B, Hk * D * k.element_size())
+    if bad:
+        slot = int(slots[bad - 1])
+        raise ValueError(f"write_kv: slots[{bad - 1}] = {slot}, accepted is 0 to {P * B - 1}")

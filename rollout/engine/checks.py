@@ -1,0 +1,56 @@
+"""What may be asked of the engine: sizes, ids, contexts that fit, callbacks that answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Ids
+
+from duologue.rollout.engine.sequence import Request, SamplingParams
+
+
+def check_sizes(page_size: int, cache_tokens: int | None, others: Mapping[str, int | None]) -> None:
+    """ValueError unless an engine can have these; None is a size that it chooses."""
+    if page_size < 16 or page_size % 16:
+        raise ValueError(
+            f"page_size = {page_size}: accepted is a multiple of 16 (attention works on chunks of 16 keys)"
+        )
+    if cache_tokens is not None and cache_tokens < page_size:
+        raise ValueError(f"cache_tokens = {cache_tokens}: accepted is at least one page ({page_size})")
+    for name, value in others.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
+
+
+def check_ids(token_ids: Ids[int], vocab_size: int) -> None:
+    """ValueError unless every id is in the vocabulary."""
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < vocab_size):
+        bad = next(t for t in token_ids if not 0 <= t < vocab_size)
+        raise ValueError(f"token id {bad} is outside the vocabulary: accepted is 0 to {vocab_size - 1}")
+
+
+def check_fits(n_tokens: int, params: SamplingParams, limits: Mapping[str, int]) -> None:
+    """ValueError where a context of `n_tokens` is empty, or exceeds a limit with what may be sampled."""
+    if n_tokens == 0:
+        raise ValueError("an empty branch cannot generate: append at least one token (usually the bos token)")
+    for name, limit in limits.items():
+        if n_tokens + params.max_new_tokens > limit:
+            raise ValueError(
+                f"a context of {n_tokens} tokens and max_new_tokens {params.max_new_tokens} exceed {name}, "
+                f"which holds {limit}"
+            )
+
+
+def allowed_ids(request: Request, vocab_size: int) -> Ids[int] | None:
+    """What `SamplingParams.allow` answers, None for all. When it fails the request has an error."""
+    if request.params.allow is None:
+        return None
+    try:
+        ids = request.params.allow(list(request.completion.token_ids))
+        if ids is not None:
+            check_ids(ids, vocab_size)
+            if not len(ids):
+                raise ValueError("no token is allowed")
+        return ids
+    except Exception as error:
+        request.completion.error = f"SamplingParams.allow: {type(error).__name__}: {error}"
+        return None
