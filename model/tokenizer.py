@@ -71,6 +71,12 @@ class Tokenizer:
         """One more than the highest id."""
         return 1 + max(self._core.get_vocab().values())
 
+    @cached_property
+    def special_texts(self) -> frozenset[str]:
+        """What `decode` leaves out of every text."""
+        added = self._core.get_added_tokens_decoder().values()
+        return frozenset(token.content for token in added if token.special)
+
     @property
     def eos_token_id(self) -> int | None:
         return next(iter(self.eos_token_ids), None)
