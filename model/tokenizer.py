@@ -216,7 +216,11 @@ class Tokenizer:
         """Tokens that only tokenizer_config.json has get the ids that it says, or ValueError."""
         key = "added_tokens_decoder"
         listed = self._settings.get(key) or {}
-        if not isinstance(listed, dict) or not all(i.isdigit() for i in listed):
+        if (
+            not isinstance(listed, dict)
+            or not all(i.isdecimal() for i in listed)
+            or not all(isinstance(token, dict) for token in listed.values())
+        ):
             raise ValueError(
                 f"{key} = {str(listed)[:80]} in tokenizer_config.json: accepted are objects by id"
             )

@@ -18,6 +18,7 @@ import torch
 from conftest import write_core, write_transformers_checkpoint
 from duologue.model.checkpoint import load_model, read_config, save_model
 from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -67,9 +68,27 @@ def write_folder(folder: Path, sharded: bool) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_peft(base: Path, folder: Path) -> None:
+    """An adapter by peft that makes a difference."""
+    import peft
+    import transformers
+
+    settings = {"r": 2, "lora_alpha": 6, "rank_pattern": {"q_proj": 4}, "alpha_pattern": {"up_proj": 2}}
+    config = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "up_proj"], **settings)
+    model = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(base), config)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": str(base)}))
+
+
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The checkpoint in one file and in shards."""
+    """The checkpoint in one file and in shards, and an adapter on the first."""
     made = {}
     for name in ("single", "sharded"):
         folder = made[name] = tmp_path_factory.mktemp(name)
@@ -83,6 +102,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_model(model, Tokenizer.from_dir(folder), folder, 10_000 if name == "sharded" else 10**9)
         for file, data in keep.items():
             (folder / file).write_bytes(data)
+    made["adapter"] = tmp_path_factory.mktemp("adapter")
+    write_peft(made["single"], made["adapter"])
     return made
 
 
@@ -225,6 +246,28 @@ def the_tokenizer(folder: Path) -> None:
     assert whole in (None, [*chat.open(ids[0]), *chat.heard(ids[2]), *chat.reply()])
 
 
+def the_adapter(folder: Path) -> None:
+    """Ours and peft's logits."""
+    import peft
+    import transformers
+
+    def ours() -> tuple[str, torch.Tensor]:
+        model, _ = load_model(folder)
+        assert isinstance(model, LoraDecoder)
+        with torch.no_grad():
+            return model.adapter.settings.base, model(IDS)
+
+    def expected(base: str) -> torch.Tensor:
+        plain = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+        with torch.no_grad():
+            return peft.PeftModel.from_pretrained(plain, folder).eval()(IDS).logits
+
+    found = read(ours)
+    oracle = None if found is None else theirs(lambda: expected(found[0]))
+    if oracle is not None:
+        torch.testing.assert_close(found[1], oracle, atol=1e-2, rtol=1e-2, equal_nan=True)
+
+
 FILES = {
     "config.json": the_model,
     "generation_config.json": the_model,
@@ -233,16 +276,25 @@ FILES = {
     "model.safetensors": the_model,
     "model.safetensors.index.json": the_model,
     "model-00002-of": the_model,
+    "adapter_config.json": the_adapter,
+    "adapter_model.safetensors": the_adapter,
 }
-SHARES = {"config.json": 4, "tokenizer.json": 3, "tokenizer_config.json": 3, "model.safetensors": 2}
-SHARE = CASES // sum(SHARES.get(name, 1) for name in FILES)
+SHARES = {
+    "config.json": 4,
+    "tokenizer.json": 3,
+    "tokenizer_config.json": 3,
+    "model.safetensors": 2,
+    "adapter_config.json": 2,
+}
+SHARE = -(-CASES // sum(SHARES.get(name, 1) for name in FILES))
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_means_what_transformers_makes_of_it_or_is_refused(
     name: str, bases: dict[str, Path], tmp_path: Path
 ) -> None:
-    base = bases["sharded" if "index" in name or "-of" in name else "single"]
+    kinds = {"model.safetensors.index.json": "sharded", "model-00002-of": "sharded"}
+    base = bases["adapter" if name.startswith("adapter") else kinds.get(name, "single")]
     original = next(file for file in base.iterdir() if file.name.startswith(name))
     data = original.read_bytes()
 
