@@ -80,7 +80,7 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
     The parameters are new objects afterwards: make an optimizer later than this.
     """
     wanted = dict(model.named_parameters())
-    found: set[str] = set()
+    stored: set[str] = set()
     stored_head: Tensor | None = None
     for name, file, tensor in stored_tensors(folder, wanted):
         if name.endswith("rotary_emb.inv_freq"):
@@ -97,13 +97,13 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
         value = tensor.to(device=device, dtype=dtype)
         if not finite(value):
             raise ValueError(f"{file}: {name} has NaN or infinity as {dtype}: accepted are finite numbers")
-        found.add(name)
+        stored.add(name)
         if name in wanted:
             _set(model, name, value)
         else:
             stored_head = value  # of a tied model: some write it all the same
     if stored_head is not None:
-        _use_stored_head(model, stored_head, EMBEDDING in found)
+        _use_stored_head(model, stored_head, EMBEDDING in stored)
 
 
 def _set(model: Decoder, name: str, value: Tensor) -> None:

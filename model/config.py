@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 FAMILIES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
-MOST, TINY = 3.4e38, 1e-30  # of a number: what fp32 holds, and well above its smallest
+LARGEST_FLOAT, TINY = 3.4e38, 1e-30  # of a number: what fp32 holds, and well above its smallest
 LARGEST = 2**24  # of a size
-MOST_LAYERS = 1024
+MAX_LAYERS = 1024
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 BIASES = {  # (qkv, o, mlp)
     "llama": ((False, False, False), (True, True, False), (False, False, True), (True, True, True)),
@@ -80,7 +80,7 @@ class ModelConfig:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise ValueError(f"{name} = {value!r}: accepted is an integer >= 1")
-            most = MOST_LAYERS if name == "num_layers" else LARGEST
+            most = MAX_LAYERS if name == "num_layers" else LARGEST
             if value > most:
                 raise ValueError(f"{name} = {value}: accepted is {most} at most")
         if self.num_heads * self.head_dim > LARGEST:
@@ -234,7 +234,7 @@ def _number(
 ) -> float:
     """A finite number within its limits; null is the default."""
     value = default if raw.get(key) is None else raw[key]
-    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MOST
+    number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST_FLOAT
     if not number or (above is not None and value <= above) or (least is not None and value < least):
         limit = (
             f" above {above:g}"

@@ -10,7 +10,7 @@ from typing import Any
 KEPT_ENDINGS = ("", ".json", ".txt", ".jinja", ".model", ".md", ".py")
 NOT_KEPT = ("config.json", "generation_config.json", "tokenizer_config.json", "chat_template.jinja")
 OF_RUNS = ("adapter_config.json", "trainer_state.json", "lines.json")
-MOST_KEPT_BYTES = 2**27
+MAX_KEPT_BYTES = 2**27
 
 
 def kept_files(folder: Path) -> dict[str, bytes]:
@@ -24,7 +24,7 @@ def kept_files(folder: Path) -> dict[str, bytes]:
         and name not in (*NOT_KEPT, *OF_RUNS)
         and not name.startswith(".")
         and not name.endswith(".index.json")
-        and file.stat().st_size <= MOST_KEPT_BYTES
+        and file.stat().st_size <= MAX_KEPT_BYTES
     }
 
 
@@ -40,9 +40,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(read_text(path))
+        content = json.loads(read_text(path))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object")
-    return found
+    return content

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from duologue.model.config import LARGEST_FLOAT
 from duologue.model.decoder import Decoder
 from duologue.model.files import read_json
 from duologue.model.lora import TARGETS, Adapter, LoraSettings, linears
@@ -16,7 +17,7 @@ from duologue.model.weights import DTYPES, finite, opened
 from safetensors.torch import save_file
 from torch import Tensor
 
-MOST, MOST_RANK = 3.4e38, 2**20
+MAX_RANK = 2**20
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model.model."  # peft's, before the decoder's own name of a layer's linear
 # Settings of peft that would change what is computed; each is refused unless it is empty or as here.
@@ -122,25 +123,25 @@ def _check_finite(file: Path, value: Any, key: str = "") -> None:
 
 
 def _rank(file: Path, key: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= MOST_RANK:
-        raise ValueError(f"{file}: {key} = {value!r}, accepted is an integer >= 1 and up to {MOST_RANK}")
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise ValueError(f"{file}: {key} = {value!r}, accepted is an integer >= 1 and up to {MAX_RANK}")
     return value
 
 
 def _number(file: Path, key: str, value: Any) -> float:
-    if type(value) not in (int, float) or abs(value) > MOST:
+    if type(value) not in (int, float) or abs(value) > LARGEST_FLOAT:
         raise ValueError(f"{file}: {key} = {value!r}, accepted is a number")
     return float(value)
 
 
 def _patterns(file: Path, raw: dict[str, Any], key: str) -> list[tuple[str, Any]]:
     """The pairs of rank_pattern or alpha_pattern, each a pattern of the ends of names."""
-    found = raw.get(key) or {}
-    if not isinstance(found, dict):
-        raise ValueError(f"{file}: {key} = {found!r}, accepted are values by pattern")
-    for pattern in found:
+    patterns = raw.get(key) or {}
+    if not isinstance(patterns, dict):
+        raise ValueError(f"{file}: {key} = {patterns!r}, accepted are values by pattern")
+    for pattern in patterns:
         _compiled(file, key, pattern)
-    return list(found.items())
+    return list(patterns.items())
 
 
 def _compiled(file: Path, key: str, pattern: str) -> re.Pattern[str]:
@@ -230,10 +231,10 @@ def read_adapter(folder: Path, model: Decoder, base: str = "") -> Adapter:
             continue
         rank = settings.rank_of(name)
         a, b = (_take(file, tensors, f"{PREFIX}{name}.lora_{letter}.weight", weight) for letter in "AB")
-        found, wanted = ([*a.shape], [*b.shape]), ([rank, weight.shape[1]], [weight.shape[0], rank])
-        if found != wanted:
+        shapes, wanted = ([*a.shape], [*b.shape]), ([rank, weight.shape[1]], [weight.shape[0], rank])
+        if shapes != wanted:
             raise ValueError(
-                f"{file}: A and B of {name} are {found[0]} and {found[1]}, the model's are {wanted[0]} and "
+                f"{file}: A and B of {name} are {shapes[0]} and {shapes[1]}, the model's are {wanted[0]} and "
                 f"{wanted[1]}" + (" by rank_pattern" if settings.rank_pattern else "")
             )
         pairs[name] = (a, b)

@@ -60,10 +60,10 @@ class Tokenizer:
         # As transformers does: the named tokens are special, even where tokenizer.json does not say so.
         known = {token.content for token in core.get_added_tokens_decoder().values() if token.special}
         named = [*self._named().values(), *self._listed()]
-        found = {token for token in named if core.token_to_id(token) is not None}
-        core.add_special_tokens(sorted(found - known))
-        own = self._token_id("eos_token")
-        self.eos_token_ids = tuple(dict.fromkeys([*([] if own is None else [own]), *eos]))
+        present = {token for token in named if core.token_to_id(token) is not None}
+        core.add_special_tokens(sorted(present - known))
+        eos_token = self._token_id("eos_token")
+        self.eos_token_ids = tuple(dict.fromkeys([*([] if eos_token is None else [eos_token]), *eos]))
         self.bos_token_id = self._token_id("bos_token")
 
     @cached_property
@@ -199,18 +199,15 @@ class Tokenizer:
 
     def _listed(self) -> list[str]:
         """Further special tokens of tokenizer_config.json."""
-        found = []
+        tokens = []
         for key in ("additional_special_tokens", "extra_special_tokens"):
             listed = self._settings.get(key) or []
-            for token in (
-                listed.values()
-                if isinstance(listed, dict)
-                else listed
-                if isinstance(listed, list)
-                else [listed]
-            ):
-                found.append(_content(key, token) or "")
-        return [token for token in found if token]
+            if isinstance(listed, dict):
+                listed = list(listed.values())
+            if not isinstance(listed, list):
+                raise ValueError(f"{key} = {listed!r} in tokenizer_config.json: accepted is a list of tokens")
+            tokens += [_content(key, token) for token in listed]
+        return [token for token in tokens if token]
 
     def _add_listed(self) -> None:
         """Tokens that only tokenizer_config.json has get the ids that it says, or ValueError."""
@@ -225,18 +222,17 @@ class Tokenizer:
                 f"{key} = {str(listed)[:80]} in tokenizer_config.json: accepted are objects by id"
             )
         for i, value in sorted(listed.items(), key=lambda item: int(item[0])):
-            token, special = _content(key, value), isinstance(value, dict) and value.get("special") is True
+            token = _content(key, value)
             if token is None or self._core.token_to_id(token) == int(i):
                 continue
-            flags = {
-                flag: value.get(flag) is True for flag in ("single_word", "lstrip", "rstrip", "normalized")
-            }
+            names = ("special", "single_word", "lstrip", "rstrip", "normalized")
             if self._core.token_to_id(token) is None:
-                self._core.add_tokens([tokenizers.AddedToken(token, special=special, **flags)])
-            if self._core.token_to_id(token) != int(i):
-                found = self._core.token_to_id(token)
+                flags = {name: value.get(name) is True for name in names}
+                self._core.add_tokens([tokenizers.AddedToken(token, **flags)])
+            known = self._core.token_to_id(token)
+            if known != int(i):
                 raise ValueError(
-                    f"{key} in tokenizer_config.json has {token!r} as {i}: accepted is its id here, {found}"
+                    f"{key} in tokenizer_config.json has {token!r} as {i}: accepted is its id here, {known}"
                 )
 
     def _token_id(self, key: str) -> int | None:
@@ -328,15 +324,15 @@ def _read_template(folder: Path, settings: dict[str, Any]) -> str | None:
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
         return read_text(jinja)
-    found = settings.get("chat_template")
-    if found is None or isinstance(found, str):
-        return found
-    if not _templates(found):
+    template = settings.get("chat_template")
+    if template is None or isinstance(template, str):
+        return template
+    if not _templates(template):
         raise ValueError(
-            f"{folder / 'tokenizer_config.json'}: chat_template = {str(found)[:80]}: accepted is a string, "
-            "or templates by name"
+            f"{folder / 'tokenizer_config.json'}: chat_template = {str(template)[:80]}: accepted is a "
+            "string, or templates by name"
         )
-    return _templates(found).get("default")
+    return _templates(template).get("default")
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | None = None) -> Tokenizer:
