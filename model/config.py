@@ -111,7 +111,7 @@ class ModelConfig:
         name.
         """
         family = raw.get("model_type")
-        if family not in FAMILIES:
+        if not isinstance(family, str) or family not in FAMILIES:
             raise ValueError(
                 f"model_type = {family!r} in config.json: accepted is one of {', '.join(FAMILIES)}"
             )

@@ -164,6 +164,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"rope_scaling": YARN, "rope_theta": 1.0}, "rope_theta = 1 in config.json"),
     ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, r"speaks of \['full_attention'\]"),
     ({"rope_theta": "1e6"}, "rope_theta = '1e6'"),
+    ({"model_type": ["qwen3"]}, r"model_type = \['qwen3'\] in config\.json: accepted is one of llama"),
     ({"rms_norm_eps": float("inf")}, "rms_norm_eps = inf"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false' in config.json: accepted is true or"),
     ({"attention_bias": 1}, "attention_bias = 1 in config.json: accepted is true or false"),

@@ -217,7 +217,10 @@ def the_model(folder: Path) -> None:
 
 
 def the_tokenizer(folder: Path) -> None:
-    """The same of ids, of texts, and of a conversation where the template can be compiled."""
+    """The same of ids, of texts, and of a conversation where the template can be compiled.
+
+    transformers' general class reads tokenizer.json as it is; what AutoTokenizer takes depends on more files.
+    """
     import transformers
 
     def ours() -> tuple[Tokenizer, list[list[int]], list[str]]:
@@ -226,7 +229,7 @@ def the_tokenizer(folder: Path) -> None:
         return tokenizer, ids, [tokenizer.decode(i) for i in ids]
 
     found = read(ours)
-    tokenizer = found and theirs(lambda: transformers.AutoTokenizer.from_pretrained(folder))
+    tokenizer = found and theirs(lambda: transformers.PreTrainedTokenizerFast.from_pretrained(folder))
     if not tokenizer:
         return
     _, ids, texts = found
