@@ -105,7 +105,7 @@ def copy_bandwidth(device: str = "cpu", size: int = 2**28) -> float:
     """Bytes per second, read plus written, of copying `size` bytes."""
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / calls(lambda: target.copy_(source), device=device)[0]
+    return 2 * source.nbytes / calls(lambda: target.copy_(source), fewest=15, device=device)[0]
 
 
 def product_rate(x: Tensor, weight: Tensor) -> float:
@@ -114,7 +114,7 @@ def product_rate(x: Tensor, weight: Tensor) -> float:
     if x.device.type == "cpu":
         runs.append(lambda: ops.linear(x, weight))
     with torch.no_grad():
-        best = min(calls(run, device=x.device.type)[0] for run in runs)
+        best = min(calls(run, fewest=15, device=x.device.type)[0] for run in runs)
     return 2 * len(x) * weight.numel() / best
 
 

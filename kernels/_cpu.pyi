@@ -1,4 +1,4 @@
-"""Types of the C++ library; pointers are integers (tensor.data_ptr()). Call it through duologue.kernels.ops."""
+"""Types of the C++ library; pointers are integers (tensor.data_ptr()). Called by duologue.kernels.ops."""
 
 def linear(x: int, w: int, b: int, out: int, M: int, O: int, K: int, dtype: int, out_dtype: int) -> None: ...
 def matmul(

@@ -184,7 +184,17 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     assert torch.equal(out[0], out[1])
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------
+def test_write_kv_is_that_of_the_reference() -> None:
+    torch.manual_seed(0)
+    k, v = (torch.randn(5, 7, 150) for _ in range(2))  # more than a program's elements
+    slots = torch.tensor([33, 2, 16, 47, 0])
+    pages = torch.zeros(4, 3, 16, 7, 150)
+    ops.write_kv(k, v, pages[0], pages[1], slots)
+    reference.write_kv(k, v, pages[2], pages[3], slots)
+    assert torch.equal(pages[:2], pages[2:])
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------
 
 
 @triton.jit

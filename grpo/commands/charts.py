@@ -101,9 +101,7 @@ def _exact(value: float, percent: bool) -> str:
 
 def _thin(points: list[Point]) -> list[Point]:
     size = math.ceil(len(points) / MOST_POINTS)
-    buckets = (
-        [points[i : i + size] for i in range(0, len(points), size)] if size > 1 else [[p] for p in points]
-    )
+    buckets = [points[i : i + size] for i in range(0, len(points), size)] if points else []
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
 
 
