@@ -173,11 +173,12 @@ def _train(options: argparse.Namespace) -> int:
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
-    progress.log(f"run directory: {run.path}")
+    for line in (f"run directory: {run.path}", *run.notes):
+        progress.log(line)
     try:
         with _stop_on_signals() as stop:
             train(config, run, progress, stop)
-    except ValueError:
+    except (ValueError, OSError, RuntimeError, MemoryError):
         run.forget_if_new()
         raise
     except Interrupted as pause:

@@ -1,0 +1,202 @@
+"""What can happen to a run's files, texts and settings: noticed before training goes on, named, with a way
+on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from duologue.grpo.cli import main
+from duologue.grpo.run_dir import read_lines
+
+from tests.tiny import TINY
+
+
+def train(path: Path, *more: str) -> int:
+    return main(["train", "deal", "--run-dir", str(path), *TINY, "imitation.steps=1", *more])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step of imitation and two of self-play, with a checkpoint after each."""
+    path = tmp_path_factory.mktemp("whole") / "run"
+    assert train(path) == 0
+    return path
+
+
+@pytest.fixture
+def run(whole: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "run"))
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {
+        str(file): file.read_bytes() for file in path.rglob("*") if file.is_file() and file.name != ".lock"
+    }
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line of an error."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert error.startswith("duologue: ")
+    return error
+
+
+# ---- lines that were cut -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "dialogues.jsonl"])
+@pytest.mark.parametrize("lost", [1, 20, 10**9])
+def test_lines_that_are_shorter_than_the_checkpoint_knows(
+    run: Path, name: str, lost: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = (run / name).read_bytes()
+    (run / name).write_bytes(data[: max(0, len(data) - lost)])
+    assert train(run, "--resume", "train.steps=3") == 0
+    shown = capsys.readouterr().out
+    assert f"{run / name} ends before what" in shown
+    assert "step_000003" in shown
+    for line in (run / name).read_bytes().splitlines():
+        assert isinstance(json.loads(line), dict)
+    assert read_lines(run / name)[-1]["step"] >= 3
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
+    assert steps == sorted(set(steps))
+    assert main(["report", str(run)]) == 0
+
+
+def test_a_missing_file_of_lines_is_said(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "metrics.jsonl").unlink()
+    assert train(run, "--resume", "train.steps=3") == 0
+    assert "metrics.jsonl ends before what" in capsys.readouterr().out
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [3]
+
+
+@pytest.mark.parametrize("how", ["damaged", "twice", "retyped"])
+def test_a_line_that_is_damaged_or_doubled_is_refused(
+    run: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    lines[1] = {"damaged": b"\0" * len(lines[1]) + b"\n", "twice": lines[0], "retyped": b"[1]\n"}[how]
+    (run / "metrics.jsonl").write_bytes(b"".join(lines))
+    before = contents(run)
+    capsys.readouterr()
+    assert train(run, "--resume", "train.steps=3") == 2
+    assert f"{run / 'metrics.jsonl'} line 2 is" in said(capsys)
+    assert contents(run) == before
+
+
+# ---- what may differ ---------------------------------------------------------------------------------------
+
+
+def test_a_resume_with_settings_that_cannot_change_the_result(run: Path) -> None:
+    toml = (run / "config.toml").read_text("utf-8")
+    line = next(line for line in toml.splitlines() if line.startswith("dual_clip"))
+    (run / "config.toml").write_text(toml.replace(line + "\n", ""), "utf-8")  # as of an older version
+    more = ["train.threads=2", "train.tokens_per_microbatch=8192", "rollout.cache_tokens=8192"]
+    judge = ["judge.deadline_s=20", "judge.timeout_s=9", "judge.max_tokens=1024", "judge.concurrency=3"]
+    assert train(run, "--resume", "train.steps=3", *more, *judge, "judge.max_unscored_share=1") == 0
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 3
+
+
+def test_a_resume_with_settings_that_change_the_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(run)
+    capsys.readouterr()
+    more = ["grpo.learning_rate=0.5", "judge.temperature=1", "train.threads=2"]
+    assert train(run, "--resume", "train.steps=3", *more) == 2
+    error = said(capsys)
+    assert "was started with grpo.learning_rate = " in error
+    assert "not 0.5; judge.temperature = 0.0, not 1.0, which can change" in error
+    assert "threads" not in error
+    assert contents(run) == before
+
+
+def test_a_configuration_that_was_cut_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.toml").write_text((run / "config.toml").read_text("utf-8")[:-40] + "= [", "utf-8")
+    assert train(run, "--resume", "train.steps=3") == 2
+    assert f"{run / 'config.toml'} cannot be read: " in said(capsys)
+
+
+def test_a_summary_that_was_cut_is_written_anew(run: Path) -> None:
+    (run / "summary.json").write_text('{"trai', "utf-8")
+    assert train(run, "--resume") == 0
+    assert json.loads((run / "summary.json").read_text("utf-8"))["steps"] == 3
+
+
+def test_a_longer_schedule_is_said(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    toml = (run / "config.toml").read_text("utf-8").replace('schedule = "constant"', 'schedule = "cosine"')
+    (run / "config.toml").write_text(toml, "utf-8")
+    assert train(run, "--resume", "grpo.schedule=cosine", "train.steps=3") == 0
+    assert (
+        "grpo.schedule = 'cosine' is planned anew for train.steps = 3 in place of 2"
+        in capsys.readouterr().out
+    )
+
+
+# ---- damaged checkpoints -----------------------------------------------------------------------------------
+
+HARMS: dict[str, Callable[[Path], Any]] = {
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:20]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(b"\0" * path.stat().st_size),
+    "missing": lambda path: path.unlink(),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+FILES = (
+    *("config.json", "generation_config.json", "lines.json", "model.safetensors", "optimizer.pt"),
+    *("tokenizer.json", "tokenizer_config.json", "trainer_state.json"),
+)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_goes_on(
+    run: Path, harm: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = run / "checkpoints" / "step_000003"
+    assert {file.name for file in newest.iterdir()} >= set(FILES)
+    for name in FILES:
+        copy = run.parent / "copy"
+        shutil.copytree(run, copy)
+        damaged = copy / "checkpoints" / newest.name
+        HARMS[harm](damaged / name)
+        before = contents(copy)
+        capsys.readouterr()
+        assert train(copy, "--resume", "train.steps=3") == 2, name
+        error = said(capsys)
+        assert f"the checkpoint {damaged} is damaged ({name}: " in error
+        assert f"step_000002 is whole: to go on from it, remove {damaged}" in error
+        assert contents(copy) == before
+        if name == FILES[-1]:
+            shutil.rmtree(damaged)
+            assert train(copy, "--resume", "train.steps=3") == 0
+            assert [row["step"] for row in read_lines(copy / "metrics.jsonl")] == [0, 1, 2, 3]
+        shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("key", ["step", "seconds", "baseline", "opponents"])
+def test_a_state_of_another_type_is_no_traceback(
+    run: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "checkpoints" / "step_000003" / "trainer_state.json"
+    state = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({name: value for name, value in state.items() if name != key}), "utf-8")
+    assert train(run, "--resume", "train.steps=3") == 2
+    assert f"is damaged (trainer_state.json: {key} = None" in said(capsys)
+    file.write_text(json.dumps({**state, key: "x"}), "utf-8")
+    assert train(run, "--resume", "train.steps=3") == 2
+    assert f"is damaged (trainer_state.json: {key} = 'x'" in said(capsys)
+
+
+@pytest.mark.parametrize("key", ["baseline", "opponents"])
+def test_a_state_that_lacks_a_part_is_no_traceback(
+    run: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "checkpoints" / "step_000003" / "trainer_state.json"
+    state = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps({**state, key: {}}), "utf-8")
+    assert train(run, "--resume", "train.steps=3") == 2
+    assert "step_000003 is damaged (trainer_state.json or optimizer.pt: KeyError: " in said(capsys)
