@@ -13,14 +13,13 @@ import math
 import os
 import re
 import shutil
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.grpo.config import from_dict
+from duologue.grpo.resume import check_same, may_differ, schedule_moved, settings, settings_of
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -35,14 +34,6 @@ STATE_TYPES: dict[str, tuple[type, ...]] = {
     "warm_start": (dict, type(None)),
     "baseline": (dict,),
     "opponents": (dict,),
-}
-PLACES = "url key_env concurrency timeout_s deadline_s"
-MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
-    "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch",
-    "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
-    "opponent": PLACES,
-    "rollout": "cache_tokens max_batch release_memory",
-    "eval": "judge_url",
 }
 
 
@@ -92,11 +83,11 @@ class RunDir:
         saved = path / "config.toml"
         if not saved.is_file():
             raise ValueError(f"{path} holds no run to resume: it has no config.toml")
-        before, after = _settings_of(saved), _settings(config_toml)
-        _check_same(before, after, path)
+        before, after = settings_of(saved), settings(config_toml)
+        check_same(before, after, path)
         run = cls(path)
         try:
-            run.notes += _schedule_moved(before, after)
+            run.notes += schedule_moved(before, after)
             run._check()
         except ValueError:
             run.close()
@@ -309,10 +300,10 @@ def finished(path: Path, config_toml: str) -> bool:
         _object(path / "summary.json")
     except ValueError:
         return False
-    before, after = _settings_of(saved), _settings(config_toml)
+    before, after = settings_of(saved), settings(config_toml)
     length = {("train", "steps"), ("train", "max_seconds")}
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= (
-        _may_differ() - length
+        may_differ() - length
     )
 
 
@@ -362,54 +353,6 @@ def _whole_lines(path: Path, noted: int, step: int) -> int:
             break
         whole, last = end, at
     return whole
-
-
-Settings = dict[tuple[str, str], Any]
-
-
-def _settings(config_toml: str) -> Settings:
-    """(section, key) -> value of every setting; what is not said has its default, as in a configuration of an
-    older version.
-    """
-    sections = tomllib.loads(from_dict(tomllib.loads(config_toml)).to_toml())
-    return {(section, key): value for section, keys in sections.items() for key, value in keys.items()}
-
-
-def _settings_of(path: Path) -> Settings:
-    try:
-        return _settings(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def _may_differ() -> set[tuple[str, str]]:
-    return {(section, key) for section, names in MAY_DIFFER.items() for key in names.split()}
-
-
-def _check_same(before: Settings, after: Settings, path: Path) -> None:
-    differ = []
-    for section, key in sorted({*before, *after} - _may_differ()):
-        a, b = before.get((section, key)), after.get((section, key))
-        if a != b and not (key == "device" and _kind(a) == _kind(b) == "cuda"):
-            differ.append(f"{section}.{key} = {a!r}, not {b!r}")
-    if differ:
-        raise ValueError(
-            f"{path} was started with {'; '.join(differ)}, which can change the result: resume it as it "
-            "was, or start another run"
-        )
-
-
-def _kind(device: Any) -> str:
-    return str(device).partition(":")[0]
-
-
-def _schedule_moved(before: Settings, after: Settings) -> list[str]:
-    """A line that says so where another length plans another learning rate."""
-    schedule, steps = after["grpo", "schedule"], ("train", "steps")
-    if schedule == "constant" or before[steps] == after[steps]:
-        return []
-    planned = f"is planned anew for train.steps = {after[steps]} in place of {before[steps]}"
-    return [f"grpo.schedule = {schedule!r} {planned}: the learning rate jumps to where that plan has it"]
 
 
 def _finite(value: Any) -> Any:

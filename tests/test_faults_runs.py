@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from duologue.grpo.cli import main
 from duologue.grpo.run_dir import read_lines
+from duologue.rollout.games.template import load_template
 
 from tests.tiny import TINY
 
@@ -200,3 +201,113 @@ def test_a_state_that_lacks_a_part_is_no_traceback(
     file.write_text(json.dumps({**state, key: {}}), "utf-8")
     assert train(run, "--resume", "train.steps=3") == 2
     assert "step_000003 is damaged (trainer_state.json or optimizer.pt: KeyError: " in said(capsys)
+
+
+# ---- texts -------------------------------------------------------------------------------------------------
+
+PERSONA = '{"name": "A", "instructions": "be kind"}'
+HALF = r"bad \ud83d half emoji"
+BAD_TEXTS = {  # the kind, a second line that is no good, what is said of it
+    "half in a text": ("dilemmas", f'{{"id": "a", "tier": "everyday", "text": "{HALF}"}}', r"'\ud83d', half"),
+    "half in an id": ("dilemmas", '{"id": "\\udc00", "tier": "everyday", "text": "x"}', r"'\udc00', half"),
+    "half in a tag": ("dilemmas", f'{{"id": "a", "text": "x", "tags": ["{HALF}"]}}', "'tags' holds "),
+    "half in a key": ("dilemmas", f'{{"id": "a", "text": "x", "{HALF}": 1}}', "half of a surrogate pair"),
+    "half in instructions": (
+        "personas",
+        f'{{"id": "a", "first": {PERSONA}, "second": {{"name": "B", "instructions": "{HALF}"}}}}',
+        "'second' holds ",
+    ),
+    "blank text": (
+        "dilemmas",
+        '{"id": "a", "tier": "everyday", "text": "   "}',
+        "text = '   ', accepted is text",
+    ),
+    "invisible text": ("dilemmas", '{"id": "a", "text": "\\u200b\\ufeff"}', "accepted is text"),
+    "blank id": ("dilemmas", '{"id": " ", "text": "x"}', "id = ' ', accepted is text"),
+    "blank tag": ("dilemmas", '{"id": "a", "text": "x", "tags": [" "]}', "tags = [' ']"),
+    "blank instructions": (
+        "personas",
+        f'{{"id": "a", "first": {PERSONA}, "second": {{"name": "B", "instructions": "\\n"}}}}',
+        "accepted is an object with name and instructions",
+    ),
+    "blank name": (
+        "personas",
+        f'{{"id": "a", "first": {PERSONA}, "second": {{"name": " ", "instructions": "x"}}}}',
+        "accepted is an object with name and instructions",
+    ),
+    "deep": ("dilemmas", "[" * 100_000, "accepted is a JSON object"),
+}
+GOOD = {
+    "dilemmas": '{"id": "0", "tier": "everyday", "text": "Should I go?"}',
+    "personas": f'{{"id": "0", "first": {PERSONA}, "second": {PERSONA}}}',
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_a_text_that_cannot_be_used_is_refused_by_all_alike(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, line, message = BAD_TEXTS[case]
+    file, run_dir = tmp_path / "texts.jsonl", tmp_path / "run"
+    file.write_text(f"{GOOD[kind]}\n{line}\n", "ascii")
+    training = [
+        "train",
+        "collective-agency",
+        "--run-dir",
+        str(run_dir),
+        "--model",
+        "nowhere",
+        f"game.{kind}={file}",
+    ]
+    listing = ["data", "list", "--kind", kind, "--file", str(file)]
+    for command in (["data", "check", str(file)], listing, training):
+        assert main(command) == 2
+        error = said(capsys) if command[0] == "data" else capsys.readouterr().err
+        assert f"duologue: {file} line 2: " in error
+        assert message in error
+        assert "Traceback" not in error
+    assert not run_dir.exists()
+
+
+def test_nothing_of_a_failed_start_stays(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for model in ("nowhere", "model"):
+        where = str(tmp_path / model)
+        assert train(tmp_path / "run", "--model", where) in (1, 2)
+        assert not (tmp_path / "run").exists()
+    assert train(tmp_path / "run", "train.steps=0", "eval.dialogues=1") == 0
+
+
+def test_byte_order_marks_are_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "texts.jsonl"
+    line = '{"id": "%s", "tier": "everyday", "text": "caf\u00e9 %s"}\r\n'
+    file.write_text("\ufeff" + line % (1, 1) + line % (2, 2) + "\ufeff" + line % (3, 3), "utf-8")
+    assert main(["data", "list", "--file", str(file), "--json"]) == 0
+    rows = [json.loads(row) for row in capsys.readouterr().out.splitlines()]
+    assert [row["text"] for row in rows] == ["caf\u00e9 1", "caf\u00e9 2", "caf\u00e9 3"]
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text("\ufeff[train]\nsteps = 3\n", "utf-8")
+    assert main(["config", str(recipe), "train"]) == 0
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "shift_jis"])
+def test_other_encodings_are_refused(
+    encoding: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "\u65e5\u672c" if encoding == "shift_jis" else "caf\u00e9"
+    file = tmp_path / "texts.jsonl"
+    file.write_bytes((GOOD["dilemmas"].replace("go", text) + "\n").encode(encoding))
+    for command in (["data", "check", str(file)], ["data", "list", "--file", str(file)]):
+        assert main(command) == 2
+        error = said(capsys)
+        assert f"{file} line 1 " in error
+        assert "accepted is UTF-8" in error
+
+
+def test_prompts_are_texts_too(tmp_path: Path) -> None:
+    for data in (b"\xef\xbb\xbfIt is {x}", b"It is {x}"):
+        (tmp_path / "a.txt").write_bytes(data)
+        assert load_template(str(tmp_path), tmp_path, "a", {"x"}, {"x"}) == "It is {x}"
+    (tmp_path / "a.txt").write_bytes("It is {x}".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"a\.txt line 1 is not UTF-8 .*: accepted is UTF-8"):
+        load_template(str(tmp_path), tmp_path, "a", {"x"}, {"x"})
