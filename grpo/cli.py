@@ -285,6 +285,7 @@ def _eval(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.policy import load_policy, use_threads
+    from duologue.grpo.run_dir import finite
     from duologue.model.atomic import write_file
     from duologue.rollout.games.dilemma import DilemmaSettings
 
@@ -308,7 +309,7 @@ def _eval(options: argparse.Namespace) -> int:
             "temperature": config.eval.temperature,
             **metrics,
         }
-        write_file(options.json, json.dumps(row, indent=2).encode())
+        write_file(options.json, json.dumps(finite(row), indent=2).encode())
     return 0
 
 
@@ -316,6 +317,7 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
     """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
     from duologue.grpo.commands.compare import compare, table
     from duologue.grpo.policy import load_policy
+    from duologue.grpo.run_dir import finite
     from duologue.model.atomic import write_file
     from rich.console import Console
 
@@ -330,10 +332,8 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
     Console(highlight=False).print(table(result, [str(path) for path in paths]))
     if options.json:
         against = str(options.against) if options.against else None
-        write_file(
-            options.json,
-            json.dumps({"checkpoint": str(paths[0]), "against": against, **result}, indent=2).encode(),
-        )
+        row = {"checkpoint": str(paths[0]), "against": against, **result}
+        write_file(options.json, json.dumps(finite(row), indent=2).encode())
     return 0
 
 

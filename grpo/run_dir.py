@@ -136,7 +136,7 @@ class RunDir:
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 for row in rows:
-                    file.write(json.dumps(_finite(row), ensure_ascii=False, separators=(",", ":")) + "\n")
+                    file.write(json.dumps(finite(row), ensure_ascii=False, separators=(",", ":")) + "\n")
         except OSError as error:
             whole = "--resume goes on from the last checkpoint"
             raise OSError(f"{self.path / name} could not be written ({error}); {whole}") from error
@@ -199,7 +199,7 @@ class RunDir:
             leftover.unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_file(self.path / "summary.json", json.dumps(_finite(summary), indent=2).encode())
+        write_file(self.path / "summary.json", json.dumps(finite(summary), indent=2).encode())
 
 
 def step_name(step: int) -> str:
@@ -355,12 +355,12 @@ def _whole_lines(path: Path, noted: int, step: int) -> int:
     return whole
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: it becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from duologue.grpo import evaluate as evaluation
+from duologue.grpo import steps
 from duologue.grpo.cli import main
 from duologue.grpo.run_dir import read_lines
+from duologue.grpo.update import UpdateStats
 from duologue.rollout.games.template import load_template
+from safetensors.torch import load_file, save_file
 
 from tests.tiny import TINY
 
@@ -311,3 +315,96 @@ def test_prompts_are_texts_too(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes("It is {x}".encode("utf-16"))
     with pytest.raises(ValueError, match=r"a\.txt line 1 is not UTF-8 .*: accepted is UTF-8"):
         load_template(str(tmp_path), tmp_path, "a", {"x"}, {"x"})
+
+
+# ---- numbers that are not finite ---------------------------------------------------------------------------
+
+
+def null_all(value: Any) -> Any:
+    """A record whose every number with a point is null."""
+    if isinstance(value, dict):
+        return {key: null_all(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [null_all(item) for item in value]
+    return None if isinstance(value, float) else value
+
+
+@pytest.mark.parametrize("names", [["dialogues.jsonl"], ["metrics.jsonl"], ["summary.json"], []])
+def test_a_report_of_nulls_is_written(run: Path, names: list[str]) -> None:
+    everything = ["dialogues.jsonl", "metrics.jsonl", "summary.json"]
+    for name in names or everything:
+        text = (run / name).read_text("utf-8")
+        rows = [text] if name == "summary.json" else text.splitlines()
+        nulls = [json.dumps(null_all(json.loads(row))) for row in rows]
+        (run / name).write_text("\n".join(nulls) + "\n", "utf-8")
+    (run / "report.html").unlink()
+    assert main(["report", str(run)]) == 0
+    assert "Traceback" not in (run / "report.html").read_text("utf-8")
+
+
+@pytest.mark.parametrize("key", ["stage", "step", "turns", "outcome", "scenario", "reward"])
+def test_a_report_of_lines_that_lack_a_key_is_no_traceback(
+    run: Path, key: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("dialogues.jsonl", "metrics.jsonl"):
+        rows = [{k: v for k, v in row.items() if k != key} for row in read_lines(run / name)]
+        (run / name).write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    capsys.readouterr()
+    assert main(["report", str(run)]) == 2
+    assert f"{run} holds lines that are no run's" in said(capsys)
+
+
+@pytest.fixture
+def broken(run: Path) -> Path:
+    """A checkpoint whose last norm is NaN."""
+    path = run / "checkpoints" / "step_000003"
+    weights = load_file(path / "model.safetensors")
+    weights["model.norm.weight"].fill_(float("nan"))
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+def test_weights_that_are_not_finite_end_the_command(
+    broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    evaluation = ["eval", str(broken), "--recipe", "deal", *TINY]
+    training = ["train", "deal", "--run-dir", str(tmp_path / "new"), *TINY, "--model", str(broken)]
+    old = ["--run-dir", str(broken.parent.parent), "--resume", "imitation.steps=1"]
+    going_on = ["train", "deal", *TINY, *old]
+    for command in (evaluation, training, [*training, "imitation.steps=0"], [*going_on, "train.steps=3"]):
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
+        assert main(command) in (1, 2)
+        assert not (tmp_path / "new" / "metrics.jsonl").exists()
+        error = said(capsys)
+        assert "finite" in error or "nan" in error.lower()
+
+
+@pytest.mark.parametrize("name", ["loss", "entropy", "kl_old"])
+def test_an_update_that_is_not_finite_ends_the_run(
+    run: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def update(*_: Any, **__: Any) -> UpdateStats:
+        return UpdateStats(**{name: float("nan")}, trained_tokens=1)
+
+    monkeypatch.setattr(steps, "accumulate_policy_gradient", update)
+    capsys.readouterr()
+    assert train(run, "--resume", "train.steps=3") == 1
+    assert said(capsys) == f"duologue: step 3: {name} is nan; the weights are as before the step\n"
+    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 2
+
+
+def test_measures_of_an_evaluation_are_json(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluate(*given: Any) -> tuple[dict[str, float], list[Any]]:
+        metrics, dialogues = measure(*given)
+        return {**metrics, "odd": float("nan")}, dialogues
+
+    measure = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    file = tmp_path / "measures.json"
+    checkpoint = str(run / "checkpoints" / "step_000003")
+    assert main(["eval", checkpoint, "--recipe", "deal", *TINY, "--json", str(file)]) == 0
+    assert "NaN" not in file.read_text("utf-8")
+    assert json.loads(file.read_text("utf-8"))["odd"] is None

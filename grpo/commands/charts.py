@@ -39,7 +39,7 @@ def chart(
 ) -> Chart | None:
     """Metrics over `step`; `keys` maps metric to label. None when no row has a value of any of them."""
     lines = {
-        label: _thin([(r["step"], r[k]) for r in rows if r.get(k) is not None]) for k, label in keys.items()
+        label: _thin([(r["step"], r[k]) for r in rows if is_number(r.get(k))]) for k, label in keys.items()
     }
     lines = {label: points for label, points in lines.items() if points}
     if not lines:
@@ -73,6 +73,11 @@ def chart(
         y_ticks=[(place((left, y))[1], short(y, percent)) for y in flat or ticks(low, high, 4)],
         strips=_strips(lines, place, percent),
     )
+
+
+def is_number(value: Any) -> bool:
+    """One that can be drawn: a null of a file is none."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def ticks(low: float, high: float, n: int) -> list[float]:
