@@ -135,7 +135,7 @@ def _add_measures(commands: Any) -> None:
     data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
 
     add = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
-    add("checkpoint", type=Path, help=CHECKPOINT)
+    add("checkpoint", type=Path, help=f"{CHECKPOINT}, or a run directory for its last one")
     game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
     add("--game", metavar="RECIPE", help=game)
     add("--side", choices=("first", "second"), default="first", help="yours")

@@ -3,6 +3,7 @@ on."""
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,13 @@ import pytest
 from duologue.grpo import evaluate as evaluation
 from duologue.grpo import steps
 from duologue.grpo.cli import main
+from duologue.grpo.commands.play import Terminal
 from duologue.grpo.run_dir import read_lines
 from duologue.grpo.update import UpdateStats
 from duologue.rollout.games.template import load_template
+from rich.console import Console
 from safetensors.torch import load_file, save_file
-
-from tests.tiny import TINY
+from tiny import TINY
 
 
 def train(path: Path, *more: str) -> int:
@@ -408,3 +410,40 @@ def test_measures_of_an_evaluation_are_json(
     assert main(["eval", checkpoint, "--recipe", "deal", *TINY, "--json", str(file)]) == 0
     assert "NaN" not in file.read_text("utf-8")
     assert json.loads(file.read_text("utf-8"))["odd"] is None
+
+
+# ---- play --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_played_by_its_last_checkpoint(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = []
+    for path in (run, run / "checkpoints" / "step_000003"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("hello\n/done\n/quit\n"))
+        capsys.readouterr()
+        assert main(["play", str(path), "--seed", "3"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+
+
+def test_play_lists_the_games(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lonely = tmp_path / "lonely"
+    shutil.copytree(run / "checkpoints" / "step_000003", lonely)
+    shutil.rmtree(run)
+    capsys.readouterr()
+    assert main(["play", str(lonely)]) == 2
+    error = said(capsys)
+    for game in ("collective-agency", "deal", "price", "priorities"):
+        assert game in error
+
+
+def test_words_are_wrapped_in_a_terminal_alone() -> None:
+    words = "negotiation " * 30
+    for is_terminal in (True, False):
+        terminal, screen = Terminal(""), io.StringIO()
+        terminal.console = Console(file=screen, width=40, force_terminal=is_terminal, color_system=None)
+        terminal.say(words.strip())
+        lines = screen.getvalue().splitlines()
+        assert (max(map(len, lines)) <= 40) == is_terminal
+        assert " ".join(" ".join(lines).split()) == words.strip()
