@@ -260,9 +260,12 @@ def _check_file(path: Path, size: int) -> None:
             raise ValueError(f"step = {state['step']}, which is another checkpoint's")
         return
     with open(path, "rb") as file:
-        file.read(1)
-    if path.stat().st_size < size:
-        raise ValueError(f"{path.stat().st_size} of {size} bytes are there")
+        start = file.read(1 << 20)
+    present, binary = path.stat().st_size, path.suffix in (".safetensors", ".pt")
+    if present < size or (binary and present > size > 1):
+        raise ValueError(f"{present} of {size} bytes are there")
+    if not binary and b"\0" in start:
+        raise ValueError("it holds a zero byte")
     if path.suffix == ".safetensors":
         with safe_open(path, "pt"):
             return

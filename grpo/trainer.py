@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 from duologue.grpo.config import Config
@@ -37,9 +38,9 @@ class Trainer(Steps):
         if checkpoint is not None:
             try:
                 self._restore(checkpoint)
-            except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-                what = f"trainer_state.json or optimizer.pt: {type(error).__name__}: {error}"
-                raise damaged(checkpoint, what) from error
+            except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
         run.drop_lines_from(self.step)
 
     def run(self) -> dict[str, Any]:

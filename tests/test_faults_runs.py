@@ -209,6 +209,36 @@ def test_a_state_that_lacks_a_part_is_no_traceback(
     assert "step_000003 is damaged (trainer_state.json or optimizer.pt: KeyError: " in said(capsys)
 
 
+@pytest.mark.parametrize("how", ["before", "behind", "flipped", "other"])
+def test_an_optimizer_that_is_no_optimizer_is_no_traceback(
+    run: Path, how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "checkpoints" / "step_000003" / "optimizer.pt"
+    data = bytearray(file.read_bytes())
+    flipped = data.replace(b"data.pkl", b"dbta.pkl")
+    other = b"PK\x05\x06" + bytes(18)
+    harms = {"before": b"x" + data, "behind": data + data, "flipped": flipped, "other": other}
+    file.write_bytes(harms[how])
+    capsys.readouterr()
+    assert train(run, "--resume", "train.steps=3") == 2
+    assert "step_000003 is damaged (" in (error := said(capsys))
+    assert "optimizer.pt: " in error
+
+
+def test_a_state_whose_measures_are_null_is_shown(run: Path) -> None:
+    file = run / "checkpoints" / "step_000003" / "trainer_state.json"
+    state = json.loads(file.read_text("utf-8"))
+    nulls = dict.fromkeys(state["warm_start"])
+    file.write_text(json.dumps({**state, "warm_start": nulls}), "utf-8")
+    assert train(run, "--resume", "train.steps=3") == 0
+
+
+def test_a_report_names_a_configuration_that_was_cut(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.toml").write_text((run / "config.toml").read_text("utf-8")[:-40] + "= [", "utf-8")
+    assert main(["report", str(run)]) == 2
+    assert f"{run / 'config.toml'} is not valid TOML: " in said(capsys)
+
+
 # ---- texts -------------------------------------------------------------------------------------------------
 
 PERSONA = '{"name": "A", "instructions": "be kind"}'

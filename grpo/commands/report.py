@@ -18,16 +18,16 @@ from typing import Any
 
 import jinja2
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
-from duologue.grpo.console import COUNT
+from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
 from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.games.game import Game, Measure, Published
+from duologue.rollout.games.texts import read_text
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
-UNKNOWN = "-"  # a number that is null in the file
 POLICIES = {"warm_start": "warm start", "trained": "trained"}
 # stage, title, metric -> label, whether a share; those of the game's own measures come first
 CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
@@ -75,8 +75,11 @@ def gather(run_dir: Path) -> dict[str, Any]:
     """Everything that the template shows."""
     if not (run_dir / "config.toml").is_file():
         raise ValueError(f"{run_dir} holds no run: it has no config.toml")
-    toml = (run_dir / "config.toml").read_text("utf-8")
-    config = tomllib.loads(toml)
+    try:
+        toml = read_text(run_dir / "config.toml")
+        config = tomllib.loads(toml)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{run_dir / 'config.toml'} is not valid TOML: {error}") from error
     game = GAMES.get(config["game"]["name"], Game)
     metrics = read_lines(run_dir / "metrics.jsonl")
     summary = _summary(run_dir)
@@ -175,17 +178,13 @@ def _results(game: type[Game], config: Mapping[str, Any], summary: Mapping[str, 
         if not columns or not all(key in column for column in columns.values()):
             continue
         form = measure.format
-        values = [_shown(form, column[key]) for column in columns.values()]
+        values = [formatted(form, column[key]) for column in columns.values()]
         change = ""
         if len(columns) == 2 and key not in COUNT and UNKNOWN not in values:
             change = _change(summary["trained"][key] - summary["warm_start"][key], measure)
-        others = [_shown(form, c[key]) if key in c else "" for c in published.columns.values()]
+        others = [formatted(form, c[key]) if key in c else "" for c in published.columns.values()]
         rows.append((measure.heading, values, change, others))
     return {"columns": [*columns], "others": [*published.columns], "source": published.source, "rows": rows}
-
-
-def _shown(form: str, value: Any) -> str:
-    return form.format(value) if is_number(value) else UNKNOWN
 
 
 def _published(game: type[Game], section: Mapping[str, Any]) -> Published:
