@@ -181,7 +181,8 @@ class RunDir:
         lines = [self.path / name for name in LINES if (self.path / name).is_file()]
         for path in lines:
             fsync_path(path)
-        sizes = {path.name: path.stat().st_size for path in (*lines, *folder.iterdir())}
+        sizes = dict.fromkeys(LINES, 0)
+        sizes |= {path.name: path.stat().st_size for path in (*lines, *folder.iterdir())}
         (folder / LENGTHS).write_text(json.dumps(sizes), "utf-8")
 
     def latest_checkpoint(self) -> Path | None:
@@ -243,6 +244,8 @@ def damage(folder: Path) -> str:
     try:
         noted = _object(folder / LENGTHS)
         sizes = {key: size for key, size in noted.items() if key not in LINES}
+        if any(type(size) is not int for size in noted.values()) or (sizes and not noted.keys() >= {*LINES}):
+            raise ValueError(f"accepted is a number of bytes of each of {', '.join(LINES)}")
         for name in sorted(sizes or (path.name for path in folder.iterdir())):
             _check_file(folder / name, sizes.get(name, 1))
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:

@@ -225,6 +225,23 @@ def test_an_optimizer_that_is_no_optimizer_is_no_traceback(
     assert "optimizer.pt: " in error
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "dialogues.jsonl"])
+@pytest.mark.parametrize("value", ["x", None, 1.5])
+def test_lengths_of_another_type_cut_nothing_off(
+    run: Path, name: str, value: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = run / "checkpoints" / "step_000003" / "lines.json"
+    noted = json.loads(file.read_text("utf-8"))
+    del noted[name]
+    for lengths in (noted, {**noted, name: value}):
+        file.write_text(json.dumps(lengths), "utf-8")
+        before = contents(run)
+        capsys.readouterr()
+        assert train(run, "--resume", "train.steps=3") == 2
+        assert "is damaged (lines.json: accepted is a number of bytes" in said(capsys)
+        assert contents(run) == before
+
+
 def test_a_state_whose_measures_are_null_is_shown(run: Path) -> None:
     file = run / "checkpoints" / "step_000003" / "trainer_state.json"
     state = json.loads(file.read_text("utf-8"))
