@@ -6,9 +6,11 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
+from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -66,13 +68,17 @@ def _endpoint(config: Config) -> Backend:
     return Endpoint(
         j.url,
         j.model,
-        api_key=os.environ.get(j.key_env, "").strip(),
-        concurrency=j.concurrency,
-        deadline_s=j.deadline_s,
-        timeout_s=j.timeout_s,
+        **_server(j),
         temperature=j.temperature,
         max_tokens=j.max_tokens,
     )
+
+
+def _server(section: JudgeSection | OpponentSection) -> dict[str, Any]:
+    """How a server is asked."""
+    key = os.environ.get(section.key_env, "").strip()
+    limits = {name: getattr(section, name) for name in ("concurrency", "deadline_s", "timeout_s")}
+    return {"api_key": key, **limits}
 
 
 def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]]) -> Backend:
@@ -105,10 +111,7 @@ def add_server(config: Config, arena: Arena, ledger: Path) -> None:
             Ledger(ledger),
             arena.tokenizer,
             config.judge.max_unscored_share,
-            api_key=os.environ.get(o.key_env, "").strip(),
-            concurrency=o.concurrency,
-            deadline_s=o.deadline_s,
-            timeout_s=o.timeout_s,
+            **_server(o),
         )
     except ModuleNotFoundError as error:
         raise ValueError(

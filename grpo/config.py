@@ -28,7 +28,7 @@ from duologue.grpo.sections import (
     RolloutSection,
     TrainSection,
 )
-from duologue.grpo.settings import meant, parse, to_toml, typed
+from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS
 from duologue.rollout.games.deal import DealSettings
@@ -183,16 +183,8 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
-            table[name] = parse(text.strip(), isinstance(_default(section, name), str))
+            table[name] = Text(text.strip())
     return from_dict(raw)
-
-
-def _default(section: str, key: str) -> Any:
-    """None where there is no such key."""
-    if section == "game":
-        return _foreign(GameSettings).get(key, "")
-    kind = get_type_hints(Config).get(section)
-    return None if kind is None else _defaults(kind).get(key)
 
 
 def _read(recipe_or_path: str) -> dict[str, Any]:

@@ -69,6 +69,11 @@ class Batch:
         return torch.nonzero(self.loss_mask).squeeze(1)
 
     @property
+    def target_ids(self) -> Tensor:
+        """[N] the trained tokens."""
+        return self.token_ids[self.targets]
+
+    @property
     def segment_ids(self) -> Tensor:
         """[T] the row of each token."""
         lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()

@@ -32,8 +32,8 @@ def use_threads(config: Config) -> None:
 def build_policy(
     config: Config, demonstrations: list[ScriptedDialogue], checkpoint: Path | None = None
 ) -> tuple[Decoder, Tokenizer]:
-    """The run's own `checkpoint`, or the one of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from
-    nothing with a tokenizer trained on the demonstrations.
+    """The run's own `checkpoint`, or the one of `model.path`, with an adapter when `lora.rank` asks for one,
+    or a Qwen3 decoder from nothing with a tokenizer trained on the demonstrations.
     """
     if checkpoint is not None:
         model, tokenizer = load_policy(checkpoint, config)
@@ -43,10 +43,8 @@ def build_policy(
         model, tokenizer = load_policy(Path(config.model.path), config)
         return with_adapter(model, config), tokenizer
     if not demonstrations:
-        raise ValueError(
-            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to "
-            "learn from"
-        )
+        needed = "which needs imitation.steps above 0: there is no text to learn from"
+        raise ValueError(f"model.path = '' starts from nothing, {needed}")
     texts = [
         line
         for d in demonstrations[:5000]

@@ -22,7 +22,7 @@ from duologue.rollout.selfplay.dialogue import (
     Turn,
     View,
 )
-from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers, players
+from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -54,7 +54,10 @@ class Talk:
         """`branches` hold the growing contexts of both sides, where they grow."""
         self.game: Any = contexts.game  # a protocol knows what its games have
         self.rules, self.scenario, self.first = contexts.rules, scenario, first
-        self.opponent, self.players = opponent, players(opponent)
+        self.opponent = opponent
+        self.players = [POLICY, POLICY]
+        if opponent is not None:
+            self.players[opponent.role] = opponent.name
         self._left = False
         self.protocol: Generator[Any, Any, Outcome | None]  # it waits for `requests`
         self.requests: Sequence[Speak | Question] = ()
@@ -181,7 +184,7 @@ class Talk:
             turns=self.turns,
             views=tuple(view for _, view in self._views),
             view_roles=tuple(role for role, _ in self._views),
-            players=self.players,
+            players=(self.players[0], self.players[1]),
             outcome=outcome,
             weights_version=self._version,
         )
