@@ -231,8 +231,9 @@ def _game(values: dict[str, Any]) -> GameSettings:
     name = typed("game.name", values.get("name", "deal"), "")
     if name not in GAMES:
         raise ValueError(f"game.name = {name!r}: accepted is {GAME}")
+    known = {key: default for kind in GAMES.values() for key, default in _defaults(kind.Settings).items()}
+    others = {key: known[key] for key in known.keys() - _defaults(GAMES[name].Settings)}
     mine = {"name": name}
-    others = _foreign(GAMES[name].Settings)
     for key, value in values.items():
         if key not in others:
             mine[key] = value
@@ -242,12 +243,6 @@ def _game(values: dict[str, Any]) -> GameSettings:
             raise ValueError(f"game.name = {to_toml(name)}: accepted is {accepted}")
     settings: GameSettings = _section("game", GAMES[name].Settings, mine)
     return settings
-
-
-def _foreign(settings: type[GameSettings]) -> dict[str, Any]:
-    """The keys, with their defaults, that only other games have."""
-    everything = {key: value for kind in GAMES.values() for key, value in _defaults(kind.Settings).items()}
-    return {key: value for key, value in everything.items() if key not in _defaults(settings)}
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

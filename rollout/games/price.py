@@ -67,6 +67,8 @@ class PriceGame(SelectionGame):
     name = "price"
     failures = FAILURES
     measures = MEASURES
+    cooperative = "right"  # it leaves nothing ungained
+    total = max(GAPS)
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
 
     @cached_property
@@ -114,16 +116,6 @@ class PriceGame(SelectionGame):
             metrics["share_seller"] = gains[1 - haggle.buyer] / haggle.zone
         scores = (float(gains[0]), float(gains[1]))
         return Outcome(agreed=not failure, scores=scores, failure=failure, metrics=metrics)
-
-    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-        """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`:
-        `nash_ratio`. Both for both sides. `selfish`: own gain / the largest zone; no deal leaves 0, more
-        than a wrong one.
-        """
-        if self.settings.objective == "selfish":
-            return outcome.scores[0] / max(GAPS), outcome.scores[1] / max(GAPS)
-        value = outcome.metrics["right" if self.settings.objective == "cooperative" else "nash_ratio"]
-        return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Where there is a zone: `agreement`, deals of any kind, and `efficiency`, right ones, of all.
