@@ -1,5 +1,5 @@
-"""Group-relative advantages: the contract of `ops.group_advantages`, the calls of C++ and Triton, and the
-`torch.library` op.
+"""Group-relative advantages: the contract of `ops.group_advantages`, the call of C++ and the `torch.library`
+op. On a GPU the definition serves, which is vectorised: a step has a few hundred members.
 
 Shapes: N members.
 """
@@ -57,11 +57,6 @@ def kernel(
 ) -> Advantages:
     inputs = [None if x is None else x.contiguous() for x in (rewards, group_ids, roles, scored, baseline)]
     out = _outputs(rewards, baseline, n_groups, n_roles)
-    if backend.triton(rewards):
-        from duologue.kernels.gpu import advantage as gpu_advantage
-
-        gpu_advantage.launch(inputs, out, METHODS.index(method), decay)
-        return out
     sizes = len(rewards), n_groups, n_roles, METHODS.index(method), decay, False
     bad = backend.lib().group_advantages(*backend.pointers(*inputs, *out), *sizes)
     if bad:
