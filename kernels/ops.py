@@ -15,9 +15,8 @@ Logits take 4 V bytes a row. A support is the set of tokens that top-k, top-p an
 backend.py says which library serves a tensor: C++, Triton or plain PyTorch (reference.py, the definition of
 each op). All accumulate in fp32, or in float64 for float64. All but `write_kv`, `paged_attention`,
 `group_advantages` and those that sample are differentiable. On C++ and Triton each row's bits depend on that
-row alone: not on the batch, the packing, the pages or the threads; `group_advantages` has no Triton kernel.
-Where an op has `exact`, False lets CUDA use a library that promises less and is faster; on CPU the kernels
-are both.
+row alone: not on the batch, the packing, the pages or the threads. Where an op has `exact`, False lets CUDA
+use a library that promises less and is faster; on CPU the kernels are both.
 
 Errors: ValueError names the op, the argument, its value and what is accepted. It is raised for a shape, dtype
 or device that does not fit; and on CPU for the values that an op lists under "Values". On a GPU values are
@@ -397,6 +396,7 @@ def group_advantages(
     """
     members = (rewards, group_ids, scored, roles, baseline)
     advantage.check(*members, method, n_roles)
-    plain = reference.group_advantages
-    run = plain if backend.triton(rewards) else _form(plain, advantage.kernel, advantage.kernel_op, rewards)
+    run = _form(reference.group_advantages, advantage.kernel, advantage.kernel_op, rewards)
+    if backend.triton(rewards):
+        run = reference.group_advantages
     return run(*members, method, n_groups, n_roles, decay)

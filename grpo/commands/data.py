@@ -8,9 +8,9 @@ import argparse
 import itertools
 import json
 import os
-import queue
 import re
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -187,13 +187,13 @@ def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
 def _ask(endpoint: ChatEndpoint, prompt: str, options: argparse.Namespace) -> str:
     """What the server answers."""
     body = {"messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": 400}
-    answers: queue.SimpleQueue[tuple[str | None, str]] = queue.SimpleQueue()
+    answer: Future[tuple[str | None, str]] = Future()
 
     def done(content: str | None, reason: str) -> None:
-        answers.put((content, reason))
+        answer.set_result((content, reason))
 
     endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=str, done=done))
-    content, reason = answers.get()
+    content, reason = answer.result()
     if content is None:
         status = re.search(r"HTTP \d+", reason)
         raise RuntimeError(

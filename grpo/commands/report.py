@@ -10,7 +10,7 @@ import json
 import math
 import time
 import tomllib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -140,16 +140,14 @@ def _tokenizer(run_dir: Path) -> Tokenizer | None:
 def _facts(
     config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> list[tuple[str, str]]:
-    imitation, selfplay = (
-        sum(row["stage"] == stage for row in metrics) for stage in ("imitation", "selfplay")
-    )
+    steps = Counter(row["stage"] for row in metrics)
     seconds = summary.get("train_seconds") or sum(row.get("seconds") or 0 for row in metrics)
     facts = [
         ("game", ", ".join(config["game"][key] for key in ("name", "objective") if key in config["game"])),
         ("seed", str(config["train"]["seed"])),
         ("device", f"{config['model']['device']}, {config['model']['dtype']}"),
         ("training time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"),
-        ("steps", f"{imitation} imitation, {selfplay} self-play"),
+        ("steps", f"{steps['imitation']} imitation, {steps['selfplay']} self-play"),
     ]
     if "parameters" in summary:
         facts.append(("parameters", f"{summary['parameters'] / 1e6:.2f} M"))
