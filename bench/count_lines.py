@@ -3,8 +3,8 @@
     python bench/count_lines.py
 
 A line of code is one that has a token of code: comments, docstrings and blank lines are not counted, nor are
-the tokens that only give shape (indents, newlines). The sums are printed, not limited: a limit on lines is met
-by width; a limit on tokens to a line asks for fewer ideas.
+the tokens that only give shape (indents, newlines). The sums are printed, not limited: a limit on lines is
+met by width; a limit on tokens to a line asks for fewer ideas.
 """
 
 from __future__ import annotations

@@ -87,7 +87,8 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
 
     def engine() -> tuple[Engine, Tokenizer]:
         model, tokenizer = load()
-        return build_engine(config, model, CACHE_TOKENS), tokenizer  # the policy's pool took what was free
+        # The policy's pool took what was free.
+        return build_engine(config, model, CACHE_TOKENS), tokenizer
 
     return ModelJudge(engine, temperature=j.temperature, max_tokens=j.max_tokens)
 

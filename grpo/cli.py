@@ -105,18 +105,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str) -> Any:
-    """The parser of one that takes no settings."""
-    command = commands.add_parser(name, help=help)
-    command.set_defaults(run=run, takes_settings=False)
-    return command
-
-
-def _command_with_settings(
-    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], help: str, settings: bool = False
 ) -> Any:
-    command = commands.add_parser(name, help=help, epilog=SETTINGS)
-    command.set_defaults(run=run, takes_settings=True)
+    """The parser of a command; `settings`: whether it takes them."""
+    command = commands.add_parser(name, help=help, epilog=SETTINGS if settings else None)
+    command.set_defaults(run=run, takes_settings=settings)
     return command
 
 
@@ -124,7 +118,7 @@ def _command_with_settings(
 
 
 def _add_train(commands: Any) -> None:
-    train = _command_with_settings(commands, "train", _train, "train by a recipe or a TOML file")
+    train = _command(commands, "train", _train, "train by a recipe or a TOML file", settings=True)
     train.add_argument("recipe", help=RECIPE)
     train.add_argument("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     train.add_argument(
@@ -241,8 +235,12 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
 
 def _add_config(commands: Any) -> None:
-    config = _command_with_settings(
-        commands, "config", _config_command, "print every setting with its meaning, as TOML to edit"
+    config = _command(
+        commands,
+        "config",
+        _config_command,
+        "print every setting with its meaning, as TOML to edit",
+        settings=True,
     )
     config.add_argument("recipe", help=RECIPE)
     config.add_argument("section", nargs="?", default="", help="one section alone, for example grpo")
@@ -257,7 +255,7 @@ def _config_command(options: argparse.Namespace) -> int:
 
 
 def _add_eval(commands: Any) -> None:
-    evaluate = _command_with_settings(commands, "eval", _eval, "hold dialogues with a checkpoint, measured")
+    evaluate = _command(commands, "eval", _eval, "hold dialogues with a checkpoint, measured", settings=True)
     evaluate.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     evaluate.add_argument("--recipe", required=True, help="the recipe or TOML file that names the game")
     evaluate.add_argument("--dialogues", type=int, help="how many (default: eval.dialogues)")
@@ -352,7 +350,7 @@ def _add_data(commands: Any) -> None:
 
 
 def _add_play(commands: Any) -> None:
-    play = _command_with_settings(commands, "play", _play, "negotiate with a checkpoint in the terminal")
+    play = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
     play.add_argument("checkpoint", type=Path, help=CHECKPOINT)
     game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
     play.add_argument("--game", metavar="RECIPE", help=game)

@@ -40,10 +40,10 @@ GAME = f"one of {', '.join(map(repr, GAMES))}"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Config:
+    """A run's settings by section; `game` holds those of the game that is named."""
+
     model: ModelSection = field(default_factory=ModelSection)
-    game: GameSettings = field(
-        default_factory=partial(DealSettings, name="deal")
-    )  # of the game that is named
+    game: GameSettings = field(default_factory=partial(DealSettings, name="deal"))
     imitation: ImitationSection = field(default_factory=ImitationSection)
     train: TrainSection = field(default_factory=TrainSection)
     grpo: GrpoSection = field(default_factory=GrpoSection)

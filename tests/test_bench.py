@@ -1,4 +1,4 @@
-"""bench/gpu_suite.py and bench/workload.py from their command lines, on the CPU with tiny sizes; and without a GPU."""
+"""bench/gpu_suite.py and bench/workload.py from their command lines, tiny, on the CPU and without a GPU."""
 
 from __future__ import annotations
 

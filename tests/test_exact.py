@@ -1,4 +1,4 @@
-"""A short run of bench/exact.py: rollout and training log-probs agree to the last bit over forks, turns and preemption."""
+"""A short run of bench/exact.py: rollout and training log-probs agree to the last bit."""
 
 from __future__ import annotations
 

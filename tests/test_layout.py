@@ -1,4 +1,4 @@
-"""The tree obeys its own rules: layers, folders, no circle of files, names that cannot clash, the yardstick."""
+"""The tree obeys its own rules: layers, folders, no circles, names that cannot clash, the yardstick."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def wrong_imports(root: Path) -> list[str]:
 
 
 def clashing_names(root: Path) -> list[str]:
-    """A root folder with __init__.py shadows other distributions; a module may shadow the standard library's."""
+    """A root folder with __init__.py shadows other distributions; a module may shadow the standard's."""
     found = [str(p.relative_to(root)) for layer in LAYERS for p in (root / layer).rglob("__init__.py")]
     found += [str(p.relative_to(root)) for p in product_files(root) if p.stem in sys.stdlib_module_names]
     return found + [name for name in ("duologue",) if (root / name).exists()]

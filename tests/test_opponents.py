@@ -189,7 +189,7 @@ def test_a_frozen_partner_shares_the_weights_of_the_kl_reference(start: Path, tm
 def played(start: Path, tmp_path: Path, *more: str) -> tuple[Trainer, list[Group]]:
     c = config(start, True, "train.steps=3", *more)
     trainer = run(tmp_path / "run", c)
-    groups, _ = trainer._play()
+    groups = trainer.play()
     return trainer, groups
 
 

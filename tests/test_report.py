@@ -252,6 +252,58 @@ def test_an_unfinished_run_shows_what_it_has(run: Path, tmp_path: Path) -> None:
     assert "change" not in page.text
 
 
+def test_a_dilemma_is_shown_by_its_personas_its_resolution_and_the_judges_reason(tmp_path: Path) -> None:
+    """And not in the words of a negotiation."""
+    (tmp_path / "config.toml").write_text(load_config("collective-agency").to_toml())
+    personas = [
+        {"name": "Ada", "instructions": "spend little"},
+        {"name": "Bo", "instructions": "buy well"},
+    ]
+    said = [(0, "utterance", "mend it"), (1, "utterance", "buy new"), (0, "final", "mend it, then buy")]
+    aspects = {"knowledge": 4.0, "benevolence": 3.0, "power": 2.0, "vitality": 5.0}
+    scored = {"agreed": True, "scores": [3.5, 3.5], "failure": None, "metrics": aspects, "rounds": 2}
+    failed = {"agreed": False, "scores": [0.0, 0.0], "failure": "no_agreement", "metrics": {}, "rounds": 3}
+    rows = [
+        {
+            "step": 0,
+            "stage": "selfplay",
+            "scenario": {
+                "game": "dilemma",
+                "id": "d",
+                "split": "train",
+                "private": ["a", "b"],
+                "shared": "pump?",
+            },
+            "personas": personas,
+            "turns": [
+                {"role": role, "kind": kind, "text": text, "token_ids": [1], "logprobs": None}
+                for role, kind, text in said
+            ],
+            "outcome": outcome,
+            "reward": outcome["scores"],
+        }
+        for outcome in ({**scored, "reason": "both give way"}, failed)
+    ]
+    write_lines(tmp_path / "dialogues.jsonl", rows)
+    page, _ = report(tmp_path)
+    for words in (
+        "pump?",
+        "Ada was told",
+        "spend little",
+        "Bo was told",
+        "buy well",
+        "Ada writes the resolution",
+    ):
+        assert words in page.text
+    assert "agreed in round 2, the judge gives 3.5 of 5" in page.text
+    assert "The judge: both give way" in page.text
+    assert page.text.count("The judge:") == 1
+    assert all(f"{aspect} {value:g}" in page.text for aspect, value in aspects.items())
+    assert page.text.count("no agreement") == 1
+    for words in ("side 1", "selects", "5 points", "0 points", "no deal"):
+        assert words not in page.text
+
+
 def test_a_folder_that_holds_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"nothing-here holds no run"):
         write_report(tmp_path / "nothing-here")

@@ -83,7 +83,7 @@ def measures(dialogues: Sequence[Dialogue], alone: bool, seed: int) -> dict[str,
     """Score, and for talks agreement and rounds to it, each with its interval."""
     outcomes = [d.outcome for d in dialogues if d.outcome is not None]
     scores = np.array([np.nan if o.failure == UNSCORED else o.scores[0] for o in outcomes])
-    found: dict[str, Any] = {
+    row: dict[str, Any] = {
         "tasks": len(outcomes),
         "unscored": int(np.isnan(scores).sum()),
         "score": bootstrap(mean, scores, seed),
@@ -93,8 +93,8 @@ def measures(dialogues: Sequence[Dialogue], alone: bool, seed: int) -> dict[str,
             [float(o.agreed) if o.agreed or o.failure != UNSCORED else np.nan for o in outcomes]
         )
         rounds = np.array([float(o.rounds or 0) if o.agreed else np.nan for o in outcomes])
-        found |= {"agreement": bootstrap(mean, judged, seed), "rounds": bootstrap(mean, rounds, seed)}
-    return found
+        row |= {"agreement": bootstrap(mean, judged, seed), "rounds": bootstrap(mean, rounds, seed)}
+    return row
 
 
 def final_text(dialogue: Dialogue) -> str:
@@ -190,23 +190,23 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
             return "none"
         return f"{x['value']:{form}}  [{x['low']:{form}}, {x['high']:{form}}]"
 
-    found = Table(title=f"held-out tasks, judged by {result['judge']}, 95 % intervals", title_justify="left")
+    shown = Table(title=f"held-out tasks, judged by {result['judge']}, 95 % intervals", title_justify="left")
     for heading in ("", "measure", *policies):
-        found.add_column(heading, justify="left" if heading in ("", "measure") else "right")
+        shown.add_column(heading, justify="left" if heading in ("", "measure") else "right")
     for mode in ("greedy", "sampled"):
         for name, row in result[mode].items():
             for key, form in (("agreement", ".1%"), ("rounds", ".2f"), ("score", ".2f")):
                 if key in row[policies[0]]:
-                    found.add_row(
+                    shown.add_row(
                         f"{mode} {name}", key, *(cell(row[policy][key], form) for policy in policies)
                     )
             if "preference" in row:
                 p = row["preference"]
                 rest = ", ".join(f"{p[key]} {key}" for key in (*VERDICTS, "inconsistent", "unscored"))
-                found.add_row(
+                shown.add_row(
                     f"{mode} {name}",
                     f"preferred by {result['preference_judge']}",
                     cell(p["win_rate"], ".1%"),
                     rest,
                 )
-    return found
+    return shown

@@ -90,7 +90,7 @@ class Engine:
     """Generates on `model`'s own parameters: nothing is copied; the next request sees an update in place.
 
     page_size: tokens of a KV page (a multiple of 16 for the CPU kernels).
-    cache_tokens: size of the pool; None takes 85 % of the memory that is free on CUDA, CACHE_TOKENS on CPU.
+    cache_tokens: size of the pool; None takes 85 % of the memory free on CUDA, and CACHE_TOKENS on CPU.
     max_batch: requests that run at once.
     max_step_tokens: tokens of one step, prefill and decode together.
     decode: ids to text, for stop strings (a tokenizer's).

@@ -134,7 +134,7 @@ class Negotiator(Side):
         return Act(take=self._half(), refuse=pending)
 
     def _hasty(self) -> Act:
-        """Offers what comes to mind, or closes before anything is settled. It accepts whatever it is
+        """Offers what comes to mind, or closes before there is a deal. It accepts whatever it is
         offered.
         """
         if (self.spoken or self.last is not START) and self.chance(0.4):
@@ -186,8 +186,8 @@ class Negotiator(Side):
         """
         mine = self._favourite()
         others = [k for k, c in enumerate(self.counts) if k != mine for _ in range(c)]
-        given = self.rng.sample(others, min(len(others), self.refusals + 1))
-        return tuple(c - given.count(k) for k, c in enumerate(self.counts))
+        spared = self.rng.sample(others, min(len(others), self.refusals + 1))
+        return tuple(c - spared.count(k) for k, c in enumerate(self.counts))
 
 
 def scripted_dialogue(
@@ -197,5 +197,9 @@ def scripted_dialogue(
     deal: Deal = scenario.data
     make = partial(kind, game=game, counts=deal.counts)
     return hold(
-        game, scenario, TEMPERAMENTS, rng, lambda i, temperament, own: make(deal.values[i], temperament, own)
+        game,
+        scenario,
+        TEMPERAMENTS,
+        rng,
+        lambda i, temperament, draws: make(deal.values[i], temperament, draws),
     )

@@ -182,7 +182,7 @@ class DilemmaGame(Game):
     def verdict(cls, outcome: Mapping[str, Any]) -> str:
         if not outcome.get("agreed"):
             return cls.failure_in_words(outcome.get("failure"))
-        start = "" if cls.alone else f"agreed after {outcome['rounds']} rounds, "
+        start = "" if cls.alone else f"agreed in round {outcome['rounds']}, "
         if outcome["failure"]:
             return start + cls.failure_in_words(outcome.get("failure"))
         return start + f"the judge gives {outcome['scores'][0]:g} of {HIGHEST}"

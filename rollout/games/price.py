@@ -243,16 +243,17 @@ class Haggler(Side):
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
-        words, own = phrases("deal"), phrases("price")
+        words, of_price = phrases("deal"), phrases("price")
         side = "buyer" if self.buys else "seller"
         price, theirs = (vector[0] if vector else 0 for vector in (act.take, act.against))
+        bid = of_price["middle" if act.best else f"{side}_bid"]
         parts = (
             (act.accept, words["agree"]),
             (act.confirm, words["confirm"]),
-            (act.refuse, own[f"{side}_refuse"]),
-            (act.reveal and not act.against, own[f"{side}_limit"]),
-            (act.take, own["compare"] if act.against else own["middle"] if act.best else own[f"{side}_bid"]),
-            (act.ask, own["ask"]),
+            (act.refuse, of_price[f"{side}_refuse"]),
+            (act.reveal and not act.against, of_price[f"{side}_limit"]),
+            (act.take, of_price["compare"] if act.against else bid),
+            (act.ask, of_price["ask"]),
             (act.leave, words["leave"]),
             (act == Act(close=True), words["hurry"]),
         )
@@ -266,8 +267,8 @@ def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -
     """Two temperaments hold the negotiation."""
     haggle: Haggle = scenario.data
 
-    def side(i: int, temperament: str, own: random.Random) -> Haggler:
+    def side(i: int, temperament: str, draws: random.Random) -> Haggler:
         buys = i == haggle.buyer
-        return Haggler((haggle.most if buys else haggle.least,), temperament, own, buys=buys)
+        return Haggler((haggle.most if buys else haggle.least,), temperament, draws, buys=buys)
 
     return hold(game, scenario, TEMPERAMENTS, rng, side)

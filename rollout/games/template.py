@@ -23,12 +23,12 @@ def load_template(folder: str, default: Path, name: str, accepted: set[str], req
     if not folder or not path.is_file():
         path = default / f"{name}.txt"
     text = path.read_text("utf-8")
-    found = set(_PLACE.findall(text))
-    if found - accepted or required - found:
+    places = set(_PLACE.findall(text))
+    if places - accepted or required - places:
         wrong = (
-            f"has the unknown place {{{min(found - accepted)}}}"
-            if found - accepted
-            else f"lacks {{{min(required - found)}}}"
+            f"has the unknown place {{{min(places - accepted)}}}"
+            if places - accepted
+            else f"lacks {{{min(required - places)}}}"
         )
         raise ValueError(
             f"{path} {wrong}: accepted is {', '.join(f'{{{p}}}' for p in sorted(accepted)) or 'none'}"

@@ -96,11 +96,11 @@ def likeness(texts: Sequence[str]) -> Iterator[tuple[float, int, int]]:
     """
     sets = [shingles(text) for text in texts]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)
-    for i, own in enumerate(sets):
+    for i, words in enumerate(sets):
         common: dict[int, int] = defaultdict(int)
-        for shingle in own:
+        for shingle in words:
             for j in holders[shingle]:
                 common[j] += 1
             holders[shingle].append(i)
         for j, n in common.items():
-            yield n / (len(own) + len(sets[j]) - n), i, j
+            yield n / (len(words) + len(sets[j]) - n), i, j

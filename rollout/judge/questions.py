@@ -89,20 +89,20 @@ def _tag(name: str, text: str, attribute: str = "") -> str:
 def read_answer(kind: str, content: str, case: Case) -> dict[str, Any]:
     """The checked answer: {"agreed"}, an integer per aspect and the reason, or {"winner"}."""
     try:
-        found = json.loads(content)
+        answer = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"the answer is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(answer, dict):
         raise ValueError("the answer is no JSON object")
     if kind == AGREEMENT:
-        return _agreement(found, case.turns)
-    if not isinstance(found.get("reason"), str):
+        return _agreement(answer, case.turns)
+    if not isinstance(answer.get("reason"), str):
         raise ValueError("reason is no text")
-    return _scores(found) if kind == SCORE else _winner(found)
+    return _scores(answer) if kind == SCORE else _winner(answer)
 
 
-def _agreement(found: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict[str, Any]:
-    agreed, assent = found.get("agreed"), found.get("assent")
+def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict[str, Any]:
+    agreed, assent = answer.get("agreed"), answer.get("assent")
     if not isinstance(agreed, bool):
         raise ValueError(f"agreed = {agreed!r}: accepted is true or false")
     if not isinstance(assent, dict) and (agreed or assent is not None):
@@ -123,18 +123,18 @@ def _occurs(quote: str, texts: Sequence[str]) -> bool:
     )
 
 
-def _scores(found: dict[str, Any]) -> dict[str, Any]:
+def _scores(answer: dict[str, Any]) -> dict[str, Any]:
     for aspect in ASPECTS:
-        value = found.get(aspect)
+        value = answer.get(aspect)
         if type(value) is not int or not 0 <= value <= HIGHEST:
             raise ValueError(f"{aspect} = {value!r}: accepted is an integer from 0 to {HIGHEST}")
-    return {key: found[key] for key in (*ASPECTS, "reason")}
+    return {key: answer[key] for key in (*ASPECTS, "reason")}
 
 
-def _winner(found: dict[str, Any]) -> dict[str, Any]:
-    if found.get("winner") not in WINNERS:
-        raise ValueError(f"winner = {found.get('winner')!r}: accepted is one of {', '.join(WINNERS)}")
-    return {"winner": found["winner"]}
+def _winner(answer: dict[str, Any]) -> dict[str, Any]:
+    if answer.get("winner") not in WINNERS:
+        raise ValueError(f"winner = {answer.get('winner')!r}: accepted is one of {', '.join(WINNERS)}")
+    return {"winner": answer["winner"]}
 
 
 def schema(kind: str) -> dict[str, Any]:
