@@ -97,7 +97,7 @@ def payoff_table(groups: Sequence[Group], world: World = ALONE) -> dict[str, dic
     return table
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(eq=False)
 class Opponents:
     """`of_groups`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
