@@ -338,9 +338,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, g: Tensor, h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, temperature, bias, mask, entropy, stats = ctx.saved_tensors
+    *tensors, mask, entropy, stats = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    inputs = Inputs(hidden, weight, targets, temperature, bias, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes)
+    inputs = (*tensors, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes)
     grads = linear_logprob_backward_op(*inputs, entropy, stats, g, h, need)
     of_hidden, of_weight, of_bias = (
         grad if needed else None for grad, needed in zip(grads, need, strict=True)
