@@ -38,6 +38,7 @@ class Limits:
     one_of: tuple[str, ...] = ()
     form: str = ""
     words: str = ""
+    gap: float = 0.0  # nothing between 0 and this is accepted
 
     @property
     def accepted(self) -> str:
@@ -49,7 +50,8 @@ class Limits:
         if self.above is not None:
             return f"above {self.above:g}" + ("" if self.most is None else f" and up to {self.most:g}")
         if self.least is not None or self.most is not None:
-            return f"{_plain(self.least)} to {_plain(self.most)}"
+            but = f", nothing between 0 and {self.gap:g}" if self.gap else ""
+            return f"{_plain(self.least)} to {_plain(self.most)}{but}"
         return ""
 
     def refused(self, value: Any) -> Iterator[Any]:
@@ -70,6 +72,7 @@ class Limits:
             and (self.least is None or item >= self.least)
             and (self.above is None or item > self.above)
             and (self.most is None or item <= self.most)
+            and not 0 < item < self.gap
         )
 
 
@@ -83,10 +86,18 @@ def setting(
     one_of: Sequence[str] = (),
     form: str = "",
     words: str = "",
+    gap: float = 0.0,
 ) -> Any:
-    """A dataclass field with limits: `least` and `most` are accepted themselves, `above` is not."""
+    """A dataclass field with limits: `least`, `most` and `gap` are accepted themselves, `above` is not."""
     limits = Limits(
-        meaning=meaning, least=least, above=above, most=most, one_of=tuple(one_of), form=form, words=words
+        meaning=meaning,
+        least=least,
+        above=above,
+        most=most,
+        one_of=tuple(one_of),
+        form=form,
+        words=words,
+        gap=gap,
     )
     return dataclasses.field(default=default, metadata={"limits": limits})
 

@@ -383,7 +383,7 @@ def test_metrics_follow_from_the_dialogues(
     draws = random.Random(0)
     monkeypatch.setattr(DealGame, "judge", judge)
     monkeypatch.setattr(
-        DealGame, "rewards", lambda self, scenario, outcome, objective: tuple(x / 10 for x in outcome.scores)
+        DealGame, "rewards", lambda self, scenario, outcome: tuple(x / 10 for x in outcome.scores)
     )
     run(tmp_path / "run", config(start, True, "opponent.kind=frozen", "game.objective=selfish"))
     ratings = {POLICY: 1000.0, "start": 1000.0}
