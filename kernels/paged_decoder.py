@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any
 
 import torch
 from duologue.kernels.backend import DTYPES, check, lib, pointers
@@ -182,7 +183,7 @@ class PagedDecoder:
         H, I, Hq, Hk, D = self._sizes
         T, N, S, L = len(token_ids), len(wanted), len(context_lens), self._n_layers
         P, B = kv.shape[2:4]
-        contracts: dict[str, tuple[Tensor, tuple[int | None, ...], torch.dtype]] = {
+        contracts: dict[str, Any] = {
             "positions": (positions, (T,), torch.int64),
             "slots": (slots, (T,), torch.int64),
             "cos": (cos, (None, D // 2), torch.float32),
