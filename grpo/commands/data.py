@@ -8,9 +8,9 @@ import argparse
 import itertools
 import json
 import os
-import queue
 import re
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,15 +103,10 @@ def _check(options: argparse.Namespace) -> int:
     for path, kind in kinds.items():
         rows = read(path, NEEDS[kind])
         held += [(f"{path.name}: {row['id']}", row) for row in rows if "text" in row]
-        tiers = Counter(row["tier"] for row in rows if "tier" in row)
-        situations = {
-            tier: len({row["situation"] for row in rows if row.get("tier") == tier and "situation" in row})
-            for tier in tiers
-        }
-        parts = (
-            f"{tier} {n}" + (f" ({situations[tier]})" if situations[tier] else "")
-            for tier, n in tiers.items()
-        )
+        parts = []
+        for tier, n in Counter(row["tier"] for row in rows if "tier" in row).items():
+            situations = {row["situation"] for row in rows if row.get("tier") == tier and "situation" in row}
+            parts.append(f"{tier} {n} ({len(situations)})" if situations else f"{tier} {n}")
         table.add_row(path.name, kind, str(len(rows)), ", ".join(parts))
     console = Console(highlight=False, markup=False)
     console.print(table)
@@ -122,7 +117,7 @@ def _check(options: argparse.Namespace) -> int:
     )
     for value, i, j in pairs[:3]:
         console.print(f"  {value:.3f}  {held[j][0]}  and  {held[i][0]}")
-    alike = [(value, i, j) for value, i, j in pairs if value > MOST_ALIKE]
+    alike = [pair for pair in pairs if pair[0] > MOST_ALIKE]
     for value, i, j in alike:
         console.print(
             f"too much alike ({value:.3f}, accepted is up to {MOST_ALIKE}): {held[j][0]} and {held[i][0]}"
@@ -187,13 +182,13 @@ def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
 def _ask(endpoint: ChatEndpoint, prompt: str, options: argparse.Namespace) -> str:
     """What the server answers."""
     body = {"messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": 400}
-    answers: queue.SimpleQueue[tuple[str | None, str]] = queue.SimpleQueue()
+    answer: Future[tuple[str | None, str]] = Future()
 
     def done(content: str | None, reason: str) -> None:
-        answers.put((content, reason))
+        answer.set_result((content, reason))
 
     endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=str, done=done))
-    content, reason = answers.get()
+    content, reason = answer.result()
     if content is None:
         status = re.search(r"HTTP \d+", reason)
         raise RuntimeError(
