@@ -247,19 +247,21 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def ask_to_stop(*_: Any) -> None:
         stop.set()
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
     try:
         for number in before:
             signal.signal(number, ask_to_stop)
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 # ---- config and eval ---------------------------------------------------------------------------------------

@@ -251,7 +251,7 @@ def _dialogue(game: type[Game], record: Record, tokenizer: Tokenizer | None) -> 
     reward = record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
     shown = game.shown(record)
-    measures = [*shown.measures]
+    measures = shown["measures"]
     if reward is not None:
         same = reward[0] == reward[1]
         measures.append(("reward {:.2f}" if same else "reward {:.2f}, {:.2f}").format(*reward))

@@ -35,7 +35,7 @@ class Backend(Protocol):
     in the ledger.
     """
 
-    settings: dict[str, object]
+    settings: dict[str, Any]
 
     @property
     def name(self) -> str: ...

@@ -65,7 +65,7 @@ class Endpoint:
         if not re.fullmatch(r"[!-~]*", api_key):
             raise ValueError(f"the {self.section}'s API key has characters other than printable ASCII")
         self.name = model or url
-        self.settings: dict[str, object] = {"temperature": temperature, "max_tokens": max_tokens}
+        self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         self._url = url.rstrip("/") + "/chat/completions"
         self._model = model or "default"
         self._deadline_s, self._attempts, self._key = deadline_s, attempts, api_key
