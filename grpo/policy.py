@@ -17,6 +17,8 @@ from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.seeds import derive_seed
 
+SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+
 
 def use_threads(config: Config) -> None:
     """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve
@@ -55,11 +57,7 @@ def build_policy(
     sizes = ModelConfig(
         model_type="qwen3",
         vocab_size=tokenizer.vocab_size,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.intermediate_size,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
+        **{size: getattr(m, size) for size in SIZES},
         head_dim=m.head_dim or m.hidden_size // m.num_heads,
         max_position_embeddings=m.max_position,
         dtype=m.dtype,
@@ -103,7 +101,7 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
     """Raise ValueError when a checkpoint to resume from is not of the sizes that [model] names."""
     if config.model.path:
         return
-    for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+    for key in SIZES:
         wanted, present = getattr(config.model, key), getattr(model.config, key)
         if wanted != present:
             raise ValueError(

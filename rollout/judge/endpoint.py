@@ -154,19 +154,15 @@ class Endpoint:
             **self.settings,
             "temperature": temperature,
         }
-        structure = {
-            "type": "json_schema",
-            "json_schema": {"name": question.kind, "strict": True, "schema": schema(question.kind)},
-        }
-        structured = self._structured
-        response = await self._client.post(
-            self._url, json=body | ({"response_format": structure} if structured else {})
-        )
-        if structured and response.status_code in (400, 422):
-            response = await self._client.post(self._url, json=body)
-            self._structured = (
-                not response.is_success and self._structured
-            )  # it was the format that was refused
+        if self._structured:
+            form = {"name": question.kind, "strict": True, "schema": schema(question.kind)}
+            response_format = {"type": "json_schema", "json_schema": form}
+            response = await self._client.post(self._url, json=body | {"response_format": response_format})
+            if response.status_code not in (400, 422):
+                return self._content(response)
+        response = await self._client.post(self._url, json=body)
+        if response.is_success:
+            self._structured = False  # it was the format that was refused
         return self._content(response)
 
     def _content(self, response: httpx.Response) -> str:
