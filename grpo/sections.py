@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
-from duologue.model.checkpoint import DTYPES
 from duologue.model.lora import LoraSettings
 from duologue.model.settings import like, setting
 from duologue.model.tokenizer import LEAST_IDS
+from duologue.model.weights import DTYPES
 from duologue.rollout.engine.pages import CACHE_TOKENS
+from duologue.rollout.engine.sequence import LEAST_TEMPERATURE
 
 HTTP_ADDRESS = "an address that begins with http:// or https://"
 
@@ -220,7 +221,9 @@ class EvalSection:
 
     dialogues: int = setting(500, "dialogues of the policy with itself", least=1)
     split: str = setting("heldout", "of the scenarios", one_of=("heldout", "train"))
-    temperature: float = setting(1.0, "of the policy's words; 0 takes the likeliest", least=0, most=100)
+    temperature: float = setting(
+        1.0, "of the policy's words; 0 takes the likeliest", least=0, most=100, gap=LEAST_TEMPERATURE
+    )
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")
     judge_model: str = setting("", "the server's name of its model")

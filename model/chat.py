@@ -30,8 +30,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 Offsets = list[tuple[int, int]]
 ACCEPTED = (
     "accepted is a template that takes a system turn, then user and assistant turns in any order: every "
-    "context begins "
-    "with private instructions, and either side may speak first"
+    "context begins with private instructions, and either side may speak first"
 )
 
 
@@ -138,10 +137,15 @@ class Chat:
             self._template = compile_template(template)
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is not valid: {error}") from error
+        self._append_only = append_only
         self._talks = [talk for talk in _conversations() if append_only or talk[-1] != "assistant"]
         pieces = self._pieces(append_only)
         self._check(pieces)
+        self.contents: list[
+            tuple[str, list[int]]
+        ] = []  # texts in the places of contents, with their ids there
         self._ids = self._cut_ids(pieces, encode)
+        self.written_ids = frozenset(i for ids in self._ids.values() for i in ids)
         closing, special = self._ids["closing"], set(special_ids)
         stops = [*eos_token_ids]
         end = next((i for i, t in enumerate(closing) if t in special or t in stops), None)
@@ -156,8 +160,7 @@ class Chat:
         self._after_stop = closing if end is None else closing[end + 1 :]
 
     def open(self, system_ids: list[int]) -> list[int]:
-        """Everything before the first turn: the template's own beginning and the system turn with these
-        ids."""
+        """Everything before the first turn: the template's beginning and the system turn with these ids."""
         return [*self._ids["system_before"], *system_ids, *self._ids["system_after"]]
 
     def heard(self, token_ids: list[int]) -> list[int]:
@@ -205,18 +208,24 @@ class Chat:
         if prompt == user:
             raise ValueError("the chat template has no generation prompt: nothing marks whose turn it is")
         reply = self._rest(user, prompt, 2)
+        if not append_only:
+            return Pieces(*system_around, *user_around, reply, *self._around_earlier(user, user_around))
         done = self._render(["system", "user", "assistant"])
         between, closing = self._around("assistant", 2, self._rest(prompt, done, 3))
         if between:
             self._refuse(
                 2, f"{between!r} stands before a finished reply, but not in the generation prompt {reply!r}"
             )
-        if append_only:
-            return Pieces(*system_around, *user_around, reply, closing, reply)
-        earlier, _ = self._around(
-            "assistant", 2, self._rest(user, self._render(["system", "user", "assistant", "user"]), 2)
-        )
-        return Pieces(*system_around, *user_around, reply, closing, earlier)
+        return Pieces(*system_around, *user_around, reply, closing, reply)
+
+    def _around_earlier(self, user: str, user_around: tuple[str, str]) -> tuple[str, str]:
+        """What stands after a reply that the user has answered, and before it: of the last it may differ."""
+        talk = self._rest(user, self._render(["system", "user", "assistant", "user"]), 2)
+        before, after = self._around("assistant", 2, talk)
+        answer = _mark(3).join(user_around)
+        if not after.endswith(answer):
+            self._refuse(3, f"what stood as {answer!r} is not at the end of {after[-80:]!r}")
+        return after.removesuffix(answer), before
 
     def _rest(self, start: str, text: str, turns: int) -> str:
         """What a conversation adds to its first `turns` turns, which are `start`."""
@@ -263,12 +272,14 @@ class Chat:
                 if end > ends[at]:
                     raise ValueError(
                         f"the tokenizer joins the end of {segments[at][1]!r} and what follows in one token: "
-                        "the chat "
-                        "template has no boundary of tokens between a content and what stands around it"
+                        "the chat template has no boundary of tokens between a content and what stands "
+                        "around it"
                     )
                 cut[at].append(token)
             for (name, text), ids in zip(segments, cut, strict=True):
-                if known.setdefault(name, ids) != ids and not name.isdigit():
+                if name.isdigit():
+                    self.contents.append((text, ids))
+                elif known.setdefault(name, ids) != ids:
                     raise ValueError(
                         f"the tokenizer gives {text!r} of the chat template other ids in other places"
                     )
@@ -280,10 +291,11 @@ class Chat:
         self._refuse(turn, f"what stood as {alone!r} stands as {here!r} in a longer conversation")
 
     def _refuse(self, turn: int, reason: str) -> NoReturn:
-        raise ValueError(
-            f"the chat template rewrites turn {turn}: {reason}. Contexts here are append-only: a turn must "
-            "be rendered "
-            "the same whatever follows it. Put a template that does so into chat_template.jinja; dilemmas "
-            "with "
-            "dialogue.context = 'last_2' need none"
-        )
+        accepted = "Contexts are written anew for every turn, yet a turn must be rendered the same in all"
+        if self._append_only:
+            accepted = (
+                "Contexts here are append-only: a turn must be rendered the same whatever follows it. Put a "
+                "template that does so into chat_template.jinja; dilemmas with dialogue.context = 'last_2' "
+                "need none"
+            )
+        raise ValueError(f"the chat template rewrites turn {turn}: {reason}. {accepted}")

@@ -5,25 +5,21 @@ template.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
-from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.decoder import Decoder, Linear, empty_decoder
+from duologue.model.files import read_json
 from duologue.model.lora import LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
-from duologue.model.tokenizer import Tokenizer, read_json
-from safetensors import SafetensorError, safe_open
+from duologue.model.tokenizer import Tokenizer
+from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finite, stored_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-HEAD = "lm_head.weight"
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -71,7 +67,10 @@ def read_config(folder: Path) -> ModelConfig:
     """config.json as a ModelConfig."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder} is not a checkpoint: it has no config.json")
-    return ModelConfig.from_hf(read_json(folder / "config.json"))
+    try:
+        return ModelConfig.from_hf(read_json(folder / "config.json"))
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
 
 
 def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:
@@ -81,55 +80,46 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
     The parameters are new objects afterwards: make an optimizer later than this.
     """
     wanted = dict(model.named_parameters())
-    loaded: set[str] = set()
+    stored: set[str] = set()
     stored_head: Tensor | None = None
-    for name, file, tensor in _tensors(folder):
-        if name == HEAD and model.lm_head is None:
-            stored_head = tensor  # some write the tied head all the same
-            continue
+    for name, file, tensor in stored_tensors(folder, wanted):
         if name.endswith("rotary_emb.inv_freq"):
             continue  # old Llama checkpoints carry this table
-        if name not in wanted:
+        like = wanted.get(EMBEDDING if name == HEAD else name)
+        if like is None:
             raise ValueError(f"{file}: {name} is no tensor of this {model.config.model_type} model")
-        if tensor.shape != wanted[name].shape:
-            raise ValueError(
-                f"{file}: {name} is {list(tensor.shape)}, the model's is {list(wanted[name].shape)}"
-            )
+        if tensor.shape != like.shape:
+            raise ValueError(f"{file}: {name} is {list(tensor.shape)}, the model's is {list(like.shape)}")
         if tensor.dtype not in DTYPES.values():
             raise ValueError(
                 f"{file}: {name} has dtype {tensor.dtype}, accepted is one of {', '.join(DTYPES)}"
             )
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor.to(device=device, dtype=dtype)))
-        loaded.add(name)
-    if missing := sorted(wanted.keys() - loaded):
-        raise ValueError(f"{folder} lacks {len(missing)} of the model's tensors, first {missing[0]}")
-    if stored_head is not None and not torch.equal(
-        stored_head.to(device=device, dtype=dtype), model.head_weight
-    ):
-        raise ValueError(f"{folder}: tie_word_embeddings is true, yet {HEAD} differs from the embedding")
+        value = tensor.to(device=device, dtype=dtype)
+        if not finite(value):
+            raise ValueError(f"{file}: {name} has NaN or infinity as {dtype}: accepted are finite numbers")
+        stored.add(name)
+        if name in wanted:
+            _set(model, name, value)
+        else:
+            stored_head = value  # of a tied model: some write it all the same
+    if stored_head is not None:
+        _use_stored_head(model, stored_head, EMBEDDING in stored)
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Path, Tensor]]:
-    if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ValueError(f"{folder / INDEX} has no weight_map")
-        files = sorted(set(weight_map.values()))
-    elif (folder / SINGLE).is_file():
-        files = [SINGLE]
-    else:
-        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
-    for name in files:
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{folder / INDEX} names the shard {name}, which is not there")
-        try:
-            with safe_open(str(file), framework="pt") as handle:
-                for key in handle.keys():  # noqa: SIM118 - the handle is no dict
-                    yield key, file, handle.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{file} cannot be read, it is truncated or damaged: {error}") from error
+def _set(model: Decoder, name: str, value: Tensor) -> None:
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def _use_stored_head(model: Decoder, head: Tensor, beside_embedding: bool) -> None:
+    """As in transformers what is stored counts: one tensor serves as both, two that differ are not tied."""
+    if not beside_embedding:
+        _set(model, EMBEDDING, head)
+    elif not torch.equal(head, model.head_weight):
+        with torch.device("meta"):
+            model.lm_head = Linear(model.config.hidden_size, model.config.vocab_size)
+        _set(model, HEAD, head)
+        model.config = replace(model.config, tie_word_embeddings=False)
 
 
 def save_model(
@@ -157,7 +147,8 @@ def write_checkpoint(
         raw["eos_token_id"] = one_or_list(tokenizer.eos_token_ids)
     if tokenizer.bos_token_id is not None:
         raw["bos_token_id"] = tokenizer.bos_token_id
-    generation = {key: raw[key] for key in ("bos_token_id", "eos_token_id")}
+    kept = {key: value for key, value in tokenizer.generation.items() if value is not None}
+    generation = {"bos_token_id": raw["bos_token_id"], **kept, "eos_token_id": raw["eos_token_id"]}
     for name, value in (("config.json", raw), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(value, indent=2), "utf-8")
     tokenizer.save(folder)

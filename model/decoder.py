@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from duologue.kernels import backend, ops
 from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
-from duologue.model.config import ModelConfig
+from duologue.model.config import ModelConfig, RopeScaling
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
@@ -208,8 +208,7 @@ class Body(nn.Module):
 
 
 class Decoder(nn.Module):
-    """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its two halves on packed
-    tokens."""
+    """`model(token_ids [B, T]) -> logits [B, T, V]`; `hidden` and `head` are its halves on packed tokens."""
 
     exact = True
     packed = False  # whether the layers' weights are in four bits
@@ -244,8 +243,7 @@ class Decoder(nn.Module):
     def hidden(
         self, token_ids: Tensor, positions: Tensor, attn: AttentionContext, lora: Adapters | None = None
     ) -> Tensor:
-        """token_ids [T] and positions [T] int64 -> the final norm's output [T, H]. `lora` None is
-        `rows()`."""
+        """token_ids and positions [T] int64 -> the final norm's output [T, H]. `lora` None is `rows()`."""
         body = self.model
         lora = self.rows() if lora is None else lora
         rotary = (*self.rotary_tables(positions), positions)
@@ -337,6 +335,9 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     slowed = frequency / scaling.factor
     if scaling.kind == "linear":
         return slowed
+    if scaling.kind == "yarn":
+        kept = _yarn_kept(config, scaling)
+        return slowed * (1 - kept) + frequency * kept
     waves = (
         scaling.original_max_position * frequency / (2 * math.pi)
     )  # how often it turns in the original context
@@ -347,10 +348,26 @@ def rope_frequencies(config: ModelConfig) -> Tensor:
     )
 
 
+def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Tensor:
+    """[D / 2] the share of each pair's own frequency that YaRN keeps: 1 for fast ones, 0 for slow ones."""
+    D, original = config.head_dim, scaling.original_max_position
+
+    def pair(turns: float) -> float:  # the one that turns so often in the original context
+        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, D - 1)
+    width = high - low if high != low else 0.001
+    return 1 - ((torch.arange(D // 2, device="cpu").float() - low) / width).clamp(0, 1)
+
+
 def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
     """cos and sin of positions 0 to rows - 1, each [rows, D / 2] fp32."""
     angles = torch.arange(rows, device="cpu").float().unsqueeze(1) * rope_frequencies(config)
-    return angles.cos(), angles.sin()
+    factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
+    return angles.cos() * factor, angles.sin() * factor
 
 
 def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) -> list[Tensor]:

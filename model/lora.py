@@ -12,8 +12,10 @@ Shapes: T tokens, K in, O out, r rank.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from duologue.kernels import ops
@@ -21,6 +23,7 @@ from duologue.model.decoder import Decoder, Linear, empty_decoder
 from duologue.model.settings import setting
 from torch import Tensor, nn
 
+T = TypeVar("T")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -38,10 +41,28 @@ class LoraSettings:
     )
     base: str = ""
     rslora: bool = False
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, hash=False
+    )  # of linears that a pattern matches
+    alpha_pattern: dict[str, float] = field(default_factory=dict, hash=False)
+    # The object of the adapter_config.json that this came from: what is said there beyond the above is kept.
+    raw: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
-    @property
-    def scale(self) -> float:
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+    def rank_of(self, name: str) -> int:
+        return _by_pattern(self.rank_pattern, name, self.rank)
+
+    def scale_of(self, name: str) -> float:
+        """What the part of the linear `name` is multiplied by."""
+        rank = self.rank_of(name)
+        return _by_pattern(self.alpha_pattern, name, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _by_pattern(patterns: dict[str, T], name: str, default: T) -> T:
+    """The value of the first pattern that matches the end of the linear's name, as in peft."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", f"model.{name}"):
+            return value
+    return default
 
 
 class Adapter(nn.Module):
@@ -50,6 +71,7 @@ class Adapter(nn.Module):
     def __init__(self, settings: LoraSettings, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
         super().__init__()
         self.settings = settings
+        self.scales = {name: settings.scale_of(name) for name in pairs}
         self.pairs = {name: (nn.Parameter(a), nn.Parameter(b)) for name, (a, b) in pairs.items()}
         for name, (a, b) in self.pairs.items():  # a parameter's name has no dots
             self.register_parameter(f"{name.replace('.', '_')}_A", a)
@@ -82,7 +104,7 @@ class AdapterRows:
                 continue
             a, b = adapter.pairs[name]
             x = self._drop(x_TK if rows is None else x_TK.index_select(0, rows), adapter.settings.dropout)
-            delta = ops.linear(ops.linear(x, a), b) * adapter.settings.scale
+            delta = ops.linear(ops.linear(x, a), b) * adapter.scales[name]
             out_TO = out_TO.add_(delta) if rows is None else out_TO.index_add_(0, rows, delta)
         return out_TO
 
@@ -153,11 +175,11 @@ def merged(model: LoraDecoder) -> Decoder:
     out = empty_decoder(model.config)
     for name, weight in model.adapter_off.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        pair = model.adapter.pairs.get(owner.removeprefix("model.")) if leaf == "weight" else None
+        linear = owner.removeprefix("model.")
         value = weight.detach()
-        if pair is not None:
-            value = (weight.float() + model.adapter.settings.scale * (pair[1].float() @ pair[0].float())).to(
-                weight.dtype
-            )
+        if leaf == "weight" and linear in model.adapter.pairs:
+            a, b = model.adapter.pairs[linear]
+            delta = model.adapter.scales[linear] * (b.float() @ a.float())
+            value = (weight.float() + delta).to(weight.dtype)
         setattr(out.get_submodule(owner), leaf, nn.Parameter(value))
     return out

@@ -38,6 +38,7 @@ class Limits:
     one_of: Collection[str] = ()
     form: str = ""
     words: str = ""
+    gap: float = 0.0  # nothing between 0 and this is accepted
 
     @property
     def accepted(self) -> str:
@@ -49,7 +50,8 @@ class Limits:
         if self.above is not None:
             return f"above {self.above:g}" + ("" if self.most is None else f" and up to {self.most:g}")
         if self.least is not None or self.most is not None:
-            return f"{_plain(self.least)} to {_plain(self.most)}"
+            but = f", nothing between 0 and {self.gap:g}" if self.gap else ""
+            return f"{_plain(self.least)} to {_plain(self.most)}{but}"
         return ""
 
     def accepts(self, item: Any) -> bool:
@@ -65,6 +67,7 @@ class Limits:
             and (self.least is None or item >= self.least)
             and (self.above is None or item > self.above)
             and (self.most is None or item <= self.most)
+            and not 0 < item < self.gap
         )
 
 

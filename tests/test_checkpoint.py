@@ -112,7 +112,9 @@ def test_the_dtype_is_the_checkpoints_unless_given(checkpoint: Get, tmp_path: Pa
     assert {p.dtype for p in wide.parameters()} == {torch.float32}
 
 
-def test_a_stored_tied_head_is_taken_only_if_it_is_tied(checkpoint: Get, tmp_path: Path) -> None:
+def test_a_stored_head_of_a_tied_model_is_taken_as_it_is(checkpoint: Get, tmp_path: Path) -> None:
+    import transformers
+
     folder = Path(shutil.copytree(checkpoint("llama-tied")[0], tmp_path / "tied"))
     expected, _ = load_model(folder)
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
@@ -120,8 +122,19 @@ def test_a_stored_tied_head_is_taken_only_if_it_is_tied(checkpoint: Get, tmp_pat
     with torch.no_grad():
         assert torch.equal(model(TOKEN_IDS), expected(TOKEN_IDS))
     edit_tensors(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
-    with pytest.raises(ValueError, match=r"tie_word_embeddings is true, yet lm_head\.weight differs"):
-        load_model(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    untied, tokenizer = load_model(folder)
+    assert not untied.config.tie_word_embeddings
+    with torch.no_grad():
+        assert not torch.allclose(untied(TOKEN_IDS), expected(TOKEN_IDS), atol=0.1)
+        torch.testing.assert_close(untied(TOKEN_IDS), theirs(TOKEN_IDS).logits, atol=1e-4, rtol=1e-5)
+        save_model(untied, tokenizer, tmp_path / "saved")
+        assert torch.equal(load_model(tmp_path / "saved")[0](TOKEN_IDS), untied(TOKEN_IDS))
+    edit_tensors(folder, lambda t: t.pop("model.embed_tokens.weight"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        alone = load_model(folder)[0](TOKEN_IDS)
+        torch.testing.assert_close(alone, theirs(TOKEN_IDS).logits, atol=1e-4, rtol=1e-5)
 
 
 def test_the_rotary_table_of_old_checkpoints_is_passed_over(copied: Path) -> None:

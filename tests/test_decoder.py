@@ -246,8 +246,8 @@ GOOD: dict[str, Any] = {
         ({"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types = \['sliding_attention'\]"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
-            "rope_type = 'yarn'.*: accepted is one of default, linear, llama3",
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}},
+            "rope_type = 'longrope'.*: accepted is one of default, linear, llama3",
         ),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope_type = 'dynamic'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "lacks low_freq_factor, high_freq_factor"),

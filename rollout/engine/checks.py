@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Ids
 
 from duologue.rollout.engine.sequence import Request, SamplingParams
@@ -38,6 +38,21 @@ def check_fits(n_tokens: int, params: SamplingParams, limits: Mapping[str, int])
                 f"a context of {n_tokens} tokens and max_new_tokens {params.max_new_tokens} exceed {name}, "
                 f"which holds {limit}"
             )
+
+
+def check_stop_strings(strings: Ids[str], decode: Callable[[list[int]], str] | None) -> None:
+    """ValueError where no text can contain one of the strings."""
+    if strings and decode is None:
+        raise ValueError(
+            "SamplingParams.stop_strings need an engine with a decode function: Engine(model, decode=...)"
+        )
+    for token in getattr(getattr(decode, "__self__", None), "special_texts", ()) if strings else ():
+        for string in strings:
+            if token in string:
+                raise ValueError(
+                    f"SamplingParams.stop_strings has {string!r}, but the engine's decode leaves the special "
+                    f"token {token!r} out of every text: accepted is its id in stop_token_ids"
+                )
 
 
 def allowed_ids(request: Request, vocab_size: int) -> Ids[int] | None:

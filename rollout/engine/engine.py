@@ -20,7 +20,7 @@ from operator import attrgetter
 
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, LoraDecoder
-from duologue.rollout.engine.checks import allowed_ids, check_fits, check_ids, check_sizes
+from duologue.rollout.engine.checks import allowed_ids, check_fits, check_ids, check_sizes, check_stop_strings
 from duologue.rollout.engine.decode import DecodedSteps
 from duologue.rollout.engine.pages import CACHE_TOKENS, PagePool
 from duologue.rollout.engine.runner import Runner, measured_tokens
@@ -202,10 +202,7 @@ class Engine:
             "the KV pool (rollout.cache_tokens)": self.pool.n_pages * self.pool.page_size,
         }
         check_fits(len(branch), params, limits)
-        if params.stop_strings and self._decode is None:
-            raise ValueError(
-                "SamplingParams.stop_strings need an engine with a decode function: Engine(model, decode=...)"
-            )
+        check_stop_strings(params.stop_strings, self._decode)
         check_ids(params.stop_token_ids, self.model.config.vocab_size)
 
     def _queue(self, branch: Branch, params: SamplingParams, seed: int, prefill_only: bool) -> Request:

@@ -12,6 +12,8 @@ from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+LEAST_TEMPERATURE = 1e-6  # above 0; logits over a lower one leave the range of fp32
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -37,9 +39,10 @@ class SamplingParams:
     def __post_init__(self) -> None:
         strings, seed = self.stop_strings, self.seed
         strings_fit = isinstance(strings, tuple) and all(isinstance(x, str) and x for x in strings)
+        temperature_fits = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
         checks = (
             ("max_new_tokens", "an integer >= 1", self.max_new_tokens >= 1),
-            ("temperature", "a finite number >= 0", 0 <= self.temperature < math.inf),
+            ("temperature", f"0 (greedy) or a finite number >= {LEAST_TEMPERATURE:g}", temperature_fits),
             ("top_k", "an integer >= 0 (0 = off)", self.top_k >= 0),
             ("top_p", "a number in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", "a number in [0, 1)", 0 <= self.min_p < 1),

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from duologue.model.settings import check, setting
-from duologue.rollout.engine.sequence import SamplingParams
+from duologue.rollout.engine.sequence import LEAST_TEMPERATURE, SamplingParams
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import FINAL
 
@@ -25,10 +25,12 @@ class Rules:
     max_tokens_per_turn: int = setting(48, "tokens of a turn at most", least=1)
     max_tokens_final: int = setting(12, "tokens of a final statement at most", least=1)
     context: str = setting("full", "what a side has heard when it speaks", one_of=("full", "last_2"))
-    temperature: float = setting(1.0, "of all draws; 0 takes the likeliest token", least=0, most=100)
+    temperature: float = setting(
+        1.0, "of all draws; 0 takes the likeliest token", least=0, most=100, gap=LEAST_TEMPERATURE
+    )
     top_p: float = setting(1.0, "probability that a draw is cut to", above=0, most=1)
     final_temperature: float = setting(
-        -1.0, "of a final statement; below 0: as temperature", least=-1, most=100
+        -1.0, "of a final statement; below 0: as temperature", least=-1, most=100, gap=LEAST_TEMPERATURE
     )
     final_top_p: float = setting(0.0, "of a final statement; 0: as top_p", least=0, most=1)
     first_speaker: str = setting("random", "side that speaks first", one_of=("random", "first", "alternate"))
