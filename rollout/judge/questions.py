@@ -119,7 +119,9 @@ def _scores(answer: dict[str, Any]) -> dict[str, Any]:
     scores = {}
     for aspect in ASPECTS:
         value = answer.get(aspect)
-        if type(value) not in (int, float) or value not in range(HIGHEST + 1):  # 3.0 is an integer of JSON
+        if (
+            isinstance(value, bool) or not isinstance(value, int | float) or value not in range(HIGHEST + 1)
+        ):  # 3.0 is an integer of JSON
             raise ValueError(f"{aspect} = {value!r}: accepted is an integer from 0 to {HIGHEST}")
         scores[aspect] = int(value)
     return {**scores, "reason": writable(answer["reason"])}

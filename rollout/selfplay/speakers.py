@@ -16,7 +16,9 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.judge.asking import Asking, Fallible
+from duologue.rollout.judge.endpoint import ChatEndpoint
 from duologue.rollout.judge.ledger import Ledger
+from duologue.rollout.judge.wording import spoken
 from duologue.rollout.selfplay.dialogue import POLICY, Turn, View
 
 LEFT = "left"  # finish_reason of a person who ends a talk without a word
@@ -121,9 +123,7 @@ class Server(Asking):
         max_unscored_share: float,
         **limits: Any,
     ) -> None:
-        """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
-        from duologue.rollout.judge.endpoint import ChatEndpoint
-
+        """`limits` and the key are those of `judge.endpoint.Endpoint`."""
         self.max_unscored_share = max_unscored_share
         super().__init__(ChatEndpoint(url, model, **limits), ledger)
         self._tokenizer = tokenizer
@@ -141,7 +141,7 @@ class Server(Asking):
             "top_p": params.top_p,
             "seed": params.seed % 2**31,  # some servers take 32 bits
         }
-        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=str)
+        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=spoken)
 
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
         answers = self.answers(0.02 if wait else 0.0)
