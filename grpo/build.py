@@ -19,6 +19,7 @@ from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.judge.asking import Backend
+from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.model import ModelJudge
@@ -59,12 +60,6 @@ def _endpoint(config: Config) -> Backend:
     if not j.url:
         accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
         raise ValueError(f"judge.url = '': accepted is {accepted}")
-    try:
-        from duologue.rollout.judge.endpoint import Endpoint
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
-        ) from None
     return Endpoint(
         j.url,
         j.model,
@@ -104,19 +99,9 @@ def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     o = config.opponent
     if o.kind != "endpoint":
         return
-    try:
-        arena.speakers.outside = Server(
-            o.url,
-            o.model,
-            Ledger(ledger),
-            arena.tokenizer,
-            config.judge.max_unscored_share,
-            **_server(o),
-        )
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"opponent.kind = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
-        ) from None
+    arena.speakers.outside = Server(
+        o.url, o.model, Ledger(ledger), arena.tokenizer, config.judge.max_unscored_share, **_server(o)
+    )
 
 
 def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:

@@ -12,16 +12,15 @@ import re
 from collections import Counter
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from duologue.model.atomic import write_file
 from duologue.rollout.games.texts import NEEDS, SHIPPED, TIERS, Row, kind_of, likeness, read
 from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.endpoint import ChatEndpoint
+from duologue.rollout.judge.wording import spoken
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from duologue.rollout.judge.endpoint import ChatEndpoint
 
 MOST_ALIKE = 0.3  # above this two texts count as one
 WORDS = (20, 120)  # of a dilemma that a model wrote
@@ -170,10 +169,6 @@ def _extend(rows: list[Row], known: list[Row], options: argparse.Namespace, endp
 
 
 def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
-    try:
-        from duologue.rollout.judge.endpoint import ChatEndpoint
-    except ModuleNotFoundError as error:
-        raise ValueError(f"duologue data write needs {error.name}: pip install 'duologue[judge]'") from None
     key = os.environ.get(options.key_env, "").strip()
     limits: dict[str, Any] = {"concurrency": 1, "attempts": 6, "timeout_s": 120.0, "deadline_s": 720.0}
     return ChatEndpoint(options.url, options.model, api_key=key, **limits)
@@ -187,12 +182,12 @@ def _ask(endpoint: ChatEndpoint, prompt: str, options: argparse.Namespace) -> st
     def done(content: str | None, reason: str) -> None:
         answer.set_result((content, reason))
 
-    endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=str, done=done))
+    endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=spoken, done=done))
     content, reason = answer.result()
     if content is None:
-        status = re.search(r"HTTP \d+", reason)
+        status = re.search(r"HTTP [345]\d+", reason)
         raise RuntimeError(
             f"{options.url} gave no dilemma: {status[0] if status else reason}; "
             f"what was written before is in {options.out}"
         )
-    return content
+    return spoken(content)

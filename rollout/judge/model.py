@@ -79,10 +79,15 @@ class ModelJudge:
                 if attempt < self._attempts:
                     self.ask(question, attempt + 1)
                 else:
-                    question.done(None, f"the judge's model: {request.completion.error or error}")
+                    question.done(None, f"the judge's model: {self._reason(request, error)}")
                 continue
             question.done(content, "")
         return True
+
+    def _reason(self, request: Request, error: ValueError) -> str:
+        if request.completion.finish_reason == "length":
+            return f"the answer was cut at judge.max_tokens = {self.settings['max_tokens']}: {error}"
+        return request.completion.error or str(error)
 
     def close(self) -> None:
         self._open.clear()

@@ -17,7 +17,9 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.judge.asking import Asking
+from duologue.rollout.judge.endpoint import ChatEndpoint
 from duologue.rollout.judge.ledger import Ledger
+from duologue.rollout.judge.wording import spoken
 from duologue.rollout.selfplay.dialogue import Turn, View
 
 LEFT = "left"  # finish_reason of a person who ends a talk without a word
@@ -120,9 +122,7 @@ class Server(Asking, Speaker):
         max_unscored_share: float,
         **limits: Any,
     ) -> None:
-        """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
-        from duologue.rollout.judge.endpoint import ChatEndpoint
-
+        """`limits` and the key are those of `judge.endpoint.Endpoint`."""
         self.max_unscored_share = max_unscored_share
         super().__init__(ChatEndpoint(url, model, **limits), ledger)
         self._tokenizer = tokenizer
@@ -137,7 +137,7 @@ class Server(Asking, Speaker):
             "top_p": params.top_p,
             "seed": params.seed % 2**31,  # some servers take 32 bits
         }
-        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=str)
+        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=spoken)
 
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
         answers = self.answers(0.02 if wait else 0.0)
