@@ -135,7 +135,7 @@ def _add_measures(commands: Any) -> None:
     data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
 
     add = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
-    add("checkpoint", type=Path, help=CHECKPOINT)
+    add("checkpoint", type=Path, help=f"{CHECKPOINT}, or a run directory for its last one")
     game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
     add("--game", metavar="RECIPE", help=game)
     add("--side", choices=("first", "second"), default="first", help="yours")
@@ -173,11 +173,12 @@ def _train(options: argparse.Namespace) -> int:
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
-    progress.log(f"run directory: {run.path}")
+    for line in (f"run directory: {run.path}", *run.notes):
+        progress.log(line)
     try:
         with _stop_on_signals() as stop:
             train(config, run, progress, stop)
-    except ValueError:
+    except (ValueError, OSError, RuntimeError, MemoryError):
         run.forget_if_new()
         raise
     except Interrupted as pause:
@@ -328,11 +329,12 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
 
 def _write(options: argparse.Namespace, measures: dict[str, Any]) -> int:
     """The file that --json names."""
+    from duologue.grpo.run_dir import finite
     from duologue.model.atomic import write_file
 
     if options.json:
         row = {"checkpoint": str(options.checkpoint), **measures}
-        write_file(options.json, json.dumps(row, indent=2).encode())
+        write_file(options.json, json.dumps(finite(row), indent=2).encode())
     return 0
 
 

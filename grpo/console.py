@@ -4,6 +4,7 @@ elsewhere.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -28,6 +29,13 @@ TRAINING = {
     "update_tokens_per_s": ("update tok/s", "{:,.0f}"),
 }
 COUNT = {"dialogues": Measure("dialogues", "{:.0f}")}  # below every table of measures
+
+
+UNKNOWN = "-"  # a number that is null in a file
+
+
+def formatted(form: str, value: Any) -> str:
+    return form.format(value) if isinstance(value, int | float) and math.isfinite(value) else UNKNOWN
 
 
 class Progress:
@@ -80,7 +88,7 @@ class Progress:
             table.add_column(name, justify="right")
         for key, measure in {**self.measures, **COUNT}.items():
             if all(key in column for column in columns.values()):
-                values = (measure.format.format(column[key]) for column in columns.values())
+                values = (formatted(measure.format, column[key]) for column in columns.values())
                 table.add_row(measure.heading, *values)
         self.console.print(table)
 

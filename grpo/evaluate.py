@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+from collections.abc import Iterable
 
 from duologue.grpo.build import build_arena
 from duologue.grpo.config import Config
@@ -34,5 +36,17 @@ def evaluate(
         seed = derive_seed(config.train.seed, "eval", start)
         groups = arena.play(scenarios[start : start + AT_ONCE], group_size=1, seed=seed)
         dialogues += [group.dialogues[0] for group in groups]
+    check_finite(dialogues, "evaluation")
     assign_rewards(game, dialogues)
     return game.summarise([d.outcome for d in dialogues if d.outcome is not None]), dialogues
+
+
+def check_finite(dialogues: Iterable[Dialogue], when: str) -> None:
+    """Raise RuntimeError when a log-prob or a reward of them is NaN or infinite."""
+    for dialogue in dialogues:
+        total = sum(sum(turn.logprobs or ()) for turn in dialogue.turns)
+        if not math.isfinite(total):
+            cause = "the weights are not finite, or overflow model.dtype"
+            raise RuntimeError(f"{when}: the model's log-probs sum to {total}: {cause}")
+        if dialogue.reward is not None and not math.isfinite(sum(dialogue.reward)):
+            raise RuntimeError(f"{when}: the reward of a dialogue is {dialogue.reward}")

@@ -13,26 +13,27 @@ import math
 import os
 import re
 import shutil
-import tomllib
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.grpo.config import from_dict
+from duologue.grpo.resume import check_same, may_differ, schedule_moved, settings, settings_of
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 LINES = ("metrics.jsonl", "dialogues.jsonl")
-LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved
+LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved, and of its own files
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
-MAY_DIFFER = {
-    ("train", "steps"),
-    ("train", "max_seconds"),
-    ("train", "save_every"),
-    ("train", "keep_checkpoints"),
+STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "seconds": (int, float),
+    "warm_start": (dict, type(None)),
+    "baseline": (dict,),
+    "opponents": (dict,),
 }
 
 
@@ -47,6 +48,8 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.notes: list[str] = []  # what a resume found that its user should know
+        self._seen: dict[int, dict[str, int]] = {}
         self._lock = open(path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,15 +77,38 @@ class RunDir:
 
     @classmethod
     def resume(cls, path: Path, config_toml: str) -> RunDir:
-        """An existing run, which must have been started with this configuration (its length may differ)."""
-        if not (path / "config.toml").is_file():
+        """An existing run, which must have been started with this configuration, but for `MAY_DIFFER`. What
+        is damaged is a ValueError before anything is changed.
+        """
+        saved = path / "config.toml"
+        if not saved.is_file():
             raise ValueError(f"{path} holds no run to resume: it has no config.toml")
-        _check_same((path / "config.toml").read_text("utf-8"), config_toml, path)
+        before, after = settings_of(saved), settings(config_toml)
+        check_same(before, after, path)
         run = cls(path)
+        try:
+            run.notes += schedule_moved(before, after)
+            run._check()
+        except ValueError:
+            run.close()
+            raise
         (path / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one extends
-        write_file(path / "config.toml", config_toml.encode())
-        run._clean_up()
+        write_file(saved, config_toml.encode())
         return run
+
+    def _check(self) -> None:
+        """Of a resume: the newest checkpoint is whole, and the lines are as long as it knows them."""
+        self._clean_up()
+        latest = self.latest_checkpoint()
+        if latest is None:
+            return
+        if reason := damage(latest):
+            raise damaged(latest, reason)
+        noted, seen = _object(latest / LENGTHS), self._lines_before(step_of(latest))
+        for name, end in seen.items():
+            if end < noted.get(name, 0):
+                lost = f"ends before what {latest} knows of it ({end} of {noted[name]} bytes are whole lines)"
+                self.notes.append(f"{self.path / name} {lost}: the lines that are missing stay missing")
 
     def close(self) -> None:
         """Release the lock. A process that ends, however it ends, releases it too."""
@@ -91,7 +117,8 @@ class RunDir:
     def forget_if_new(self) -> None:
         """Give the directory up when nothing was recorded yet, so that a corrected command can use it."""
         files = [*self.path.iterdir()]
-        if all(re.fullmatch(r"config\.toml|\.lock|judge\.sqlite.*", file.name) for file in files):
+        started = r"config\.toml|\.lock|(judge|opponent)\.sqlite.*"
+        if all(re.fullmatch(started, file.name) for file in files):
             for file in files:
                 file.unlink()
             self.path.rmdir()
@@ -109,19 +136,25 @@ class RunDir:
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 for row in rows:
-                    file.write(json.dumps(_finite(row), ensure_ascii=False, separators=(",", ":")) + "\n")
+                    file.write(json.dumps(finite(row), ensure_ascii=False, separators=(",", ":")) + "\n")
         except OSError as error:
             whole = "--resume goes on from the last checkpoint"
             raise OSError(f"{self.path / name} could not be written ({error}); {whole}") from error
 
     def drop_lines_from(self, step: int) -> None:
         """Cut off every line that the checkpoint of `step` had not seen; all lines when there is none."""
-        noted = self.path / "checkpoints" / step_name(step) / LENGTHS
-        lengths: dict[str, int] = json.loads(noted.read_text("utf-8")) if noted.is_file() else {}
-        for name in LINES:
-            path = self.path / name
-            if path.is_file():
-                os.truncate(path, min(lengths.get(name, 0), path.stat().st_size))
+        for name, end in self._lines_before(step).items():
+            if (self.path / name).is_file():
+                os.truncate(self.path / name, end)
+
+    def _lines_before(self, step: int) -> dict[str, int]:
+        """Bytes of the whole lines of each file that the checkpoint of `step` had seen."""
+        if step not in self._seen:
+            noted = self.path / "checkpoints" / step_name(step) / LENGTHS
+            lengths = _object(noted) if noted.is_file() else {}
+            ends = {name: _whole_lines(self.path / name, lengths.get(name, 0), step) for name in LINES}
+            self._seen[step] = ends
+        return self._seen[step]
 
     # ---- checkpoints and summary ---------------------------------------------------------------------------
 
@@ -148,7 +181,8 @@ class RunDir:
         lines = [self.path / name for name in LINES if (self.path / name).is_file()]
         for path in lines:
             fsync_path(path)
-        (folder / LENGTHS).write_text(json.dumps({path.name: path.stat().st_size for path in lines}), "utf-8")
+        sizes = {path.name: path.stat().st_size for path in (*lines, *folder.iterdir())}
+        (folder / LENGTHS).write_text(json.dumps(sizes), "utf-8")
 
     def latest_checkpoint(self) -> Path | None:
         """The `step_*` checkpoint that a resume starts from."""
@@ -165,7 +199,7 @@ class RunDir:
             leftover.unlink(missing_ok=True)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
-        write_file(self.path / "summary.json", json.dumps(_finite(summary), indent=2).encode())
+        write_file(self.path / "summary.json", json.dumps(finite(summary), indent=2).encode())
 
 
 def step_name(step: int) -> str:
@@ -201,61 +235,135 @@ def read_state(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Ten
     return state, torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
 
 
+def damage(folder: Path) -> str:
+    """The first file of a checkpoint that is missing, cut, empty or unreadable, and why; "" where it is
+    whole.
+    """
+    name = LENGTHS
+    try:
+        noted = _object(folder / LENGTHS)
+        sizes = {key: size for key, size in noted.items() if key not in LINES}
+        for name in sorted(sizes or (path.name for path in folder.iterdir())):
+            _check_file(folder / name, sizes.get(name, 1))
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{name}: {error}"
+    return ""
+
+
+def _check_file(path: Path, size: int) -> None:
+    if path.suffix == ".json":
+        state = _object(path)
+        for key, kinds in STATE_TYPES.items() if path.name == STATE else ():
+            if key not in state or type(state[key]) not in kinds:
+                raise ValueError(f"{key} = {state.get(key)!r}, which no trainer has written")
+        if path.name == STATE and step_name(state["step"]) != path.parent.name:
+            raise ValueError(f"step = {state['step']}, which is another checkpoint's")
+        return
+    with open(path, "rb") as file:
+        start = file.read(1 << 20)
+    present, binary = path.stat().st_size, path.suffix in (".safetensors", ".pt")
+    if present < size or (binary and present > size > 1):
+        raise ValueError(f"{present} of {size} bytes are there")
+    if not binary and b"\0" in start:
+        raise ValueError("it holds a zero byte")
+    if path.suffix == ".safetensors":
+        with safe_open(path, "pt"):
+            return
+    if path.suffix == ".pt":
+        zipfile.ZipFile(path).close()
+
+
+def damaged(folder: Path, reason: str) -> ValueError:
+    """The error of a checkpoint that cannot be read, with the way on."""
+    earlier = [path for path in checkpoints(folder.parent.parent) if step_of(path) < step_of(folder)]
+    before = next((path for path in reversed(earlier) if not damage(path)), None)
+    way = f"no checkpoint before it is whole: remove {folder.parent.parent} to begin anew"
+    if before is not None:
+        newer = [folder, *(path for path in earlier if step_of(path) > step_of(before))]
+        way = f"the checkpoint {before} is whole: to go on from it, remove {' and '.join(map(str, newer))}"
+    return ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """Of a JSON file; ValueError when it holds something else."""
+    value = json.loads(path.read_bytes())
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds no JSON object")
+    return value
+
+
 def finished(path: Path, config_toml: str) -> bool:
-    """Whether the run there has come to the end of this very configuration; a longer one goes on."""
+    """Whether the run there has come to the end of this very configuration; a longer one goes on, and so does
+    one whose summary was cut.
+    """
     saved = path / "config.toml"
     if not saved.is_file() or not (path / "summary.json").is_file():
         return False
-    return _settings(saved.read_text("utf-8")) == _settings(config_toml)
+    try:
+        _object(path / "summary.json")
+    except ValueError:
+        return False
+    before, after = settings_of(saved), settings(config_toml)
+    length = {("train", "steps"), ("train", "max_seconds")}
+    return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= (
+        may_differ() - length
+    )
 
 
 def iter_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a .jsonl file, one at a time; without a last line that was cut off. A missing file is
     empty.
     """
-    if not path.is_file():
-        return
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.endswith(b"\n"):
-                return
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path} line {number} is not a JSON object: {error}") from error
+    return (row for row, _ in _rows(path))
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     return list(iter_lines(path))
 
 
-def _settings(config_toml: str) -> dict[tuple[str, str], Any]:
-    """(section, key) -> value of every setting; what is not said has its default, as in a configuration of an
-    older version.
+def _rows(path: Path, most: float = math.inf) -> Iterator[tuple[dict[str, Any], int]]:
+    """(a line's object, the bytes up to its end) of the whole lines in the first `most` bytes."""
+    if not path.is_file():
+        return
+    end = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            end += len(line)
+            if end > most or not line.endswith(b"\n"):
+                return
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} line {number} is not a JSON object: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path} line {number} is not a JSON object")
+            yield row, end
+
+
+def _whole_lines(path: Path, noted: int, step: int) -> int:
+    """Bytes of the lines among the first `noted` that are whole. Of a file that has become shorter, those
+    after the checkpoint of `step` are none of them.
     """
-    sections = tomllib.loads(from_dict(tomllib.loads(config_toml)).to_toml())
-    return {(section, key): value for section, keys in sections.items() for key, value in keys.items()}
+    shorter = path.is_file() and path.stat().st_size < noted
+    whole, last = 0, -1
+    for number, (row, end) in enumerate(_rows(path, noted), 1):
+        at = row.get("step", last)
+        if path.name == LINES[0] and at == last:
+            raise ValueError(
+                f"{path} line {number} is of step {at} as the one before it: accepted is each once"
+            )
+        if shorter and (at > step or (at == step and row.get("stage") != "eval")):
+            break
+        whole, last = end, at
+    return whole
 
 
-def _check_same(old: str, new: str, path: Path) -> None:
-    before, after = _settings(old), _settings(new)
-    differ = []
-    for section, key in sorted({*before, *after} - MAY_DIFFER):
-        a, b = before.get((section, key)), after.get((section, key))
-        if a != b:
-            differ.append(f"{section}.{key} = {a!r}, not {b!r}")
-    if differ:
-        raise ValueError(
-            f"{path} was started with {'; '.join(differ)}: resume it as it was, or start another run"
-        )
-
-
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no NaN: it becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value

@@ -144,9 +144,7 @@ class JudgeSection:
     deadline_s: float = setting(240.0, "of a question with all its tries", least=0.01)
     temperature: float = setting(0.0, "of the judge's answers", least=0, most=100)
     max_tokens: int = setting(512, "of an answer", least=1)
-    max_unscored_share: float = setting(
-        0.1, "of a step's dialogues; above it the run stops", least=0, most=0.99
-    )
+    max_unscored_share: float = setting(0.1, "of a step's dialogues; above it the run stops", least=0, most=1)
 
 
 @dataclass(frozen=True, kw_only=True)

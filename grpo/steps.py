@@ -11,6 +11,7 @@ meet (grpo/world.py).
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any
 from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
+from duologue.grpo.evaluate import check_finite
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.packing import Row
@@ -117,7 +119,9 @@ class Steps:
             step=self.step,
             first_group=self.world.share(range(c.groups_per_step))[0],  # world
         )
-        assign_rewards(self.game, [dialogue for group in groups for dialogue in group.dialogues])
+        dialogues = [dialogue for group in groups for dialogue in group.dialogues]
+        assign_rewards(self.game, dialogues)
+        check_finite(dialogues, f"step {self.step}")
         costs = {} if self.judge is None else self.judge.costs()
         self.scores = {**costs, **self.opponents.score(groups)}
         self.played = groups
@@ -174,7 +178,7 @@ class Steps:
 
     def _policy_gradient(self, rows: Sequence[Row], epoch: int) -> UpdateStats:
         d = self.config.dialogue
-        return accumulate_policy_gradient(
+        stats = accumulate_policy_gradient(
             self.model,
             rows,
             self.config.grpo.loss_config,
@@ -186,17 +190,26 @@ class Steps:
             dropout_seed=self._seed("dropout", epoch),
             world=self.world,
         )
+        self._check(stats)
+        return stats
 
     def _optimizer_step(self, lr: float) -> float:
         """The gradient norm."""
         (squared,) = self.world.sum([float(self.optimizer.squared_grad_norm())])  # world
         return self.optimizer.step(lr, squared)
 
+    def _check(self, stats: UpdateStats) -> None:
+        """Of an update, before the weights have it: RuntimeError when a sum is NaN or infinite."""
+        for name, value in stats.metrics().items():
+            if not math.isfinite(value):
+                raise RuntimeError(f"step {self.step}: {name} is {value}; the weights are as before the step")
+
     # ---- a step of imitation -------------------------------------------------------------------------------
 
     def imitation_step(self) -> Metrics:
         c = self.config.imitation
         stats = self._imitation_gradient(self._seed("imitation"), 1.0, self._seed("dropout"))
+        self._check(stats)
         lr = learning_rate(
             self.step,
             peak=c.learning_rate,

@@ -11,12 +11,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
 from duologue.grpo.evaluate import evaluate
-from duologue.grpo.run_dir import Interrupted, RunDir, read_state, step_name, write_state
+from duologue.grpo.run_dir import Interrupted, RunDir, damaged, read_state, step_name, write_state
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.model.checkpoint import write_checkpoint
@@ -35,7 +36,11 @@ class Trainer(Steps):
         self.warm_start: dict[str, float] | None = None
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
-            self._restore(checkpoint)
+            try:
+                self._restore(checkpoint)
+            except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
+                what = f"{type(error).__name__}: {error}".splitlines()[0]
+                raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
         run.drop_lines_from(self.step)
 
     def run(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def chart(
     """Metrics over `step`; `keys` maps metric to label. None when no row has a value of any of them."""
     lines = {}
     for key, label in keys.items():
-        if points := [(row["step"], row[key]) for row in rows if row.get(key) is not None]:
+        if points := [(row["step"], row[key]) for row in rows if is_number(row.get(key))]:
             lines[label] = _thin(points)
     if not lines:
         return None
@@ -68,6 +68,11 @@ def chart(
         y_ticks=[(place((left, y))[1], short(y, percent)) for y in flat or ticks(low, high, 4)],
         strips=_strips(lines, place, percent),
     )
+
+
+def is_number(value: Any) -> bool:
+    """One that can be drawn: a null of a file is none."""
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def ticks(low: float, high: float, n: int) -> list[float]:

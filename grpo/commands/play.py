@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
-from duologue.grpo.config import Config, load_config
+from duologue.grpo.config import RECIPES, Config, load_config
 from duologue.grpo.policy import load_policy, use_threads
+from duologue.grpo.run_dir import latest_checkpoint
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.judge.judge import Answer
@@ -45,7 +46,7 @@ class Terminal:
 
     def say(self, text: str, style: str = "") -> None:
         shown = (c for c in text if c.isprintable() or c == "\n")  # a policy can sample an escape sequence
-        self.console.print("".join(shown), style=style, soft_wrap=True)
+        self.console.print("".join(shown), style=style, soft_wrap=not self.console.is_terminal)
 
     def read(self, prompt: str) -> str:
         while True:
@@ -75,7 +76,8 @@ def run(options: argparse.Namespace) -> int:
             f"--game: with {game.name} the policy answers alone, accepted is a game of two, "
             "e.g. collective-agency"
         )
-    model, tokenizer = load_policy(options.checkpoint, config)
+    checkpoint = latest_checkpoint(options.checkpoint) or options.checkpoint
+    model, tokenizer = load_policy(checkpoint, config)
     scenario = game.sample(random.Random(derive_seed(options.seed, "play")), "heldout")
     side = {"first": 0, "second": 1}[options.side]
     private = scenario.private_text[side].strip()
@@ -99,9 +101,10 @@ def find_recipe(options: argparse.Namespace) -> str:
     for folder in (options.checkpoint, *options.checkpoint.resolve().parents[:3]):
         if (folder / "config.toml").is_file():
             return str(folder / "config.toml")
+    known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     raise ValueError(
         f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, "
-        "for example deal"
+        f"one of {known}, or a TOML file"
     )
 
 

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart
-from duologue.grpo.console import COUNT
+from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
+from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
 from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.games.game import Game, Measure, Published
+from duologue.rollout.games.texts import read_text
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
@@ -54,7 +55,11 @@ CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run directory; ValueError when there is nothing to report."""
     run_dir = Path(run_dir)
-    context = gather(run_dir)
+    try:
+        context = gather(run_dir)
+    except (LookupError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{run_dir} holds lines that are no run's, or were altered ({what})") from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -71,8 +76,11 @@ def gather(run_dir: Path) -> Record:
     """Everything that the template shows."""
     if not (run_dir / "config.toml").is_file():
         raise ValueError(f"{run_dir} holds no run: it has no config.toml")
-    toml = (run_dir / "config.toml").read_text("utf-8")
-    config = tomllib.loads(toml)
+    try:
+        toml = read_text(run_dir / "config.toml")
+        config = tomllib.loads(toml)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{run_dir / 'config.toml'} is not valid TOML: {error}") from error
     game = GAMES.get(config["game"]["name"], Game)
     metrics = read_lines(run_dir / "metrics.jsonl")
     summary = _summary(run_dir)
@@ -148,7 +156,7 @@ def _facts(config: Record, metrics: Sequence[Record], summary: Record) -> list[t
         ("training time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"),
         ("steps", f"{steps['imitation']} imitation, {steps['selfplay']} self-play"),
     ]
-    if "parameters" in summary:
+    if is_number(summary.get("parameters")):
         facts.append(("parameters", f"{summary['parameters'] / 1e6:.2f} M"))
     peak = max((row.get("peak_memory_bytes") or 0 for row in metrics), default=0)
     if peak:
@@ -167,11 +175,11 @@ def _results(game: type[Game], config: Record, summary: Record) -> Record:
         if not columns or not all(key in column for column in columns.values()):
             continue
         form = measure.format
-        values = [form.format(column[key]) for column in columns.values()]
+        values = [formatted(form, column[key]) for column in columns.values()]
         change = ""
-        if len(columns) == 2 and key not in COUNT:
+        if len(columns) == 2 and key not in COUNT and UNKNOWN not in values:
             change = _change(summary["trained"][key] - summary["warm_start"][key], measure)
-        others = [form.format(c[key]) if key in c else "" for c in published.columns.values()]
+        others = [formatted(form, c[key]) if key in c else "" for c in published.columns.values()]
         rows.append((measure.heading, values, change, others))
     return {"columns": [*columns], "others": [*published.columns], "source": published.source, "rows": rows}
 
@@ -192,7 +200,10 @@ def _failures(game: type[Game], summary: Record) -> list[tuple[str, list[float]]
     columns = [summary[key] for key in POLICIES if summary.get(key)]
     kinds = [key for key in (columns[0] if columns else {}) if key.startswith("failure_")]
     rows = [
-        (game.failure_in_words(kind.removeprefix("failure_")), [column.get(kind, 0.0) for column in columns])
+        (
+            game.failure_in_words(kind.removeprefix("failure_")),
+            [column.get(kind) or 0.0 for column in columns],
+        )
         for kind in kinds
     ]
     return [row for row in rows if any(row[1])]
@@ -248,6 +259,7 @@ def _row(records: Mapping[str, Record]) -> Record:
 
 def _dialogue(game: type[Game], record: Record, tokenizer: Tokenizer | None) -> Record:
     """What the template shows of a dialogue, in the game's own words."""
+    record = _with_numbers(record)
     reward = record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
     shown = game.shown(record)
@@ -262,6 +274,21 @@ def _dialogue(game: type[Game], record: Record, tokenizer: Tokenizer | None) -> 
         "shown": shown,
         "measures": measures,
     }
+
+
+def _with_numbers(record: Record) -> Record:
+    """A record whose null scores, measures and rewards are NaN, which can be formatted."""
+
+    def number(value: Any) -> Any:
+        return math.nan if value is None else value
+
+    outcome = dict(record["outcome"] or {})
+    if "scores" in outcome:
+        outcome["scores"] = [number(value) for value in outcome["scores"] or (None, None)]
+    if "metrics" in outcome:
+        outcome["metrics"] = {key: number(value) for key, value in (outcome["metrics"] or {}).items()}
+    reward = record["reward"] and [number(value) for value in record["reward"]]
+    return {**record, "outcome": outcome or None, "reward": reward}
 
 
 def _pieces(turn: Record, tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:
@@ -279,6 +306,9 @@ def _pieces(turn: Record, tokenizer: Tokenizer | None) -> list[tuple[str, int, s
         piece = "" if split else text[len(before) :]
         before = before if split else text
         shown = piece.lstrip() if i == 0 else piece
+        if not is_number(logprob):
+            pieces.append((shown, 0, "log p is not known"))
+            continue
         level = min(5, math.floor(-logprob / 0.7)) if logprob < 0 else 0
         pieces.append((shown, level, f"log p {logprob:.3f}, p {math.exp(logprob):.1%}"))
     return pieces

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from duologue.rollout.games.texts import read_text
+
 _PLACE = re.compile(r"\{(\w+)\}")
 
 
@@ -22,7 +24,7 @@ def load_template(folder: str, default: Path, name: str, accepted: set[str], req
     path = Path(folder) / f"{name}.txt"
     if not folder or not path.is_file():
         path = default / f"{name}.txt"
-    text = path.read_text("utf-8")
+    text = read_text(path)
     places = set(_PLACE.findall(text))
     if places - accepted or required - places:
         wrong = (

@@ -34,7 +34,8 @@ def read(path: str | Path, needs: Sequence[str]) -> list[Row]:
         raise ValueError(f"there is no file {path}")
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, line in enumerate(path.read_text("utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        line = line.lstrip("\ufeff")  # of files that were put together
         if not line.strip():
             continue
         where = f"{path} line {number}"
@@ -50,28 +51,55 @@ def read(path: str | Path, needs: Sequence[str]) -> list[Row]:
     return rows
 
 
+def read_text(path: Path) -> str:
+    """Of a file in UTF-8, with a byte order mark or without; ValueError for any other encoding."""
+    data = path.read_bytes()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path} line {line} is not UTF-8 ({error.reason}): accepted is UTF-8") from None
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{path} line {line} holds a zero byte, as UTF-16 does: accepted is UTF-8")
+    return text
+
+
 def _object(where: str, line: str, needs: Sequence[str]) -> Row:
     try:
         row = json.loads(line)
-        assert isinstance(row, dict)
-        assert all(row[field] for field in needs)
-    except (ValueError, KeyError, AssertionError):
-        raise ValueError(f"{where}: accepted is a JSON object with {', '.join(needs)}") from None
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict) or not all(row.get(field) for field in needs):
+        raise ValueError(f"{where}: accepted is a JSON object with {', '.join(needs)}")
+    for key, value in row.items():
+        _check_unicode(f"{where}: {key!a}", json.dumps({key: value}, ensure_ascii=False))
     for field in ("id", "text", "situation"):
-        if not isinstance(row.get(field, ""), str):
+        if field in row and not _is_text(row[field]):
             raise ValueError(f"{where}: {field} = {row[field]!r}, accepted is text")
     for side in ("first", "second"):
         who = row.get(side, {"name": "-", "instructions": "-"})
-        if not isinstance(who, dict) or not all(
-            isinstance(who.get(key), str) and who[key] for key in ("name", "instructions")
-        ):
+        if not isinstance(who, dict) or not all(_is_text(who.get(key)) for key in ("name", "instructions")):
             raise ValueError(f"{where}: {side} = {who!r}, accepted is an object with name and instructions")
     if row.get("tier", TIERS[0]) not in TIERS:
         raise ValueError(f"{where}: tier = {row['tier']!r}, accepted is one of {', '.join(TIERS)}")
     tags = row.get("tags", [])
-    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag for tag in tags):
+    if not isinstance(tags, list) or not all(_is_text(tag) for tag in tags):
         raise ValueError(f"{where}: tags = {tags!r}, accepted is a list of words")
     return row
+
+
+def _is_text(value: Any) -> bool:
+    """Whether there is anything in it to see."""
+    return isinstance(value, str) and any(c.isprintable() and not c.isspace() for c in value)
+
+
+def _check_unicode(where: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"{text[error.start]!a}, half of a surrogate pair, which no file can hold"
+        raise ValueError(f"{where} holds {half}: accepted is whole characters") from None
 
 
 def kind_of(path: str | Path) -> str:

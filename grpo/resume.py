@@ -1,0 +1,65 @@
+"""What may be another in the configuration that a run is resumed with: whatever cannot change its result."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from duologue.grpo.config import from_dict
+
+PLACES = "url key_env concurrency timeout_s deadline_s"
+MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
+    "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch",
+    "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
+    "opponent": PLACES,
+    "rollout": "cache_tokens max_batch release_memory",
+    "eval": "judge_url",
+}
+
+Settings = dict[tuple[str, str], Any]
+
+
+def settings(config_toml: str) -> Settings:
+    """(section, key) -> value of every setting; what is not said has its default, as in a configuration of an
+    older version.
+    """
+    sections = tomllib.loads(from_dict(tomllib.loads(config_toml)).to_toml())
+    return {(section, key): value for section, keys in sections.items() for key, value in keys.items()}
+
+
+def settings_of(path: Path) -> Settings:
+    try:
+        return settings(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def may_differ() -> set[tuple[str, str]]:
+    return {(section, key) for section, names in MAY_DIFFER.items() for key in names.split()}
+
+
+def check_same(before: Settings, after: Settings, path: Path) -> None:
+    differ = []
+    for section, key in sorted({*before, *after} - may_differ()):
+        a, b = before.get((section, key)), after.get((section, key))
+        if a != b and not (key == "device" and _kind(a) == _kind(b) == "cuda"):
+            differ.append(f"{section}.{key} = {a!r}, not {b!r}")
+    if differ:
+        raise ValueError(
+            f"{path} was started with {'; '.join(differ)}, which can change the result: resume it as it "
+            "was, or start another run"
+        )
+
+
+def _kind(device: Any) -> str:
+    return str(device).partition(":")[0]
+
+
+def schedule_moved(before: Settings, after: Settings) -> list[str]:
+    """A line that says so where another length plans another learning rate."""
+    schedule, steps = after["grpo", "schedule"], ("train", "steps")
+    if schedule == "constant" or before[steps] == after[steps]:
+        return []
+    planned = f"is planned anew for train.steps = {after[steps]} in place of {before[steps]}"
+    return [f"grpo.schedule = {schedule!r} {planned}: the learning rate jumps to where that plan has it"]
