@@ -10,20 +10,18 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels.gpu import advantage, attention, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import attention, linear, rows, sampler, softmax, sparse
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
 LAUNCH = ("num_stages", "enable_fp_fusion")  # constants that are launch options
 NAMES = {  # what arguments of these names are, wherever a case does not say otherwise
     "i32": "M O K N S R V H D Hq Hk size limit max_position max_pages n_chunks",
-    "fp32": "eps sign scale temperature softcap decay",
-    "*i1": "scored flat",
+    "fp32": "eps sign scale temperature softcap",
     "*i32": "table cu_seqlens context_lens shared top_ks ids sizes",
-    "*i64": "targets positions slots tokens seeds source order rows starts offsets group_ids roles counts",
+    "*i64": "targets positions slots tokens seeds source order rows starts offsets",
     "*fp32": "stats delta parts part_stats partial numbers cos sin cuts temperatures top_ps min_ps logprobs "
-    "entropies grad_logprobs grad_entropies rewards value",
-    "*fp64": "baseline new_baseline",
+    "entropies grad_logprobs grad_entropies",
 }
 TYPES = {name: kind for kind, names in NAMES.items() for name in names.split()}
 
@@ -96,12 +94,6 @@ def softmax_cases() -> Iterator[Case]:
         yield case(softmax.support_kernel, element, launch)
 
 
-def advantage_cases() -> Iterator[Case]:
-    for method, roles in product(range(4), (False, True)):
-        flags = {"METHOD": method, "HAS_ROLES": roles, "BLOCK": advantage.BLOCK, "num_warps": 4}
-        yield case(advantage.group_advantages, "*fp32", flags)
-
-
 def sparse_cases() -> Iterator[Case]:
     kernels = (sparse.sparse_forward, sparse.sparse_backward, sparse.sparse_weight)
     for element, kernel, on in product(("*fp32", "*bf16"), kernels, (False, True)):
@@ -115,7 +107,6 @@ FAMILIES = (
     attention_cases,
     sampler_cases,
     softmax_cases,
-    advantage_cases,
     sparse_cases,
 )
 

@@ -6,9 +6,11 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
+from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -17,6 +19,7 @@ from duologue.rollout.games.catalogue import GAMES, corpus
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.judge.asking import Backend
+from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.model import ModelJudge
@@ -57,22 +60,20 @@ def _endpoint(config: Config) -> Backend:
     if not j.url:
         accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
         raise ValueError(f"judge.url = '': accepted is {accepted}")
-    try:
-        from duologue.rollout.judge.endpoint import Endpoint
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"judge.backend = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
-        ) from None
     return Endpoint(
         j.url,
         j.model,
-        api_key=os.environ.get(j.key_env, "").strip(),
-        concurrency=j.concurrency,
-        deadline_s=j.deadline_s,
-        timeout_s=j.timeout_s,
+        **_server(j),
         temperature=j.temperature,
         max_tokens=j.max_tokens,
     )
+
+
+def _server(section: JudgeSection | OpponentSection) -> dict[str, Any]:
+    """How a server is asked."""
+    key = os.environ.get(section.key_env, "").strip()
+    limits = {name: getattr(section, name) for name in ("concurrency", "deadline_s", "timeout_s")}
+    return {"api_key": key, **limits}
 
 
 def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]]) -> Backend:
@@ -98,22 +99,9 @@ def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     o = config.opponent
     if o.kind != "endpoint":
         return
-    try:
-        arena.speakers.outside = Server(
-            o.url,
-            o.model,
-            Ledger(ledger),
-            arena.tokenizer,
-            config.judge.max_unscored_share,
-            api_key=os.environ.get(o.key_env, "").strip(),
-            concurrency=o.concurrency,
-            deadline_s=o.deadline_s,
-            timeout_s=o.timeout_s,
-        )
-    except ModuleNotFoundError as error:
-        raise ValueError(
-            f"opponent.kind = 'endpoint' needs {error.name}: pip install 'duologue[judge]'"
-        ) from None
+    arena.speakers.outside = Server(
+        o.url, o.model, Ledger(ledger), arena.tokenizer, config.judge.max_unscored_share, **_server(o)
+    )
 
 
 def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:

@@ -248,19 +248,21 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def ask_to_stop(*_: Any) -> None:
         stop.set()
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
     try:
         for number in before:
             signal.signal(number, ask_to_stop)
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        restore()
 
 
 # ---- config and eval ---------------------------------------------------------------------------------------
@@ -285,8 +287,6 @@ def _eval(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.evaluate import evaluate
     from duologue.grpo.policy import load_policy, use_threads
-    from duologue.grpo.run_dir import finite
-    from duologue.model.atomic import write_file
     from duologue.rollout.games.dilemma import DilemmaSettings
 
     use_threads(config)
@@ -301,24 +301,18 @@ def _eval(options: argparse.Namespace) -> int:
     game = build_game(config)
     metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
     Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
-    if options.json:
-        row = {
-            "checkpoint": str(options.checkpoint),
-            "split": config.eval.split,
-            "seed": config.train.seed,
-            "temperature": config.eval.temperature,
-            **metrics,
-        }
-        write_file(options.json, json.dumps(finite(row), indent=2).encode())
-    return 0
+    conditions = {
+        "split": config.eval.split,
+        "seed": config.train.seed,
+        "temperature": config.eval.temperature,
+    }
+    return _write(options, {**conditions, **metrics})
 
 
 def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
     """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
     from duologue.grpo.commands.compare import compare, table
     from duologue.grpo.policy import load_policy
-    from duologue.grpo.run_dir import finite
-    from duologue.model.atomic import write_file
     from rich.console import Console
 
     if options.greedy:
@@ -330,9 +324,16 @@ def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
         )
     result = compare(config, {str(path): load_policy(path, config) for path in paths})
     Console(highlight=False).print(table(result, [str(path) for path in paths]))
+    return _write(options, {"against": options.against and str(options.against), **result})
+
+
+def _write(options: argparse.Namespace, measures: dict[str, Any]) -> int:
+    """The file that --json names."""
+    from duologue.grpo.run_dir import finite
+    from duologue.model.atomic import write_file
+
     if options.json:
-        against = str(options.against) if options.against else None
-        row = {"checkpoint": str(paths[0]), "against": against, **result}
+        row = {"checkpoint": str(options.checkpoint), **measures}
         write_file(options.json, json.dumps(finite(row), indent=2).encode())
     return 0
 

@@ -28,7 +28,7 @@ from duologue.grpo.sections import (
     RolloutSection,
     TrainSection,
 )
-from duologue.grpo.settings import meant, parse, to_toml, typed
+from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS
 from duologue.rollout.games.deal import DealSettings
@@ -184,16 +184,8 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
-            table[name] = parse(text.strip(), isinstance(_default(section, name), str))
+            table[name] = Text(text.strip())
     return from_dict(raw)
-
-
-def _default(section: str, key: str) -> Any:
-    """None where there is no such key."""
-    if section == "game":
-        return _foreign(GameSettings).get(key, "")
-    kind = get_type_hints(Config).get(section)
-    return None if kind is None else _defaults(kind).get(key)
 
 
 def _read(recipe_or_path: str) -> dict[str, Any]:
@@ -240,8 +232,9 @@ def _game(values: dict[str, Any]) -> GameSettings:
     name = typed("game.name", values.get("name", "deal"), "")
     if name not in GAMES:
         raise ValueError(f"game.name = {name!r}: accepted is {GAME}")
+    known = {key: default for kind in GAMES.values() for key, default in _defaults(kind.Settings).items()}
+    others = {key: known[key] for key in known.keys() - _defaults(GAMES[name].Settings)}
     mine = {"name": name}
-    others = _foreign(GAMES[name].Settings)
     for key, value in values.items():
         if key not in others:
             mine[key] = value
@@ -251,12 +244,6 @@ def _game(values: dict[str, Any]) -> GameSettings:
             raise ValueError(f"game.name = {to_toml(name)}: accepted is {accepted}")
     settings: GameSettings = _section("game", GAMES[name].Settings, mine)
     return settings
-
-
-def _foreign(settings: type[GameSettings]) -> dict[str, Any]:
-    """The keys, with their defaults, that only other games have."""
-    everything = {key: value for kind in GAMES.values() for key, value in _defaults(kind.Settings).items()}
-    return {key: value for key, value in everything.items() if key not in _defaults(settings)}
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

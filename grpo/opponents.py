@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
 from duologue.model.decoder import Decoder, empty_decoder
-from duologue.model.lora import Adapter, LoraDecoder
+from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -97,24 +97,19 @@ def payoff_table(groups: Sequence[Group], world: World = ALONE) -> dict[str, dic
     return table
 
 
+@dataclass(eq=False)
 class Opponents:
     """`of_groups`, then `score`, then `keep` in each step of self-play, whose steps count from 0."""
 
-    def __init__(
-        self,
-        config: Config,
-        folder: Path,
-        model: Decoder,
-        tokenizer: Tokenizer,
-        engine: Engine,
-        world: World = ALONE,
-    ) -> None:
-        self.config, self.folder = config, folder
-        self.model, self.tokenizer, self.engine = model, tokenizer, engine
-        self.world = world
-        self.ratings: dict[str, float] = {POLICY: START_RATING}
-        self._present: list[int] = []  # whose adapters the policy's engine has, or whose weights its own
-        self._own: Engine | None = None
+    config: Config
+    folder: Path
+    model: Decoder
+    tokenizer: Tokenizer
+    engine: Engine
+    world: World = ALONE
+    ratings: dict[str, float] = field(default_factory=lambda: {POLICY: START_RATING})
+    _present: list[int] = field(default_factory=list)  # whose adapters, or weights, the engine has
+    _own: Engine | None = None  # on a second set of weights
 
     def members(self, step: int) -> list[int]:
         """The snapshots, by the step that they were taken before, that may be met in this step; the oldest
@@ -139,20 +134,22 @@ class Opponents:
             return [Opponent(role=role, name=SERVER) for role in roles]
         members, rng = self.members(step), random.Random(derive_seed(seed, "opponent"))
         weights = range(1, len(members) + 1) if o.pool_draw == "recent" else [1] * len(members)
-        lora = isinstance(self.model, LoraDecoder)
-        drawn = rng.choices(members, weights, k=len(groups) if lora else 1) * (1 if lora else len(groups))
-        engine = self._with_adapters(sorted(set(drawn))) if lora else self._with_weights(drawn[0], reference)
+        if not isinstance(self.model, LoraDecoder):
+            member = rng.choices(members, weights)[0]
+            engine = self._with_weights(member, reference)
+            return [Opponent(role=role, name=_name(member), engine=engine) for role in roles]
+        drawn = rng.choices(members, weights, k=len(groups))
+        present = sorted(set(drawn))
+        engine = self._with_adapters(present)
         return [
-            Opponent(
-                role=role, name=_name(i), engine=engine, adapter=1 + self._present.index(i) if lora else 0
-            )
+            Opponent(role=role, name=_name(i), engine=engine, adapter=1 + present.index(i))
             for role, i in zip(roles, drawn, strict=True)
         ]
 
     @property
     def engines(self) -> list[Engine]:
         """All that play, the policy's first."""
-        return [self.engine, *([] if self._own is None else [self._own])]
+        return [engine for engine in (self.engine, self._own) if engine is not None]
 
     def score(self, groups: Sequence[Group]) -> dict[str, Any]:
         """Metrics: the payoff table of the step, and the ratings after it."""
@@ -198,10 +195,7 @@ class Opponents:
         """The policy's engine, which then has the snapshots' adapters beside the policy's."""
         if steps != self._present:
             beside = [load_beside(self.model, self._path(step)) for step in steps]
-            adapters: list[Adapter | None] = [
-                other.adapter if isinstance(other, LoraDecoder) else None for other in beside
-            ]
-            self.engine.use_adapters(adapters)
+            self.engine.use_adapters([getattr(other, "adapter", None) for other in beside])
             self._present = steps
         return self.engine
 
@@ -209,9 +203,7 @@ class Opponents:
     def _with_weights(self, step: int, reference: Decoder | None) -> Engine:
         """An engine on a second set of weights, which are written over where others were met before."""
         if self._own is None:
-            frozen = (
-                self.config.opponent.kind == "frozen"
-            )  # nothing is written over these, so a KL term's may serve
+            frozen = self.config.opponent.kind == "frozen"  # never written over: a KL term's may serve
             other = (frozen and reference) or load_beside(self.model, self._path(step))
             self._own = build_engine(self.config, other, CACHE_TOKENS)  # the policy's pool took what was free
         elif self._present != [step]:

@@ -69,6 +69,11 @@ class Batch:
         return torch.nonzero(self.loss_mask).squeeze(1)
 
     @property
+    def target_ids(self) -> Tensor:
+        """[N] the trained tokens."""
+        return self.token_ids[self.targets]
+
+    @property
     def segment_ids(self) -> Tensor:
         """[T] the row of each token."""
         lengths = (self.cu_seqlens[1:] - self.cu_seqlens[:-1]).long()
@@ -137,28 +142,16 @@ def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
     return nodes, first
 
 
-class TreeAttention:
-    """Attention context of a batch whose tokens are its nodes (T = U): lays out rows, takes the outputs
-    back."""
-
-    def __init__(self, batch: Batch, scale: float, exact: bool) -> None:
-        self.batch = batch
-        self.scale = scale
-        self.exact = exact
-        self.shared = len(batch.first) < len(batch.nodes)
-
-    def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
-        batch = self.batch
-        if not self.shared:
-            return ops.packed_attention(q_TAD, k_TGD, v_TGD, batch.cu_seqlens, self.scale, self.exact)
-        q, k, v = (x.index_select(0, batch.nodes) for x in (q_TAD, k_TGD, v_TGD))
-        out = ops.packed_attention(q, k, v, batch.cu_seqlens, self.scale, self.exact)
-        return out.index_select(0, batch.first)
-
-
 def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
     """The hidden state of every node, [U, H]; position t's is row `batch.nodes[t]`."""
-    attention = TreeAttention(batch, model.scale, model.exact)
+    shared = len(batch.first) < len(batch.nodes)
+
+    def attention(layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
+        """Lays out rows of the nodes (here T = U), and takes the nodes' outputs back."""
+        q, k, v = (x.index_select(0, batch.nodes) if shared else x for x in (q_TAD, k_TGD, v_TGD))
+        out = ops.packed_attention(q, k, v, batch.cu_seqlens, model.scale, model.exact)
+        return out.index_select(0, batch.first) if shared else out
+
     adapter = model.rows(dropout_seed)
     return model.hidden(batch.token_ids[batch.first], batch.positions[batch.first], attention, adapter)
 

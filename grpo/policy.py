@@ -17,6 +17,8 @@ from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.seeds import derive_seed
 
+SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
+
 
 def use_threads(config: Config) -> None:
     """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve
@@ -32,8 +34,8 @@ def use_threads(config: Config) -> None:
 def build_policy(
     config: Config, demonstrations: list[ScriptedDialogue], checkpoint: Path | None = None
 ) -> tuple[Decoder, Tokenizer]:
-    """The run's own `checkpoint`, or the one of `model.path`, with an adapter when `lora.rank` asks for one, or a Qwen3 decoder from
-    nothing with a tokenizer trained on the demonstrations.
+    """The run's own `checkpoint`, or the one of `model.path`, with an adapter when `lora.rank` asks for one,
+    or a Qwen3 decoder from nothing with a tokenizer trained on the demonstrations.
     """
     if checkpoint is not None:
         model, tokenizer = load_policy(checkpoint, config)
@@ -43,10 +45,8 @@ def build_policy(
         model, tokenizer = load_policy(Path(config.model.path), config)
         return with_adapter(model, config), tokenizer
     if not demonstrations:
-        raise ValueError(
-            "model.path = '' starts from nothing, which needs imitation.steps above 0: there is no text to "
-            "learn from"
-        )
+        needed = "which needs imitation.steps above 0: there is no text to learn from"
+        raise ValueError(f"model.path = '' starts from nothing, {needed}")
     texts = [
         line
         for d in demonstrations[:5000]
@@ -57,11 +57,7 @@ def build_policy(
     sizes = ModelConfig(
         model_type="qwen3",
         vocab_size=tokenizer.vocab_size,
-        hidden_size=m.hidden_size,
-        intermediate_size=m.intermediate_size,
-        num_layers=m.num_layers,
-        num_heads=m.num_heads,
-        num_kv_heads=m.num_kv_heads,
+        **{size: getattr(m, size) for size in SIZES},
         head_dim=m.head_dim or m.hidden_size // m.num_heads,
         max_position_embeddings=m.max_position,
         dtype=m.dtype,
@@ -105,7 +101,7 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
     """Raise ValueError when a checkpoint to resume from is not of the sizes that [model] names."""
     if config.model.path:
         return
-    for key in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+    for key in SIZES:
         wanted, present = getattr(config.model, key), getattr(model.config, key)
         if wanted != present:
             raise ValueError(

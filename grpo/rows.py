@@ -12,7 +12,7 @@ from duologue.grpo.sections import GrpoSection
 from duologue.grpo.world import ALONE, World
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.scripted import ScriptedDialogue
-from duologue.rollout.selfplay.dialogue import FINAL, KINDS, POLICY, UTTERANCE, Group, Transcript, View
+from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Group, Transcript, Turn, View
 
 Players = tuple[str, str]
 Reward = tuple[float, float] | None
@@ -62,24 +62,24 @@ def _advantages(
     """Of every group, of every dialogue, the advantage of each trained role that the policy has; and
     metrics."""
     roles = (0, 1) if config.train_roles == "both" else (0,)
+    advantages: list[list[dict[int, float]]] = [[{} for _ in group] for group in results]
     members = [
-        (g, i, role, reward)
+        (g, role, reward, by_role)
         for g, group in enumerate(results)
-        for i, (players, reward) in enumerate(group)
+        for (players, reward), by_role in zip(group, advantages[g], strict=True)
         for role in roles
         if players[role] == POLICY
     ]
     computed = group_advantages(
-        torch.tensor([reward[role] if reward else 0.0 for _, _, role, reward in members]),
-        torch.tensor([g for g, _, _, _ in members]),
-        torch.tensor([reward is not None for _, _, _, reward in members]),
+        torch.tensor([reward[role] if reward else 0.0 for _, role, reward, _ in members]),
+        torch.tensor([g for g, *_ in members]),
+        torch.tensor([reward is not None for _, _, reward, _ in members]),
         method=config.advantage,
-        roles=torch.tensor([role for _, _, role, _ in members]) if config.per_role else None,
+        roles=torch.tensor([role for _, role, *_ in members]) if config.per_role else None,
         baseline=baseline,
     )
-    advantages: list[list[dict[int, float]]] = [[{} for _ in group] for group in results]
-    for (g, i, role, _), value in zip(members, computed.value.tolist(), strict=True):
-        advantages[g][i][role] = value
+    for (_, role, _, by_role), value in zip(members, computed.value.tolist(), strict=True):
+        by_role[role] = value
     unscored = sum(reward is None for group in results for _, reward in group)
     return advantages, {
         "no_variance_share": computed.no_variance / max(computed.groups, 1),
@@ -96,9 +96,9 @@ def demonstration_rows(dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogu
     end = min(tokenizer.stop_token_ids)
     question = tokenizer.encode(dialogue.final_prompt)
     for side, text, kind in dialogue.turns:
-        final = kind == "final"
-        transcript.ask(side, question if final else None)
-        transcript.say(side, [*tokenizer.encode(text), end], None, FINAL if final else UTTERANCE, text)
+        transcript.ask(side, question if kind == "final" else None)
+        ids = [*tokenizer.encode(text), end]
+        transcript.say(Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None))
     kinds = ("utterance", "final")
     return [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
 

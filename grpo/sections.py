@@ -5,14 +5,13 @@ Rules between keys stand in `config.py`. Sections of a lower layer are that laye
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
 from duologue.model.lora import LoraSettings
-from duologue.model.settings import like, setting
+from duologue.model.settings import keys, like, setting
 from duologue.model.tokenizer import LEAST_IDS
 from duologue.model.weights import DTYPES
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -100,7 +99,7 @@ class GrpoSection:
 
     @property
     def loss_config(self) -> LossConfig:
-        names = [f.name for f in dataclasses.fields(LossConfig) if f.name != "variant"]
+        names = [field.name for field in keys(LossConfig) if field.name != "variant"]
         return LossConfig(variant=self.loss, **{name: getattr(self, name) for name in names})
 
 

@@ -19,15 +19,18 @@ def to_toml(value: Any) -> str:
     return repr(value)
 
 
-def parse(text: str, is_string: bool) -> Any:
-    """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path
-    passes.
-    """
-    try:
-        value = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return text
-    return text if len(value) > 1 or (is_string and not isinstance(value["value"], str)) else value["value"]
+class Text(str):
+    """A value as somebody typed it."""
+
+    def parse(self, is_string: bool) -> Any:
+        """A TOML value, or else the bare text; where a string is wanted only quotes make it TOML, so any path
+        passes.
+        """
+        try:
+            (value,) = tomllib.loads(f"value = {self}").values()
+        except ValueError:  # it is no TOML, or more than a value
+            return str(self)
+        return str(self) if is_string and not isinstance(value, str) else value
 
 
 def meant(got: str, known: list[str]) -> str:
@@ -37,6 +40,8 @@ def meant(got: str, known: list[str]) -> str:
 
 def typed(key: str, value: Any, default: Any) -> Any:
     """`value` in the type of the key's default."""
+    if isinstance(value, Text):
+        value = value.parse(isinstance(default, str))
     if isinstance(default, tuple):
         fits = isinstance(value, list)
         value = tuple(typed(key, item, default[0]) for item in value) if fits else value

@@ -60,12 +60,10 @@ def truncated_logprobs(
     model: Decoder, batch: Batch, hidden_NH: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """(log-probs [N], entropies [N]) of truncated draws, by the distributions that they were drawn from."""
-    offsets = torch.cat(
-        (batch.support_offsets[batch.targets], batch.support_offsets[-1:])
-    )  # between targets there are none
-    targets = batch.token_ids[batch.targets]
+    # Between targets there are none.
+    offsets = torch.cat((batch.support_offsets[batch.targets], batch.support_offsets[-1:]))
     return ops.sparse_linear_logprob(
-        hidden_NH, model.head_weight, targets, batch.support_ids, offsets, temperature
+        hidden_NH, model.head_weight, batch.target_ids, batch.support_ids, offsets, temperature
     )
 
 
@@ -74,11 +72,10 @@ def head_loss(
 ) -> PolicyLoss:
     """The loss of the batch's trained tokens, from the hidden states before them."""
     if len(batch.support_ids) == 0:
-        targets = batch.token_ids[batch.targets]
         return ops.linear_policy_loss(
             hidden_NH,
             model.head_weight,
-            targets,
+            batch.target_ids,
             loss_fn,
             level=level,
             temperature=temperature,
@@ -106,11 +103,9 @@ def packed_loss(
 ) -> LossFn:
     """The policy loss of some of a batch's trained tokens, as the head asks for it."""
     targets = batch.targets
-    sampler_logp, advantage, segment_ids = (
-        batch.behaviour_logprobs[targets],
-        batch.advantages[targets],
-        batch.segment_ids[targets],
-    )
+    sampler_logp = batch.behaviour_logprobs[targets]
+    advantage = batch.advantages[targets]
+    segment_ids = batch.segment_ids[targets]
 
     def loss_fn(logp: Tensor, entropy: Tensor, rows: slice | Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         # Truncated importance sampling splits new / sampler into new / old, clipped, times old / sampler,
@@ -138,9 +133,9 @@ def trained_logprobs(model: Decoder, batch: Batch, temperature: float) -> Tensor
     hidden_NH = trained_hidden(model, batch)
     if len(batch.support_ids):
         return truncated_logprobs(model, batch, hidden_NH, temperature)[0]
-    return ops.linear_logprob(
-        hidden_NH, model.head_weight, batch.token_ids[batch.targets], temperature, exact=model.exact
-    )[0]
+    return ops.linear_logprob(hidden_NH, model.head_weight, batch.target_ids, temperature, exact=model.exact)[
+        0
+    ]
 
 
 def accumulate_policy_gradient(

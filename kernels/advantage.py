@@ -1,10 +1,12 @@
-"""Group-relative advantages: the contract of `ops.group_advantages`, the calls of C++ and Triton, and the
-`torch.library` op.
+"""Group-relative advantages: the contract of `ops.group_advantages`, the call of C++ and the `torch.library`
+op. On a GPU the definition serves, which is vectorised: a step has a few hundred members.
 
 Shapes: N members.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from duologue.kernels import backend
@@ -32,16 +34,18 @@ def check(
         raise ValueError(f"{op}: method = {method!r}, accepted is one of {', '.join(METHODS)}")
     if rewards.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{op}: rewards is {rewards.dtype}, accepted is torch.float32 or torch.float64")
-    backend.check(op, "rewards", rewards, (None,), None, device)
-    backend.check(op, "group_ids", group_ids, rewards.shape, torch.int64, device)
-    backend.check(op, "scored", scored, rewards.shape, torch.bool, device)
-    if roles is not None:
-        backend.check(op, "roles", roles, rewards.shape, torch.int64, device)
+    backend.check(
+        op,
+        device,
+        rewards=(rewards, (None,), None),
+        group_ids=(group_ids, rewards.shape, torch.int64),
+        scored=(scored, rewards.shape, torch.bool),
+        roles=(roles, rewards.shape, torch.int64),
+    )
     if (baseline is None) == (method == "running"):
         given = "None" if baseline is None else "given"
         raise ValueError(f"{op}: baseline is {given}, accepted is one with method 'running' only")
-    if baseline is not None:
-        backend.check(op, "baseline", baseline, (n_roles,), torch.float64, device)
+    backend.check(op, device, baseline=(baseline, (n_roles,), torch.float64))
 
 
 def kernel(
@@ -57,11 +61,6 @@ def kernel(
 ) -> Advantages:
     inputs = [None if x is None else x.contiguous() for x in (rewards, group_ids, roles, scored, baseline)]
     out = _outputs(rewards, baseline, n_groups, n_roles)
-    if backend.triton(rewards):
-        from duologue.kernels.gpu import advantage as gpu_advantage
-
-        gpu_advantage.launch(inputs, out, METHODS.index(method), decay)
-        return out
     sizes = len(rewards), n_groups, n_roles, METHODS.index(method), decay, False
     bad = backend.lib().group_advantages(*backend.pointers(*inputs, *out), *sizes)
     if bad:
@@ -78,19 +77,10 @@ def _outputs(rewards: Tensor, baseline: Tensor | None, n_groups: int, n_roles: i
     return value, counts, flat, new(0 if baseline is None else n_roles, dtype=torch.float64)
 
 
-kernel_op = torch.library.custom_op("duologue::group_advantages", kernel, mutates_args=())
+kernel_op = backend.library_op("group_advantages", kernel)
 
 
 @kernel_op.register_fake
-def _(
-    rewards: Tensor,
-    group_ids: Tensor,
-    scored: Tensor,
-    roles: Tensor | None,
-    baseline: Tensor | None,
-    method: str,
-    n_groups: int,
-    n_roles: int,
-    decay: float,
-) -> Advantages:
+def _(rewards: Tensor, *others: Any) -> Advantages:
+    _, _, _, baseline, _, n_groups, n_roles, _ = others
     return _outputs(rewards, baseline, n_groups, n_roles)

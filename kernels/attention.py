@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton
 from torch import Tensor
-from torch.library import custom_op
 
 
 def _check_heads(op: str, q: Tensor, Hk: int) -> None:
@@ -35,12 +34,16 @@ def packed_with_stats(
     op = "packed_attention"
     q, k, v, cu_seqlens = (x.contiguous() for x in (q, k, v, cu_seqlens))
     device = q.device.type
-    check(op, "q", q, (None, None, None), None, device)
+    check(op, device, q=(q, (None, None, None), None))
     T, Hq, D = q.shape
-    check(op, "k", k, (T, None, D), q.dtype, device)
+    check(
+        op,
+        device,
+        k=(k, (T, None, D), q.dtype),
+        v=(v, k.shape, q.dtype),
+        cu_seqlens=(cu_seqlens, (None,), torch.int32),
+    )
     Hk = k.shape[1]
-    check(op, "v", v, (T, Hk, D), q.dtype, device)
-    check(op, "cu_seqlens", cu_seqlens, (None,), torch.int32, device)
     _check_heads(op, q, Hk)
     if len(cu_seqlens) == 0:
         raise ValueError(f"{op}: cu_seqlens is empty, accepted is [S + 1] from 0 to T")
@@ -100,15 +103,18 @@ def paged(
         x.contiguous() for x in (q, block_table, cu_seqlens, context_lens)
     )
     device = q.device.type
-    check(op, "q", q, (None, None, None), None, device)
+    check(op, device, q=(q, (None, None, None), None), context_lens=(context_lens, (None,), torch.int32))
     T, Hq, D = q.shape
-    check(op, "k_pages", k_pages, (None, None, None, D), q.dtype, device)
-    P, B, Hk, _ = k_pages.shape
-    check(op, "v_pages", v_pages, (P, B, Hk, D), q.dtype, device)
-    check(op, "context_lens", context_lens, (None,), torch.int32, device)
     S = len(context_lens)
-    check(op, "block_table", block_table, (S, None), torch.int32, device)
-    check(op, "cu_seqlens", cu_seqlens, (S + 1,), torch.int32, device)
+    check(
+        op,
+        device,
+        k_pages=(k_pages, (None, None, None, D), q.dtype),
+        v_pages=(v_pages, k_pages.shape, q.dtype),
+        block_table=(block_table, (S, None), torch.int32),
+        cu_seqlens=(cu_seqlens, (S + 1,), torch.int32),
+    )
+    P, B, Hk, _ = k_pages.shape
     _check_heads(op, q, Hk)
     if B == 0 or B % 16:
         raise ValueError(f"{op}: the page size is {B}, accepted is a multiple of 16")
@@ -143,24 +149,14 @@ def _bad_sequence(
 # ---- torch.library ops -------------------------------------------------------------------------------------
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-packed_op = custom_op("duologue::packed_attention", packed_with_stats, mutates_args=())
+packed_op = library_op("packed_attention", packed_with_stats)
+packed_backward_op = library_op("packed_attention_backward", packed_backward, 0, 1, 2)
 
 
 @packed_op.register_fake
 def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(q), q.new_empty((*q.shape[:2], 2), dtype=torch.float32)
-
-
-packed_backward_op = custom_op("duologue::packed_attention_backward", packed_backward, mutates_args=())
-
-
-@packed_backward_op.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(q), _like(k), _like(v)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    return out, q.new_empty((*q.shape[:2], 2), dtype=torch.float32)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -177,37 +173,19 @@ def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
 packed_op.register_autograd(_backward, setup_context=_setup)
 
 
-def packed_traced(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Any:
-    return packed_op(q, k, v, cu_seqlens, scale)[0]
+def packed_traced(*inputs: Any) -> Any:
+    return packed_op(*inputs)[0]
 
 
-@custom_op("duologue::paged_attention", mutates_args=())
-def paged_op(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-) -> Tensor:
-    return paged(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
+paged_op = library_op(
+    "paged_attention",
+    paged,
+    0,
+    schema="(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor cu_seqlens, "
+    "Tensor context_lens, float scale) -> Tensor",
+)
 
 
-@paged_op.register_fake
-def _(q: Tensor, *_: Any) -> Tensor:
-    return _like(q)
-
-
-def paged_traced(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    cu_seqlens: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    groups: tuple[Tensor, Tensor] | None = None,
-) -> Any:
-    """Without the groups, which change no bit."""
-    return paged_op(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale)
+def paged_traced(*inputs: Any) -> Any:
+    """Without the groups, which come last and change no bit."""
+    return paged_op(*inputs[:7])

@@ -1,5 +1,5 @@
-"""Which library serves a tensor, asked here by every op; the C++ library itself; and the check of an
-argument.
+"""Which library serves a tensor, asked here by every op; the C++ library itself; the check of arguments; and
+the `torch.library` op of a kernel.
 
     device  dtype             served by       where it is missing
     cpu     fp32, bf16        C++             PyTorch (no compiler when duologue was installed)
@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef, custom_op  # type: ignore[attr-defined]
 
 try:
     import duologue.kernels._cpu as _built
@@ -109,24 +111,42 @@ def check_softcap(op: str, softcap: float | None) -> None:
         raise ValueError(f"{op}: softcap = {softcap}, accepted is None or a finite number above 0")
 
 
+# a tensor, None where it is not given; its shape, None for any size; its dtype, None for any
+Contract = tuple[Tensor | None, tuple[int | None, ...], torch.dtype | None]
+
+
 def _fits(sizes: tuple[int, ...], shape: tuple[int | None, ...]) -> bool:
     pairs = zip(shape, sizes, strict=False)
     return len(sizes) == len(shape) and all(wanted is None or wanted == size for wanted, size in pairs)
 
 
-def check(
-    op: str,
-    name: str,
-    x: Tensor,
-    shape: tuple[int | None, ...],
-    dtype: torch.dtype | None,
-    device: str = "cpu",
-) -> None:
-    """Raise ValueError unless `x` has this shape (None = any size), dtype (None = any) and type of device."""
-    if x.shape != shape and not _fits(x.shape, shape):
-        accepted = ", ".join("*" if size is None else str(size) for size in shape)
-        raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, accepted is ({accepted})")
-    if dtype is not None and x.dtype != dtype:
-        raise ValueError(f"{op}: {name} is {x.dtype}, accepted is {dtype}")
-    if x.device.type != device:
-        raise ValueError(f"{op}: {name} is on {x.device}, but the other arguments are on {device}")
+def check(op: str, device: str, **arguments: Contract) -> None:
+    """Raise ValueError unless each tensor that is given has its shape (None = any size), its dtype (None =
+    any) and this type of device."""
+    for name, (x, shape, dtype) in arguments.items():
+        if x is None:
+            continue
+        if x.shape != shape and not _fits(x.shape, shape):
+            accepted = ", ".join("*" if size is None else str(size) for size in shape)
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, accepted is ({accepted})")
+        if dtype is not None and x.dtype != dtype:
+            raise ValueError(f"{op}: {name} is {x.dtype}, accepted is {dtype}")
+        if x.device.type != device:
+            raise ValueError(f"{op}: {name} is on {x.device}, but the other arguments are on {device}")
+
+
+# ---- torch.library -----------------------------------------------------------------------------------------
+
+
+def library_op(name: str, kernel: Callable[..., Any], *like: int, schema: str | None = None) -> CustomOpDef:
+    """The op duologue::NAME, whose outputs are like its inputs number `like`; with none of these, the caller
+    registers the fake. `schema` is read off the kernel's annotations where it is not given."""
+    op = custom_op(f"duologue::{name}", kernel, mutates_args=(), schema=schema)
+
+    def fake(*inputs: Any) -> Any:
+        outputs = [torch.empty_like(inputs[i], memory_format=torch.contiguous_format) for i in like]
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    if like:
+        op.register_fake(fake)
+    return op

@@ -56,11 +56,11 @@ def prepare(
     """The arguments of `op` as its kernels take them; ValueError for a shape, dtype, device or setting that
     they do not."""
     device, dtype = hidden.device.type, hidden.dtype
-    backend.check(op, "hidden", hidden, (None, None), None, device)
+    backend.check(op, device, hidden=(hidden, (None, None), None))
     if dtype not in DTYPES:
         raise ValueError(f"{op}: hidden is {dtype}, accepted is one of {', '.join(map(str, DTYPES))}")
     N, H = hidden.shape
-    backend.check(op, "weight", weight, (None, H), dtype, device)
+    backend.check(op, device, weight=(weight, (None, H), dtype))
     V = len(weight)
     if not 0 < V < 2**28:  # the Triton grid's second dimension
         raise ValueError(f"{op}: weight has {V} rows, accepted is 1 to 2^28 - 1")
@@ -69,12 +69,14 @@ def prepare(
             raise ValueError(f"{op}: temperature = {temperature}, accepted is a finite number above 0")
         temperature = torch.full((N,), temperature, dtype=wide(hidden), device=hidden.device)
     temperature = temperature.to(wide(hidden))
-    backend.check(op, "targets", targets, (N,), torch.int64, device)
-    backend.check(op, "temperature", temperature, (N,), None, device)
-    if bias is not None:
-        backend.check(op, "bias", bias, (V,), dtype, device)
-    if mask is not None:
-        backend.check(op, "mask", mask, (N,), torch.bool, device)
+    backend.check(
+        op,
+        device,
+        targets=(targets, (N,), torch.int64),
+        temperature=(temperature, (N,), None),
+        bias=(bias, (V,), dtype),
+        mask=(mask, (N,), torch.bool),
+    )
     backend.check_softcap(op, softcap)
     if chunk_bytes is not None and chunk_bytes <= 0:
         raise ValueError(f"{op}: chunk_bytes = {chunk_bytes}, accepted is None or a number above 0")
@@ -193,7 +195,7 @@ class Head:
         targets, temperature = self.inputs.targets[rows], self.inputs.temperature[rows]
         if self.library == "reference":
             return *reference.logprob(logits, targets, temperature), self.new(len(logits), 2).zero_()
-        return softmax.forward(logits, targets, temperature, 1.0, keep_stats=True)
+        return softmax.forward(logits, targets, temperature, 1.0)
 
     def gradient(
         self, logits: Tensor, rows: Rows, stats: Tensor, entropy: Tensor, g: Tensor, h: Tensor
@@ -207,7 +209,7 @@ class Head:
         inputs = (logits, targets, temperature, 1.0, entropy, stats, g, h)
         if self.library == "triton":  # launched while k is on its way
             dz = logits if self.in_place else self.hidden.new_empty(logits.shape)
-            softmax.backward(*inputs, dz, moved.from_row)
+            softmax.backward(dz, *inputs, moved.from_row)
         k = moved.count()
         if k == 0:
             return
@@ -216,7 +218,7 @@ class Head:
             dz = dz[:k]
         elif self.library == "cpp":
             dz = logits[:k]
-            softmax.backward(*inputs, dz, from_row)
+            softmax.backward(dz, *inputs, from_row)
         else:
             dz = reference.logprob_backward(logits, targets, temperature, entropy, g, h)
             dz = dz if from_row is None else dz[from_row]
@@ -290,11 +292,13 @@ _ARGS = (
 _GRADS = "Tensor entropy, Tensor stats, Tensor g, Tensor h, bool[] need"
 
 
-@torch.library.custom_op("duologue::linear_logprob", mutates_args=(), schema=f"({_ARGS}) -> {_OUT}")
-def linear_logprob_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _logprob(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(*args)
     check_values("linear_logprob", inputs)
     return score(Head(inputs), masked_rows(inputs.mask))
+
+
+linear_logprob_op = backend.library_op("linear_logprob", _logprob, schema=f"({_ARGS}) -> {_OUT}")
 
 
 @linear_logprob_op.register_fake
@@ -305,17 +309,19 @@ def _(*args: Any) -> tuple[Tensor, ...]:
     return tuple(hidden.new_empty(shape, dtype=wide(hidden)) for shape in shapes)
 
 
-@torch.library.custom_op(
-    "duologue::linear_logprob_backward", mutates_args=(), schema=f"({_ARGS}, {_GRADS}) -> {_OUT}"
-)
-def linear_logprob_backward_op(*args: Any) -> tuple[Tensor, ...]:
-    inputs = Inputs(*args[:9])
-    entropy, stats, g, h, need = args[9:]
+def _logprob_backward(*args: Any) -> tuple[Tensor, ...]:
+    *of_inputs, entropy, stats, g, h, need = args
+    inputs = Inputs(*of_inputs)
     head = Head(inputs, tuple(need))
     if inputs.mask is not None:
         g, h = g * inputs.mask, h * inputs.mask
     accumulate(head, stats, entropy, g, h)
     return tuple(inputs.hidden.new_empty(0) if x is None else x for x in head.gradients())
+
+
+linear_logprob_backward_op = backend.library_op(
+    "linear_logprob_backward", _logprob_backward, schema=f"({_ARGS}, {_GRADS}) -> {_OUT}"
+)
 
 
 @linear_logprob_backward_op.register_fake
@@ -332,9 +338,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
 
 
 def _backward(ctx: Any, g: Tensor, h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    hidden, weight, targets, temperature, bias, mask, entropy, stats = ctx.saved_tensors
+    *tensors, mask, entropy, stats = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
-    inputs = Inputs(hidden, weight, targets, temperature, bias, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes)
+    inputs = (*tensors, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes)
     grads = linear_logprob_backward_op(*inputs, entropy, stats, g, h, need)
     of_hidden, of_weight, of_bias = (
         grad if needed else None for grad, needed in zip(grads, need, strict=True)

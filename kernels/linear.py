@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import backend
-from duologue.kernels.backend import DTYPES, lib, pointers
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers
 from torch import Tensor
 
 
@@ -27,10 +27,9 @@ def forward(
     O = weight.shape[0]
     if out is None:
         out = x.new_empty((*x.shape[:-1], O), dtype=out_dtype or x.dtype)
-    backend.check("linear", "weight", weight, (None, K), x.dtype, x.device.type)
-    if bias is not None:
-        backend.check("linear", "bias", bias, (O,), x.dtype, x.device.type)
-        bias = bias.contiguous()
+    device = x.device.type
+    check("linear", device, weight=(weight, (None, K), x.dtype), bias=(bias, (O,), x.dtype))
+    bias = None if bias is None else bias.contiguous()
     if out.dtype not in (x.dtype, torch.float32):
         raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {x.dtype} or torch.float32")
     weight = weight.contiguous()
@@ -83,23 +82,17 @@ def backward(
 # ---- torch.library ops -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("duologue::linear", mutates_args=())
-def forward_op(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out_dtype: torch.dtype | None,
-    exact: bool = True,
-) -> Tensor:
-    return forward(x, weight, bias, out_dtype, exact)
+forward_op = library_op(
+    "linear",
+    forward,
+    schema="(Tensor x, Tensor weight, Tensor? bias, ScalarType? out_dtype, bool exact=True) -> Tensor",
+)
+backward_op = library_op("linear_backward", backward)
 
 
 @forward_op.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | None, *_: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=out_dtype or x.dtype)
-
-
-backward_op = torch.library.custom_op("duologue::linear_backward", backward, mutates_args=())
 
 
 @backward_op.register_fake

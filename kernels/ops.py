@@ -292,8 +292,7 @@ def linear_policy_loss(
 
     `level="sequence"` is for a loss that couples tokens of one sequence (gspo): all log-probs first, one call
     of loss_fn, then the logits a second time for rows with a gradient. Skipped when one chunk holds all rows.
-    Under torch.compile, without a mask, loss_fn is traced with all rows and differentiated as usual: four
-    products, no break.
+    Under torch.compile, without a mask, loss_fn is traced too, with all rows: four products, no break.
     """
     inputs = fused_head.prepare(
         "linear_policy_loss", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes
@@ -396,5 +395,6 @@ def group_advantages(
     """
     members = (rewards, group_ids, scored, roles, baseline)
     advantage.check(*members, method, n_roles)
-    run = _form(reference.group_advantages, advantage.kernel, advantage.kernel_op, rewards)
-    return run(*members, method, n_groups, n_roles, decay)
+    run = advantage.kernel_op if backend.cpp(rewards) else reference.group_advantages
+    out: advantage.Advantages = run(*members, method, n_groups, n_roles, decay)
+    return out

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
+from typing import Any
 
 import torch
 from duologue.kernels.backend import DTYPES, check, lib, pointers
@@ -86,11 +87,10 @@ class PagedDecoder:
                 tensor: Tensor | None = getattr(layer, field.name)
                 if tensor is not None:
                     name = f"layers[{i}].{field.name}"
-                    check(op, name, tensor, shapes[field.name], dtype)
+                    check(op, "cpu", **{name: (tensor, shapes[field.name], dtype)})
                     _check_place(name, tensor)
                 self._weights.append(tensor)
-        check(op, "final_norm", final_norm, (H,), dtype)
-        check(op, "embedding", embedding, (None, H), dtype)
+        check(op, "cpu", final_norm=(final_norm, (H,), dtype), embedding=(embedding, (None, H), dtype))
         _check_place("embedding", embedding)
         self._embedding, self._final_norm = embedding, final_norm
         self._eps, self._scale = eps, scale
@@ -149,7 +149,7 @@ class PagedDecoder:
         """
         op = "PagedDecoder.decode"
         N, H = len(token_ids), self._sizes[0]
-        check(op, "weight", weight, (len(self._embedding), H), self._dtype)
+        check(op, "cpu", weight=(weight, (len(self._embedding), H), self._dtype))
         weight = weight.contiguous()
         *how, next_position = check_settings(op, settings, N, "cpu")
         next_position = next_position.clone()  # these four are moved on in place, step by step
@@ -183,19 +183,20 @@ class PagedDecoder:
         H, I, Hq, Hk, D = self._sizes
         T, N, S, L = len(token_ids), len(wanted), len(context_lens), self._n_layers
         P, B = kv.shape[2:4]
-        for name, tensor, shape, dtype in (
-            ("positions", positions, (T,), torch.int64),
-            ("slots", slots, (T,), torch.int64),
-            ("cos", cos, (None, D // 2), torch.float32),
-            ("sin", sin, (len(cos), D // 2), torch.float32),
-            ("block_table", block_table, (S, None), torch.int32),
-            ("cu_seqlens", cu_seqlens, (S + 1,), torch.int32),
-            ("context_lens", context_lens, (S,), torch.int32),
-            ("kv", kv, (L, 2, P, B, Hk, D), self._dtype),
-            ("token_ids", token_ids, (T,), torch.int64),
-            ("wanted", wanted, (N,), torch.int64),
-        ):
-            check(op, name, tensor, shape, dtype)
+        contracts: dict[str, Any] = {
+            "positions": (positions, (T,), torch.int64),
+            "slots": (slots, (T,), torch.int64),
+            "cos": (cos, (None, D // 2), torch.float32),
+            "sin": (sin, (len(cos), D // 2), torch.float32),
+            "block_table": (block_table, (S, None), torch.int32),
+            "cu_seqlens": (cu_seqlens, (S + 1,), torch.int32),
+            "context_lens": (context_lens, (S,), torch.int32),
+            "kv": (kv, (L, 2, P, B, Hk, D), self._dtype),
+            "token_ids": (token_ids, (T,), torch.int64),
+            "wanted": (wanted, (N,), torch.int64),
+        }
+        check(op, "cpu", **contracts)
+        for name, (tensor, _, _) in contracts.items():
             if not tensor.is_contiguous():
                 raise ValueError(f"{op}: {name} must be contiguous")
         if B % 16:

@@ -264,21 +264,24 @@ def group_advantages(
     n_roles: int,
     decay: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As in `ops.group_advantages`. Means are taken of the distances from the least: equal rewards stay
-    equal."""
+    """As in `ops.group_advantages`, without a host sync. Means are taken of the distances from the least:
+    equal rewards stay equal."""
     role = torch.zeros_like(group_ids) if roles is None else roles
-    role, r = role[scored], rewards[scored]
-    group = group_ids[scored] * n_roles + role
+    group = group_ids * n_roles + role
     zeros = rewards.new_zeros
 
     def moments(key: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(number, mean, squares about it, whether all are equal) of the scored members of each key."""
-        least = torch.full_like(zeros(size), float("inf")).scatter_reduce(0, key, r, "amin")
-        largest = torch.full_like(zeros(size), float("-inf")).scatter_reduce(0, key, r, "amax")
-        count = zeros(size).index_add(0, key, torch.ones_like(r))
-        above = zeros(size).index_add(0, key, r - least[key]) / count.clamp(min=1)
-        mean = torch.where(count > 0, least, 0.0) + above
-        return count, mean, zeros(size).index_add(0, key, (r - mean[key]).square()), least == largest
+
+        def total(of_member: Tensor) -> Tensor:
+            return zeros(size).index_add(0, key, torch.where(scored, of_member, 0.0))
+
+        infinity = torch.full_like(zeros(size), float("inf"))
+        least = infinity.scatter_reduce(0, key, rewards.where(scored, float("inf")), "amin")
+        largest = (-infinity).scatter_reduce(0, key, rewards.where(scored, float("-inf")), "amax")
+        count = total(torch.ones_like(rewards))
+        mean = torch.where(count > 0, least, 0.0) + total(rewards - least[key]) / count.clamp(min=1)
+        return count, mean, total((rewards - mean[key]).square()), least == largest
 
     count, mean, square, flat = moments(group, n_groups * n_roles)
     new_baseline = zeros(0, dtype=torch.float64)
@@ -287,7 +290,7 @@ def group_advantages(
         seen, present, _, _ = moments(role, n_roles)
         before = torch.where(baseline.isnan(), present.double(), baseline)
         new_baseline = torch.where(seen > 0, decay * before + (1 - decay) * present, baseline)
-        value = r - before[role]
+        value = rewards - before[role]
     else:
         others = (count - 1).clamp(min=1)
         scale = {
@@ -295,7 +298,6 @@ def group_advantages(
             "mean": torch.ones_like(count),
             "leave_one_out": count / others,
         }[method]
-        value = torch.where(flat[group], 0.0, (r - mean[group]) * scale[group])
-    out = torch.zeros(len(rewards), device=rewards.device).masked_scatter(scored, value.float())
+        value = torch.where(flat[group], 0.0, (rewards - mean[group]) * scale[group])
     shape = (n_groups, n_roles)
-    return out, count.long().view(shape), flat.view(shape), new_baseline
+    return value.where(scored, 0.0).float(), count.long().view(shape), flat.view(shape), new_baseline

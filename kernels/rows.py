@@ -9,9 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton
 from torch import Tensor
-from torch.library import custom_op
 
 
 def _shape(x: Tensor) -> tuple[int, int]:
@@ -20,22 +19,19 @@ def _shape(x: Tensor) -> tuple[int, int]:
     return x.numel() // max(K, 1), K
 
 
-def _like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 # ---- norms -------------------------------------------------------------------------------------------------
 
 
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, total); total is x itself without a residual."""
     x = x.contiguous()
-    check("rms_norm", "weight", weight, x.shape[-1:], x.dtype, x.device.type)
+    device = x.device.type
+    check("rms_norm", device, weight=(weight, x.shape[-1:], x.dtype))
     weight = weight.contiguous()
     out = torch.empty_like(x)
     total = x
     if residual is not None:
-        check("add_rms_norm", "residual", residual, x.shape, x.dtype, x.device.type)
+        check("add_rms_norm", device, residual=(residual, x.shape, x.dtype))
         residual = residual.contiguous()
         total = torch.empty_like(x)
     if triton(x):
@@ -73,24 +69,9 @@ def rms_norm_backward(
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
-rms_norm_op = custom_op("duologue::rms_norm", rms_norm, mutates_args=())
-add_rms_norm_op = custom_op("duologue::add_rms_norm", add_rms_norm, mutates_args=())
-rms_norm_backward_op = custom_op("duologue::rms_norm_backward", rms_norm_backward, mutates_args=())
-
-
-@rms_norm_op.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return _like(x)
-
-
-@add_rms_norm_op.register_fake
-def _(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(x), _like(x)
-
-
-@rms_norm_backward_op.register_fake
-def _(total: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _like(total), torch.empty_like(weight)
+rms_norm_op = library_op("rms_norm", rms_norm, 0)
+add_rms_norm_op = library_op("add_rms_norm", add_rms_norm, 0, 0)
+rms_norm_backward_op = library_op("rms_norm_backward", rms_norm_backward, 0, 1)
 
 
 def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -123,7 +104,7 @@ add_rms_norm_op.register_autograd(_add_rms_norm_backward, setup_context=_add_rms
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    check("silu_mul", "up", up, gate.shape, gate.dtype, gate.device.type)
+    check("silu_mul", gate.device.type, up=(up, gate.shape, gate.dtype))
     out = torch.empty_like(gate)
     if triton(gate):
         from duologue.kernels.gpu import rows as gpu_rows
@@ -146,18 +127,8 @@ def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, T
     return grad_gate, grad_up
 
 
-silu_mul_op = custom_op("duologue::silu_mul", silu_mul, mutates_args=())
-silu_mul_backward_op = custom_op("duologue::silu_mul_backward", silu_mul_backward, mutates_args=())
-
-
-@silu_mul_op.register_fake
-def _(gate: Tensor, up: Tensor) -> Tensor:
-    return _like(gate)
-
-
-@silu_mul_backward_op.register_fake
-def _(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return _like(gate), _like(up)
+silu_mul_op = library_op("silu_mul", silu_mul, 0)
+silu_mul_backward_op = library_op("silu_mul_backward", silu_mul_backward, 0, 1)
 
 
 def _silu_mul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -178,13 +149,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float =
     """x [T, H, D], each head rotated by its token's position; back again with sign -1."""
     x = x.contiguous()
     device = x.device.type
-    check("rope", "x", x, (None, None, None), None, device)
+    check("rope", device, x=(x, (None, None, None), None))
     T, H, D = x.shape
     if D % 2:
         raise ValueError(f"rope: the head dim is {D}, accepted is an even number")
-    check("rope", "cos", cos, (None, D // 2), torch.float32, device)
-    check("rope", "sin", sin, cos.shape, torch.float32, device)
-    check("rope", "positions", positions, (T,), torch.int64, device)
+    check(
+        "rope",
+        device,
+        cos=(cos, (None, D // 2), torch.float32),
+        sin=(sin, cos.shape, torch.float32),
+        positions=(positions, (T,), torch.int64),
+    )
     cos, sin, positions = (tensor.contiguous() for tensor in (cos, sin, positions))
     out = torch.empty_like(x)
     if triton(x):
@@ -199,12 +174,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float =
     return out
 
 
-rotate_op = custom_op("duologue::rope", rotate, mutates_args=())
-
-
-@rotate_op.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return _like(x)
+rotate_op = library_op("rope", rotate, 0)
 
 
 def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -226,12 +196,16 @@ rotate_op.register_autograd(_rotate_backward, setup_context=_rotate_setup)
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     k, v = k.contiguous(), v.contiguous()
     device = k.device.type
-    check("write_kv", "k", k, (None, None, None), k_pages.dtype, device)
+    check("write_kv", device, k=(k, (None, None, None), k_pages.dtype))
     T, Hk, D = k.shape
-    check("write_kv", "v", v, (T, Hk, D), k.dtype, device)
-    check("write_kv", "k_pages", k_pages, (None, None, Hk, D), k.dtype, device)
-    check("write_kv", "v_pages", v_pages, k_pages.shape, k.dtype, device)
-    check("write_kv", "slots", slots, (T,), torch.int64, device)
+    check(
+        "write_kv",
+        device,
+        v=(v, k.shape, k.dtype),
+        k_pages=(k_pages, (None, None, Hk, D), k.dtype),
+        v_pages=(v_pages, k_pages.shape, k.dtype),
+        slots=(slots, (T,), torch.int64),
+    )
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("write_kv: k_pages and v_pages must be contiguous, they are written in place")
     slots = slots.contiguous()

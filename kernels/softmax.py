@@ -10,18 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton
 from torch import Tensor
-from torch.library import custom_op
 
 # temperature, top_k, top_p, min_p, seed, position, each [N]
 Settings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Tensors = tuple[Tensor, ...]
 # token [N], log-prob [N], entropy [N]; the ids of all supports, and where each row's begin and end [N + 1]
 Samples = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _check_logits(op: str, logits: Tensor) -> tuple[int, int]:
-    check(op, "logits", logits, (None, None), None, logits.device.type)
+    check(op, logits.device.type, logits=(logits, (None, None), None))
     N, V = logits.shape
     if V == 0:
         raise ValueError(f"{op}: logits has an empty vocabulary")
@@ -39,29 +39,26 @@ def split_temperature(temperature: float | Tensor) -> tuple[Tensor | None, float
 
 
 def forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    *,
-    keep_stats: bool = False,
+    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-prob [N], entropy [N], what the backward needs [N, 2] or nothing)."""
+    """(log-prob [N], entropy [N], what the backward needs [N, 2])."""
     logits, targets = logits.contiguous(), targets.contiguous()
     N, V = _check_logits("logprob", logits)
-    device = logits.device.type
-    check("logprob", "targets", targets, (N,), torch.int64, device)
-    if temperatures is not None:
-        check("logprob", "temperature", temperatures, (N,), torch.float32, device)
+    check(
+        "logprob",
+        logits.device.type,
+        targets=(targets, (N,), torch.int64),
+        temperature=(temperatures, (N,), torch.float32),
+    )
     logprob, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
-    stats = logits.new_empty((N, 2) if keep_stats or triton(logits) else 0, dtype=torch.float32)
+    stats = logits.new_empty((N, 2), dtype=torch.float32)
     if triton(logits):
         from duologue.kernels.gpu import softmax as gpu_softmax
 
         gpu_softmax.logprob(logits, targets, temperatures, temperature, logprob, entropy, stats)
         return logprob, entropy, stats
     inputs = (*pointers(logits, targets, temperatures), temperature)
-    outputs = pointers(logprob, entropy, stats if keep_stats else None)
+    outputs = pointers(logprob, entropy, stats)
     bad = lib().logprob(*inputs, *outputs, N, V, DTYPES[logits.dtype])
     if bad:
         row = bad - 1
@@ -78,6 +75,7 @@ def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> tup
 
 
 def backward(
+    out: Tensor,
     logits: Tensor,
     targets: Tensor,
     temperatures: Tensor | None,
@@ -86,7 +84,6 @@ def backward(
     stats: Tensor,
     grad_logprob: Tensor,
     grad_entropy: Tensor,
-    out: Tensor,
     from_row: Tensor | None = None,
 ) -> None:
     """Row i of `out` becomes the gradient of row from_row[i] (None: i) of the logits, given those of its
@@ -113,18 +110,17 @@ def backward(
 # ---- sampling ----------------------------------------------------------------------------------------------
 
 
-def check_settings(op: str, settings: Settings, N: int, device: str) -> Settings:
+def check_settings(op: str, settings: Tensors, N: int, device: str) -> Tensors:
     """The settings, contiguous; ValueError for one that does not fit."""
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "position")
     dtypes = (torch.float32, torch.int32, torch.float32, torch.float32, torch.int64, torch.int64)
-    for name, x, dtype in zip(names, settings, dtypes, strict=True):
-        check(op, name, x, (N,), dtype, device)
-    temperature, top_k, top_p, min_p, seed, position = (x.contiguous() for x in settings)
-    return temperature, top_k, top_p, min_p, seed, position
+    of_row = zip(names, settings, dtypes, strict=True)
+    check(op, device, **{name: (x, (N,), dtype) for name, x, dtype in of_row})
+    return tuple(x.contiguous() for x in settings)
 
 
 def call_sampler(
-    op: str, call: Callable[..., int], inputs: list[int], settings: Settings, N: int, *sizes: float
+    op: str, call: Callable[..., int], inputs: list[int], settings: Tensors, N: int, *sizes: float
 ) -> Samples:
     """Call a sampler of the C++ library: addresses of its inputs and settings, of the outputs, then sizes."""
     token, counts, stash = (torch.empty(N, dtype=torch.int64) for _ in range(3))
@@ -148,7 +144,7 @@ def take_supports(counts: Tensor, stash: Tensor) -> Tensor:
     return ids
 
 
-def _on_triton(op: str, logits: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _on_triton(op: str, logits: Tensor, settings: Tensors) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(token [N], log-prob [N], entropy [N], the largest logit [N] that truncation removed); `logits`
     contiguous."""
     from duologue.kernels.gpu import softmax as gpu_softmax
@@ -157,21 +153,12 @@ def _on_triton(op: str, logits: Tensor, settings: Settings) -> tuple[Tensor, Ten
     settings = check_settings(op, settings, N, logits.device.type)
     token = logits.new_empty(N, dtype=torch.int64)
     logprob, entropy = (logits.new_empty(N, dtype=torch.float32) for _ in range(2))
-    cuts = gpu_softmax.sample(logits, list(settings), token, logprob, entropy)
+    cuts = gpu_softmax.sample(logits, settings, token, logprob, entropy)
     return token, logprob, entropy, cuts
 
 
-def sample(
-    logits: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    min_p: Tensor,
-    seed: Tensor,
-    position: Tensor,
-) -> Samples:
+def sample(logits: Tensor, *settings: Tensor) -> Samples:
     logits = logits.contiguous()
-    settings = (temperature, top_k, top_p, min_p, seed, position)
     if triton(logits):
         token, logprob, entropy, cuts = _on_triton("sample", logits, settings)
         cuts = cuts.unsqueeze(1)
@@ -184,7 +171,7 @@ def sample(
     return call_sampler("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
 
 
-def sample_bounded(logits: Tensor, settings: Settings, most: int) -> Samples:
+def sample_bounded(logits: Tensor, settings: Tensors, most: int) -> Samples:
     """On Triton only; see `ops.sample_bounded`. Launches and allocations alone, nothing that waits."""
     from duologue.kernels.gpu import softmax as gpu_softmax
 
@@ -211,11 +198,7 @@ def bounded(samples: Samples, most: int) -> Samples:
 # ---- torch.library ops -------------------------------------------------------------------------------------
 
 
-@custom_op("duologue::logprob", mutates_args=())
-def forward_op(
-    logits: Tensor, targets: Tensor, temperatures: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return forward(logits, targets, temperatures, temperature, keep_stats=True)
+forward_op = library_op("logprob", forward)
 
 
 @forward_op.register_fake
@@ -224,25 +207,19 @@ def _(logits: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return tuple(logits.new_empty(shape, dtype=torch.float32) for shape in ((N,), (N,), (N, 2)))
 
 
-@custom_op("duologue::logprob_backward", mutates_args=())
-def backward_op(
-    logits: Tensor,
-    targets: Tensor,
-    temperatures: Tensor | None,
-    temperature: float,
-    entropy: Tensor,
-    stats: Tensor,
-    grad_logprob: Tensor,
-    grad_entropy: Tensor,
-) -> Tensor:
-    grad = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    backward(logits, targets, temperatures, temperature, entropy, stats, grad_logprob, grad_entropy, grad)
+def _new_gradient(*inputs: Any) -> Tensor:
+    grad = torch.empty_like(inputs[0], memory_format=torch.contiguous_format)
+    backward(grad, *inputs)
     return grad
 
 
-@backward_op.register_fake
-def _(logits: Tensor, *_: Any) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+backward_op = library_op(
+    "logprob_backward",
+    _new_gradient,
+    0,
+    schema="(Tensor logits, Tensor targets, Tensor? temperatures, float temperature, Tensor entropy, "
+    "Tensor stats, Tensor grad_logprob, Tensor grad_entropy) -> Tensor",
+)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -264,7 +241,12 @@ def logprob_traced(logits: Tensor, targets: Tensor, temperature: float | Tensor)
     return forward_op(logits, targets, *split_temperature(temperature))[:2]
 
 
-sample_op = custom_op("duologue::sample", sample, mutates_args=())
+sample_op = library_op(
+    "sample",
+    sample,
+    schema="(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor seed, "
+    "Tensor position) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @sample_op.register_fake

@@ -6,11 +6,12 @@ Shapes: N rows, H hidden, V vocabulary, E ids of the supports of all rows.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from duologue.kernels import linear, reference, softmax
-from duologue.kernels.backend import DTYPES, check, check_softcap, lib, pointers, triton
+from duologue.kernels.backend import DTYPES, check, check_softcap, lib, library_op, pointers, triton
 from torch import Tensor
 
 
@@ -18,12 +19,11 @@ def check_head(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, sof
     """Raise ValueError unless these are [N, H], [V, H] and [V] of one dtype on one device, and softcap is
     positive or None."""
     device = hidden.device.type
-    check(op, "hidden", hidden, (None, None), None, device)
-    check(op, "weight", weight, (None, hidden.shape[1]), hidden.dtype, device)
+    check(op, device, hidden=(hidden, (None, None), None))
+    check(op, device, weight=(weight, (None, hidden.shape[1]), hidden.dtype))
     if len(weight) == 0:
         raise ValueError(f"{op}: weight has an empty vocabulary")
-    if bias is not None:
-        check(op, "bias", bias, (len(weight),), hidden.dtype, device)
+    check(op, device, bias=(bias, (len(weight),), hidden.dtype))
     check_softcap(op, softcap)
 
 
@@ -53,44 +53,51 @@ def logprob(
 ) -> tuple[Tensor, Tensor]:
     """(log-prob [N], entropy [N]); on Triton unwritten for rows without a support."""
     op = "sparse_linear_logprob"
-    N, device = len(hidden), hidden.device.type
+    N = len(hidden)
     temperature = per_row(temperature, hidden)
-    check(op, "targets", targets, (N,), torch.int64, device)
-    check(op, "kept_ids", kept_ids, (None,), torch.int32, device)
-    check(op, "kept_offsets", kept_offsets, (N + 1,), torch.int64, device)
-    check(op, "temperature", temperature, (N,), torch.float32, device)
+    check(
+        op,
+        hidden.device.type,
+        targets=(targets, (N,), torch.int64),
+        kept_ids=(kept_ids, (None,), torch.int32),
+        kept_offsets=(kept_offsets, (N + 1,), torch.int64),
+        temperature=(temperature, (N,), torch.float32),
+    )
     support = (targets, kept_ids, kept_offsets, temperature)
     out: tuple[Tensor, ...] = logprob_op(hidden, weight, bias, *support, softcap or 0.0)
     return out[0], out[1]
 
 
-def _sizes(hidden: Tensor, weight: Tensor, kept_ids: Tensor) -> tuple[int, ...]:
+def _sizes(inputs: Sequence[Tensor]) -> tuple[int, ...]:
+    hidden, weight, kept_ids = inputs[0], inputs[1], inputs[4]
     return *hidden.shape, len(weight), len(kept_ids), DTYPES[hidden.dtype]
 
 
-@torch.library.custom_op("duologue::sparse_linear_logprob", mutates_args=())
-def logprob_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: Tensor,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_ARGS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, Tensor kept_ids, Tensor kept_offsets, "
+    "Tensor temperature, float softcap"
+)
+
+
+def _forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(log-prob [N], entropy [N], logits [E] and stats [N, 2] for the backward); temperature [N]."""
-    inputs = _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
-    if triton(hidden):
+    *tensors, softcap = args
+    inputs = _contiguous(*tensors)
+    if triton(inputs[0]):
         from duologue.kernels.gpu import sparse as gpu_sparse
 
         return gpu_sparse.forward(inputs, softcap)
-    N = len(hidden)
-    out = torch.empty(N), torch.empty(N), torch.empty(len(kept_ids)), torch.empty(N, 2)
-    bad = lib().sparse_logprob(*pointers(*inputs, *out), *_sizes(hidden, weight, kept_ids), softcap)
+    N, E = len(inputs[0]), len(inputs[4])
+    out = torch.empty(N), torch.empty(N), torch.empty(E), torch.empty(N, 2)
+    bad = lib().sparse_logprob(*pointers(*inputs, *out), *_sizes(inputs), softcap)
     if bad:
         raise ValueError(f"sparse_linear_logprob: {bad}")
     return out
+
+
+logprob_op = library_op(
+    "sparse_linear_logprob", _forward, schema=f"({_ARGS}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
 
 
 @logprob_op.register_fake
@@ -102,39 +109,33 @@ def _(
     return tuple(hidden.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-@torch.library.custom_op("duologue::sparse_linear_logprob_backward", mutates_args=())
-def backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    kept_ids: Tensor,
-    kept_offsets: Tensor,
-    temperature: Tensor,
-    softcap: float,
-    saved: list[Tensor],
-    need_weight: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(*args: Any) -> tuple[Tensor, ...]:
     """Gradients of hidden, weight and bias, the last two empty unless needed.
 
     `saved` are entropy, logits and stats of the forward, and the gradients of log-prob and entropy.
     """
-    inputs = _contiguous(hidden, weight, bias, targets, kept_ids, kept_offsets, temperature)
+    *tensors, softcap, saved, need_weight = args
+    inputs = _contiguous(*tensors)
     saved = list(_contiguous(*saved))
-    grad_hidden = torch.empty_like(inputs[0])
-    grad_weight = torch.zeros_like(inputs[1]) if need_weight else None
-    grad_bias = torch.zeros_like(inputs[2]) if need_weight and bias is not None else None
-    grads = (grad_hidden, grad_weight, grad_bias)
+    hidden, weight, bias = inputs[:3]
+    grad_weight = torch.zeros_like(weight) if need_weight else None
+    grad_bias = torch.zeros_like(bias) if need_weight and bias is not None else None
+    grads = (torch.empty_like(hidden), grad_weight, grad_bias)
     if triton(hidden):
         from duologue.kernels.gpu import sparse as gpu_sparse
 
         gpu_sparse.backward(inputs, softcap, saved, grads)
     else:
-        tensors = pointers(*inputs, *saved, *grads)
-        lib().sparse_backward(*tensors, *_sizes(hidden, weight, kept_ids), softcap)
-    grad_weight = weight.new_empty(0) if grad_weight is None else grad_weight
-    grad_bias = weight.new_empty(0) if grad_bias is None else grad_bias
-    return grad_hidden, grad_weight, grad_bias
+        addresses = pointers(*inputs, *saved, *grads)
+        lib().sparse_backward(*addresses, *_sizes(inputs), softcap)
+    return tuple(hidden.new_empty(0) if grad is None else grad for grad in grads)
+
+
+backward_op = library_op(
+    "sparse_linear_logprob_backward",
+    _gradients,
+    schema=f"({_ARGS}, Tensor[] saved, bool need_weight) -> (Tensor, Tensor, Tensor)",
+)
 
 
 @backward_op.register_fake
@@ -170,9 +171,9 @@ def linear_sample(
     """On C++. `settings` are those of `sample`."""
     op, (N, H) = "linear_sample", hidden.shape
     head = _contiguous(hidden, weight, bias)
-    settings = softmax.check_settings(op, settings, N, "cpu")
+    checked = softmax.check_settings(op, settings, N, "cpu")
     sizes = (H, len(weight), DTYPES[hidden.dtype], softcap)
-    return softmax.call_sampler(op, lib().linear_sample, pointers(*head), settings, N, *sizes)
+    return softmax.call_sampler(op, lib().linear_sample, pointers(*head), checked, N, *sizes)
 
 
 def linear_sample_whole(
@@ -188,8 +189,8 @@ def linear_sample_whole(
 
     N = len(hidden)
     hidden, weight, bias = _contiguous(hidden, weight, bias)
-    settings = softmax.check_settings("linear_sample", settings, N, hidden.device.type)
-    temperature, top_k, top_p, min_p, seed, position = settings
+    checked = softmax.check_settings("linear_sample", settings, N, hidden.device.type)
+    temperature, top_k, top_p, min_p, seed, position = checked
     no_supports = seed.new_empty(0, dtype=torch.int32), seed.new_zeros(N + 1)
     if exact:
         logits = linear.forward(hidden, weight, bias, torch.float32)

@@ -24,8 +24,8 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a value must obey: `least` and `most` are accepted themselves, `above` is not. Of a tuple,
-    `one_of` speaks of the items; None is no limit, but inf is never accepted.
+    """What a value must obey: `least`, `most` and `gap` are accepted themselves, `above` is not. Of a
+    tuple, `one_of` speaks of the items; None is no limit, but inf is never accepted.
 
     `form` is a regular expression for all of a string. `words` say what is accepted where the limits would
     say it badly.

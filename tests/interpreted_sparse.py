@@ -1,4 +1,4 @@
-"""Supports and group advantages on Triton, in Triton's interpreter: see test_kernels_sparse.py."""
+"""Supports on Triton, in Triton's interpreter: see test_kernels_sparse.py."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ assert spec.loader is not None
 shared = importlib.util.module_from_spec(spec)
 sys.modules["shared_sparse"] = shared
 spec.loader.exec_module(shared)
-ODD, METHODS = shared.ODD, shared.METHODS
+ODD = shared.ODD
 
 assert backend.triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
 
@@ -49,18 +49,6 @@ def test_triton_says_nan_for_a_target_that_is_not_kept() -> None:
         torch.ones(1, 4), torch.ones(6, 4), torch.tensor([2]), ids, offsets
     )
     assert logprob.isnan().all()
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("n", [1, 7, 127, 129, 1_500])
-def test_triton_advantages(method: str, n: int) -> None:
-    given = shared.members(n, n, torch.float32)
-    baseline = torch.tensor([float("nan"), 0.25, -3.0], dtype=torch.float64) if method == "running" else None
-    rest = (given["group_ids"], given["scored"], given["roles"], baseline, method, 8, 3, 0.9)
-    exact = reference.group_advantages(given["rewards"].double(), *rest)
-    theirs = reference.group_advantages(given["rewards"], *rest)
-    ours = ops.group_advantages(**given, method=method, baseline=baseline, decay=0.9)
-    shared.assert_same_advantages(ours, theirs, exact, given["scored"])
 
 
 def test_float64_goes_to_the_definition() -> None:

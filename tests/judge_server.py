@@ -54,9 +54,14 @@ def answer(prompt: str) -> dict[str, Any]:
     return {"agreed": agreed(said), "assent": assent}
 
 
+# the n-th request and its body -> status, body (bytes as they are, else as JSON) and headers
+Response = tuple[int, Any, dict[str, str]]
+Script = Callable[[int, dict[str, Any]], Response | None]
+
+
 class JudgeServer(ThreadingHTTPServer):
-    """`fault(n, prompt)` names one of FAULTS for the n-th request, or None. `requests` are the bodies,
-    `heads` the headers.
+    """`fault(n, prompt)` names one of FAULTS for the n-th request, or None. `script(n, body)` is a whole
+    response, or None. `requests` are the bodies, `heads` the headers, `paths` the paths.
     """
 
     daemon_threads = True
@@ -68,6 +73,8 @@ class JudgeServer(ThreadingHTTPServer):
         self.requests: list[dict[str, Any]] = []
         self.heads: list[dict[str, str]] = []
         self.fault: Callable[[int, str], str | None] = lambda n, prompt: None
+        self.script: Script | None = None
+        self.paths: list[str] = []
         self.answer: Callable[[str], dict[str, Any]] = answer
         self.takes_schema = True
         self.retry_after = "0.01"
@@ -94,6 +101,7 @@ class _Handler(BaseHTTPRequestHandler):
             number = len(server.requests)
             server.requests.append(body)
             server.heads.append(dict(self.headers))
+            server.paths.append(self.path)
             server.at_once += 1
             server.most_at_once = max(server.most_at_once, server.at_once)
         self.react(number, body)
@@ -101,6 +109,9 @@ class _Handler(BaseHTTPRequestHandler):
     def react(self, number: int, body: dict[str, Any]) -> None:
         server, prompt = self.server, body["messages"][0]["content"]
         time.sleep(server.delay)
+        response = server.script(number, body) if server.script else None
+        if response is not None:
+            return self.reply(*response)
         if self.path != "/v1/chat/completions":
             return self.reply(404, {"error": "no such path"})
         if "response_format" in body and not server.takes_schema:
@@ -128,9 +139,9 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server.lock:
             self.server.at_once -= 1
 
-    def reply(self, status: int, value: dict[str, Any], headers: dict[str, str] | None = None) -> None:
+    def reply(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         self.leave()  # before the client can know
-        data = json.dumps(value).encode()
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
         self.send_response(status)
         for name, text in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, text)

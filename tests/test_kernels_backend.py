@@ -149,13 +149,13 @@ def test_float64_goes_to_the_definition(name: str, monkeypatch: pytest.MonkeyPat
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"group_advantages"}))
 def test_an_op_goes_to_triton_when_it_is_told_to(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every launcher is replaced, so that no kernel is needed; neither library may be asked for anything
     else."""
-    for family in ("linear", "rows", "attention", "softmax", "sampler", "sparse", "advantage"):
+    for family in ("linear", "rows", "attention", "softmax", "sampler", "sparse"):
         module = importlib.import_module(f"duologue.kernels.gpu.{family}")
         for key, value in vars(module).items():
             if isinstance(value, FunctionType) and value.__module__ == module.__name__:

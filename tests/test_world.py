@@ -28,7 +28,7 @@ from duologue.grpo.update import accumulate_imitation_gradient, accumulate_polic
 from duologue.grpo.world import ALONE, World
 from duologue.kernels.advantage import METHODS
 from duologue.rollout.games.game import Outcome, Scenario
-from duologue.rollout.selfplay.dialogue import POLICY, Dialogue, Group, View
+from duologue.rollout.selfplay.dialogue import POLICY, Dialogue, Group, Turn, View
 from tiny import RUN, decoder
 from torch import Tensor
 
@@ -206,10 +206,10 @@ def make_groups(seed: int, n: int = 5) -> list[Group]:
         dialogues = []
         for _ in range(4):
             views = []
-            for _ in range(2):
+            for role in range(2):
                 view = View()
                 view.prompt([1, 2, 3])
-                view.said([4, 5], [-1.0, -2.0], 1)
+                view.say(Turn(role=role, kind="utterance", text="", token_ids=[4, 5], logprobs=[-1.0, -2.0]))
                 views.append(view)
             scores = (float(rng.randint(0, 3)), float(rng.randint(0, 3)))
             reward = None if rng.random() < 0.2 else (scores[0] / 3 + rng.random() / 9, scores[1] / 3)

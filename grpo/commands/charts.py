@@ -5,9 +5,10 @@ labels out.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 WIDTH, HEIGHT = 340, 150
@@ -38,10 +39,10 @@ def chart(
     title: str, rows: Sequence[Mapping[str, Any]], keys: Mapping[str, str], percent: bool = False
 ) -> Chart | None:
     """Metrics over `step`; `keys` maps metric to label. None when no row has a value of any of them."""
-    lines = {
-        label: _thin([(r["step"], r[k]) for r in rows if is_number(r.get(k))]) for k, label in keys.items()
-    }
-    lines = {label: points for label, points in lines.items() if points}
+    lines = {}
+    for key, label in keys.items():
+        if points := [(row["step"], row[key]) for row in rows if is_number(row.get(key))]:
+            lines[label] = _thin(points)
     if not lines:
         return None
     xs = [x for points in lines.values() for x, _ in points]
@@ -57,15 +58,9 @@ def chart(
     series = []
     for label, points in lines.items():
         mean = _running_mean(points)
-        smooth = _path([place(p) for p in mean]) if len(points) >= 12 else ""
-        series.append(
-            Series(
-                label=label,
-                raw=_path([place(p) for p in points]),
-                smooth=smooth,
-                last=_exact(mean[-1][1], percent),
-            )
-        )
+        smooth = _path(map(place, mean)) if len(points) >= 12 else ""
+        last = _exact(mean[-1][1], percent)
+        series.append(Series(label=label, raw=_path(map(place, points)), smooth=smooth, last=last))
     return Chart(
         title=title,
         series=series,
@@ -106,8 +101,8 @@ def _exact(value: float, percent: bool) -> str:
 
 def _thin(points: list[Point]) -> list[Point]:
     size = math.ceil(len(points) / MOST_POINTS)
-    buckets = [points[i : i + size] for i in range(0, len(points), size)] if points else []
-    return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
+    buckets = (points[i : i + size] for i in range(0, len(points), size))
+    return [(fmean(x for x, _ in bucket), fmean(y for _, y in bucket)) for bucket in buckets]
 
 
 def _span(low: float, high: float) -> Point:
@@ -120,14 +115,13 @@ def _span(low: float, high: float) -> Point:
 def _running_mean(points: list[Point]) -> list[Point]:
     """Centred, over a tenth of the line or so; shorter at the ends."""
     half = len(points) // 20
-    windows = [points[max(0, i - half) : i + half + 1] for i in range(len(points))]
-    return [(x, sum(y for _, y in w) / len(w)) for (x, _), w in zip(points, windows, strict=True)]
+    ys = [y for _, y in points]
+    return [(x, fmean(ys[max(0, i - half) : i + half + 1])) for i, (x, _) in enumerate(points)]
 
 
-def _path(points: list[Point]) -> str:
-    if len(points) == 1:
-        points = [*points, points[0]]  # with round caps, a dot
-    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+def _path(points: Iterable[Point]) -> str:
+    places = [f"{x:.1f},{y:.1f}" for x, y in points]
+    return "M" + "L".join(places if len(places) > 1 else 2 * places)  # with round caps one point is a dot
 
 
 def _strips(lines: Mapping[str, list[Point]], place: Any, percent: bool) -> list[tuple[float, float, str]]:

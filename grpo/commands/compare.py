@@ -31,21 +31,25 @@ from rich.table import Table
 Policy = tuple[Engine, Tokenizer]
 Interval = dict[str, float | None]  # value, low, high; None where nothing was measured
 RESAMPLES = 2000
+VERDICTS = {"wins": 1, "losses": -1, "ties": 0}
+# by the winners in both orders, in the second of which our answer is shown last
+KINDS: dict[tuple[str | None, str | None], str] = {
+    ("1", "2"): "wins",
+    ("2", "1"): "losses",
+    ("tie", "tie"): "ties",
+}
 
 
 def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed: int) -> Interval:
     """`statistic` of values [n] and the 2.5 and 97.5 percentiles of it over resampled ones (Efron 1979), of
     which NaN are left out.
     """
-    rng, n = np.random.default_rng(seed), len(values)
-    resampled = (
-        np.array([statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]) if n else np.array([])
-    )
-    resampled = resampled[~np.isnan(resampled)]
-    value = statistic(values) if n else float("nan")
+    value = statistic(values)
     if np.isnan(value):
         return dict.fromkeys(("value", "low", "high"))
-    low, high = np.percentile(resampled, [2.5, 97.5])
+    rng, n = np.random.default_rng(seed), len(values)
+    resampled = [statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return {"value": value, "low": float(low), "high": float(high)}
 
 
@@ -59,8 +63,7 @@ def win_rate(verdicts: np.ndarray) -> float:
     """Of the pairs with a winner in both orders; verdicts are 1, -1, 0 for a tie and NaN for inconsistent
     or unscored pairs.
     """
-    wins, losses = int((verdicts == 1).sum()), int((verdicts == -1).sum())
-    return wins / (wins + losses) if wins + losses else float("nan")
+    return mean(verdicts[np.abs(verdicts) == 1] == 1)
 
 
 def hold(
@@ -112,27 +115,14 @@ def prefer(
     while len(said) < 2 * len(ours):
         for tag, answer in judge.answered(wait=True):
             said[tag] = None if answer is None else answer["winner"]
-    verdicts, unscored, inconsistent = np.full(len(ours), np.nan), 0, 0
-    value = {"1": 1, "2": -1, "tie": 0}
+    counts = dict.fromkeys((*VERDICTS, "inconsistent", "unscored"), 0)
+    verdicts = np.full(len(ours), np.nan)
     for i in range(len(ours)):
-        one, other = said[i, 0], said[i, 1]
-        if one is None or other is None:
-            unscored += 1
-        elif value[one] != -value[other]:
-            inconsistent += 1
-        else:
-            verdicts[i] = value[one]
-    counts = {
-        "wins": int((verdicts == 1).sum()),
-        "losses": int((verdicts == -1).sum()),
-        "ties": int((verdicts == 0).sum()),
-    }
-    return {
-        "win_rate": bootstrap(win_rate, verdicts, seed),
-        **counts,
-        "inconsistent": inconsistent,
-        "unscored": unscored,
-    }
+        winners = said[i, 0], said[i, 1]
+        kind = "unscored" if None in winners else KINDS.get(winners, "inconsistent")
+        counts[kind] += 1
+        verdicts[i] = VERDICTS.get(kind, np.nan)
+    return {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
 
 
 def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJudge, FeedbackJudge]:
@@ -196,9 +186,9 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
     """What `compare` found, for people."""
 
     def cell(x: Interval, form: str) -> str:
-        return (
-            "none" if x["value"] is None else f"{x['value']:{form}}  [{x['low']:{form}}, {x['high']:{form}}]"
-        )
+        if x["value"] is None:
+            return "none"
+        return f"{x['value']:{form}}  [{x['low']:{form}}, {x['high']:{form}}]"
 
     shown = Table(title=f"held-out tasks, judged by {result['judge']}, 95 % intervals", title_justify="left")
     for heading in ("", "measure", *policies):
@@ -212,9 +202,7 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
                     )
             if "preference" in row:
                 p = row["preference"]
-                rest = ", ".join(
-                    f"{p[key]} {key}" for key in ("wins", "losses", "ties", "inconsistent", "unscored")
-                )
+                rest = ", ".join(f"{p[key]} {key}" for key in (*VERDICTS, "inconsistent", "unscored"))
                 shown.add_row(
                     f"{mode} {name}",
                     f"preferred by {result['preference_judge']}",

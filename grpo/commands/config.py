@@ -31,7 +31,9 @@ def _section(name: str, values: Any) -> str:
     }
     column = 2 + max((len(text) for text in settings.values() if len(text) < COLUMN), default=0)
     for field in keys(values):
-        accepted = GAME if (name, field.name) == ("game", "name") else _accepted(field)
+        accepted = limits(field).accepted or accepted_type(field.default)
+        if (name, field.name) == ("game", "name"):
+            accepted = GAME
         comment = _comment(f"{limits(field).meaning} (accepted: {accepted})", " " * column)
         text = settings[field.name]
         if len(text) + 2 > column:  # above it
@@ -39,10 +41,6 @@ def _section(name: str, values: Any) -> str:
         else:
             lines += [text.ljust(column) + comment[0].lstrip(), *comment[1:]]
     return "\n".join([*lines, ""])
-
-
-def _accepted(field: dataclasses.Field[Any]) -> str:
-    return limits(field).accepted or accepted_type(field.default)
 
 
 def _comment(text: str, indent: str) -> list[str]:

@@ -8,20 +8,19 @@ import argparse
 import itertools
 import json
 import os
-import queue
 import re
 from collections import Counter
+from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from duologue.model.atomic import write_file
 from duologue.rollout.games.texts import NEEDS, SHIPPED, TIERS, Row, kind_of, likeness, read
 from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.endpoint import ChatEndpoint
+from duologue.rollout.judge.wording import spoken
 from rich.console import Console
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from duologue.rollout.judge.endpoint import ChatEndpoint
 
 MOST_ALIKE = 0.3  # above this two texts count as one
 WORDS = (20, 120)  # of a dilemma that a model wrote
@@ -103,15 +102,10 @@ def _check(options: argparse.Namespace) -> int:
     for path, kind in kinds.items():
         rows = read(path, NEEDS[kind])
         held += [(f"{path.name}: {row['id']}", row) for row in rows if "text" in row]
-        tiers = Counter(row["tier"] for row in rows if "tier" in row)
-        situations = {
-            tier: len({row["situation"] for row in rows if row.get("tier") == tier and "situation" in row})
-            for tier in tiers
-        }
-        parts = (
-            f"{tier} {n}" + (f" ({situations[tier]})" if situations[tier] else "")
-            for tier, n in tiers.items()
-        )
+        parts = []
+        for tier, n in Counter(row["tier"] for row in rows if "tier" in row).items():
+            situations = {row["situation"] for row in rows if row.get("tier") == tier and "situation" in row}
+            parts.append(f"{tier} {n} ({len(situations)})" if situations else f"{tier} {n}")
         table.add_row(path.name, kind, str(len(rows)), ", ".join(parts))
     console = Console(highlight=False, markup=False)
     console.print(table)
@@ -122,7 +116,7 @@ def _check(options: argparse.Namespace) -> int:
     )
     for value, i, j in pairs[:3]:
         console.print(f"  {value:.3f}  {held[j][0]}  and  {held[i][0]}")
-    alike = [(value, i, j) for value, i, j in pairs if value > MOST_ALIKE]
+    alike = [pair for pair in pairs if pair[0] > MOST_ALIKE]
     for value, i, j in alike:
         console.print(
             f"too much alike ({value:.3f}, accepted is up to {MOST_ALIKE}): {held[j][0]} and {held[i][0]}"
@@ -175,10 +169,6 @@ def _extend(rows: list[Row], known: list[Row], options: argparse.Namespace, endp
 
 
 def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
-    try:
-        from duologue.rollout.judge.endpoint import ChatEndpoint
-    except ModuleNotFoundError as error:
-        raise ValueError(f"duologue data write needs {error.name}: pip install 'duologue[judge]'") from None
     key = os.environ.get(options.key_env, "").strip()
     limits: dict[str, Any] = {"concurrency": 1, "attempts": 6, "timeout_s": 120.0, "deadline_s": 720.0}
     return ChatEndpoint(options.url, options.model, api_key=key, **limits)
@@ -187,17 +177,17 @@ def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
 def _ask(endpoint: ChatEndpoint, prompt: str, options: argparse.Namespace) -> str:
     """What the server answers."""
     body = {"messages": [{"role": "user", "content": prompt}], "temperature": 1.0, "max_tokens": 400}
-    answers: queue.SimpleQueue[tuple[str | None, str]] = queue.SimpleQueue()
+    answer: Future[tuple[str | None, str]] = Future()
 
     def done(content: str | None, reason: str) -> None:
-        answers.put((content, reason))
+        answer.set_result((content, reason))
 
-    endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=str, done=done))
-    content, reason = answers.get()
+    endpoint.ask(Ask(kind="dilemma", text=json.dumps(body), check=spoken, done=done))
+    content, reason = answer.result()
     if content is None:
-        status = re.search(r"HTTP \d+", reason)
+        status = re.search(r"HTTP [345]\d+", reason)
         raise RuntimeError(
             f"{options.url} gave no dilemma: {status[0] if status else reason}; "
             f"what was written before is in {options.out}"
         )
-    return content
+    return spoken(content)

@@ -24,7 +24,7 @@ from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import FINAL, Turn
 from duologue.rollout.selfplay.rules import Rules
-from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak
+from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speaker
 from rich.console import Console
 
 HELP = "/help shows this, /private your side again, /done ends the talk, /quit leaves"
@@ -135,12 +135,10 @@ def hold(person: Person, seed: int) -> None:
         terminal.say("The policy was told: " + person.scenario.private_text[1 - side].strip())
 
 
-class Person:
+class Person(Speaker):
     """A speaker who reads and types in the terminal."""
 
     who = "the person"
-    max_unscored_share = 0.0
-    last_fault = ""
 
     def __init__(self, arena: Arena, scenario: Scenario, side: int, terminal: Terminal) -> None:
         self.arena, self.scenario, self.side, self.terminal = arena, scenario, side, terminal
@@ -153,9 +151,6 @@ class Person:
     @property
     def busy(self) -> bool:
         return self._asked is not None
-
-    def open(self, token_ids: Sequence[int], adapter: int = 0) -> None:
-        return None
 
     def ask(self, turn: Speak) -> None:
         self._asked = turn
@@ -178,9 +173,6 @@ class Person:
                 self.terminal.say(self.arena.game.final_form.format(turn.text), "cyan")
             elif turn.role != self.side:
                 self.terminal.say(f"{self.policy}> {turn.text}", "cyan")
-
-    def close(self) -> None:
-        return
 
     def _final(self) -> str:
         """The person's final statement; one that the rules cannot read is asked for again."""

@@ -10,7 +10,7 @@ import json
 import math
 import time
 import tomllib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -28,6 +28,7 @@ from duologue.rollout.games.texts import read_text
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
+Record = dict[str, Any]  # of JSON or TOML
 POLICIES = {"warm_start": "warm start", "trained": "trained"}
 # stage, title, metric -> label, whether a share; those of the game's own measures come first
 CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
@@ -71,7 +72,7 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def gather(run_dir: Path) -> dict[str, Any]:
+def gather(run_dir: Path) -> Record:
     """Everything that the template shows."""
     if not (run_dir / "config.toml").is_file():
         raise ValueError(f"{run_dir} holds no run: it has no config.toml")
@@ -103,7 +104,7 @@ def gather(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def _summary(run_dir: Path) -> dict[str, Any]:
+def _summary(run_dir: Path) -> Record:
     """summary.json, or what the newest checkpoint of an unfinished run knows of it."""
     found = run_dir / "summary.json"
     if not found.is_file():
@@ -112,18 +113,18 @@ def _summary(run_dir: Path) -> dict[str, Any]:
             return {}
         found = latest / STATE
     try:
-        summary: dict[str, Any] = json.loads(found.read_text("utf-8"))
+        summary: Record = json.loads(found.read_text("utf-8"))
     except ValueError as error:
         raise ValueError(f"{found} is not valid JSON: {error}") from error
     return summary
 
 
-def _dialogues(path: Path) -> tuple[dict[str, list[dict[str, Any]]], list[dict[str, Any]]]:
+def _dialogues(path: Path) -> tuple[dict[str, list[Record]], list[Record]]:
     """The last evaluation's dialogues of each policy, and the latest of self-play. Read once: the file may
     be large.
     """
-    policies: dict[str, list[dict[str, Any]]] = {}
-    recent: deque[dict[str, Any]] = deque(maxlen=SHOWN)
+    policies: dict[str, list[Record]] = {}
+    recent: deque[Record] = deque(maxlen=SHOWN)
     for record in iter_lines(path):
         if record["stage"] != "eval":
             recent.append(record)
@@ -145,19 +146,15 @@ def _tokenizer(run_dir: Path) -> Tokenizer | None:
 # ---- numbers -----------------------------------------------------------------------------------------------
 
 
-def _facts(
-    config: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
-) -> list[tuple[str, str]]:
-    imitation, selfplay = (
-        sum(row["stage"] == stage for row in metrics) for stage in ("imitation", "selfplay")
-    )
+def _facts(config: Record, metrics: Sequence[Record], summary: Record) -> list[tuple[str, str]]:
+    steps = Counter(row["stage"] for row in metrics)
     seconds = summary.get("train_seconds") or sum(row.get("seconds") or 0 for row in metrics)
     facts = [
         ("game", ", ".join(config["game"][key] for key in ("name", "objective") if key in config["game"])),
         ("seed", str(config["train"]["seed"])),
         ("device", f"{config['model']['device']}, {config['model']['dtype']}"),
         ("training time", f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"),
-        ("steps", f"{imitation} imitation, {selfplay} self-play"),
+        ("steps", f"{steps['imitation']} imitation, {steps['selfplay']} self-play"),
     ]
     if is_number(summary.get("parameters")):
         facts.append(("parameters", f"{summary['parameters'] / 1e6:.2f} M"))
@@ -169,7 +166,7 @@ def _facts(
     return facts
 
 
-def _results(game: type[Game], config: Mapping[str, Any], summary: Mapping[str, Any]) -> dict[str, Any]:
+def _results(game: type[Game], config: Record, summary: Record) -> Record:
     """The table of the policies, and what others reach where that is known."""
     columns = {label: summary[key] for key, label in POLICIES.items() if summary.get(key)}
     published = _published(game, config["game"]) if columns else Published()
@@ -187,7 +184,7 @@ def _results(game: type[Game], config: Mapping[str, Any], summary: Mapping[str, 
     return {"columns": [*columns], "others": [*published.columns], "source": published.source, "rows": rows}
 
 
-def _published(game: type[Game], section: Mapping[str, Any]) -> Published:
+def _published(game: type[Game], section: Record) -> Published:
     keys = [field.name for field in dataclasses.fields(game.Settings)]
     return game.published(game.Settings(**{key: section[key] for key in keys if key in section}))
 
@@ -198,7 +195,7 @@ def _change(difference: float, measure: Measure) -> str:
     return f"{difference:+{measure.format[2:-1]}}"
 
 
-def _failures(game: type[Game], summary: Mapping[str, Any]) -> list[tuple[str, list[float]]]:
+def _failures(game: type[Game], summary: Record) -> list[tuple[str, list[float]]]:
     """(kind in words, share of all dialogues for each policy) of the kinds that occurred."""
     columns = [summary[key] for key in POLICIES if summary.get(key)]
     kinds = [key for key in (columns[0] if columns else {}) if key.startswith("failure_")]
@@ -212,7 +209,7 @@ def _failures(game: type[Game], summary: Mapping[str, Any]) -> list[tuple[str, l
     return [row for row in rows if any(row[1])]
 
 
-def _charts(game: type[Game], metrics: Sequence[Mapping[str, Any]]) -> list[Chart]:
+def _charts(game: type[Game], metrics: Sequence[Record]) -> list[Chart]:
     shown = {key: measure for key, measure in game.measures.items() if measure.short}
     values = {"reward": "reward", **{key: m.short for key, m in shown.items() if not m.is_share}}
     shares = {key: m.short for key, m in shown.items() if m.is_share}
@@ -232,9 +229,7 @@ def _charts(game: type[Game], metrics: Sequence[Mapping[str, Any]]) -> list[Char
 # ---- dialogues ---------------------------------------------------------------------------------------------
 
 
-def _sections(
-    policies: Mapping[str, list[dict[str, Any]]], recent: list[dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
+def _sections(policies: Mapping[str, list[Record]], recent: list[Record]) -> dict[str, list[Record]]:
     """Heading -> rows; a row is a scenario with the dialogue of each policy on it."""
     before, after = policies.get("warm_start", []), policies.get("trained", [])
     if not before and not after:
@@ -250,25 +245,25 @@ def _sections(
     return sections
 
 
-def _rows(before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[dict[str, Any]]:
+def _rows(before: Record | None, after: Record | None) -> list[Record]:
     both = {"warm start": before, "trained": after}
     present = {name: record for name, record in both.items() if record}
     same = len({record["scenario"]["id"] for record in present.values()}) == 1
     return [_row(present)] if same else [_row({name: record}) for name, record in present.items()]
 
 
-def _row(records: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+def _row(records: Mapping[str, Record]) -> Record:
     scenario = next(iter(records.values()))["scenario"]
     return {"id": scenario["id"], "shared": scenario.get("shared"), "columns": list(records.items())}
 
 
-def _dialogue(game: type[Game], record: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _dialogue(game: type[Game], record: Record, tokenizer: Tokenizer | None) -> Record:
     """What the template shows of a dialogue, in the game's own words."""
     record = _with_numbers(record)
     reward = record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
     shown = game.shown(record)
-    measures = [*shown.measures]
+    measures = shown["measures"]
     if reward is not None:
         same = reward[0] == reward[1]
         measures.append(("reward {:.2f}" if same else "reward {:.2f}, {:.2f}").format(*reward))
@@ -281,7 +276,7 @@ def _dialogue(game: type[Game], record: Mapping[str, Any], tokenizer: Tokenizer 
     }
 
 
-def _with_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+def _with_numbers(record: Record) -> Record:
     """A record whose null scores, measures and rewards are NaN, which can be formatted."""
 
     def number(value: Any) -> Any:
@@ -296,7 +291,7 @@ def _with_numbers(record: Mapping[str, Any]) -> dict[str, Any]:
     return {**record, "outcome": outcome or None, "reward": reward}
 
 
-def _pieces(turn: Mapping[str, Any], tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:
+def _pieces(turn: Record, tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:
     """(text, how surprising from 0 to 5, what the pointer is shown) of each token; the whole text when they
     are unknown.
 

@@ -295,7 +295,7 @@ def logprob_backward(
         logprob_backward_kernel[grid](*tensors, V, **flags, **LAUNCH)
 
 
-def sample(logits: Tensor, settings: list[Tensor], *outputs: Tensor) -> Tensor:
+def sample(logits: Tensor, settings: tuple[Tensor, ...], *outputs: Tensor) -> Tensor:
     """Writes the outputs token, log-prob and entropy [N]; returns the cuts [N]. `settings` are those of
     `ops.sample`, in order."""
     cuts = torch.empty_like(outputs[1])

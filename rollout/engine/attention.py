@@ -6,6 +6,7 @@ Shapes: T tokens of the step, S requests, L layers, P pages, B page size, Hk key
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from duologue.kernels import ops
@@ -58,26 +59,17 @@ def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
     return next(differing, min(len(a), len(b)))
 
 
+@dataclass(kw_only=True, slots=True, eq=False)
 class PagedAttention:
     """The attention context of one step: writes its K/V into the pages, then attends over each request's."""
 
-    def __init__(
-        self,
-        kv: Tensor,  # [L, 2, P, B, Hk, D]
-        slots: Tensor,  # [T] page * B + offset
-        block_table: Tensor,  # [S, max_pages] int32
-        cu_seqlens: Tensor,  # [S + 1] int32, of the step's tokens
-        context_lens: Tensor,  # [S] int32, this step's tokens included
-        scale: float,
-        groups: tuple[Tensor, Tensor] | None = None,  # see `shared_groups`
-    ) -> None:
-        self.kv = kv
-        self.slots = slots
-        self.block_table = block_table
-        self.cu_seqlens = cu_seqlens
-        self.context_lens = context_lens
-        self.scale = scale
-        self.groups = groups
+    kv: Tensor  # [L, 2, P, B, Hk, D]
+    slots: Tensor  # [T] page * B + offset
+    block_table: Tensor  # [S, max_pages] int32
+    cu_seqlens: Tensor  # [S + 1] int32, of the step's tokens
+    context_lens: Tensor  # [S] int32, this step's tokens included
+    scale: float
+    groups: tuple[Tensor, Tensor] | None = None  # see `shared_groups`
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         k_pages, v_pages = self.kv[layer]

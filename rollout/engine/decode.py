@@ -19,6 +19,8 @@ from duologue.model.lora import Adapter
 from duologue.rollout.engine.sequence import BranchState, Draw, Request
 from torch import Tensor
 
+RequestSettings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seed, [n]
+
 
 @dataclass(slots=True)
 class DecodedSteps:
@@ -92,7 +94,7 @@ def page_table(branches: Sequence[BranchState]) -> Tensor:
     return torch.from_numpy(table)
 
 
-def sampling_settings(requests: Sequence[Request]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def sampling_settings(requests: Sequence[Request]) -> RequestSettings:
     """Temperature, top_k, top_p, min_p and seed of each, [n], as `ops.sample` takes them."""
     params = [r.params for r in requests]
     return (

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,32 +24,66 @@ from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
+from torch.nn.functional import pad
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows
 WIDTHS = (16, 64, 256, 1024, 4096, 1 << 20)  # pages of a row
 SUPPORT_IDS = 512  # of a truncated draw that a step holds; with more a plain step draws that token again
 STOPS = 16
+UNUSED = (1.0, 0, 1.0, 0.0, 0)  # settings of a row without a request
+
+
+class _Rows(NamedTuple):
+    """What a step knows of each of B rows, of which those without a request have stopped."""
+
+    token: Tensor  # [B]
+    position: Tensor  # [B]
+    last: Tensor  # [B] the position of the last token to draw
+    done: Tensor  # [B] bool
+    stops: Tensor  # [B, S] -1 for none
+    table: Tensor  # [B, W] int32
+    temperature: Tensor  # [B], as the others of `sampling_settings`
+    top_k: Tensor
+    top_p: Tensor
+    min_p: Tensor
+    seed: Tensor
+
+
+def _rows(requests: Sequence[Request], B: int, W: int, scratch: int) -> _Rows:
+    """On the host."""
+    branches = [r.branch for r in requests]
+    below = (0, B - len(requests))
+    stops = torch.full((B, STOPS), -1)
+    for i, request in enumerate(requests):
+        stops[i, : len(request.stop_token_ids)] = torch.tensor(sorted(request.stop_token_ids))
+    table = page_table(branches)
+    return _Rows(
+        pad(torch.tensor([b.token_ids[-1] for b in branches]), below),
+        pad(torch.tensor([b.n_cached for b in branches]), below),
+        pad(torch.tensor([r.branch.n_cached + r.n_left - 1 for r in requests]), below),
+        torch.arange(B) >= len(requests),
+        stops,
+        pad(table, (0, W - table.shape[1], *below), value=scratch),
+        *(
+            pad(values, below, value=unused)
+            for values, unused in zip(sampling_settings(requests), UNUSED, strict=True)
+        ),
+    )
 
 
 class _Bucket:
-    """The buffers of B rows; `step` replays or runs one step on them."""
+    """Buffers on a device, made like `rows`; `step` replays or runs one step on them."""
 
-    def __init__(self, B: int, W: int, k: int, truncated: bool, grouped: bool, device: torch.device) -> None:
+    def __init__(self, rows: _Rows, k: int, truncated: bool, grouped: bool, device: torch.device) -> None:
         def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
         f32, i32 = torch.float32, torch.int32
+        B = len(rows.token)
         self.support_limit = SUPPORT_IDS if truncated else 1
-        self.token = zeros(B)
-        self.position = zeros(B)
-        self.last = zeros(B)  # the position of the last token to draw
-        self.done = zeros(B, dtype=torch.bool)
-        self.stops = zeros(B, STOPS)  # -1 for none
-        self.table = zeros(B, W, dtype=i32)
+        self.rows = _Rows(*(torch.empty_like(x, device=device) for x in rows))
         self.cu_seqlens = torch.arange(B + 1, dtype=i32, device=device)
         self.groups = (self.cu_seqlens.clone(), zeros(B, dtype=i32)) if grouped else None
-        temperature, top_p, min_p = (zeros(B, dtype=f32) for _ in range(3))
-        self.settings = temperature, zeros(B, dtype=i32), top_p, min_p, zeros(B)  # as `sampling_settings`
         self.step_index = zeros(1)
         self.out = {  # in the order of what `ops.sample_bounded` returns
             "token": zeros(k, B),
@@ -76,7 +110,7 @@ class DeviceLoop(DecodeLoop):
         self.device = model.head_weight.device
         self.page_size = 0
         self._address = 0
-        self._buckets: dict[tuple[int, int, bool, int, bool], _Bucket] = {}
+        self._buckets: dict[tuple[torch.Size, bool, int, bool], _Bucket] = {}
         self._memory: Any = None  # one pool for all graphs: they never run at the same time
 
     def use(self, kv: Tensor) -> None:
@@ -128,38 +162,28 @@ class DeviceLoop(DecodeLoop):
         """The bucket for these requests, with their state in its first rows; the others are stopped."""
         assert self.kv is not None
         branches = [r.branch for r in requests]
-        rows = next(b for b in BUCKETS if b >= len(requests))
+        size = next(b for b in BUCKETS if b >= len(requests))
         groups = None
         if backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
             pages, cached = [b.pages for b in branches], [b.n_cached for b in branches]
-            groups = shared_groups(pages, cached, self.page_size, rows)
+            groups = shared_groups(pages, cached, self.page_size, size)
         width = next(w for w in WIDTHS if w >= max(len(b.pages) for b in branches))
         width = min(width, -(-self.model.config.max_position_embeddings // self.page_size) + 1)
         truncated = any(r.params.truncates for r in requests)
-        bucket = self._bucket(rows, width, truncated, branches[0].adapter, groups is not None)
-        stops = np.full((len(requests), STOPS), -1)
-        for i, request in enumerate(requests):
-            stops[i, : len(request.stop_token_ids)] = sorted(request.stop_token_ids)
-        _put(bucket.token, torch.tensor([b.token_ids[-1] for b in branches]), 0)
-        _put(bucket.position, torch.tensor([b.n_cached for b in branches]), 0)
-        _put(bucket.last, torch.tensor([r.branch.n_cached + r.n_left - 1 for r in requests]), 0)
-        _put(bucket.done, torch.zeros(len(requests), dtype=torch.bool), True)
-        _put(bucket.stops, torch.from_numpy(stops), -1)
-        _put(bucket.table, page_table(branches), self.scratch)
-        for buffer, values, unused in zip(
-            bucket.settings, sampling_settings(requests), (1.0, 0, 1.0, 0.0, 0), strict=True
-        ):
-            _put(buffer, values, unused)
+        rows = _rows(requests, size, width, self.scratch)
+        bucket = self._bucket(rows, truncated, branches[0].adapter, groups is not None)
+        for buffer, values in zip(bucket.rows, rows, strict=True):
+            buffer.copy_(values)
         if bucket.groups is not None and groups is not None:
             for buffer, values in zip(bucket.groups, map(torch.from_numpy, groups), strict=True):
                 buffer.copy_(values)
         bucket.step_index.zero_()
         return bucket
 
-    def _bucket(self, rows: int, width: int, truncated: bool, adapter: int, grouped: bool) -> _Bucket:
-        key = rows, width, truncated, adapter, grouped
+    def _bucket(self, rows: _Rows, truncated: bool, adapter: int, grouped: bool) -> _Bucket:
+        key = rows.table.shape, truncated, adapter, grouped
         if key not in self._buckets:
-            bucket = _Bucket(rows, width, self.steps, truncated, grouped, self.device)
+            bucket = _Bucket(rows, self.steps, truncated, grouped, self.device)
             lora = self.adapters[adapter]
             step = self._step_of(bucket, truncated, AdapterRows([] if lora is None else [(lora, None)]))
             bucket.step = self._captured(bucket, step) if self.capture else step
@@ -173,20 +197,20 @@ class DeviceLoop(DecodeLoop):
 
         def step() -> None:
             assert self.kv is not None
-            token, position, done = bucket.token, bucket.position, bucket.done
+            token, position, last, done, stops, table = bucket.rows[:6]
             at = torch.where(done, 0, position)
-            page = bucket.table.gather(1, (at // size).unsqueeze(1)).squeeze(1).long()
+            page = table.gather(1, (at // size).unsqueeze(1)).squeeze(1).long()
             attention = PagedAttention(
                 kv=self.kv,
                 slots=torch.where(done, self.scratch * size, page * size + at % size),
-                block_table=bucket.table,
+                block_table=table,
                 cu_seqlens=bucket.cu_seqlens,
                 context_lens=(at + 1).int(),
                 scale=model.scale,
                 groups=bucket.groups,
             )
             hidden = model.hidden(token, position, attention, lora)
-            settings = (*bucket.settings, position + 1)
+            settings = (*bucket.rows[6:], position + 1)
             drawn: tuple[Tensor, ...]
             if truncated:
                 drawn = ops.sample_bounded(model.head(hidden), *settings, bucket.support_limit)
@@ -199,14 +223,14 @@ class DeviceLoop(DecodeLoop):
             bucket.step_index.add_(1)
             token.copy_(torch.where(done, token, drawn[0]))
             position.add_((~done).long())
-            done.logical_or_((token.unsqueeze(1) == bucket.stops).any(1) | (position > bucket.last))
+            done.logical_or_((token.unsqueeze(1) == stops).any(1) | (position > last))
 
         return step
 
     def _captured(self, bucket: _Bucket, step: Callable[[], None]) -> Callable[[], None]:
         """The step as a graph. It runs before on another stream, as capture asks for, all rows stopped."""
-        bucket.done.fill_(True)
-        bucket.table.fill_(self.scratch)
+        bucket.rows.done.fill_(True)
+        bucket.rows.table.fill_(self.scratch)
         limit = self.model.config.max_position_embeddings
         self.model.rotary_tables(torch.tensor([limit - 1], device=self.device))  # whole: no step makes them
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -220,10 +244,3 @@ class DeviceLoop(DecodeLoop):
             step()
         self._memory = self._memory or graph.pool()
         return graph.replay
-
-
-def _put(buffer: Tensor, rows: Tensor, unused: float) -> None:
-    """`rows` into the first places of a buffer, `unused` into all others."""
-    host = torch.full(buffer.shape, unused, dtype=buffer.dtype)
-    host[tuple(slice(n) for n in rows.shape)] = rows
-    buffer.copy_(host)

@@ -116,7 +116,6 @@ class Engine:
             cache_tokens = measured_tokens(model, page_size)
         self.model = model
         self.adapters: list[Adapter | None] = [model.adapter if isinstance(model, LoraDecoder) else None]
-        self.weights_version = 0
         self._parameters = list(model.parameters())  # walking the modules costs as much as a layer
         self._weights_seen = self._weights_counter()
         self._seed = seed
@@ -222,7 +221,6 @@ class Engine:
     def cancel(self, request: Request) -> None:
         """End a request that is not needed any more; what it sampled stays."""
         if not request.done:
-            self._scheduler.drop(request)
             self._detach(request)
             request.finish("cancelled")
 
@@ -230,10 +228,9 @@ class Engine:
         """Drop every request in flight; what they sampled so far stays in their branches."""
         for request in [*self._scheduler.running, *self._scheduler.waiting]:
             self._detach(request)
-        self._scheduler.running.clear()
-        self._scheduler.waiting.clear()
 
     def _detach(self, request: Request) -> None:
+        self._scheduler.drop(request)
         branch = request.branch
         branch.request = None
         self.pool.trim(branch, branch.n_cached)  # of pages that were reserved and not reached
@@ -257,7 +254,7 @@ class Engine:
         Returns the requests that it finished. RuntimeError when the weights changed since they were started.
         """
         self._notice_new_weights()
-        works = self._scheduler.plan(self.weights_version)
+        works = self._scheduler.plan()
         if not works:
             return []
         pages = (page for w in works for page in w.request.branch.pages)
@@ -278,9 +275,7 @@ class Engine:
         if not all(w.samples and w.n_tokens == 1 for w in works):
             return 0
         steps = loop.reach([r.n_left for r in requests])
-        reserved = all(
-            self._scheduler.grow(r.branch, min(steps, r.n_left), self.weights_version) for r in requests
-        )
+        reserved = all(self._scheduler.grow(r.branch, min(steps, r.n_left)) for r in requests)
         return steps if steps > 1 and reserved else 0
 
     def _take_all(self, works: list[Work], decoded: DecodedSteps, ahead: bool) -> list[Request]:
@@ -293,7 +288,6 @@ class Engine:
             row += work.samples
             if request.done:
                 finished.append(request)
-                self._scheduler.running.remove(request)
                 self._detach(request)
             elif ahead:
                 self.pool.trim(request.branch, request.branch.n_cached)
@@ -309,7 +303,7 @@ class Engine:
             if work.samples and decoded.overflows(step, row):
                 request.plain = True  # a step of its own draws this token again, with its whole support
                 return step
-            self.pool.computed(request.branch, work.n_tokens, self.weights_version)
+            self.pool.computed(request.branch, work.n_tokens)
             if work.samples:
                 self._append(request, decoded.at(step, row))
             else:
@@ -349,6 +343,11 @@ class Engine:
 
     # ---- weights and memory ------------------------------------------------------------------------------
 
+    @property
+    def weights_version(self) -> int:
+        """Of the present weights; completions are marked with it."""
+        return self.pool.weights_version
+
     def use_adapters(self, others: Ids[Adapter | None]) -> None:
         """Let branches be opened with these adapters of the same base too, as `adapter` 1, 2 and so on.
 
@@ -372,7 +371,7 @@ class Engine:
         """
         assert not self.busy
         self._weights_seen = self._weights_counter()
-        self.weights_version = version
+        self.pool.weights_version = version
         for branch in self._branches:
             self.pool.release(branch)
 

@@ -22,7 +22,8 @@ class PagePool:
         self.n_pages = n_pages
         self.page_size = page_size
         self.refcount = [0] * n_pages
-        self.version = [0] * n_pages
+        self.weights_version = 0  # of the weights at present
+        self.version = [0] * n_pages  # of the weights that each page was written with
         self._by_key: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
         self._free = list(range(n_pages - 1, -1, -1))  # a stack: the most recently freed page is the warmest
@@ -35,14 +36,14 @@ class PagePool:
         """Pages that `n_tokens` tokens take."""
         return -(-n_tokens // self.page_size)
 
-    def take(self, n: int, version: int) -> list[int] | None:
+    def take(self, n: int) -> list[int] | None:
         """`n` pages of one reference each, or None (and no change) when fewer are free."""
         if n > len(self._free):
             return None
         taken = [self._free.pop() for _ in range(n)]
         for page in taken:
             self.refcount[page] = 1
-            self.version[page] = version
+            self.version[page] = self.weights_version
         return taken
 
     def share(self, pages: list[int]) -> None:
@@ -112,20 +113,20 @@ class PagePool:
         if rest == 0:
             return None
         partial = branch.pages[n_full]
-        copy = self.take(1, self.version[partial])
+        copy = self.take(1)
         if copy is None:
             return None
         child.pages += copy
         child.n_cached += rest
         return partial, copy[0]
 
-    def key(self, branch: BranchState, index: int, version: int) -> Key:
+    def key(self, branch: BranchState, index: int) -> Key:
         """Of a branch's page `index`, full or about to be filled."""
         before = branch.pages[index - 1] if index else -1 - branch.adapter
         start = index * self.page_size
-        return version, before, tuple(branch.token_ids[start : start + self.page_size])
+        return self.weights_version, before, tuple(branch.token_ids[start : start + self.page_size])
 
-    def next_key(self, branch: BranchState, version: int) -> Key | None:
+    def next_key(self, branch: BranchState) -> Key | None:
         """Of the page that a branch at a page boundary fills next; None when its ids do not fill one.
 
         The last token does not count: it must be computed, to sample after it.
@@ -133,12 +134,12 @@ class PagePool:
         at = branch.n_cached
         if at % self.page_size or len(branch) <= at + self.page_size:
             return None
-        return self.key(branch, at // self.page_size, version)
+        return self.key(branch, at // self.page_size)
 
-    def find_shared(self, branch: BranchState, version: int) -> int:
+    def find_shared(self, branch: BranchState) -> int:
         """Take over pages of other branches as far as the ids agree; the number of tokens they hold."""
         n_before = branch.n_cached
-        while (key := self.next_key(branch, version)) is not None:
+        while (key := self.next_key(branch)) is not None:
             page = self._by_key.get(key)
             if page is None:
                 break
@@ -147,9 +148,9 @@ class PagePool:
             branch.n_cached += self.page_size
         return branch.n_cached - n_before
 
-    def computed(self, branch: BranchState, n_tokens: int, version: int) -> None:
+    def computed(self, branch: BranchState, n_tokens: int) -> None:
         """`n_tokens` more of a branch's tokens have their KV: name the pages that this filled."""
         first = branch.n_cached // self.page_size
         branch.n_cached += n_tokens
         for i in range(first, branch.n_cached // self.page_size):
-            branch.pages[i] = self.name(branch.pages[i], self.key(branch, i, version))
+            branch.pages[i] = self.name(branch.pages[i], self.key(branch, i))

@@ -12,11 +12,17 @@ from collections.abc import Sequence as Ids
 import numpy as np
 import torch
 from duologue.kernels import backend, ops
-from duologue.kernels.softmax import Settings
+from duologue.kernels.softmax import Samples, Settings
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
-from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
+from duologue.rollout.engine.decode import (
+    DecodedSteps,
+    DecodeLoop,
+    RequestSettings,
+    page_table,
+    sampling_settings,
+)
 from duologue.rollout.engine.decode_cpu import NativeLoop
 from duologue.rollout.engine.decode_gpu import DeviceLoop
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -24,7 +30,6 @@ from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
 
-Draws = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # as `ops.sample` returns them
 EXCLUDED = -1e30  # a logit of probability 0 whose products stay finite
 
 
@@ -76,7 +81,7 @@ class Runner:
         self.page_size = page_size
         self.device = model.model.embed_tokens.weight.device
         self._sampled: list[Request] = []
-        self._settings: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self._settings: RequestSettings
         on_cuda = self.device.type == "cuda"
         if decode_steps is None:
             decode_steps = 8 if on_cuda or self.layers is not None else 1
@@ -146,7 +151,7 @@ class Runner:
             array("i", support_ids.cpu().numpy().tobytes()),
         )
 
-    def _restricted(self, hidden_NH: Tensor, settings: Settings, allowed: dict[int, Ids[int]]) -> Draws:
+    def _restricted(self, hidden_NH: Tensor, settings: Settings, allowed: dict[int, Ids[int]]) -> Samples:
         """As `ops.linear_sample`, where the rows that `allowed` names draw from its ids alone.
 
         Such a row's support is the allowed ids, or those of them that truncation left. Its log-prob and
@@ -246,7 +251,7 @@ class Runner:
     def _sampling(self, works: list[Work]) -> Settings:
         """The arguments of `ops.sample` after the logits; position is the index of the token to draw."""
         requests = [w.request for w in works if w.samples]
-        if self._settings is None or requests != self._sampled:  # else only the counters change
+        if requests != self._sampled:  # else only the counters change
             self._sampled = requests
             a, b, c, d, e = map(self._to_device, sampling_settings(requests))
             self._settings = a, b, c, d, e

@@ -75,7 +75,7 @@ class Scheduler:
     def drop(self, request: Request) -> None:
         (self.running if request in self.running else self.waiting).remove(request)
 
-    def plan(self, version: int) -> list[Work]:
+    def plan(self) -> list[Work]:
         """The next step's work, rows that share a prefix side by side: attention reads what they share once.
 
         Never empty while there is a request, since each alone fits the pool (checked at its start).
@@ -87,44 +87,44 @@ class Scheduler:
         while queue and budget > 0:
             request = queue.popleft()
             n = min(request.n_todo, budget)
-            if self._grow_or_preempt(request, n, queue, version):
+            if self._grow_or_preempt(request, n, queue):
                 works.append(self._work(request, n))
                 budget -= n
         if self.waiting and not queue:
-            self._admit(works, budget, version)
+            self._admit(works, budget)
         assert works or not self.busy, "no request fits the pool"
         self._count(works)
         works.sort(key=lambda w: w.request.branch.pages[0])
         return works
 
-    def _grow_or_preempt(self, request: Request, n: int, queue: deque[Request], version: int) -> bool:
+    def _grow_or_preempt(self, request: Request, n: int, queue: deque[Request]) -> bool:
         """Pages for `n` tokens of a running request, taken from the last of `queue` where none are left.
 
         False when the request lost its own pages in the end.
         """
-        while not self.grow(request.branch, n, version):
+        while not self.grow(request.branch, n):
             victim = queue.pop() if queue else request
             self._preempt(victim)
             if victim is request:
                 return False
         return True
 
-    def _admit(self, works: list[Work], budget: int, version: int) -> None:
+    def _admit(self, works: list[Work], budget: int) -> None:
         if not self._sorted:
             self.waiting = deque(sorted(self.waiting, key=lambda r: (not r.preempted, -r.expected)))
             self._sorted = True
-        next_keys = (self.pool.next_key(w.request.branch, version) for w in works)
+        next_keys = (self.pool.next_key(w.request.branch) for w in works)
         coming = {key for key in next_keys if key is not None}
         later: list[Request] = []  # whose next page is computed for another one in this step
         while self.waiting and len(self.running) < self.max_batch and budget > 0:
             request = self.waiting[0]
-            self.stats.shared_tokens += self.pool.find_shared(request.branch, version)
-            key = self.pool.next_key(request.branch, version)
+            self.stats.shared_tokens += self.pool.find_shared(request.branch)
+            key = self.pool.next_key(request.branch)
             if key in coming and works:
                 later.append(self.waiting.popleft())
                 continue
             n = min(request.n_todo, budget)
-            if not self.grow(request.branch, n, version):
+            if not self.grow(request.branch, n):
                 break
             if key is not None and n >= self.pool.page_size:
                 coming.add(key)
@@ -163,12 +163,12 @@ class Scheduler:
         self.waiting.appendleft(victim)
         self.pool.release(victim.branch)
 
-    def grow(self, branch: BranchState, n_tokens: int, version: int) -> bool:
+    def grow(self, branch: BranchState, n_tokens: int) -> bool:
         """Pages for `n_tokens` more tokens, evicting those who do not run; False when that is not enough."""
         missing = self.pool.pages_for(branch.n_cached + n_tokens) - len(branch.pages)
         if missing <= 0:
             return True
-        while (taken := self.pool.take(missing, version)) is None:
+        while (taken := self.pool.take(missing)) is None:
             if not self._evict(keep=branch):
                 return False
         branch.pages.extend(taken)

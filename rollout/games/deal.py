@@ -190,6 +190,7 @@ class DealGame(SelectionGame):
     Settings: ClassVar[type[SelectionSettings]] = DealSettings
     measures = MEASURES
     failures = FAILURES
+    cooperative = "joint_ratio"
 
     def __init__(self, settings: DealSettings | None = None) -> None:
         settings = settings or DealSettings()
@@ -255,18 +256,6 @@ class DealGame(SelectionGame):
             "nash_ratio": points[0] * points[1] / best.best_nash,
         }
         return Outcome(agreed=True, scores=(float(points[0]), float(points[1])), metrics=metrics)
-
-    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-        """`cooperative`: joint score / best joint, for both. `nash`: product / best product, for both. Both
-        are 0 without a deal. `selfish`: own score / total; no deal leaves the walk-away value, more than a
-        bad deal.
-        """
-        if self.settings.objective == "selfish":
-            points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
-            return points[0] / self.total, points[1] / self.total
-        key = "joint_ratio" if self.settings.objective == "cooperative" else "nash_ratio"
-        value = outcome.metrics.get(key, 0.0)
-        return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Means over dialogues. `agreement` and `failure_*` are shares of all. `pareto`, `joint_ratio`,

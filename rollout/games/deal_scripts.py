@@ -36,7 +36,7 @@ class Negotiator(Side):
     hinted: bool = False
 
     def decide(self) -> Act:
-        if self.last.leave and (self.offer is None and self.chance(0.6)):
+        if self.last.leave and not self.pending and self.chance(0.6):
             act = Act(leave=True)
         elif self.temperament != "open" and self.chance(2 * CANDOUR if self.last.ask else CANDOUR):
             act = self._candid()
@@ -79,51 +79,49 @@ class Negotiator(Side):
 
     def _candid(self) -> Act:
         """The open thing to do next: offer the best joint deal, or state the values, or ask."""
-        theirs, pending = self.theirs, self.offer is not None
+        theirs = self.theirs
         if theirs is not None and (self.revealed or not (self.last.ask or self.chance(0.3))):
-            act = Act(take=self._joint_best(theirs), refuse=pending, best=True)
+            act = Act(take=self._joint_best(theirs), refuse=self.pending, best=True)
             return replace(act, reveal=self.values, against=theirs) if self.chance(0.65) else act
         if not self.revealed:
-            refuse = pending and self.chance(0.6)
+            refuse = self.pending and self.chance(0.6)
             ask = theirs is None and not refuse and self.chance(0.5)
             return Act(reveal=self.values, refuse=refuse, ask=ask)
-        return Act(ask=True, refuse=pending)
+        return Act(ask=True, refuse=self.pending)
 
     def _open(self) -> Act:
         """Candid; a question that stays unanswered is followed by an offer on what little is known."""
-        if self.theirs is None and self.offer is None and self.spoken == 0 and self.chance(0.12):
+        if self.theirs is None and not self.pending and self.spoken == 0 and self.chance(0.12):
             return Act(ask=True)
         if self.theirs is None and self.asked and self.revealed:
-            return Act(take=self._keep_valuable(), refuse=self.offer is not None)
+            return Act(take=self._keep_valuable(), refuse=self.pending)
         return self._candid()
 
     def _vague(self) -> Act:
         """Says what it likes most or can spare, and offers on hints alone."""
-        pending = self.offer is not None
         if self.refusals > 1 and self.chance(0.3):
             return Act(leave=True)
         if not self.hinted and self.chance(0.85):
             spare, ask = self._least(), self.chance(0.4)
-            if not pending and self.values[spare] < 2 and self.chance(0.4):
+            if not self.pending and self.values[spare] < 2 and self.chance(0.4):
                 return Act(spare=spare, ask=ask)
-            return Act(want=self._favourite(), ask=ask, refuse=pending)
-        return Act(take=self._keep_valuable(), refuse=pending)
+            return Act(want=self._favourite(), ask=ask, refuse=self.pending)
+        return Act(take=self._keep_valuable(), refuse=self.pending)
 
     def _hard(self) -> Act:
         """Asks for nearly everything, gives in slowly, and leaves when it has refused enough."""
-        pending = self.offer is not None
         if self.chance((0.0, 0.4, 0.8)[min(self.refusals, 2)]):
             return Act(leave=True)
         reason = self._favourite() if self.chance(0.4) else None
-        if not pending and reason is not None and not self.hinted:
+        if not self.pending and reason is not None and not self.hinted:
             return Act(want=reason)
-        return Act(take=self._demand(), refuse=pending, want=reason if pending else None)
+        return Act(take=self._demand(), refuse=self.pending, want=reason if self.pending else None)
 
     def _splitter(self) -> Act:
         """Halves everything without asking."""
         if self.refusals > 1 and self.chance(0.3):
             return Act(leave=True)
-        return Act(take=self._half(), refuse=self.offer is not None)
+        return Act(take=self._half(), refuse=self.pending)
 
     def _hasty(self) -> Act:
         """Offers what comes to mind, or closes before there is a deal. It accepts whatever it is

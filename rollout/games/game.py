@@ -79,18 +79,6 @@ class Published:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A recorded dialogue in words, for people."""
-
-    sides: Sequence[str]  # what the sides are called
-    told: Sequence[str]  # what each side alone was told; empty: nothing
-    stated: str  # what a side does with its final statement
-    verdict: str
-    measures: Sequence[str]
-    reason: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class GameSettings:
     """What a game lets a user set, the keys of a run's [game]: a game that has more than its name extends
     this.
@@ -160,18 +148,20 @@ class Game(ABC):
         return Published()
 
     @classmethod
-    def shown(cls, record: Mapping[str, Any]) -> Shown:
-        """A line of dialogues.jsonl in words."""
+    def shown(cls, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A line of dialogues.jsonl in words: what the `sides` are called, what each alone was `told`, what
+        they do with a final statement (`stated`), the `verdict`, its `measures` and a judge's `reason`.
+        """
         outcome, personas = record["outcome"] or {}, record["personas"]
         told = [persona["instructions"] for persona in personas] or record["scenario"]["private"]
-        return Shown(
-            sides=[persona["name"] for persona in personas] or cls.sides,
-            told=[text for text in told if text],
-            stated=cls.stated,
-            verdict=cls.verdict(outcome),
-            measures=[cls.in_words(name, value) for name, value in outcome.get("metrics", {}).items()],
-            reason=outcome.get("reason", ""),
-        )
+        return {
+            "sides": [persona["name"] for persona in personas] or cls.sides,
+            "told": [text for text in told if text],
+            "stated": cls.stated,
+            "verdict": cls.verdict(outcome),
+            "measures": [cls.in_words(name, value) for name, value in outcome.get("metrics", {}).items()],
+            "reason": outcome.get("reason"),
+        }
 
     @classmethod
     def verdict(cls, outcome: Mapping[str, Any]) -> str:

@@ -67,6 +67,8 @@ class PriceGame(SelectionGame):
     name = "price"
     failures = FAILURES
     measures = MEASURES
+    cooperative = "right"  # it leaves nothing ungained
+    total = max(GAPS)
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
 
     @cached_property
@@ -114,16 +116,6 @@ class PriceGame(SelectionGame):
             metrics["share_seller"] = gains[1 - haggle.buyer] / haggle.zone
         scores = (float(gains[0]), float(gains[1]))
         return Outcome(agreed=not failure, scores=scores, failure=failure, metrics=metrics)
-
-    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-        """`cooperative`: 1 for the right outcome, which leaves nothing ungained, else 0. `nash`:
-        `nash_ratio`. Both for both sides. `selfish`: own gain / the largest zone; no deal leaves 0, more
-        than a wrong one.
-        """
-        if self.settings.objective == "selfish":
-            return outcome.scores[0] / max(GAPS), outcome.scores[1] / max(GAPS)
-        value = outcome.metrics["right" if self.settings.objective == "cooperative" else "nash_ratio"]
-        return value, value
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Where there is a zone: `agreement`, deals of any kind, and `efficiency`, right ones, of all.
@@ -189,7 +181,7 @@ class Haggler(Side):
         hopeless = self.theirs is not None and self.gain(self.theirs) < 0
         if self.temperament != "hasty" and (hopeless or (self.refusals > 2 and self.chance(0.5))):
             return Act(leave=True, close=True)
-        act: Act = getattr(self, f"_{self.temperament}")(self.offer is not None)
+        act: Act = getattr(self, f"_{self.temperament}")()
         return act
 
     def state(self) -> str:
@@ -201,37 +193,39 @@ class Haggler(Side):
         """The price that gains so much."""
         return (max(1, self.values[0] + (-gained if self.buys else gained)),)
 
-    def _honest(self, pending: bool) -> Act:
+    def _honest(self) -> Act:
         """States its limit and asks for the other's, then names the middle of both."""
         if not self.revealed and (self.theirs is None or self.chance(0.3)):
-            return Act(reveal=self.values, refuse=pending, ask=self.theirs is None and self.chance(0.6))
+            return Act(reveal=self.values, refuse=self.pending, ask=self.theirs is None and self.chance(0.6))
         if self.theirs is not None:
             take = self._at(self.gain(self.theirs) // 2)
             if self.chance(0.3):
-                return Act(take=take, best=True, refuse=pending)
+                return Act(take=take, best=True, refuse=self.pending)
             return Act(take=take, reveal=self.values, against=self.theirs)
-        return Act(take=self._at(2), refuse=pending) if pending or self.chance(0.4) else Act(ask=True)
+        return (
+            Act(take=self._at(2), refuse=self.pending) if self.pending or self.chance(0.4) else Act(ask=True)
+        )
 
-    def _fair(self, pending: bool) -> Act:
+    def _fair(self) -> Act:
         """Begins a little off, then names the middle of what both have offered; states its limit when it is
         asked.
         """
         if self.last.ask and not self.revealed and self.chance(0.7):
-            return Act(reveal=self.values, refuse=pending)
+            return Act(reveal=self.values, refuse=self.pending)
         if self.offered is None or self.offer is None:
-            return Act(take=self._at(max(1, self.rng.randint(3, 6) - self.refusals)), refuse=pending)
+            return Act(take=self._at(max(1, self.rng.randint(3, 6) - self.refusals)), refuse=self.pending)
         middle = max(0, (self.gain(self.offered) + self.gain(self.offer)) // 2)
         return Act(take=self._at(middle), best=True, refuse=self.chance(0.5))
 
-    def _hard(self, pending: bool) -> Act:
+    def _hard(self) -> Act:
         """Begins far off and gives in slowly."""
-        return Act(take=self._at(max(1, self.rng.randint(7, 9) - 2 * self.refusals)), refuse=pending)
+        return Act(take=self._at(max(1, self.rng.randint(7, 9) - 2 * self.refusals)), refuse=self.pending)
 
-    def _hasty(self, pending: bool) -> Act:
+    def _hasty(self) -> Act:
         """Names any price near its limit, also one at which it loses, or closes before a deal."""
         if self.spoken and self.chance(0.3):
             return Act(close=True)
-        return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=pending and self.chance(0.3))
+        return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=self.pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
         words, of_price = phrases("deal"), phrases("price")

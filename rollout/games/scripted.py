@@ -87,6 +87,11 @@ class Side(ABC):
         if act.accept and act.close:
             self.agreed = self.offered
 
+    @property
+    def pending(self) -> bool:
+        """Whether the other's offer stands."""
+        return self.offer is not None
+
     def chance(self, p: float) -> bool:
         return self.rng.random() < p
 

@@ -10,7 +10,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 from duologue.model.settings import setting
 from duologue.rollout.games.game import Game, GameSettings, Measure, Outcome, Scenario
@@ -45,6 +45,9 @@ class SelectionGame(Game):
     final_prompt = "selection ?"  # what both sides are asked once the talk is closed
     final_form = "policy states> {}"
     stated = "selects"
+    cooperative: ClassVar[str]  # the measure of an outcome that is the reward under that objective
+    total: int  # the most points of a side
+    walk_away: float = 0.0  # points of a side without a deal
     close = CLOSE  # what an utterance that closes the talk ends with
 
     @cached_property
@@ -61,6 +64,17 @@ class SelectionGame(Game):
         if split not in self.splits:
             raise ValueError(f"split = {split!r}: accepted is one of {', '.join(self.splits)}")
         return self.scenario(rng.choice(self.splits[split]), split)
+
+    def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
+        """`cooperative` and `nash`: the game's measure of that, for both sides, 0 where it has none.
+        `selfish`: own points / total; no deal leaves the walk-away value, more than a bad deal.
+        """
+        if self.settings.objective == "selfish":
+            points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
+            return points[0] / self.total, points[1] / self.total
+        key = self.cooperative if self.settings.objective == "cooperative" else "nash_ratio"
+        value = outcome.metrics.get(key, 0.0)
+        return value, value
 
     def closes(self, text: str) -> bool:
         """Whether this utterance ends the talk, after which both sides state their selection."""

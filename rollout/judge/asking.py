@@ -35,7 +35,7 @@ class Backend(Protocol):
     in the ledger.
     """
 
-    settings: dict[str, object]
+    settings: dict[str, Any]
 
     @property
     def name(self) -> str: ...
@@ -72,6 +72,20 @@ class Asking:
         """Ask `text`, written by a prompt of that version, unless it is known or in flight. `read` makes
         the answer of what comes back; a ValueError of it means that this is none.
         """
+        answer = None
+
+        def check(content: str) -> None:
+            nonlocal answer
+            answer = read(content)
+
+        def done(content: str | None, reason: str) -> None:  # in the back end's thread
+            try:
+                if content is not None:
+                    self.ledger.put(key, kind, self.backend.name, version, content)
+            except (OSError, ValueError) as error:  # ValueError: not text that can be written
+                content, reason = None, str(error)
+            self._arrived.put((key, None if content is None else answer, reason))
+
         key = ledger_key(self.backend.name, version, self.backend.settings, text)
         content = self.ledger.get(key)
         with contextlib.suppress(ValueError):  # kept under older rules
@@ -88,24 +102,7 @@ class Asking:
             self._arrived.put((key, None, reason))
         else:
             self.asked += 1
-            self.backend.ask(self._question(key, kind, version, text, read))
-
-    def _question(self, key: str, kind: str, version: str, text: str, read: Callable[[str], Any]) -> Ask:
-        answer = None
-
-        def check(content: str) -> None:
-            nonlocal answer
-            answer = read(content)
-
-        def done(content: str | None, reason: str) -> None:  # in the back end's thread
-            try:
-                if content is not None:
-                    self.ledger.put(key, kind, self.backend.name, version, content)
-            except (OSError, ValueError) as error:  # ValueError: not text that can be written
-                content, reason = None, str(error)
-            self._arrived.put((key, None if content is None else answer, reason))
-
-        return Ask(kind=kind, text=text, check=check, done=done)
+            self.backend.ask(Ask(kind=kind, text=text, check=check, done=done))
 
     def answers(self, timeout: float | None = 0.0) -> list[tuple[Any, Any]]:
         """(tag, answer) of all that has come; None is no valid answer. When nothing has, wait so many

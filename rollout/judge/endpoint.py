@@ -11,16 +11,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import email.utils
 import json
 import re
 import threading
-import time
 from typing import Any
 
 import httpx
 from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
 from duologue.rollout.judge.questions import schema
+from duologue.rollout.judge.reply import Fault, Refused, Withheld, complaint, read_reply
 from tenacity import (
     AsyncRetrying,
     RetryCallState,
@@ -30,18 +29,16 @@ from tenacity import (
 )
 
 _BACKOFF = wait_exponential_jitter(initial=0.3, max=5, jitter=0.3)
-
-
-class Fault(Exception):
-    """Something that may go better the next time."""
-
-    def __init__(self, message: str, retry_after: float | None = None) -> None:
-        super().__init__(message)
-        self.retry_after = retry_after
-
-
-class Refused(Exception):
-    """Something that will not: a wrong key, a wrong address."""
+WITHHELD_TRIES = 3  # of a question whose answer is cut or withheld
+REDIRECTS = 5
+RENAMED = {"max_tokens": "max_completion_tokens"}
+LIMITS = (*RENAMED, *RENAMED.values())
+OPTIONAL = ("response_format", "seed", "top_p", *LIMITS, "temperature")  # what a request may do without
+_UNKNOWN = re.compile(
+    r"(un|not |n't |no longer )support|unknown|unrecogni[sz]ed|unexpected|not (permitted|allowed|accepted)"
+    r"|deprecated|instead",
+    re.IGNORECASE,
+)
 
 
 class Endpoint:
@@ -65,11 +62,11 @@ class Endpoint:
         if not re.fullmatch(r"[!-~]*", api_key):
             raise ValueError(f"the {self.section}'s API key has characters other than printable ASCII")
         self.name = model or url
-        self.settings: dict[str, object] = {"temperature": temperature, "max_tokens": max_tokens}
+        self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         self._url = url.rstrip("/") + "/chat/completions"
         self._model = model or "default"
         self._deadline_s, self._attempts, self._key = deadline_s, attempts, api_key
-        self._structured = True  # until the server refuses response_format
+        self._refused: frozenset[str] = frozenset()  # parameters that the server does not take
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(concurrency)
         self._client = httpx.AsyncClient(
@@ -120,7 +117,8 @@ class Endpoint:
 
     def _hide(self, text: str) -> str:
         """Without the key, which a server may echo; cut after that, so that no part of it stays."""
-        return (text.replace(self._key, "***") if self._key else text)[:300]
+        hidden = text.replace(self._key, "***") if self._key else text
+        return " ".join(hidden[:1000].split())[:300]
 
     async def _persist(self, question: Ask, last: list[str]) -> str:
         """Ask until there is a valid answer; `last` holds the latest fault for the one who runs out of
@@ -132,70 +130,120 @@ class Endpoint:
             retry=retry_if_exception_type(Fault),
             reraise=True,
         )
+        withheld = 0
         async for attempt in retrying:
             with attempt:
                 try:
-                    content = await self._once(question, attempt.retry_state.attempt_number)
-                    question.check(content)
-                    return content
-                except (Fault, ValueError, httpx.TransportError) as error:
+                    return await self._valid(question, attempt.retry_state.attempt_number)
+                except httpx.UnsupportedProtocol as error:
+                    raise Refused(f"{self._url}: {error}") from None
+                except (Fault, Withheld, ValueError, httpx.RequestError) as error:
                     last[0] = f"{self._url}: {str(error) or type(error).__name__}"
-                    raise Fault(
-                        last[0], 0.0 if isinstance(error, ValueError) else getattr(error, "retry_after", None)
-                    ) from None
+                    withheld += isinstance(error, Withheld)
+                    if withheld == WITHHELD_TRIES:
+                        raise Refused(last[0]) from None
+                    at_once = isinstance(error, (Withheld, ValueError))
+                    raise Fault(last[0], 0.0 if at_once else getattr(error, "pause", None)) from None
         raise AssertionError("tenacity raises when it gives up")
 
-    async def _once(self, question: Ask, attempt: int) -> str:
-        temperature = self.settings["temperature"] if attempt == 1 else RETRY_TEMPERATURE
-        messages = [{"role": "user", "content": question.text}]
-        body: dict[str, Any] = {
-            "model": self._model,
-            "messages": messages,
-            **self.settings,
-            "temperature": temperature,
-        }
-        structure = {
-            "type": "json_schema",
-            "json_schema": {"name": question.kind, "strict": True, "schema": schema(question.kind)},
-        }
-        structured = self._structured
-        response = await self._client.post(
-            self._url, json=body | ({"response_format": structure} if structured else {})
-        )
-        if structured and response.status_code in (400, 422):
-            response = await self._client.post(self._url, json=body)
-            self._structured = (
-                not response.is_success and self._structured
-            )  # it was the format that was refused
-        return self._content(response)
-
-    def _content(self, response: httpx.Response) -> str:
-        """What a chat completion says."""
-        if not response.is_success:
-            message = f"HTTP {response.status_code}: {self._hide(response.text)}"
-            if response.status_code in (408, 409, 429) or response.status_code >= 500:
-                raise Fault(message, _seconds(response.headers.get("Retry-After")))
-            raise Refused(f"{self._url}: {message}")
+    async def _valid(self, question: Ask, attempt: int) -> str:
+        """A checked answer, from one try."""
+        body = self._body(question, attempt)
+        response = await self._accepted(body)
         try:
-            content = response.json()["choices"][0]["message"]["content"]
-            assert isinstance(content, str)
-        except (ValueError, LookupError, TypeError, AssertionError):
-            raise ValueError(f"not a chat completion: {self._hide(response.text)!r}") from None
-        return content
+            reply = read_reply(response, self._limit(body))
+        except Refused as error:
+            raise Refused(f"{self._url}: {error}") from None
+        try:
+            question.check(reply.text)
+        except ValueError:
+            if reply.flaw:
+                raise Withheld(reply.flaw) from None
+            raise
+        return reply.text
+
+    def _body(self, question: Ask, attempt: int) -> dict[str, Any]:
+        """The request for a question."""
+        structure = {"name": question.kind, "strict": True, "schema": schema(question.kind)}
+        return {
+            "model": self._model,
+            "messages": [{"role": "user", "content": question.text}],
+            **self.settings,
+            "temperature": self.settings["temperature"] if attempt == 1 else RETRY_TEMPERATURE,
+            "response_format": {"type": "json_schema", "json_schema": structure},
+        }
+
+    def _limit(self, body: dict[str, Any]) -> str:
+        return f"judge.max_tokens = {body['max_tokens']}"
+
+    async def _accepted(self, body: dict[str, Any]) -> httpx.Response:
+        """The response to `body` without the parameters that the server refuses, as far as it names them;
+        what helped is remembered for all later questions.
+        """
+        refused = self._refused
+        while True:
+            response = await self._post(adapted(body, refused))
+            code, message = complaint(response)
+            if code not in (400, 422):
+                break
+            sent = adapted(body, refused)
+            name = refused_parameter(message, sent)
+            if name is None and "response_format" in sent and not response.is_success:
+                name = "response_format"  # what most servers that name nothing do not know
+            if name is None:
+                break
+            refused = refused | {name}
+        if not code:
+            self._refused |= refused
+        return response
+
+    async def _post(self, body: dict[str, Any]) -> httpx.Response:
+        """The response, also when it stands elsewhere on the same host; never is the key sent to another."""
+        url, lasting = httpx.URL(self._url), True
+        for _ in range(REDIRECTS):
+            response = await self._client.post(url, json=body)
+            place = response.headers.get("Location", "") if response.is_redirect else ""
+            if not place:
+                if response.is_success and lasting:
+                    self._url = str(url)
+                return response
+            there = url.join(place)
+            if not _same_host(url, there):
+                raise Refused(f"{self._url}: HTTP {response.status_code}: the server redirects to {there}")
+            lasting = lasting and response.status_code in (301, 308)
+            url = there
+        raise Refused(f"{self._url}: the server redirects more than {REDIRECTS - 1} times, last to {url}")
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    """Retry-After is a number of seconds or a date (RFC 9110, 10.2.3)."""
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, float(retry_after or ""))
-    with contextlib.suppress(ValueError, TypeError):
-        return max(0.0, email.utils.parsedate_to_datetime(retry_after or "").timestamp() - time.time())
+def _same_host(url: httpx.URL, there: httpx.URL) -> bool:
+    """Whether the key may go there: the same scheme and port too, or from http to https."""
+    if (url.scheme, there.scheme) == ("http", "https"):
+        return url.host == there.host
+    return (url.scheme, url.host, url.port) == (there.scheme, there.host, there.port)
+
+
+def adapted(body: dict[str, Any], refused: frozenset[str]) -> dict[str, Any]:
+    """`body` without the parameters `refused`, under their other name where they have one."""
+    renamed = {
+        RENAMED[name] if name in refused and name in RENAMED else name: value for name, value in body.items()
+    }
+    return {name: value for name, value in renamed.items() if name not in refused}
+
+
+def refused_parameter(message: str, body: dict[str, Any]) -> str | None:
+    """The parameter of `body` that a complaint is about. A limit on the answer is given up only when it is
+    its name that is refused, not its value.
+    """
+    for name in OPTIONAL:
+        named = name in body and re.search(rf"\b{name}\b", message)
+        if named and (name not in LIMITS or _UNKNOWN.search(message)):
+            return name
     return None
 
 
 def _pause(state: RetryCallState) -> float:
     error = state.outcome.exception() if state.outcome else None
-    wished = error.retry_after if isinstance(error, Fault) else None
+    wished = error.pause if isinstance(error, Fault) else None
     return _BACKOFF(state) if wished is None else wished
 
 
@@ -208,6 +256,8 @@ class ChatEndpoint(Endpoint):
         super().__init__(url, model, **limits)
         self.settings = {}  # they are in the body
 
-    async def _once(self, question: Ask, attempt: int) -> str:
-        body = {"model": self._model, **json.loads(question.text)}
-        return self._content(await self._client.post(self._url, json=body))
+    def _body(self, question: Ask, attempt: int) -> dict[str, Any]:
+        return {"model": self._model, **json.loads(question.text)}
+
+    def _limit(self, body: dict[str, Any]) -> str:
+        return f"max_tokens = {body.get('max_tokens')} (dialogue.max_tokens_per_turn or _final)"

@@ -13,9 +13,10 @@ import sqlite3
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 
-def ledger_key(judge: str, version: str, settings: dict[str, object], text: str) -> str:
+def ledger_key(judge: str, version: str, settings: dict[str, Any], text: str) -> str:
     """The address of a question: who is asked, with which version of the prompt, with which settings, and
     what.
     """

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from functools import cached_property
+from typing import Any
 
 import torch
 from duologue.model.decoder import Decoder
@@ -35,9 +36,9 @@ class ModelJudge:
         max_tokens: int = 512,
         attempts: int = 4,
     ) -> None:
-        self.settings: dict[str, object] = {"temperature": temperature, "max_tokens": max_tokens}
+        self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         self._load = load
-        self._temperature, self._max_tokens, self._attempts = temperature, max_tokens, attempts
+        self._attempts = attempts
         self._open: dict[Request, tuple[Ask, int, Branch]] = {}
 
     @cached_property
@@ -54,8 +55,8 @@ class ModelJudge:
         chat, scoring = tokenizer.turn_chat, question.kind == SCORE
         branch = engine.open([*chat.open([]), *chat.heard(tokenizer.encode(question.text)), *chat.reply()])
         params = SamplingParams(
-            max_new_tokens=len(form) if scoring else self._max_tokens,
-            temperature=self._temperature if attempt == 1 else RETRY_TEMPERATURE,
+            max_new_tokens=len(form) if scoring else self.settings["max_tokens"],
+            temperature=self.settings["temperature"] if attempt == 1 else RETRY_TEMPERATURE,
             seed=int.from_bytes(hashlib.sha256(f"{attempt} {question.text}".encode()).digest()[:7], "little"),
             stop_token_ids=tuple(chat.stop_token_ids),
             allow=(lambda so_far: form[len(so_far)]) if scoring else None,
@@ -78,10 +79,15 @@ class ModelJudge:
                 if attempt < self._attempts:
                     self.ask(question, attempt + 1)
                 else:
-                    question.done(None, f"the judge's model: {request.completion.error or error}")
+                    question.done(None, f"the judge's model: {self._reason(request, error)}")
                 continue
             question.done(content, "")
         return True
+
+    def _reason(self, request: Request, error: ValueError) -> str:
+        if request.completion.finish_reason == "length":
+            return f"the answer was cut at judge.max_tokens = {self.settings['max_tokens']}: {error}"
+        return request.completion.error or str(error)
 
     def close(self) -> None:
         self._open.clear()

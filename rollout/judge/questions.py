@@ -2,14 +2,13 @@
 
 A prompt is a text file with places such as `{completion}`. What others wrote is put there between tags and
 escaped (`&lt;` and so on), so that it can neither close its tag nor pass for a turn of somebody else.
-Answers are strict JSON; a ValueError says what is wrong with one.
+An answer is one JSON object, whatever stands around it; a ValueError says what is wrong with one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 from duologue.rollout.games.dilemma import ASPECTS, HIGHEST
 from duologue.rollout.games.game import Persona
 from duologue.rollout.games.template import fill, load_template
+from duologue.rollout.judge.wording import find_object, occurs, writable
 
 PROMPTS = Path(__file__).parent / "prompts"
 WINNERS = ("1", "2", "tie")
@@ -88,12 +88,7 @@ def _tag(name: str, text: str, attribute: str = "") -> str:
 
 def read_answer(kind: str, content: str, case: Case) -> dict[str, Any]:
     """The checked answer: {"agreed"}, an integer per aspect and the reason, or {"winner"}."""
-    try:
-        answer = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"the answer is not JSON: {error}") from None
-    if not isinstance(answer, dict):
-        raise ValueError("the answer is no JSON object")
+    answer = find_object(content)
     if kind == AGREEMENT:
         return _agreement(answer, case.turns)
     if not isinstance(answer.get("reason"), str):
@@ -116,19 +111,20 @@ def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict
 
 
 def _occurs(quote: str, texts: Sequence[str]) -> bool:
-    """Word for word, whatever the white space between; as it was said or as it was shown."""
-    wanted = " ".join(quote.split())
-    return bool(wanted) and any(
-        wanted in " ".join(form.split()) for text in texts for form in (text, escape(text))
-    )
+    """Word for word, as it was said or as it was shown."""
+    return any(occurs(quote, form) for text in texts for form in (text, escape(text)))
 
 
 def _scores(answer: dict[str, Any]) -> dict[str, Any]:
+    scores = {}
     for aspect in ASPECTS:
         value = answer.get(aspect)
-        if type(value) is not int or not 0 <= value <= HIGHEST:
+        if (
+            isinstance(value, bool) or not isinstance(value, int | float) or value not in range(HIGHEST + 1)
+        ):  # 3.0 is an integer of JSON
             raise ValueError(f"{aspect} = {value!r}: accepted is an integer from 0 to {HIGHEST}")
-    return {key: answer[key] for key in (*ASPECTS, "reason")}
+        scores[aspect] = int(value)
+    return {**scores, "reason": writable(answer["reason"])}
 
 
 def _winner(answer: dict[str, Any]) -> dict[str, Any]:

@@ -67,30 +67,29 @@ class Arena:
         opponents = opponents or [None] * len(scenarios)
         opened = [self._open(s, opponent) for s, opponent in zip(scenarios, opponents, strict=True)]
         prefill([branch for pair in opened for branch in pair])  # forked, or found by later contexts
-        groups = []
+        talks: list[Talk] = []
         for n, (scenario, opponent) in enumerate(zip(scenarios, opponents, strict=True)):
-            number, forks = first_group + n, self._fork(opened[n], group_size)
+            number = first_group + n
             first = self.rules.opener(seed, number, step)
-            groups.append(
-                [
-                    Talk(
-                        self.contexts,
-                        self.speakers,
-                        scenario,
-                        forks[i],
-                        first=first,
-                        seed=derive_seed(seed, number, i),
-                        opponent=opponent,
-                    )
-                    for i in range(group_size)
-                ]
-            )
-        self._run([talk for group in groups for talk in group])
+            talks += [
+                Talk(
+                    self.contexts,
+                    self.speakers,
+                    scenario,
+                    branches,
+                    first=first,
+                    seed=derive_seed(seed, number, i),
+                    opponent=opponent,
+                )
+                for i, branches in enumerate(self._fork(opened[n], group_size))
+            ]
+        self._run(talks)
         for branch in (b for pair in opened for b in pair if b is not None):
             branch.close()
+        ended = iter(talks)
         return [
-            Group(scenario=scenario, dialogues=[talk.dialogue for talk in group])
-            for scenario, group in zip(scenarios, groups, strict=True)
+            Group(scenario=scenario, dialogues=[next(ended).dialogue for _ in range(group_size)])
+            for scenario in scenarios
         ]
 
     def _open(self, scenario: Scenario, opponent: Opponent | None) -> list[Branch | None]:

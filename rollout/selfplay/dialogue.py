@@ -48,16 +48,20 @@ class View:
         self.logprobs += [0.0] * len(token_ids)
         self.supports.sizes += [0] * len(token_ids)
 
-    def said(
-        self, token_ids: list[int], logprobs: list[float] | None, kind: int, supports: Supports | None = None
-    ) -> None:
-        """This side's own words. Without log-probs they are a demonstration: marked, to be imitated."""
-        assert kind != PROMPT
-        assert logprobs is None or len(logprobs) == len(token_ids)
-        self.token_ids += token_ids
-        self.kinds += [kind] * len(token_ids)
-        self.logprobs += logprobs if logprobs is not None else [0.0] * len(token_ids)
-        self.supports.extend(supports or Supports([0] * len(token_ids)))
+    def say(self, turn: Turn, supports: Supports | None = None, opponent: bool = False) -> None:
+        """This side's own words. Without log-probs they are a demonstration: marked, to be imitated. An
+        opponent's are marked as a prompt's, so that they are never trained.
+        """
+        if opponent:
+            self.prompt(turn.token_ids)
+            return
+        n = len(turn.token_ids)
+        logprobs = [0.0] * n if turn.logprobs is None else turn.logprobs
+        assert len(logprobs) == n
+        self.token_ids += turn.token_ids
+        self.kinds += [KINDS.index(turn.kind)] * n
+        self.logprobs += logprobs
+        self.supports.extend(supports or Supports([0] * n))
         assert len(self.supports.sizes) == len(self.token_ids)
 
 
@@ -80,30 +84,15 @@ class Transcript:
             view.prompt(self.chat.heard(question_ids))
         view.prompt(self.chat.reply())
 
-    def say(
-        self,
-        role: int,
-        token_ids: list[int],
-        logprobs: list[float] | None,
-        kind: int,
-        text: str,
-        supports: Supports | None = None,
-        opponent: bool = False,
-    ) -> None:
-        """`role` spoke. An utterance is heard by the other side, id for id; a final statement is not. An
-        opponent's words are marked as a prompt's, so that they are never trained.
-        """
-        stopped = bool(token_ids) and token_ids[-1] in self.chat.stop_token_ids
-        if opponent:
-            self.views[role].prompt(token_ids)
-        else:
-            self.views[role].said(token_ids, logprobs, kind, supports)
-        self.views[role].prompt(self.chat.close_reply(stopped))
-        if kind == UTTERANCE:
-            self.views[1 - role].prompt(self.chat.heard(token_ids[:-1] if stopped else token_ids))
-        self.turns.append(
-            Turn(role=role, kind=KINDS[kind], text=text, token_ids=token_ids, logprobs=logprobs)
-        )
+    def say(self, turn: Turn, supports: Supports | None = None, opponent: bool = False) -> None:
+        """A side spoke. An utterance is heard by the other side, id for id; a final statement is not."""
+        view, other, ids = self.views[turn.role], self.views[1 - turn.role], turn.token_ids
+        stopped = bool(ids) and ids[-1] in self.chat.stop_token_ids
+        view.say(turn, supports, opponent)
+        view.prompt(self.chat.close_reply(stopped))
+        if turn.kind == "utterance":
+            other.prompt(self.chat.heard(ids[:-1] if stopped else ids))
+        self.turns.append(turn)
 
 
 @dataclass(kw_only=True, slots=True)

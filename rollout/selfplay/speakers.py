@@ -8,16 +8,19 @@ each other. What an opponent says is never trained.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
-from duologue.rollout.judge.asking import Asking, Fallible
+from duologue.rollout.judge.asking import Asking
+from duologue.rollout.judge.endpoint import ChatEndpoint
 from duologue.rollout.judge.ledger import Ledger
-from duologue.rollout.selfplay.dialogue import POLICY, Turn, View
+from duologue.rollout.judge.wording import spoken
+from duologue.rollout.selfplay.dialogue import Turn, View
 
 LEFT = "left"  # finish_reason of a person who ends a talk without a word
 
@@ -51,34 +54,35 @@ class Speak:
     question: str = ""
 
 
-class Speaker(Protocol):
-    """Says the words of a side."""
+class Speaker(ABC):
+    """Says the words of a side. Whoever has no engine here may fail, for up to a share of the dialogues."""
+
+    who: str = "the policy"
+    max_unscored_share: float = 0.0
+    last_fault: str = ""
 
     @property
+    @abstractmethod
     def busy(self) -> bool:
         """Whether something was asked and not answered yet."""
-        ...
 
     def open(self, token_ids: Sequence[int], adapter: int = 0) -> Branch | None:
         """A live context that begins like this, for speakers that hold one."""
-        ...
+        return None
 
+    @abstractmethod
     def ask(self, turn: Speak) -> None:
         """Begin to answer; returns at once."""
-        ...
 
+    @abstractmethod
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
         """What was answered since, after some work or, with `wait`, a little waiting; None is no answer."""
-        ...
 
-    def close(self) -> None: ...
-
-
-class Outside(Speaker, Fallible, Protocol):
-    """A speaker without an engine here: a server or a person."""
+    def close(self) -> None:
+        return
 
 
-class EngineSpeaker:
+class EngineSpeaker(Speaker):
     """A policy on an engine; several adapters of it run in the same steps."""
 
     def __init__(self, engine: Engine) -> None:
@@ -90,7 +94,7 @@ class EngineSpeaker:
         return bool(self._turns)
 
     def open(self, token_ids: Sequence[int], adapter: int = 0) -> Branch:
-        return self.engine.open(token_ids, adapter) if adapter else self.engine.open(token_ids)
+        return self.engine.open(token_ids, adapter)
 
     def ask(self, turn: Speak) -> None:
         assert turn.branch is not None
@@ -99,11 +103,8 @@ class EngineSpeaker:
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
         return [(self._turns.pop(request), request.completion) for request in self.engine.step()]
 
-    def close(self) -> None:
-        return
 
-
-class Server(Asking):
+class Server(Asking, Speaker):
     """A server with OpenAI's chat completions. It hears the talk as text; what it says is tokenised once,
     here.
 
@@ -121,15 +122,10 @@ class Server(Asking):
         max_unscored_share: float,
         **limits: Any,
     ) -> None:
-        """`limits` and the key are those of `judge.endpoint.Endpoint`, which needs httpx."""
-        from duologue.rollout.judge.endpoint import ChatEndpoint
-
+        """`limits` and the key are those of `judge.endpoint.Endpoint`."""
         self.max_unscored_share = max_unscored_share
         super().__init__(ChatEndpoint(url, model, **limits), ledger)
         self._tokenizer = tokenizer
-
-    def open(self, token_ids: Sequence[int], adapter: int = 0) -> None:
-        return None
 
     def ask(self, turn: Speak) -> None:
         params = turn.params
@@ -141,7 +137,7 @@ class Server(Asking):
             "top_p": params.top_p,
             "seed": params.seed % 2**31,  # some servers take 32 bits
         }
-        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=str)
+        self.begin(turn, kind="turn", version="turn", text=json.dumps(body), read=spoken)
 
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
         answers = self.answers(0.02 if wait else 0.0)
@@ -161,7 +157,7 @@ class Speakers:
 
     def __init__(self, policy: Speaker) -> None:
         self.policy = policy
-        self.outside: Outside | None = None
+        self.outside: Speaker | None = None
         self._engines: dict[Engine, EngineSpeaker] = {}
         if isinstance(policy, EngineSpeaker):
             self._engines[policy.engine] = policy
@@ -214,13 +210,6 @@ def prefill(branches: Sequence[Branch | None]) -> None:
             by_engine.setdefault(branch.engine, []).append(branch)
     for engine, opened in by_engine.items():
         engine.prefill(opened)
-
-
-def players(opponent: Opponent | None) -> tuple[str, str]:
-    """Who has side 0 and side 1."""
-    if opponent is None:
-        return POLICY, POLICY
-    return (opponent.name, POLICY) if opponent.role == 0 else (POLICY, opponent.name)
 
 
 def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") -> list[dict[str, str]]:

@@ -22,7 +22,7 @@ from duologue.rollout.selfplay.dialogue import (
     Turn,
     View,
 )
-from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers, players
+from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -54,7 +54,10 @@ class Talk:
         """`branches` hold the growing contexts of both sides, where they grow."""
         self.game: Any = contexts.game  # a protocol knows what its games have
         self.rules, self.scenario, self.first = contexts.rules, scenario, first
-        self.opponent, self.players = opponent, players(opponent)
+        self.opponent = opponent
+        self.players = [POLICY, POLICY]
+        if opponent is not None:
+            self.players[opponent.role] = opponent.name
         self._left = False
         self.protocol: Generator[Any, Any, Outcome | None]  # it waits for `requests`
         self.requests: Sequence[Speak | Question] = ()
@@ -99,11 +102,11 @@ class Talk:
         seed = derive_seed(self._seed, len(self.turns) if draw is None else draw)
         question = self.game.final_prompt if kind == FINAL else ""
         apart = kind == FINAL and bool(self.game.final_parts(self.scenario))
-        if self._contexts.grows and not apart:
+        grows = self._contexts.grows and not apart
+        heard = self.turns[:] if grows or apart else self.turns[-2:]
+        if grows:
             view, branch = self._growing(role, bool(question))
-            heard: Sequence[Turn] = self.turns
         else:
-            heard = self.turns if apart else self.turns[-2:]
             if apart:
                 view = self._contexts.final(self.scenario, heard)
             else:
@@ -115,10 +118,10 @@ class Talk:
             kind=kind,
             view=view,
             branch=branch,
-            grows=self._contexts.grows and not apart,
+            grows=grows,
             params=self.rules.sampling(kind, seed, self._contexts.chat.stop_token_ids),
             told=self.scenario.shared_text + self.scenario.private_text[role],
-            heard=[*heard],
+            heard=heard,
             question=question,
         )
 
@@ -155,18 +158,15 @@ class Talk:
         support = completion.supports if logprobs else None
         opponent = self.players[asked.role] != POLICY
         text = self._contexts.tokenizer.decode(ids).strip()
+        turn = Turn(role=asked.role, kind=KINDS[asked.kind], text=text, token_ids=ids, logprobs=logprobs)
         if asked.grows:
-            self._transcript.say(asked.role, ids, logprobs, asked.kind, text, support, opponent)
+            self._transcript.say(turn, support, opponent)
             return text
-        if opponent:
-            asked.view.prompt(ids)
-        else:
-            asked.view.said(ids, logprobs, asked.kind, support)
+        asked.view.say(turn, support, opponent)
         if asked.branch is not None:
             assert asked.view.token_ids == asked.branch.token_ids, "a branch and its view went apart"
             asked.branch.close()
-        kind = KINDS[asked.kind]
-        self.turns.append(Turn(role=asked.role, kind=kind, text=text, token_ids=ids, logprobs=logprobs))
+        self.turns.append(turn)
         return text
 
     def _end(self, outcome: Outcome | None) -> None:
@@ -181,7 +181,7 @@ class Talk:
             turns=self.turns,
             views=tuple(view for _, view in self._views),
             view_roles=tuple(role for role, _ in self._views),
-            players=self.players,
+            players=(self.players[0], self.players[1]),
             outcome=outcome,
             weights_version=self._version,
         )
