@@ -15,7 +15,8 @@ from duologue.grpo import evaluate as evaluation
 from duologue.grpo import steps
 from duologue.grpo.cli import main
 from duologue.grpo.commands.play import Terminal
-from duologue.grpo.run_dir import read_lines
+from duologue.grpo.config import load_config
+from duologue.grpo.run_dir import RunDir, read_lines
 from duologue.grpo.update import UpdateStats
 from duologue.rollout.games.template import load_template
 from rich.console import Console
@@ -120,6 +121,26 @@ def test_a_resume_with_settings_that_change_the_result(run: Path, capsys: pytest
     assert "not 0.5; judge.temperature = 0.0, not 1.0, which can change" in error
     assert "threads" not in error
     assert contents(run) == before
+
+
+def test_a_judge_may_move_but_not_be_another(tmp_path: Path) -> None:
+    judge = ["game.name=dilemma", "judge.backend=endpoint", "judge.model=m", "judge.url=http://127.0.0.1:"]
+    opponent = ["opponent.kind=endpoint", "opponent.url=http://127.0.0.1:"]
+
+    def toml(port: int, *more: str) -> str:
+        parts = [word + str(port) if word.endswith(":") else word for word in [*judge, *opponent]]
+        return load_config("collective-agency", [*parts, *more]).to_toml()
+
+    RunDir.create(tmp_path / "run", toml(8000)).close()
+    RunDir.resume(tmp_path / "run", toml(8001, "judge.ledger=elsewhere", "judge.key_env=KEY")).close()
+    for key, value in {"judge.model": "n", "judge.temperature": "1", "opponent.model": "n"}.items():
+        with pytest.raises(ValueError, match=f"started with {key} = .*, which can change the result"):
+            RunDir.resume(tmp_path / "run", toml(8001, f"{key}={value}"))
+    cuda = [toml(1, f"model.device={device}") for device in ("cuda:0", "cuda:1", "cpu")]
+    RunDir.create(tmp_path / "gpu", cuda[0]).close()
+    RunDir.resume(tmp_path / "gpu", cuda[1]).close()
+    with pytest.raises(ValueError, match=r"model\.device = 'cuda:1', not 'cpu'"):
+        RunDir.resume(tmp_path / "gpu", cuda[2])
 
 
 def test_a_configuration_that_was_cut_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
