@@ -76,7 +76,7 @@ class Plain:
         return []
 
 
-class TalkOnly(SelectionGame[Opening]):
+class TalkOnly(SelectionGame):
     """A negotiation that nobody closes, so that it is talk alone."""
 
     name = "talk"
