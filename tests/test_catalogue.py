@@ -22,29 +22,7 @@ from duologue.rollout.games.catalogue import GAMES, SCRIPTS, corpus
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import MAX_UTTERANCES, ScriptedDialogue
 from duologue.rollout.games.selection import CLOSE
-
-TINY = [
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
-    "model.vocab_size=300",
-    "model.max_position=400",
-    "imitation.steps=2",
-    "imitation.dialogues=50",
-    "imitation.dialogues_per_step=4",
-    "train.steps=2",
-    "train.save_every=1",
-    "grpo.group_size=2",
-    "grpo.groups_per_step=2",
-    "dialogue.max_rounds=2",
-    "dialogue.max_tokens_per_turn=8",
-    "dialogue.max_tokens_final=6",
-    "eval.dialogues=4",
-    "rollout.cache_tokens=4096",
-]
+from tiny import TINY
 
 every_game = pytest.mark.parametrize("name", SCRIPTS)
 

@@ -66,44 +66,8 @@ SMALL = [
 
 
 @pytest.fixture(scope="module")
-def checkpoint_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny random Qwen3 as it lies on the Hub: safetensors, tokenizer.json, the model's own chat
-    template.
-    """
-    import transformers
-    import trl
-
-    folder = tmp_path_factory.mktemp("models") / "qwen3-tiny"
-    folder.mkdir()
-    write_core(folder, ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"])
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    shutil.copy(Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja", folder / "chat_template.jinja")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    config = transformers.Qwen3Config(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=8192,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = transformers.Qwen3ForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(8)
-    model.save_pretrained(folder)
-    return folder
+def checkpoint_dir(chat_checkpoint: Path) -> Path:
+    return chat_checkpoint
 
 
 @pytest.fixture(scope="module")
