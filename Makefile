@@ -28,9 +28,9 @@ compile-check: $(VENV)/.dev
 	$(BIN)/python -m bench.compile_check
 
 bench: $(VENV)/.dev
-	$(BIN)/python bench/kernels.py
-	$(BIN)/python bench/rollout.py
-	$(BIN)/python bench/step.py
+	$(BIN)/python -m bench.kernels
+	$(BIN)/python -m bench.rollout
+	$(BIN)/python -m bench.step
 
 clean:
 	rm -rf build $(VENV)
