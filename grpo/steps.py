@@ -96,8 +96,7 @@ class Steps:
     # ---- a step of self-play -------------------------------------------------------------------------------
 
     def selfplay_step(self) -> Metrics:
-        with self.timing("play"):
-            groups = self.play()
+        groups = self.play()
         rows, of_rows = grpo_rows(groups, self.config.grpo, self.baseline, self.world)
         of_update = self.update(rows)
         self.opponents.keep(self.selfplay_index + 1)
@@ -111,14 +110,15 @@ class Steps:
         opponents = self.opponents.of_groups(self.selfplay_index, self._seed("opponents"), self.reference)
         for engine in self.opponents.engines:
             engine.name_weights(self.step)  # the same in a resumed run
-        groups = self.arena.play(
-            self.world.share(scenarios),  # world
-            group_size=c.group_size,
-            seed=self._seed("play"),
-            opponents=self.world.share(opponents),  # world
-            step=self.step,
-            first_group=self.world.share(range(c.groups_per_step))[0],  # world
-        )
+        with self.timing("play"):
+            groups = self.arena.play(
+                self.world.share(scenarios),  # world
+                group_size=c.group_size,
+                seed=self._seed("play"),
+                opponents=self.world.share(opponents),  # world
+                step=self.step,
+                first_group=self.world.share(range(c.groups_per_step))[0],  # world
+            )
         dialogues = [dialogue for group in groups for dialogue in group.dialogues]
         assign_rewards(self.game, dialogues)
         check_finite(dialogues, f"step {self.step}")
