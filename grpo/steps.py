@@ -209,7 +209,6 @@ class Steps:
     def imitation_step(self) -> Metrics:
         c = self.config.imitation
         stats = self._imitation_gradient(self._seed("imitation"), 1.0, self._seed("dropout"))
-        self._check(stats)
         lr = learning_rate(
             self.step,
             peak=c.learning_rate,
@@ -229,7 +228,7 @@ class Steps:
         demonstrations = demonstration_batch(
             self.corpus, self.tokenizer, self.config.imitation.dialogues_per_step, seed
         )
-        return accumulate_imitation_gradient(
+        stats = accumulate_imitation_gradient(
             self.model,
             self.world.share(demonstrations),  # world
             max_tokens=self.config.train.tokens_per_microbatch,
@@ -237,6 +236,8 @@ class Steps:
             dropout_seed=dropout_seed,
             world=self.world,
         )
+        self._check(stats)
+        return stats
 
 
 def _sampled(dialogue: Dialogue) -> int:
