@@ -37,7 +37,7 @@ from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Speak, Speaker
 
 from bench.common import append_rows, tokens_per_second
-from bench.models import QWEN3, chosen
+from bench.models import QWEN3, SAMPLED, chosen
 
 PRIVATE = 16
 Opening = tuple[list[int], list[int]]
@@ -137,12 +137,7 @@ class Generate:
                 ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=turns[0].params.max_new_tokens,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                pad_token_id=0,
-                eos_token_id=None,
+                **SAMPLED,
             )
         said = out[:, ids.shape[1] :].tolist()
         return [(turn, Completion(token_ids=words)) for turn, words in zip(turns, said, strict=True)]

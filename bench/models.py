@@ -12,6 +12,15 @@ from duologue.model.checkpoint import load_weights, parse_dtype, read_config
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 
+# How transformers' `generate` draws: from the full distribution, to the last token.
+SAMPLED: dict[str, Any] = {
+    "do_sample": True,
+    "top_k": 0,
+    "top_p": 1.0,
+    "temperature": 1.0,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "4.2M": {
         "hidden_size": 256,

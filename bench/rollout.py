@@ -21,7 +21,7 @@ from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
 from bench.common import append_rows, copy_bandwidth, product_rate, tokens_per_second
-from bench.models import SHAPES, both
+from bench.models import SAMPLED, SHAPES, both
 
 PROMPT, NEW = 64, 64
 
@@ -55,12 +55,7 @@ def bench(
                 prompts,
                 attention_mask=mask,
                 max_new_tokens=NEW,
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                pad_token_id=0,
-                eos_token_id=None,
+                **SAMPLED,
             )
         return int(out[:, PROMPT:].numel())
 

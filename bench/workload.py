@@ -32,7 +32,7 @@ from duologue.rollout.engine.runner import token_bytes
 from duologue.rollout.engine.sequence import SamplingParams
 
 from bench.common import append_rows, calls, ceilings, tokens_per_second
-from bench.models import QWEN3, SHAPES, chosen
+from bench.models import QWEN3, SAMPLED, SHAPES, chosen
 
 
 def lengths(n: int, shortest: int, longest: int) -> tuple[list[int], list[int]]:
@@ -64,12 +64,7 @@ def run_generate(theirs: Any, prompts: list[list[int]], out: list[int], batch: i
                 ids.to(theirs.device),
                 attention_mask=mask.to(theirs.device),
                 max_new_tokens=max(out[i] for i in rows),
-                do_sample=True,
-                top_k=0,
-                top_p=1.0,
-                temperature=1.0,
-                pad_token_id=0,
-                eos_token_id=None,
+                **SAMPLED,
             )
     return sum(out)
 
