@@ -60,8 +60,6 @@ class Negotiator(Side):
         return act
 
     def hear(self, act: Act) -> None:
-        if act.reveal is not None and not self.credible(act.reveal):
-            act = replace(act, reveal=None)  # garbled: nobody has such values
         for k, taken in enumerate(act.take or ()):
             self.wanted[k] += taken / self.counts[k]
         Side.hear(self, act)
@@ -77,7 +75,10 @@ class Negotiator(Side):
         )
 
     def understand(self, text: str) -> Act:
-        return understood(text, self.counts, self.language)
+        """Values that nobody can have are garbled ones."""
+        act = understood(text, self.counts, self.language)
+        credible = act.reveal is None or self.credible(act.reveal)
+        return act if credible else replace(act, reveal=None, against=None)
 
     def state(self) -> str:
         """What I take in the end: what was agreed, else what I would like."""
