@@ -8,13 +8,13 @@ no way of acting well is out of reach of a policy that imitates all of them.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import ClassVar
 
-from duologue.rollout.games import characters
 from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import Deal, DealGame, dot, less, value_vectors
 from duologue.rollout.games.deal_words import Language, understood, utter
@@ -48,8 +48,6 @@ class Negotiator(Side):
         self.wanted = [0.5] * len(self.counts)
 
     def decide(self) -> Act:
-        if self.temperament in TACTICS:
-            return characters.decide(self, TACTICS[self.temperament])
         if self.last.leave and not self.pending and self.chance(0.6):
             act = Act(leave=True)
         elif self.temperament != "open" and self.chance(2 * CANDOUR if self.last.ask else CANDOUR):
@@ -82,7 +80,7 @@ class Negotiator(Side):
 
     def state(self) -> str:
         """What I take in the end: what was agreed, else what I would like."""
-        wished = self.offered or self.counts if self.temperament in TACTICS else self._keep_valuable()
+        wished = self.offered or self.counts if self.tactic else self._keep_valuable()
         return self.game.statement(self.agreed or wished)
 
     def _worth(self, take: Vector) -> int:
@@ -90,8 +88,6 @@ class Negotiator(Side):
 
     def content(self, offer: Vector) -> bool:
         """Open wants the best joint deal if it can see it, and else to have been understood."""
-        if self.temperament in TACTICS:
-            return characters.content(self, TACTICS[self.temperament], offer)
         theirs, enough = self.theirs, self._worth(offer) >= ENOUGH[self.temperament] - self.refusals
         if self.temperament != "open":
             return enough
@@ -175,15 +171,14 @@ class Negotiator(Side):
         what it has asked for.
         """
         weights: Sequence[float] = self.theirs or self.wanted
-
-        def rank(take: Vector) -> tuple[float, float]:
-            left = less(self.counts, take)
-            return sum(w * n for w, n in zip(weights, left, strict=True)), self.utility(take)
-
-        takes = Deal(self.counts, (self.values, self.values)).allocations()
-        enough = [take for take in takes if self.utility(take) >= least - 1e-9]
-        best = max(map(rank, enough))
-        return self.rng.choice([take for take in enough if rank(take) == best])
+        points = least * self.game.total - 1e-9
+        ranked = [
+            (-sum(w * n for w, n in zip(weights, take, strict=True)), worth, take)
+            for take in allocations(self.counts)
+            if (worth := self._worth(take)) >= points
+        ]
+        most = max(ranked)[:2]
+        return self.rng.choice([take for *rank, take in ranked if tuple(rank) == most])
 
     def fairest(self, mine: Vector, theirs: Vector) -> Vector:
         """The largest joint score, then the largest product."""
@@ -193,7 +188,7 @@ class Negotiator(Side):
             first, second = deal.scores(take)
             return first + second, first * second, take
 
-        return max(deal.allocations(), key=rank)
+        return max(allocations(self.counts), key=rank)
 
     def claimed(self, lies: bool) -> Vector:
         """A liar's are those that win it most where each type goes to whom it is worth more; once it has
@@ -251,6 +246,12 @@ class Negotiator(Side):
 
 
 @cache
+def allocations(counts: Vector) -> tuple[Vector, ...]:
+    """Everything that a side can take."""
+    return tuple(itertools.product(*(range(count + 1) for count in counts)))
+
+
+@cache
 def possible_values(counts: Vector, total: int) -> tuple[Vector, ...]:
     """Values of a side with that total; of very many, some."""
     vectors = value_vectors(counts, total)
@@ -287,7 +288,8 @@ def make_side(
 ) -> Negotiator:
     """A negotiator for a side of the scenario."""
     deal: Deal = scenario.data
-    return kind(deal.values[role], temperament, rng, game=game, counts=deal.counts)
+    tactic = TACTICS.get(temperament)
+    return kind(deal.values[role], temperament, rng, tactic=tactic, game=game, counts=deal.counts)
 
 
 def scripted_dialogue(
