@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from duologue.rollout.games.scripted import START, Act, Side, Tactic
 from duologue.rollout.games.selection import Vector
 
-GOODWILL = 0.15  # tit for tat's first concession, for else two of them would wait for each other forever
+GOODWILL = 0.2  # tit for tat's first concession, for else two of them would wait for each other forever
 QUESTIONS = 2  # that are asked at most, before a side goes by what it knows
 
 
@@ -28,7 +28,7 @@ class Character(Tactic):
     states: bool = False  # its values, and offers what is best for both by the values that were stated
     lies: bool = False  # about them
     answers: bool = False  # with its values when it is asked
-    patience: int = 0  # own turns after which it leaves where nothing good was offered; 0: never
+    patience: int = 0  # its own deadline, in own turns: it offers its least, then leaves; 0: the talk's
     more: float = 0.0  # utility that it wants above the game's floor
 
     def reservation(self, side: Side) -> float:
@@ -43,7 +43,8 @@ class Character(Tactic):
             offers = side.offers
             conceded = side.utility(offers[-1]) - side.utility(offers[0]) if offers else 0.0
             return max(least, min(1.0, 1.0 - trust - conceded))
-        share: float = side.time**self.pace
+        time = side.spoken / self.patience if self.patience else side.time
+        share: float = min(1.0, time) ** self.pace
         return least + (1.0 - least) * (1.0 - share)
 
     def content(self, side: Side, offer: Vector) -> bool:
@@ -68,10 +69,8 @@ class Character(Tactic):
         return Act(take=side.proposal(self.aspiration(side)), refuse=side.pending)
 
     def _has_waited(self, side: Side) -> bool:
-        """Out of patience: no offer so far was as good as the least that it takes."""
-        if not self.patience or side.spoken < self.patience:
-            return False
-        return all(side.utility(offer) < self.reservation(side) for offer in side.offers)
+        """Out of patience: it has offered to take its least, and nobody gives that."""
+        return 0 < self.patience < side.spoken
 
     def _open(self, side: Side) -> Act:
         """States the values, asks for the other's, and offers what is best for both by what was stated."""
@@ -91,11 +90,11 @@ TACTICS: Mapping[str, Character] = {
     "conceder": Character(
         meaning="concedes early, and states its values when asked", pace=0.25, answers=True
     ),
-    "boulware": Character(meaning="stays at what it asked for until shortly before the deadline", pace=4.0),
+    "boulware": Character(meaning="stays at what it asked for until shortly before the deadline", pace=2.5),
     "tit_for_tat": Character(meaning="concedes as much as the other side did", mirrors=True),
     "honest": Character(meaning="states its true values and offers what is best for both", states=True),
     "liar": Character(
         meaning="states values that are not its own, and offers what is best by these", states=True, lies=True
     ),
-    "walker": Character(meaning="walks away when nothing good is offered soon", patience=3, more=0.15),
+    "walker": Character(meaning="walks away when nothing good is offered soon", patience=2, more=0.1),
 }

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import ClassVar
 
 from duologue.rollout.games.characters import TACTICS
@@ -174,8 +174,8 @@ class Negotiator(Side):
         points = least * self.game.total - 1e-9
         ranked = [
             (-sum(w * n for w, n in zip(weights, take, strict=True)), worth, take)
-            for take in allocations(self.counts)
-            if (worth := self._worth(take)) >= points
+            for worth, take in valued(self.counts, self.values)
+            if worth >= points
         ]
         most = max(ranked)[:2]
         return self.rng.choice([take for *rank, take in ranked if tuple(rank) == most])
@@ -251,6 +251,12 @@ def allocations(counts: Vector) -> tuple[Vector, ...]:
     return tuple(itertools.product(*(range(count + 1) for count in counts)))
 
 
+@lru_cache(1 << 12)
+def valued(counts: Vector, values: Vector) -> tuple[tuple[int, Vector], ...]:
+    """Everything that a side can take, after what it is worth."""
+    return tuple((dot(values, take), take) for take in allocations(counts))
+
+
 @cache
 def possible_values(counts: Vector, total: int) -> tuple[Vector, ...]:
     """Values of a side with that total; of very many, some."""
@@ -293,7 +299,11 @@ def make_side(
 
 
 def scripted_dialogue(
-    game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator
+    game: DealGame,
+    scenario: Scenario,
+    rng: random.Random,
+    kind: type[Negotiator] = Negotiator,
+    mixture: Mapping[str, float] = TEMPERAMENTS,
 ) -> ScriptedDialogue:
-    """Two temperaments hold the negotiation."""
-    return hold(game, scenario, TEMPERAMENTS, rng, partial(make_side, game, scenario, kind=kind))
+    """Two of the mixture hold the negotiation."""
+    return hold(game, scenario, mixture, rng, partial(make_side, game, scenario, kind=kind))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import ClassVar
@@ -270,6 +270,11 @@ def make_side(
     return Haggler(limit, temperament, rng, tactic=TACTICS.get(temperament), buys=buys)
 
 
-def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:
-    """Two temperaments hold the negotiation."""
-    return hold(game, scenario, TEMPERAMENTS, rng, partial(make_side, game, scenario))
+def scripted_dialogue(
+    game: PriceGame,
+    scenario: Scenario,
+    rng: random.Random,
+    mixture: Mapping[str, float] = TEMPERAMENTS,
+) -> ScriptedDialogue:
+    """Two of the mixture hold the negotiation."""
+    return hold(game, scenario, mixture, rng, partial(make_side, game, scenario))
