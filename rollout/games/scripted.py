@@ -194,20 +194,32 @@ class ScriptedDialogue:
 def hold(
     game: SelectionGame,
     scenario: Scenario,
-    temperaments: Mapping[str, float],
+    mixture: Mapping[str, float],
     rng: random.Random,
     side: Callable[..., Side],
 ) -> ScriptedDialogue:
-    """Two sides with temperaments drawn by weight negotiate until one closes or has left for good; `side`
-    makes number i.
-    """
-    names = rng.choices(list(temperaments), weights=list(temperaments.values()), k=2)
+    """Two whose names are drawn by weight negotiate; `side` makes one of a role, a name and draws."""
+    first, second = rng.choices(list(mixture), weights=list(mixture.values()), k=2)
+    return meet(game, scenario, (first, second), rng, side)
+
+
+def meet(
+    game: SelectionGame,
+    scenario: Scenario,
+    names: tuple[str, str],
+    rng: random.Random,
+    side: Callable[..., Side],
+    utterances: int = MAX_UTTERANCES,
+) -> ScriptedDialogue:
+    """These two negotiate until one closes or has left for good. Each hears the other's words, as text."""
     sides = [side(i, names[i], random.Random(rng.getrandbits(64))) for i in (0, 1)]
+    for one in sides:
+        one.utterances = utterances
     first = rng.randrange(2)
     turns: list[tuple[int, str, str]] = []
     finals: tuple[str, str] | None = None
     left = False
-    for n in range(MAX_UTTERANCES):
+    for n in range(utterances):
         who = (first + n) % 2
         act = sides[who].act()
         text = sides[who].say(act)
@@ -223,7 +235,7 @@ def hold(
     return ScriptedDialogue(
         scenario=scenario,
         first_speaker=first,
-        temperaments=(names[0], names[1]),
+        temperaments=names,
         turns=turns,
         outcome=game.judge(scenario, finals),
         final_prompt=game.final_prompt,
