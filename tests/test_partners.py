@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from duologue.grpo.sections import GrpoSection
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games import deal_words, price_words
-from duologue.rollout.games.catalogue import GAMES, SIDES, characters, corpus, partners
+from duologue.rollout.games.catalogue import GAMES, MEANINGS, SIDES, characters, corpus, partners
 from duologue.rollout.games.deal import ITEMS
 from duologue.rollout.games.deal_words import Language
 from duologue.rollout.games.game import Scenario
@@ -65,6 +66,8 @@ def test_every_game_with_rules_has_them_all() -> None:
     for name in NAMES:
         assert characters(name) == CHARACTERS
         assert set(CHARACTERS) < set(partners(name))
+    page = (Path(__file__).parent.parent / "docs/games.md").read_text("utf-8")
+    assert all(f"| `{who}` | {meaning}" in page for who, meaning in MEANINGS.items())
     assert characters("dilemma") == partners("dilemma") == ()
 
 

@@ -38,6 +38,7 @@ TEMPERAMENTS: dict[str, Mapping[str, float]] = {  # what a corpus is made of, wi
     "price": price.TEMPERAMENTS,
     "priorities": deal_scripts.TEMPERAMENTS,
 }
+MEANINGS = {name: character.meaning for name, character in TACTICS.items()}  # one line each
 
 
 def characters(name: str) -> tuple[str, ...]:

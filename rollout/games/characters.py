@@ -92,9 +92,11 @@ TACTICS: Mapping[str, Character] = {
     ),
     "boulware": Character(meaning="stays at what it asked for until shortly before the deadline", pace=2.5),
     "tit_for_tat": Character(meaning="concedes as much as the other side did", mirrors=True),
-    "honest": Character(meaning="states its true values and offers what is best for both", states=True),
+    "honest": Character(meaning="states its true values, and offers what is best for both", states=True),
     "liar": Character(
         meaning="states values that are not its own, and offers what is best by these", states=True, lies=True
     ),
-    "walker": Character(meaning="walks away when nothing good is offered soon", patience=2, more=0.1),
+    "walker": Character(
+        meaning="offers the least that it would take after two turns, and then leaves", patience=2, more=0.1
+    ),
 }

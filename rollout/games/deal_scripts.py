@@ -8,7 +8,6 @@ no way of acting well is out of reach of a policy that imitates all of them.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,7 +15,7 @@ from functools import cache, lru_cache, partial
 from typing import ClassVar
 
 from duologue.rollout.games.characters import TACTICS
-from duologue.rollout.games.deal import Deal, DealGame, dot, less, value_vectors
+from duologue.rollout.games.deal import Deal, DealGame, allocations, dot, less, value_vectors
 from duologue.rollout.games.deal_words import Language, understood, utter
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.games.scripted import START, Act, ScriptedDialogue, Side, hold
@@ -181,12 +180,12 @@ class Negotiator(Side):
         return self.rng.choice([take for *rank, take in ranked if tuple(rank) == most])
 
     def fairest(self, mine: Vector, theirs: Vector) -> Vector:
-        """The largest joint score, then the largest product."""
+        """The largest joint score, then the largest product; of equals the one that leaves the other more."""
         deal = Deal(self.counts, (mine, theirs))
 
-        def rank(take: Vector) -> tuple[int, int, Vector]:
+        def rank(take: Vector) -> tuple[int, int, int, Vector]:
             first, second = deal.scores(take)
-            return first + second, first * second, take
+            return first + second, first * second, -first, take
 
         return max(allocations(self.counts), key=rank)
 
@@ -243,12 +242,6 @@ class Negotiator(Side):
         others = [k for k, c in enumerate(self.counts) if k != mine for _ in range(c)]
         spared = self.rng.sample(others, min(len(others), self.refusals + 1))
         return tuple(c - spared.count(k) for k, c in enumerate(self.counts))
-
-
-@cache
-def allocations(counts: Vector) -> tuple[Vector, ...]:
-    """Everything that a side can take."""
-    return tuple(itertools.product(*(range(count + 1) for count in counts)))
 
 
 @lru_cache(1 << 12)
