@@ -169,12 +169,14 @@ def test_only_what_is_complete_and_adds_up_is_taken_as_an_offer() -> None:
     assert read(whole).take == (1, 1, 0)
     assert read(whole.replace(" .", ".").replace(" ,", ",").title()).take == (1, 1, 0)
     assert read(f"hmm so well . {whole} no way").take == (1, 1, 0)
+    assert read(f"maybe {whole}").take == (1, 1, 0)  # words too many, or too few before what counts
+    assert read("here is book 1 , hat 3 , ball 1 . ask").reveal == (1, 3, 1)
+    assert read("best 1 book for me , 2 hats for you , 3 balls for me .").take == (1, 0, 3)
     for broken in (
         whole[:-2],
         whole.replace("3 balls", "2 balls"),
         whole.replace("1 book", "2 books"),
         whole.replace(" and 3 balls", ""),
-        f"maybe {whole}",
         "1 book for me , 2 hats for you .",
     ):
         assert read(broken).take is None, broken

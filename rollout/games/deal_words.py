@@ -204,7 +204,9 @@ def _forms(
         "compare": (compared,),
         **dict.fromkeys(("want", "spare", "reason"), (item,)),
     }
-    return Forms({kind: phrases("deal")[kind] for kind in KINDS}, slots)
+    forms = {kind: phrases("deal")[kind] for kind in KINDS}
+    forms["reveal"] = [*forms["reveal"], "{0} ."]  # values alone are the speaker's
+    return Forms(forms, slots)
 
 
 def _read_offer(kind: str, slots: Sequence[str], counts: Vector, language: Language) -> Vector | None:

@@ -17,7 +17,8 @@ Clause = tuple[
     str, tuple[str, ...]
 ]  # the kind of a form, and what stood in its slots in the order of {0}, {1}
 SLOT = re.compile(r"\{(\d)\}")
-SENTENCE = re.compile(r"[^.?]*[.?]?\s*")
+ENDS = (".", "?")  # of a sentence
+ByWord = dict[str, re.Pattern[str]]
 MARKS = {",": " , ", ";": " , ", ".": " . ", "!": " . ", "?": " ? ", ":": " : "}
 
 
@@ -26,21 +27,27 @@ class Forms:
     {1}, ... in a form of a kind.
 
     A form is looked for where a sentence begins, first those that begin with that word, then those that
-    begin with a slot. The kinds come in the order in which they are tried, which decides where one form
-    begins like another: the longer kind first.
+    begin with a slot; one with slots also after other words, since a policy forgets some. The kinds come in
+    the order in which they are tried, which decides where one form begins like another: the longer kind
+    first.
     """
 
     def __init__(self, forms: Mapping[str, Sequence[str]], slots: Mapping[str, Sequence[str]]) -> None:
         self._kinds: list[str] = []
         self._names: list[list[str]] = []  # of a form's slots in the order of their numbers
-        by_word: dict[str, list[str]] = defaultdict(
-            list
-        )  # patterns by a form's first word, "" if it has none
+        slotted: dict[str, list[str]] = defaultdict(list)  # patterns by a form's first word, "": a slot
+        every: dict[str, list[str]] = defaultdict(list)
         for kind, written in forms.items():
             for form in written:
-                first = "" if form[0] == "{" else form.split()[0]
-                by_word[first].append(self._pattern(kind, form, slots.get(kind, ())))
-        self._of = {word: re.compile("|".join(patterns)) for word, patterns in by_word.items()}
+                pattern = self._pattern(kind, form, slots.get(kind, ()))
+                word = "" if form[0] == "{" else form.split()[0]
+                every[word].append(pattern)
+                if SLOT.search(form):
+                    slotted[word].append(pattern)
+        self._first, self._anywhere = (
+            {word: re.compile("|".join(patterns)) for word, patterns in found.items()}
+            for found in (every, slotted)
+        )
 
     def _pattern(self, kind: str, form: str, slots: Sequence[str]) -> str:
         n = len(self._kinds)
@@ -52,24 +59,26 @@ class Forms:
         words = "".join(part for pair in zip(literal, [*filled, ""], strict=True) for part in pair)
         return rf"(?P<f{n}>{words})(?!\S)"
 
-    def _match(self, word: str, text: str, at: int) -> re.Match[str] | None:
-        pattern = self._of.get(word)
-        return pattern and pattern.match(text, at)
-
     def clauses(self, text: str) -> Iterator[Clause]:
-        """What is understood of `text`, in its order; a sentence of no form is skipped."""
-        at = 0
+        """What is understood of `text`, in its order; other words are skipped."""
+        at, tried = 0, self._first
         while at < len(text):
-            word = text[at : text.find(" ", at)]
-            match = self._match(word, text, at) or self._match("", text, at)
+            end = text.find(" ", at)
+            word = text[at : len(text) if end < 0 else end]
+            match = _match(tried, word, text, at) or _match(tried, "", text, at)
             if match is None:
-                skipped = SENTENCE.match(text, at)
-                at = max(at + 1, skipped.end() if skipped else 0)
+                at += len(word) + 1
+                tried = self._first if word in ENDS else self._anywhere
                 continue
             assert match.lastgroup is not None
             form = int(match.lastgroup[1:])  # the group that closes last is the form's, around its slots
             yield self._kinds[form], tuple(match[name] for name in self._names[form])
-            at = match.end() + 1
+            at, tried = match.end() + 1, self._first
+
+
+def _match(patterns: ByWord, word: str, text: str, at: int) -> re.Match[str] | None:
+    pattern = patterns.get(word)
+    return pattern and pattern.match(text, at)
 
 
 def plain(text: str) -> str:

@@ -99,7 +99,9 @@ class Side(ABC):
         return act
 
     def hear(self, act: Act) -> None:
-        """Another offer or a refusal takes back what was agreed; a close takes an offer that stands."""
+        """Another offer or a refusal takes back what was agreed; a close takes an offer that stands, and a
+        character's own offer is meant by a close that says nothing else.
+        """
         self.last = act
         self.heard += 1
         self.theirs = act.reveal or self.theirs
@@ -110,7 +112,7 @@ class Side(ABC):
             self.agreed = None
         if not act.close or self.agreed is not None:
             return
-        if act.accept or act.confirm:
+        if act.accept or act.confirm or (self.tactic and act == Act(close=True)):
             self.agreed = self.offered
         elif self.offer is not None and self._accepts(self.offer):
             self.agreed = self.offer
