@@ -225,8 +225,9 @@ class Steps:
         }
 
     def _imitation_gradient(self, seed: int, coefficient: float, dropout_seed: int) -> UpdateStats:
+        c = self.config.imitation
         demonstrations = demonstration_batch(
-            self.corpus, self.tokenizer, self.config.imitation.dialogues_per_step, seed
+            self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight
         )
         stats = accumulate_imitation_gradient(
             self.model,
