@@ -43,6 +43,9 @@ class ImitationSection:
 
     steps: int = setting(0, "optimizer steps; 0 skips the stage", least=0)
     dialogues: int = setting(20_000, "size of the scripted corpus", least=1)
+    characters: tuple[str, ...] = setting(
+        (), "whom the corpus is made of, each as often as named; empty: the game's own mixture"
+    )
     dialogues_per_step: int = setting(64, "drawn from the corpus for a step", least=1)
     final_weight: float = setting(
         1.0, "of a final statement's tokens in the loss, those of utterances being 1", least=0.01, most=1000

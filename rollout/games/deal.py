@@ -74,6 +74,12 @@ def less(counts: Vector, take: Vector) -> Vector:
     return tuple(c - t for c, t in zip(counts, take, strict=True))
 
 
+@cache
+def allocations(counts: Vector) -> tuple[Vector, ...]:
+    """Everything that a side can take."""
+    return tuple(itertools.product(*(range(count + 1) for count in counts)))
+
+
 @dataclass(frozen=True, slots=True)
 class Deal:
     """`counts[k]` items of type k; `values[side][k]` is what one of them is worth to a side."""
@@ -87,7 +93,7 @@ class Deal:
 
     def allocations(self) -> list[Vector]:
         """Everything that side 0 can take."""
-        return list(itertools.product(*(range(c + 1) for c in self.counts)))
+        return list(allocations(self.counts))
 
 
 @dataclass(frozen=True, slots=True)
