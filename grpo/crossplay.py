@@ -23,7 +23,9 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Dialogue
+from duologue.rollout.selfplay.foreign import ForeignSpeaker
 from duologue.rollout.selfplay.speakers import Opponent, Speaker
 
 RESAMPLES = 2000
@@ -69,6 +71,9 @@ class CrossPlay:
     def __post_init__(self) -> None:
         if not self.game.compared:
             raise ValueError(f"game.name = {self.game.name!r}: accepted is a game whose rules score it")
+        if all(player.engine is None for player in self.players):
+            names = ", ".join(player.name for player in self.players)
+            raise ValueError(f"{names}: accepted are players of whom at least one is a checkpoint")
         self.scenarios = draw_contexts(self.config, self.game, self.dialogues)
         self.weights = resampled(len(self.scenarios), self.config.train.seed)
 
@@ -136,16 +141,20 @@ class CrossPlay:
         else:
             arena = Arena(policy.engine, tokenizer, self.game, rules)
         for player in (first, second):
-            if player.engine is not None:
-                check_context(player.engine, rules, arena.contexts.longest())
+            if player.engine is not None and player.tokenizer is not None:
+                contexts = Contexts(player.tokenizer, self.game, rules)
+                check_context(player.engine, rules, contexts.longest())
                 player.engine.name_weights(0)
-        if first is second:
-            arena.speakers.outside = None if policy.engine is not None else arena.speakers.policy
+        if first is second and policy.engine is not None:
             return arena, None
-        if other.speaker is not None:
+        role = 0 if other is first else 1
+        if other.engine is not None and other.tokenizer is not None:
+            if other.tokenizer.equals(tokenizer):
+                return arena, Opponent(role=role, name=other.name, engine=other.engine)
+            arena.speakers.outside = ForeignSpeaker(other.engine, other.tokenizer, tokenizer)
+        elif other.speaker is not None:
             arena.speakers.outside = other.speaker(tokenizer)
-        role = (first, second).index(other)
-        return arena, Opponent(role=role, name=other.name, engine=other.engine)
+        return arena, Opponent(role=role, name=other.name)
 
     def _seen(self, held: Sequence[Sequence[Dialogue]], side: int) -> Values:
         """Of dialogues [openings][contexts]."""

@@ -33,6 +33,12 @@ def in_full(names: Iterable[str], game: Game) -> list[str]:
     return list(dict.fromkeys(n for name in names for n in (scripted if name == SCRIPTED else [name])))
 
 
+def start_of(player: Path) -> Path:
+    """The checkpoint that the self-play of a run began with, of its directory or one of its checkpoints."""
+    beside = player.parent / "warm_start"
+    return beside if beside.is_dir() else player / "checkpoints" / "warm_start"
+
+
 def load_player(name: str, config: Config, game: Game, start: Path) -> Player:
     """By its name in full: `start` is the checkpoint there, and what is neither that, nor scripted, nor an
     address is the folder of a checkpoint or of a run, for its last one.
@@ -61,9 +67,7 @@ def scripted_player(name: str, config: Config, game: Game) -> Player:
     if character not in known:
         accepted = ", ".join(f"{SCRIPTED}:{one}" for one in known) or f"none with {game.name}"
         raise ValueError(f"{name}: accepted is {accepted}")
-    speaker = partial(
-        ScriptedSpeaker, game, max_rounds=config.dialogue.max_rounds, character=character
-    )
+    speaker = partial(ScriptedSpeaker, game, max_rounds=config.dialogue.max_rounds, character=character)
     return Player(name=name, speaker=speaker)
 
 

@@ -11,22 +11,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo.build import build_engine, build_game, build_server
+from duologue.grpo.build import build_engine, build_game
 from duologue.grpo.commands.compare import compare, table
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress, formatted
 from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.evaluate import evaluate
+from duologue.grpo.partners import in_full, load_player, start_of
 from duologue.grpo.policy import load_policy, use_threads
 from duologue.grpo.run_dir import finite, latest_checkpoint
 from duologue.model.atomic import write_file
-from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import Measure
 from rich.console import Console
 from rich.table import Table
 
-START, SERVER = "start", "://"
 Row = dict[str, Any]
 
 
@@ -91,10 +90,11 @@ def _write(options: argparse.Namespace, measures: Row) -> int:
 def _together(options: argparse.Namespace, config: Config) -> int:
     """`--against`: a table of each player with each partner; otherwise the matrix."""
     game, console = build_game(config), Console(highlight=False, markup=False)
-    run_of = Path(options.players[0])
-    partners = [options.against] if options.against else []
-    players = [load_player(name, config, run_of) for name in options.players]
-    others = [load_player(name, config, run_of) for name in partners]
+    start = start_of(Path(options.players[0]))
+    partners = in_full([options.against] if options.against else [], game)
+    names = in_full(options.players, game)
+    players = [load_player(name, config, game, start) for name in names]
+    others = [load_player(name, config, game, start) for name in partners]
     held = CrossPlay(config, game, [*players, *others], config.eval.dialogues)
     console.print(f"{conditions(config)}; {config.eval.dialogues} contexts, 95 % intervals over them")
     rows: list[Row] = []
@@ -107,22 +107,6 @@ def _together(options: argparse.Namespace, config: Config) -> int:
     for key, measure in game.compared.items():
         console.print(matrix(held, key, measure))
     return _write(options, {**_settings(config), "pairings": matrix_rows(held)})
-
-
-def load_player(name: str, config: Config, run_of: Path) -> Player:
-    """By its name on the command line; `start` is that of the run directory `run_of`."""
-    if SERVER in name:
-        return Player(name=name, speaker=lambda tokenizer: build_server(config, tokenizer, Path(":memory:")))
-    path = Path(name)
-    if name == START:
-        path = run_of / "checkpoints" / "warm_start"
-        if not path.is_dir():
-            accepted = "a run directory as the first player, whose start it is"
-            raise ValueError(f"{START}: {run_of} has no checkpoints/warm_start; accepted is {accepted}")
-    model, tokenizer = load_policy(latest_checkpoint(path) or path, config)
-    engine = build_engine(config, model, CACHE_TOKENS)
-    engine.release_memory()
-    return Player(name=name, engine=engine, tokenizer=tokenizer)
 
 
 def in_turn(a: Player, b: Player) -> list[tuple[Player, Player]]:
