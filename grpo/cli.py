@@ -225,11 +225,14 @@ def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
 
 
 def _show_results(path: Path, config: Config, progress: Progress) -> int:
-    from duologue.grpo.commands.players import conditions
+    from duologue.grpo.commands.players import conditions, partners_table
+    from duologue.rollout.games.catalogue import GAMES
 
     summary = json.loads((path / "summary.json").read_text("utf-8"))
     columns = {"warm start": summary["warm_start"], "trained": summary["trained"]}
     progress.results({name: column for name, column in columns.items() if column}, conditions(config))
+    if "partners" in summary:
+        progress.console.print(partners_table(summary["partners"], GAMES[config.game.name].compared))
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 

@@ -25,6 +25,7 @@ from duologue.rollout.selfplay.partners import ScriptedSpeaker
 
 START, SCRIPTED = "start", "scripted"
 ADDRESS = "://"  # of a server
+Row = dict[str, Any]
 
 
 def in_full(names: Iterable[str], game: Game) -> list[str]:
@@ -71,7 +72,7 @@ def scripted_player(name: str, config: Config, game: Game) -> Player:
     return Player(name=name, speaker=speaker)
 
 
-def with_partners(held: CrossPlay, trained: Player, start: Player, partners: Sequence[Player]) -> Any:
+def with_partners(held: CrossPlay, trained: Player, start: Player, partners: Sequence[Player]) -> Row:
     """For each partner how the trained policy fares with it in both seats, how the start does in its place,
     and what it has more than the start; the first row is of each with itself.
     """
@@ -81,7 +82,7 @@ def with_partners(held: CrossPlay, trained: Player, start: Player, partners: Seq
     return rows
 
 
-def _row(held: CrossPlay, here: tuple[Player, Player], there: tuple[Player, Player]) -> Any:
+def _row(held: CrossPlay, here: tuple[Player, Player], there: tuple[Player, Player]) -> Row:
     values, others = (held.fares(dict.fromkeys((pair, pair[::-1])), of=pair[0]) for pair in (here, there))
     return {
         "trained": held.intervals(values),

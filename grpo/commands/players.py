@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,18 @@ from duologue.grpo.config import Config
 from duologue.grpo.console import Progress, formatted
 from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.evaluate import evaluate
-from duologue.grpo.partners import in_full, load_player, start_of
+from duologue.grpo.partners import SCRIPTED, in_full, load_player, start_of
 from duologue.grpo.policy import load_policy, use_threads
 from duologue.grpo.run_dir import finite, latest_checkpoint
 from duologue.model.atomic import write_file
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import Measure
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 Row = dict[str, Any]
+SUMMARISED = ("trained", "start")
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -137,10 +140,7 @@ def duel(held: CrossPlay, a: Player, b: Player) -> Table:
     """What `duel_columns` has, for people."""
     columns = duel_columns(held, a, b)
     del columns["A with B"]  # of both seats, which stand there
-    shown = Table(title=f"A = {a.name}, B = {b.name}", title_justify="left")
-    shown.add_column("", min_width=14)
-    for name in columns:
-        shown.add_column(name, justify="right")
+    shown = _table(f"A = {a.name}, B = {b.name}", columns)
     for key, measure in held.game.compared.items():
         cells = [cell(column[key], measure, signed="less" in name) for name, column in columns.items()]
         shown.add_row(measure.heading, *cells)
@@ -148,19 +148,25 @@ def duel(held: CrossPlay, a: Player, b: Player) -> Table:
 
 
 def cell(value: Interval, measure: Measure, signed: bool = False) -> str:
-    """A mean and its interval; of a difference with its sign."""
-    form = measure.format.replace(":", ":+") if signed else measure.format
-    mean, low, high = (formatted(form, value[key]) for key in ("value", "low", "high"))
-    return f"{mean} [{low}, {high}]" if value["value"] is not None else mean
+    """A mean, and its interval in the next line with fewer digits; of a difference with signs."""
+    sign, digits = "+" if signed else "", ".0%" if measure.is_share else ".2f"
+    mean = formatted(measure.format.replace(":", f":{sign}"), value["value"])
+    low, high = (formatted(f"{{:{sign}{digits}}}", value[key]) for key in ("low", "high"))
+    return mean if value["value"] is None else f"{mean}\n{low}..{high}"
+
+
+def _table(title: str, columns: Iterable[str]) -> Table:
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown.add_column("", no_wrap=True)
+    for name in columns:
+        shown.add_column(name, justify="right")
+    return shown
 
 
 def matrix(held: CrossPlay, key: str, measure: Measure) -> Table:
     """A measure of every pairing, as side 1 sees it."""
     title = f"{measure.heading}, as side 1 (left) with side 2 (above)"
-    shown = Table(title=title, title_justify="left")
-    shown.add_column("")
-    for player in held.players:
-        shown.add_column(player.name, justify="right")
+    shown = _table(title, [player.name for player in held.players])
     for first in held.players:
         values = [held.intervals(held.pairing(first, second).seen[0])[key] for second in held.players]
         shown.add_row(first.name, *(formatted(measure.format, value["value"]) for value in values))
@@ -181,3 +187,20 @@ def matrix_rows(held: CrossPlay) -> list[Row]:
         }
         for pairing in pairings
     ]
+
+
+# ---- the end of a run --------------------------------------------------------------------------------------
+
+
+def partners_table(rows: Mapping[str, Row], measures: Mapping[str, Measure]) -> Table:
+    """What summary.json has of the trained policy with each partner, and of the start in its place."""
+    title = "trained policy with each partner, both seats; in brackets the start in its place"
+    shown = _table(title, [measure.short for measure in measures.values() if measure.short])
+    for name, row in rows.items():
+        cells = []
+        for key, measure in measures.items():
+            trained, start = (formatted(measure.format, row[who][key]["value"]) for who in SUMMARISED)
+            if measure.short:
+                cells.append(f"{trained}\n({start})")
+        shown.add_row(name.removeprefix(f"{SCRIPTED}:"), *cells)
+    return shown

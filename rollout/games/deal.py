@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import ClassVar
 
@@ -54,7 +54,11 @@ MEASURES = {
     "score_agreed_0": Measure("score of side 1, agreed", "{:.2f}"),
     "score_agreed_1": Measure("score of side 2, agreed", "{:.2f}"),
 }
-DIVISION = ("pareto", "joint_ratio", "nash_ratio")  # what is measured of an agreed deal
+DIVISION = {  # what is measured of an agreed deal
+    "pareto": MEASURES["pareto"],
+    "joint_ratio": MEASURES["joint_ratio"],
+    "nash_ratio": replace(NASH_RATIO, short="Nash"),
+}
 PUBLISHED = Published(  # of three types and a total of 10
     columns={
         "people": {"agreement": 0.801, "pareto": 0.770, "joint_ratio": 0.950, "nash_ratio": 0.914},
@@ -191,7 +195,7 @@ class DealGame(SelectionGame):
     name = "deal"
     Settings: ClassVar[type[SelectionSettings]] = DealSettings
     measures = MEASURES
-    compared = COMPARED | {key: MEASURES[key] for key in DIVISION}
+    compared = COMPARED | DIVISION
     failures = FAILURES
     cooperative = "joint_ratio"
 

@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import ClassVar
 
@@ -72,11 +72,13 @@ class PriceGame(SelectionGame):
     name = "price"
     failures = FAILURES
     measures = MEASURES
-    compared = (
-        COMPARED
-        | {key: MEASURES[key] for key in ("efficiency", "right_walks", "wrong_deals")}
-        | {"share_own": Measure("own share of the surplus", "{:.3f}"), "nash_ratio": NASH_RATIO}
-    )
+    compared = COMPARED | {
+        "efficiency": replace(MEASURES["efficiency"], short="right deals"),
+        "right_walks": replace(MEASURES["right_walks"], short="right walks"),
+        "wrong_deals": replace(MEASURES["wrong_deals"], short="wrong deals"),
+        "share_own": Measure("own share of the surplus", "{:.3f}", "share"),
+        "nash_ratio": replace(NASH_RATIO, short="Nash"),
+    }
     cooperative = "right"  # it leaves nothing ungained
     total = max(GAPS)
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"

@@ -27,8 +27,8 @@ AGREEMENT = Measure("agreement", "{:.1%}", "agreed")
 NASH_RATIO = Measure("Nash product / best", "{:.3f}")
 COMPARED = {
     "agreement": AGREEMENT,
-    "own": Measure("own score", "{:.2f}"),
-    "partner": Measure("partner's score", "{:.2f}"),
+    "own": Measure("own score", "{:.2f}", "own"),
+    "partner": Measure("partner's score", "{:.2f}", "partner"),
     "lead": Measure("own less partner's", "{:.2f}"),
 }
 
