@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -364,8 +365,10 @@ def test_eval_of_several_is_the_matrix_of_all_seats(
     assert "own score, as side 1 (left) with side 2 (above)" in " ".join(capsys.readouterr().out.split())
 
 
-def test_what_cannot_be_a_player_is_one_line(runs: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
-    bare = str(runs[0] / "checkpoints" / "warm_start" / "..")
+def test_what_cannot_be_a_player_is_one_line(
+    runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = str(shutil.copytree(runs[0] / "checkpoints" / "warm_start", tmp_path / "bare"))
     cases = [
         ([str(runs[0]), "--against", "scripted:nobody"], "scripted:nobody: accepted is scripted:conceder,"),
         ([bare, "--against", "start"], "start: there is no"),
