@@ -96,7 +96,7 @@ def gather(run_dir: Path) -> Record:
         "finished": (run_dir / "summary.json").is_file(),
         "results": _results(game, config, summary),
         "failures": _failures(game, summary),
-        "partners": _partners(game, summary),
+        "crossplay": _crossplay(game, summary),
         "charts": _charts(game, metrics),
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         "sections": sections,
@@ -210,7 +210,7 @@ def _failures(game: type[Game], summary: Record) -> list[tuple[str, list[float]]
     return [row for row in rows if any(row[1])]
 
 
-def _partners(game: type[Game], summary: Record) -> Record:
+def _crossplay(game: type[Game], summary: Record) -> Record:
     """The table of the policy with each partner: (partner, cells) of trained, the start in its place, and the
     difference with its interval.
     """
