@@ -111,7 +111,8 @@ def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
-    return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
+    i, seed = config.imitation, derive_seed(config.train.seed, "corpus")
+    return corpus(game, i.dialogues, seed, i.characters)
 
 
 def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:

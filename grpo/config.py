@@ -30,7 +30,7 @@ from duologue.grpo.sections import (
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
-from duologue.rollout.games.catalogue import GAMES, SCRIPTS, characters
+from duologue.rollout.games.catalogue import GAMES, SCRIPTS, partners
 from duologue.rollout.games.deal import DealSettings
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import GameSettings
@@ -115,6 +115,9 @@ def _dialogue_rules(c: Config) -> Iterator[Rule]:
     scripts = "0 with dilemmas, for which there are no scripts"
     for key in ("imitation.steps", "grpo.imitation_coef"):
         yield key, scripts, c.game.name in SCRIPTS or not c.value(key)
+    known = partners(c.game.name)
+    some = f"some of {', '.join(known)}" if known else "[] with dilemmas, for which there are no scripts"
+    yield "imitation.characters", some, set(c.imitation.characters) <= set(known)
     warm = "above 0: greedy dialogues are all alike and teach nothing"
     yield "dialogue.temperature", warm, d.temperature > 0
     dilemma = isinstance(c.game, DilemmaSettings)
@@ -176,7 +179,7 @@ def _partner_rules(c: Config) -> Iterator[Rule]:
         same = e.partner_dialogues == default.partner_dialogues
         yield "eval.partner_dialogues", "its default with dilemmas", same
         return
-    known = [f"scripted:{name}" for name in characters(c.game.name)]
+    known = [f"scripted:{name}" for name in partners(c.game.name)]
     named = {name for name in e.partners if ":" in name}
     accepted = f"a list of 'start', 'scripted' and {', '.join(map(repr, known))}"
     yield "eval.partners", accepted, named <= {*known}

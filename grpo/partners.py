@@ -19,7 +19,7 @@ from duologue.grpo.run_dir import latest_checkpoint
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.pages import CACHE_TOKENS
-from duologue.rollout.games.catalogue import characters
+from duologue.rollout.games import catalogue
 from duologue.rollout.games.game import Game
 from duologue.rollout.selfplay.partners import ScriptedSpeaker
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 def in_full(names: Iterable[str], game: Game) -> list[str]:
     """The names with `scripted` replaced by all characters of the game, each once."""
-    scripted = [f"{SCRIPTED}:{character}" for character in characters(game.name)]
+    scripted = [f"{SCRIPTED}:{character}" for character in catalogue.characters(game.name)]
     return list(dict.fromkeys(n for name in names for n in (scripted if name == SCRIPTED else [name])))
 
 
@@ -64,7 +64,7 @@ def policy_player(name: str, model: Decoder, tokenizer: Tokenizer, config: Confi
 
 def scripted_player(name: str, config: Config, game: Game) -> Player:
     """The character of `scripted:NAME`."""
-    character, known = name.partition(":")[2], characters(game.name)
+    character, known = name.partition(":")[2], catalogue.partners(game.name)
     if character not in known:
         accepted = ", ".join(f"{SCRIPTED}:{one}" for one in known) or f"none with {game.name}"
         raise ValueError(f"{name}: accepted is {accepted}")

@@ -43,6 +43,9 @@ class ImitationSection:
 
     steps: int = setting(0, "optimizer steps; 0 skips the stage", least=0)
     dialogues: int = setting(20_000, "size of the scripted corpus", least=1)
+    characters: tuple[str, ...] = setting(
+        (), "whom the corpus is made of, each as often as named; empty: the game's own mixture"
+    )
     dialogues_per_step: int = setting(64, "drawn from the corpus for a step", least=1)
     learning_rate: float = setting(2e-3, "at its peak; then a cosine", least=1e-12, most=1)
     warmup_steps: int = setting(20, "steps of linear warm-up", least=0)

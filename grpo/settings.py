@@ -44,7 +44,8 @@ def typed(key: str, value: Any, default: Any) -> Any:
         value = value.parse(isinstance(default, str))
     if isinstance(default, tuple):
         fits = isinstance(value, list)
-        value = tuple(typed(key, item, default[0]) for item in value) if fits else value
+        item = default[0] if default else ""  # an empty list is one of names
+        value = tuple(typed(key, one, item) for one in value) if fits else value
     elif isinstance(default, float):
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if fits else value

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from duologue.rollout.games import deal_scripts, price
 from duologue.rollout.games.characters import TACTICS
@@ -16,7 +16,8 @@ from duologue.rollout.games.price import PriceGame
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
 from duologue.rollout.games.scripted import ScriptedDialogue, Side
 
-Script = Callable[[Any, Any, random.Random], ScriptedDialogue]  # of a game, one of its scenarios, and draws
+# Of a game, one of its scenarios, and draws; where a game has partners also of a `mixture` of their names.
+Script = Callable[..., ScriptedDialogue]
 
 GAMES: dict[str, type[Game]] = {
     kind.name: kind for kind in (DealGame, PriceGame, PrioritiesGame, DilemmaGame, AloneGame)
@@ -49,7 +50,11 @@ def partners(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*characters(name), *TEMPERAMENTS.get(name, ()))))
 
 
-def corpus(game: Game, n: int, seed: int) -> list[ScriptedDialogue]:
-    """`n` dialogues over contexts of the training split; the same seed gives the same dialogues."""
+def corpus(game: Game, n: int, seed: int, names: Sequence[str] = ()) -> list[ScriptedDialogue]:
+    """`n` dialogues over contexts of the training split; the same seed gives the same dialogues. They are
+    held by the partners `names`, each as likely as it is often named, or by the game's own mixture.
+    """
     script, rng = SCRIPTS[game.name], random.Random(seed)
+    if names:
+        script = partial(script, mixture=Counter(names))
     return [script(game, game.sample(rng, "train"), rng) for _ in range(n)]

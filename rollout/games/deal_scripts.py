@@ -8,13 +8,13 @@ no way of acting well is out of reach of a policy that imitates all of them.
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import ClassVar
 
-from duologue.rollout.games import characters
 from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import Deal, DealGame, dot, less, value_vectors
 from duologue.rollout.games.deal_words import Language, understood, utter
@@ -48,8 +48,6 @@ class Negotiator(Side):
         self.wanted = [0.5] * len(self.counts)
 
     def decide(self) -> Act:
-        if self.temperament in TACTICS:
-            return characters.decide(self, TACTICS[self.temperament])
         if self.last.leave and not self.pending and self.chance(0.6):
             act = Act(leave=True)
         elif self.temperament != "open" and self.chance(2 * CANDOUR if self.last.ask else CANDOUR):
@@ -60,8 +58,6 @@ class Negotiator(Side):
         return act
 
     def hear(self, act: Act) -> None:
-        if act.reveal is not None and not self.credible(act.reveal):
-            act = replace(act, reveal=None)  # garbled: nobody has such values
         for k, taken in enumerate(act.take or ()):
             self.wanted[k] += taken / self.counts[k]
         Side.hear(self, act)
@@ -77,11 +73,14 @@ class Negotiator(Side):
         )
 
     def understand(self, text: str) -> Act:
-        return understood(text, self.counts, self.language)
+        """Values that nobody can have are garbled ones."""
+        act = understood(text, self.counts, self.language)
+        credible = act.reveal is None or self.credible(act.reveal)
+        return act if credible else replace(act, reveal=None, against=None)
 
     def state(self) -> str:
         """What I take in the end: what was agreed, else what I would like."""
-        wished = self.offered or self.counts if self.temperament in TACTICS else self._keep_valuable()
+        wished = self.offered or self.counts if self.tactic else self._keep_valuable()
         return self.game.statement(self.agreed or wished)
 
     def _worth(self, take: Vector) -> int:
@@ -89,8 +88,6 @@ class Negotiator(Side):
 
     def content(self, offer: Vector) -> bool:
         """Open wants the best joint deal if it can see it, and else to have been understood."""
-        if self.temperament in TACTICS:
-            return characters.content(self, TACTICS[self.temperament], offer)
         theirs, enough = self.theirs, self._worth(offer) >= ENOUGH[self.temperament] - self.refusals
         if self.temperament != "open":
             return enough
@@ -174,15 +171,14 @@ class Negotiator(Side):
         what it has asked for.
         """
         weights: Sequence[float] = self.theirs or self.wanted
-
-        def rank(take: Vector) -> tuple[float, float]:
-            left = less(self.counts, take)
-            return sum(w * n for w, n in zip(weights, left, strict=True)), self.utility(take)
-
-        takes = Deal(self.counts, (self.values, self.values)).allocations()
-        enough = [take for take in takes if self.utility(take) >= least - 1e-9]
-        best = max(map(rank, enough))
-        return self.rng.choice([take for take in enough if rank(take) == best])
+        points = least * self.game.total - 1e-9
+        ranked = [
+            (-sum(w * n for w, n in zip(weights, take, strict=True)), worth, take)
+            for worth, take in valued(self.counts, self.values)
+            if worth >= points
+        ]
+        most = max(ranked)[:2]
+        return self.rng.choice([take for *rank, take in ranked if tuple(rank) == most])
 
     def fairest(self, mine: Vector, theirs: Vector) -> Vector:
         """The largest joint score, then the largest product."""
@@ -192,7 +188,7 @@ class Negotiator(Side):
             first, second = deal.scores(take)
             return first + second, first * second, take
 
-        return max(deal.allocations(), key=rank)
+        return max(allocations(self.counts), key=rank)
 
     def claimed(self, lies: bool) -> Vector:
         """A liar's are those that win it most where each type goes to whom it is worth more; once it has
@@ -250,6 +246,18 @@ class Negotiator(Side):
 
 
 @cache
+def allocations(counts: Vector) -> tuple[Vector, ...]:
+    """Everything that a side can take."""
+    return tuple(itertools.product(*(range(count + 1) for count in counts)))
+
+
+@lru_cache(1 << 12)
+def valued(counts: Vector, values: Vector) -> tuple[tuple[int, Vector], ...]:
+    """Everything that a side can take, after what it is worth."""
+    return tuple((dot(values, take), take) for take in allocations(counts))
+
+
+@cache
 def possible_values(counts: Vector, total: int) -> tuple[Vector, ...]:
     """Values of a side with that total; of very many, some."""
     vectors = value_vectors(counts, total)
@@ -286,11 +294,16 @@ def make_side(
 ) -> Negotiator:
     """A negotiator for a side of the scenario."""
     deal: Deal = scenario.data
-    return kind(deal.values[role], temperament, rng, game=game, counts=deal.counts)
+    tactic = TACTICS.get(temperament)
+    return kind(deal.values[role], temperament, rng, tactic=tactic, game=game, counts=deal.counts)
 
 
 def scripted_dialogue(
-    game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator
+    game: DealGame,
+    scenario: Scenario,
+    rng: random.Random,
+    kind: type[Negotiator] = Negotiator,
+    mixture: Mapping[str, float] = TEMPERAMENTS,
 ) -> ScriptedDialogue:
-    """Two temperaments hold the negotiation."""
-    return hold(game, scenario, TEMPERAMENTS, rng, partial(make_side, game, scenario, kind=kind))
+    """Two of the mixture hold the negotiation."""
+    return hold(game, scenario, mixture, rng, partial(make_side, game, scenario, kind=kind))

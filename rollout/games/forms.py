@@ -5,10 +5,12 @@ slots that its speaker fills. What writes and what reads an utterance are made o
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
-from duologue.rollout.games.scripted import START, Act
+from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import CLOSE
 
 Clause = tuple[
@@ -16,25 +18,29 @@ Clause = tuple[
 ]  # the kind of a form, and what stood in its slots in the order of {0}, {1}
 SLOT = re.compile(r"\{(\d)\}")
 SENTENCE = re.compile(r"[^.?]*[.?]?\s*")
-MARK = re.compile(r"\s*([,.?:])\s*")
+MARKS = {",": " , ", ";": " , ", ".": " . ", "!": " . ", "?": " ? ", ":": " : "}
 
 
 class Forms:
     """The clauses of an utterance. `forms` are those of each kind, `slots` the patterns of what fills {0},
     {1}, ... in a form of a kind.
 
-    A form is looked for where a sentence begins. The kinds come in the order in which they are tried, which
-    decides where one form begins like another: the longer kind first.
+    A form is looked for where a sentence begins, first those that begin with that word, then those that
+    begin with a slot. The kinds come in the order in which they are tried, which decides where one form
+    begins like another: the longer kind first.
     """
 
     def __init__(self, forms: Mapping[str, Sequence[str]], slots: Mapping[str, Sequence[str]]) -> None:
         self._kinds: list[str] = []
         self._names: list[list[str]] = []  # of a form's slots in the order of their numbers
-        patterns = []
+        by_word: dict[str, list[str]] = defaultdict(
+            list
+        )  # patterns by a form's first word, "" if it has none
         for kind, written in forms.items():
             for form in written:
-                patterns.append(self._pattern(kind, form, slots.get(kind, ())))
-        self._any = re.compile("|".join(patterns))
+                first = "" if form[0] == "{" else form.split()[0]
+                by_word[first].append(self._pattern(kind, form, slots.get(kind, ())))
+        self._of = {word: re.compile("|".join(patterns)) for word, patterns in by_word.items()}
 
     def _pattern(self, kind: str, form: str, slots: Sequence[str]) -> str:
         n = len(self._kinds)
@@ -46,11 +52,16 @@ class Forms:
         words = "".join(part for pair in zip(literal, [*filled, ""], strict=True) for part in pair)
         return rf"(?P<f{n}>{words})(?!\S)"
 
+    def _match(self, word: str, text: str, at: int) -> re.Match[str] | None:
+        pattern = self._of.get(word)
+        return pattern and pattern.match(text, at)
+
     def clauses(self, text: str) -> Iterator[Clause]:
         """What is understood of `text`, in its order; a sentence of no form is skipped."""
         at = 0
         while at < len(text):
-            match = self._any.match(text, at)
+            word = text[at : text.find(" ", at)]
+            match = self._match(word, text, at) or self._match("", text, at)
             if match is None:
                 skipped = SENTENCE.match(text, at)
                 at = max(at + 1, skipped.end() if skipped else 0)
@@ -63,18 +74,23 @@ class Forms:
 
 def plain(text: str) -> str:
     """In the spelling of the forms: lower case, a space before and after each mark, no close."""
-    words = text.removesuffix(CLOSE).lower().replace("!", ".").replace(";", ",")
-    return " ".join(MARK.sub(r" \1 ", words).split())
+    words = text.removesuffix(CLOSE).lower()
+    for mark, spaced in MARKS.items():
+        words = words.replace(mark, spaced)
+    return " ".join(words.split())
 
 
 def merged(parts: Sequence[Act], close: bool) -> Act:
     """One act of all clauses. Of two that say different things of one matter the later counts; who offers or
     refuses does not accept.
     """
-    said: dict[str, object] = {}
+    said: dict[str, Any] = {"close": close}
     for part in parts:
-        said |= {name: getattr(part, name) for name in Act.__slots__ if getattr(part, name) != DEFAULTS[name]}
-    act = replace(START, **said, close=close)  # type: ignore[arg-type]
+        for name in NAMES:
+            value = getattr(part, name)
+            if value is not None and value is not False:
+                said[name] = value
+    act = Act(**said)
     if act.against is not None and (act.take is None or act.reveal is None):
         act = replace(act, against=None)
     if act.take is not None or act.refuse or act.leave:
@@ -82,7 +98,7 @@ def merged(parts: Sequence[Act], close: bool) -> Act:
     return act
 
 
-DEFAULTS = {name: getattr(START, name) for name in Act.__slots__}
+NAMES = tuple(Act.__slots__)
 SIMPLE = {
     "agree": Act(accept=True),
     "confirm": Act(confirm=True),

@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import ClassVar
 
-from duologue.rollout.games import characters
 from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.game import Measure, Outcome, Scenario, failure_shares
 from duologue.rollout.games.price_words import understood, utter
@@ -181,12 +180,11 @@ def _mean(values: Sequence[float]) -> float:
 
 # ---- scripted negotiators ----------------------------------------------------------------------------------
 
-TEMPERAMENTS = {"honest": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
-ENOUGH = {"honest": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
+TEMPERAMENTS = {"open": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
+ENOUGH = {"open": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
 LOSS = 4  # that hasty accepts
 SPAN = 10  # what a character would like to gain
 LIE = 3  # by so much a liar's limit is off
-CHARACTERS = {name: tactic for name, tactic in TACTICS.items() if name != "honest"}  # that is a temperament
 
 
 @dataclass(slots=True)
@@ -204,18 +202,14 @@ class Haggler(Side):
         return take
 
     def content(self, offer: Vector) -> bool:
-        if self.temperament in CHARACTERS:
-            return characters.content(self, CHARACTERS[self.temperament], offer)
         if self.temperament == "hasty":
             return self.gain(offer) >= -LOSS
         enough = ENOUGH[self.temperament]
-        if self.temperament == "honest" and self.theirs is not None:
+        if self.temperament == "open" and self.theirs is not None:
             enough = self.gain(self.theirs) // 2
         return enough >= 0 and self.gain(offer) >= max(0, enough - self.refusals)
 
     def decide(self) -> Act:
-        if self.temperament in CHARACTERS:
-            return characters.decide(self, CHARACTERS[self.temperament])
         if self.temperament != "hasty" and (self.hopeless or (self.refusals > 2 and self.chance(0.5))):
             return Act(leave=True, close=True)
         act: Act = getattr(self, f"_{self.temperament}")()
@@ -230,7 +224,7 @@ class Haggler(Side):
         """The price that gains so much."""
         return (max(1, self.values[0] + (-gained if self.buys else gained)),)
 
-    def _honest(self) -> Act:
+    def _open(self) -> Act:
         """States its limit and asks for the other's, then names the middle of both."""
         if not self.revealed and (self.theirs is None or self.chance(0.3)):
             return Act(reveal=self.values, refuse=self.pending, ask=self.theirs is None and self.chance(0.6))
@@ -297,9 +291,15 @@ def make_side(
     """A negotiator for a side of the scenario."""
     haggle: Haggle = scenario.data
     buys = role == haggle.buyer
-    return Haggler((haggle.most if buys else haggle.least,), temperament, rng, buys=buys)
+    limit = (haggle.most if buys else haggle.least,)
+    return Haggler(limit, temperament, rng, tactic=TACTICS.get(temperament), buys=buys)
 
 
-def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:
-    """Two temperaments hold the negotiation."""
-    return hold(game, scenario, TEMPERAMENTS, rng, partial(make_side, game, scenario))
+def scripted_dialogue(
+    game: PriceGame,
+    scenario: Scenario,
+    rng: random.Random,
+    mixture: Mapping[str, float] = TEMPERAMENTS,
+) -> ScriptedDialogue:
+    """Two of the mixture hold the negotiation."""
+    return hold(game, scenario, mixture, rng, partial(make_side, game, scenario))

@@ -12,8 +12,6 @@ import itertools
 from dataclasses import replace
 from functools import cached_property
 
-from duologue.rollout.games import characters
-from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
@@ -85,8 +83,6 @@ class Camper(Negotiator):
     language = Language(items=ITEMS, plural="", ranks=RANKS, frames=(("", ""), ("", ""), ("the ", "is ")))
 
     def content(self, offer: Vector) -> bool:
-        if self.temperament in TACTICS:
-            return characters.content(self, TACTICS[self.temperament], offer)
         floor = (ENOUGH[self.temperament] - self.refusals) * TOTAL / 10
         if self.temperament == "open":
             if self.theirs is None and not self.revealed:

@@ -40,6 +40,15 @@ class Act:
 START = Act()
 
 
+class Tactic(ABC):
+    """Decides for a side in place of a temperament (characters.py)."""
+
+    @abstractmethod
+    def content(self, side: Side, offer: Vector) -> bool: ...  # whether to accept
+    @abstractmethod
+    def decide(self, side: Side) -> Act: ...  # what to say when no offer is accepted
+
+
 @cache
 def phrases(game: str) -> dict[str, list[str]]:
     """The forms of utterances in the game's file of words."""
@@ -66,6 +75,7 @@ class Side(ABC):
     heard: int = 0
     questions: int = 0  # asked so far
     offers: list[Vector] = field(default_factory=list)  # what each of the other's offers would leave me
+    tactic: Tactic | None = None
 
     def act(self) -> Act:
         """The next utterance."""
@@ -74,12 +84,12 @@ class Side(ABC):
             act = Act(confirm=True, close=True)
         elif self.agreed is not None:  # the other side did not close
             act = Act(confirm=True, close=True)
-        elif self.offer is not None and self.content(self.offer):
+        elif self.offer is not None and self._accepts(self.offer):
             self.agreed = self.offer
             late = 2 * self.spoken + 2 >= self.utterances
             act = Act(accept=True, close=late or (self.spoken > 0 and self.chance(0.65)))
         else:
-            act = self.decide()
+            act = self.tactic.decide(self) if self.tactic else self.decide()
         self.spoken += 1
         self.revealed |= act.reveal is not None
         self.asked |= act.ask
@@ -89,20 +99,24 @@ class Side(ABC):
         return act
 
     def hear(self, act: Act) -> None:
-        """A new offer takes the place of what was agreed; a close takes an offer that stands."""
+        """Another offer or a refusal takes back what was agreed; a close takes an offer that stands."""
         self.last = act
         self.heard += 1
         self.theirs = act.reveal or self.theirs
         self.offer = None if act.take is None else self.left_by(act.take)
         if self.offer is not None:
             self.offers.append(self.offer)
+        if self.offer is not None or act.refuse or act.leave:
             self.agreed = None
         if not act.close or self.agreed is not None:
             return
         if act.accept or act.confirm:
             self.agreed = self.offered
-        elif self.offer is not None and self.content(self.offer):
+        elif self.offer is not None and self._accepts(self.offer):
             self.agreed = self.offer
+
+    def _accepts(self, offer: Vector) -> bool:
+        return self.tactic.content(self, offer) if self.tactic else self.content(offer)
 
     @property
     def pending(self) -> bool:
@@ -147,7 +161,7 @@ class Side(ABC):
     @abstractmethod
     def state(self) -> str: ...  # my final statement
 
-    # What a character (characters.py) goes by.
+    # What a tactic goes by.
     floor: ClassVar[float]  # the utility of the least that a side should take
 
     @property
@@ -180,20 +194,32 @@ class ScriptedDialogue:
 def hold(
     game: SelectionGame,
     scenario: Scenario,
-    temperaments: Mapping[str, float],
+    mixture: Mapping[str, float],
     rng: random.Random,
     side: Callable[..., Side],
 ) -> ScriptedDialogue:
-    """Two sides with temperaments drawn by weight negotiate until one closes or has left for good; `side`
-    makes number i.
-    """
-    names = rng.choices(list(temperaments), weights=list(temperaments.values()), k=2)
+    """Two whose names are drawn by weight negotiate; `side` makes one of a role, a name and draws."""
+    first, second = rng.choices(list(mixture), weights=list(mixture.values()), k=2)
+    return meet(game, scenario, (first, second), rng, side)
+
+
+def meet(
+    game: SelectionGame,
+    scenario: Scenario,
+    names: tuple[str, str],
+    rng: random.Random,
+    side: Callable[..., Side],
+    utterances: int = MAX_UTTERANCES,
+) -> ScriptedDialogue:
+    """These two negotiate until one closes or has left for good. Each hears the other's words, as text."""
     sides = [side(i, names[i], random.Random(rng.getrandbits(64))) for i in (0, 1)]
+    for one in sides:
+        one.utterances = utterances
     first = rng.randrange(2)
     turns: list[tuple[int, str, str]] = []
     finals: tuple[str, str] | None = None
     left = False
-    for n in range(MAX_UTTERANCES):
+    for n in range(utterances):
         who = (first + n) % 2
         act = sides[who].act()
         text = sides[who].say(act)
@@ -209,7 +235,7 @@ def hold(
     return ScriptedDialogue(
         scenario=scenario,
         first_speaker=first,
-        temperaments=(names[0], names[1]),
+        temperaments=names,
         turns=turns,
         outcome=game.judge(scenario, finals),
         final_prompt=game.final_prompt,

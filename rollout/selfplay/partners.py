@@ -10,7 +10,7 @@ import random
 
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.sequence import Completion
-from duologue.rollout.games.catalogue import SIDES
+from duologue.rollout.games.catalogue import SIDES, partners
 from duologue.rollout.games.game import Game
 from duologue.rollout.selfplay.dialogue import FINAL
 from duologue.rollout.selfplay.speakers import Speak, Speaker, completion_of
@@ -20,6 +20,10 @@ class ScriptedSpeaker(Speaker):
     """Everybody of one character. It hears all turns of a talk, whatever the policy's context holds."""
 
     def __init__(self, game: Game, tokenizer: Tokenizer, max_rounds: int, character: str) -> None:
+        known = partners(game.name)
+        if character not in known:
+            accepted = f"one of {', '.join(known)}" if known else "none: the game has no scripts"
+            raise ValueError(f"character {character!r} in the game {game.name}: accepted is {accepted}")
         self.who = f"scripted:{character}"
         self._game, self._tokenizer = game, tokenizer
         self._utterances, self._character = 2 * max_rounds, character
