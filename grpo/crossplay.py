@@ -108,9 +108,10 @@ class CrossPlay:
     # ---- play ----------------------------------------------------------------------------------------------
 
     def _play(self, first: Player, second: Player) -> Pairing:
-        for player in self.players:  # two KV pools are there at a time
-            if player.engine is not None and player not in (first, second):
-                player.engine.release_memory()
+        engines = [player.engine for player in self.players if player.engine is not None]
+        for engine in engines if len(engines) > 2 else ():  # two KV pools are there at a time
+            if engine not in (first.engine, second.engine):
+                engine.release_memory()
         arena, opponent = self._seated(first, second)
         openings = (False,) if arena.rules.first_speaker == "first" else (False, True)
         try:
