@@ -87,7 +87,8 @@ Rule = tuple[str, str, bool]  # a key, what is accepted for it, whether it is so
 
 def rules(config: Config) -> Iterator[Rule]:
     """All of them, whether they hold or not."""
-    for subject in (_model_rules, _dialogue_rules, _judge_rules, _opponent_rules, _update_rules):
+    subjects = (_model_rules, _dialogue_rules, _judge_rules, _opponent_rules, _update_rules, _partner_rules)
+    for subject in subjects:
         yield from subject(config)
 
 
@@ -169,6 +170,19 @@ def _update_rules(c: Config) -> Iterator[Rule]:
     yield "grpo.dual_clip", dual, not g.dual_clip or outside
     running = "true with grpo.advantage = 'running', which is per role"
     yield "grpo.per_role", running, g.per_role or g.advantage != "running"
+
+
+def _partner_rules(c: Config) -> Iterator[Rule]:
+    e, default = c.eval, EvalSection()
+    if isinstance(c.game, DilemmaSettings):
+        yield "eval.partners", "[] or its default with dilemmas", e.partners in ((), default.partners)
+        same = e.partner_dialogues == default.partner_dialogues
+        yield "eval.partner_dialogues", "its default with dilemmas", same
+        return
+    known = [f"scripted:{name}" for name in partners(c.game.name)]
+    named = {name for name in e.partners if ":" in name}
+    accepted = f"a list of 'start', 'scripted' and {', '.join(map(repr, known))}"
+    yield "eval.partners", accepted, named <= {*known}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------

@@ -96,6 +96,7 @@ def gather(run_dir: Path) -> Record:
         "finished": (run_dir / "summary.json").is_file(),
         "results": _results(game, config, summary),
         "failures": _failures(game, summary),
+        "crossplay": _crossplay(game, summary),
         "charts": _charts(game, metrics),
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         "sections": sections,
@@ -207,6 +208,24 @@ def _failures(game: type[Game], summary: Record) -> list[tuple[str, list[float]]
         for kind in kinds
     ]
     return [row for row in rows if any(row[1])]
+
+
+def _crossplay(game: type[Game], summary: Record) -> Record:
+    """The table of the policy with each partner: (partner, cells) of trained, the start in its place, and the
+    difference with its interval.
+    """
+    measures = {key: measure for key, measure in game.compared.items() if measure.short}
+    rows = []
+    for name, row in summary.get("partners", {}).items():
+        cells = []
+        for key, measure in measures.items():
+            form, signed = measure.format, measure.format.replace(":", ":+")
+            trained, start = (formatted(form, row[who][key]["value"]) for who in ("trained", "start"))
+            low, high = (formatted(signed, row["difference"][key][end]) for end in ("low", "high"))
+            difference = formatted(signed, row["difference"][key]["value"])
+            cells.append((trained, start, f"{difference}, 95 % interval {low} to {high}"))
+        rows.append((name, cells))
+    return {"columns": [measure.short for measure in measures.values()], "rows": rows}
 
 
 def _charts(game: type[Game], metrics: Sequence[Record]) -> list[Chart]:
