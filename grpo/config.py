@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from duologue.grpo.mix import ENDPOINT, FROZEN, POOL
 from duologue.grpo.sections import (
     HTTP_ADDRESS,
     EvalSection,
@@ -141,15 +142,30 @@ def _judge_rules(c: Config) -> Iterator[Rule]:
 
 def _opponent_rules(c: Config) -> Iterator[Rule]:
     o, default = c.opponent, OpponentSection()
+    yield (
+        "opponent.mix",
+        "a table of shares with opponent.kind = 'mix', else {}",
+        (o.kind == "mix") == bool(o.mix),
+    )
+    partners = o.parts
     server = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
-    for kind, names in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
-        accepted = f"its default where opponent.kind is not '{kind}'"
+    for kind, names in ((POOL, ("pool_every", "pool_size", "pool_draw")), (ENDPOINT, server)):
+        accepted = f"its default where opponent.kind is not '{kind}' and opponent.mix has none"
         for key in names:
             unused = getattr(o, key) == getattr(default, key)
-            yield f"opponent.{key}", accepted, o.kind == kind or unused
+            yield f"opponent.{key}", accepted, kind in partners or unused
+    yield (
+        "opponent.path",
+        "a checkpoint's folder where 'frozen' is in opponent.mix",
+        FROZEN not in partners or bool(o.path),
+    )
+    yield "opponent.path", "'' where nobody is 'frozen'", FROZEN in partners or not o.path
+    least = o.sets(c.lora.rank > 0)
+    yield "opponent.held", f"0, or at least {least}, one set for each that needs one", not 0 < o.held < least
+    yield "opponent.held", "0 where no other weights are held", least > 0 or not o.held
     url = f"{HTTP_ADDRESS}, and no credential or query (opponent.key_env names one)"
     plain = re.fullmatch(r"https?://[^/@?#][^@?#]*", o.url) is not None
-    yield "opponent.url", url, o.kind != "endpoint" or plain
+    yield "opponent.url", url, ENDPOINT not in partners or plain
 
 
 def _update_rules(c: Config) -> Iterator[Rule]:

@@ -41,6 +41,7 @@ class Trainer(Steps):
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+            self.opponents.check_resumed()
         run.drop_lines_from(self.step)
 
     def run(self) -> dict[str, Any]:
