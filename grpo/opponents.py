@@ -245,7 +245,8 @@ class Opponents:
                 shutil.rmtree(path)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"ratings": self.ratings, "frozen": self.frozen_hash}
+        frozen = {"frozen": self.frozen_hash} if self.frozen_hash else {}
+        return {"ratings": self.ratings, **frozen}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ratings = dict(state["ratings"])
