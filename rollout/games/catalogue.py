@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from duologue.rollout.games import deal_scripts, price
+from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.price import PriceGame
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
-from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue, Side
 
 Script = Callable[[Any, Any, random.Random], ScriptedDialogue]  # of a game, one of its scenarios, and draws
 
@@ -25,6 +26,27 @@ SCRIPTS: dict[str, Script] = {
     "price": price.scripted_dialogue,
     "priorities": partial(deal_scripts.scripted_dialogue, kind=Camper),
 }
+
+SIDES: dict[str, Callable[..., Side]] = {  # of a game, a scenario, a role, the name of a character, and draws
+    "deal": deal_scripts.make_side,
+    "price": price.make_side,
+    "priorities": partial(deal_scripts.make_side, kind=Camper),
+}
+TEMPERAMENTS: dict[str, Mapping[str, float]] = {  # what a corpus is made of, with weights
+    "deal": deal_scripts.TEMPERAMENTS,
+    "price": price.TEMPERAMENTS,
+    "priorities": deal_scripts.TEMPERAMENTS,
+}
+
+
+def characters(name: str) -> tuple[str, ...]:
+    """The characters of a game that are told apart by what the literature calls them."""
+    return tuple(TACTICS) if name in SIDES else ()
+
+
+def partners(name: str) -> tuple[str, ...]:
+    """Everybody who can negotiate in a game: its characters, and those whom its corpus is made of."""
+    return tuple(dict.fromkeys((*characters(name), *TEMPERAMENTS.get(name, ()))))
 
 
 def corpus(game: Game, n: int, seed: int) -> list[ScriptedDialogue]:

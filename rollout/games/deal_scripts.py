@@ -9,11 +9,15 @@ no way of acting well is out of reach of a policy that imitates all of them.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import ClassVar
 
-from duologue.rollout.games.deal import Deal, DealGame, dot, less
-from duologue.rollout.games.deal_words import Language, utter
+from duologue.rollout.games import characters
+from duologue.rollout.games.characters import TACTICS
+from duologue.rollout.games.deal import Deal, DealGame, dot, less, value_vectors
+from duologue.rollout.games.deal_words import Language, understood, utter
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.games.scripted import START, Act, ScriptedDialogue, Side, hold
 from duologue.rollout.games.selection import Vector
@@ -21,6 +25,7 @@ from duologue.rollout.games.selection import Vector
 TEMPERAMENTS = {"open": 0.41, "vague": 0.13, "hard": 0.18, "splitter": 0.15, "hasty": 0.13}
 # What an offer must be worth to be accepted, less one per refusal; open asks for more where it knows more.
 ENOUGH = {"open": 2, "vague": 4, "hard": 8, "splitter": 3, "hasty": 0}
+MOST_WEIGHED = 2000  # possible values of a side that a liar weighs
 CANDOUR = 0.15  # how likely those that are not open act openly at a turn; twice as likely when asked
 
 
@@ -34,8 +39,17 @@ class Negotiator(Side):
     want: int | None = None
     spare: int | None = None
     hinted: bool = False
+    lie: Vector | None = None
+    wanted: list[float] = field(init=False)  # by item type: how much of it the other has asked for
+
+    floor: ClassVar[float] = 0.3
+
+    def __post_init__(self) -> None:
+        self.wanted = [0.5] * len(self.counts)
 
     def decide(self) -> Act:
+        if self.temperament in TACTICS:
+            return characters.decide(self, TACTICS[self.temperament])
         if self.last.leave and not self.pending and self.chance(0.6):
             act = Act(leave=True)
         elif self.temperament != "open" and self.chance(2 * CANDOUR if self.last.ask else CANDOUR):
@@ -46,6 +60,10 @@ class Negotiator(Side):
         return act
 
     def hear(self, act: Act) -> None:
+        if act.reveal is not None and not self.credible(act.reveal):
+            act = replace(act, reveal=None)  # garbled: nobody has such values
+        for k, taken in enumerate(act.take or ()):
+            self.wanted[k] += taken / self.counts[k]
         Side.hear(self, act)
         self.want = self.want if act.want is None else act.want
         self.spare = self.spare if act.spare is None else act.spare
@@ -58,15 +76,21 @@ class Negotiator(Side):
             act, self.counts, self.language, self.rng, told=self.theirs is not None, left=self.last.leave
         )
 
+    def understand(self, text: str) -> Act:
+        return understood(text, self.counts, self.language)
+
     def state(self) -> str:
         """What I take in the end: what was agreed, else what I would like."""
-        return self.game.statement(self.agreed or self._keep_valuable())
+        wished = self.offered or self.counts if self.temperament in TACTICS else self._keep_valuable()
+        return self.game.statement(self.agreed or wished)
 
     def _worth(self, take: Vector) -> int:
         return dot(self.values, take)
 
     def content(self, offer: Vector) -> bool:
         """Open wants the best joint deal if it can see it, and else to have been understood."""
+        if self.temperament in TACTICS:
+            return characters.content(self, TACTICS[self.temperament], offer)
         theirs, enough = self.theirs, self._worth(offer) >= ENOUGH[self.temperament] - self.refusals
         if self.temperament != "open":
             return enough
@@ -132,6 +156,54 @@ class Negotiator(Side):
         mine = self._favourite()
         return Act(take=tuple(c if k == mine else self.rng.randint(0, c) for k, c in enumerate(self.counts)))
 
+    # ---- what characters go by -----------------------------------------------------------------------------
+
+    def credible(self, values: Vector) -> bool:
+        """Whether a side can have these."""
+        return dot(self.counts, values) == self.game.total
+
+    def possible(self) -> tuple[Vector, ...]:
+        """Values that a side can have."""
+        return possible_values(self.counts, self.game.total)
+
+    def utility(self, take: Vector) -> float:
+        return self._worth(take) / self.game.total
+
+    def proposal(self, least: float) -> Vector:
+        """Of the allocations with that utility one that leaves the other side most: by its values, or by
+        what it has asked for.
+        """
+        weights: Sequence[float] = self.theirs or self.wanted
+
+        def rank(take: Vector) -> tuple[float, float]:
+            left = less(self.counts, take)
+            return sum(w * n for w, n in zip(weights, left, strict=True)), self.utility(take)
+
+        takes = Deal(self.counts, (self.values, self.values)).allocations()
+        enough = [take for take in takes if self.utility(take) >= least - 1e-9]
+        best = max(map(rank, enough))
+        return self.rng.choice([take for take in enough if rank(take) == best])
+
+    def fairest(self, mine: Vector, theirs: Vector) -> Vector:
+        """The largest joint score, then the largest product."""
+        deal = Deal(self.counts, (mine, theirs))
+
+        def rank(take: Vector) -> tuple[int, int, Vector]:
+            first, second = deal.scores(take)
+            return first + second, first * second, take
+
+        return max(deal.allocations(), key=rank)
+
+    def claimed(self, lies: bool) -> Vector:
+        """A liar's are those that win it most where each type goes to whom it is worth more; once it has
+        stated some, it stays with them.
+        """
+        if not lies:
+            return self.values
+        if self.lie is None:
+            self.lie = best_lie(self.counts, self.values, self.theirs, self.possible())
+        return self.lie
+
     # ---- allocations ---------------------------------------------------------------------------------------
 
     def _joint_best(self, theirs: Vector) -> Vector:
@@ -177,13 +249,48 @@ class Negotiator(Side):
         return tuple(c - spared.count(k) for k, c in enumerate(self.counts))
 
 
+@cache
+def possible_values(counts: Vector, total: int) -> tuple[Vector, ...]:
+    """Values of a side with that total; of very many, some."""
+    vectors = value_vectors(counts, total)
+    return vectors[:: 1 + len(vectors) // MOST_WEIGHED]
+
+
+@cache
+def best_lie(counts: Vector, values: Vector, theirs: Vector | None, possible: tuple[Vector, ...]) -> Vector:
+    """The others of the `possible` values for which each type's going to whom it is worth more would give
+    most by the true `values`: given the other side's, else for all that it may have; of equals the nearest
+    to the truth.
+    """
+    others = possible if theirs is None else (theirs,)
+
+    @cache
+    def won(k: int, value: int) -> float:
+        return sum(other[k] < value for other in others) / len(others)
+
+    def rank(lie: Vector) -> tuple[float, int, Vector]:
+        shares = [won(k, value) for k, value in enumerate(lie)]
+        gained = sum(n * v * share for n, v, share in zip(counts, values, shares, strict=True))
+        return gained, -sum(abs(a - b) for a, b in zip(lie, values, strict=True)), lie
+
+    return max((lie for lie in possible if lie != values), key=rank, default=values)
+
+
+def make_side(
+    game: DealGame,
+    scenario: Scenario,
+    role: int,
+    temperament: str,
+    rng: random.Random,
+    kind: type[Negotiator] = Negotiator,
+) -> Negotiator:
+    """A negotiator for a side of the scenario."""
+    deal: Deal = scenario.data
+    return kind(deal.values[role], temperament, rng, game=game, counts=deal.counts)
+
+
 def scripted_dialogue(
     game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator
 ) -> ScriptedDialogue:
     """Two temperaments hold the negotiation."""
-    deal: Deal = scenario.data
-
-    def side(i: int, temperament: str, draws: random.Random) -> Negotiator:
-        return kind(deal.values[i], temperament, draws, game=game, counts=deal.counts)
-
-    return hold(game, scenario, TEMPERAMENTS, rng, side)
+    return hold(game, scenario, TEMPERAMENTS, rng, partial(make_side, game, scenario, kind=kind))

@@ -7,17 +7,21 @@ none, and there both do best to walk away.
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import ClassVar
 
+from duologue.rollout.games import characters
+from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.game import Measure, Outcome, Scenario, failure_shares
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold, phrases
+from duologue.rollout.games.price_words import understood, utter
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold
 from duologue.rollout.games.selection import (
     AGREEMENT,
-    CLOSE,
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
@@ -155,6 +159,9 @@ def _mean(values: Sequence[float]) -> float:
 TEMPERAMENTS = {"honest": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
 ENOUGH = {"honest": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
 LOSS = 4  # that hasty accepts
+SPAN = 10  # what a character would like to gain
+LIE = 3  # by so much a liar's limit is off
+CHARACTERS = {name: tactic for name, tactic in TACTICS.items() if name != "honest"}  # that is a temperament
 
 
 @dataclass(slots=True)
@@ -163,6 +170,8 @@ class Haggler(Side):
 
     buys: bool = field(kw_only=True)
 
+    floor: ClassVar[float] = 0.1
+
     def gain(self, offer: Vector) -> int:
         return (self.values[0] - offer[0]) * (1 if self.buys else -1)
 
@@ -170,6 +179,8 @@ class Haggler(Side):
         return take
 
     def content(self, offer: Vector) -> bool:
+        if self.temperament in CHARACTERS:
+            return characters.content(self, CHARACTERS[self.temperament], offer)
         if self.temperament == "hasty":
             return self.gain(offer) >= -LOSS
         enough = ENOUGH[self.temperament]
@@ -178,8 +189,9 @@ class Haggler(Side):
         return enough >= 0 and self.gain(offer) >= max(0, enough - self.refusals)
 
     def decide(self) -> Act:
-        hopeless = self.theirs is not None and self.gain(self.theirs) < 0
-        if self.temperament != "hasty" and (hopeless or (self.refusals > 2 and self.chance(0.5))):
+        if self.temperament in CHARACTERS:
+            return characters.decide(self, CHARACTERS[self.temperament])
+        if self.temperament != "hasty" and (self.hopeless or (self.refusals > 2 and self.chance(0.5))):
             return Act(leave=True, close=True)
         act: Act = getattr(self, f"_{self.temperament}")()
         return act
@@ -228,32 +240,41 @@ class Haggler(Side):
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=self.pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
-        words, of_price = phrases("deal"), phrases("price")
-        side = "buyer" if self.buys else "seller"
-        price, theirs = (vector[0] if vector else 0 for vector in (act.take, act.against))
-        bid = of_price["middle" if act.best else f"{side}_bid"]
-        parts = (
-            (act.accept, words["agree"]),
-            (act.confirm, words["confirm"]),
-            (act.refuse, of_price[f"{side}_refuse"]),
-            (act.reveal and not act.against, of_price[f"{side}_limit"]),
-            (act.take, of_price["compare"] if act.against else bid),
-            (act.ask, of_price["ask"]),
-            (act.leave, words["leave"]),
-            (act == Act(close=True), words["hurry"]),
-        )
-        said = [
-            self.rng.choice(forms).format(price, theirs, self.values[0]) for wanted, forms in parts if wanted
-        ]
-        return " ".join([*said, CLOSE] if act.close else said)
+        return utter(act, self.buys, self.rng)
+
+    def understand(self, text: str) -> Act:
+        return understood(text, not self.buys)
+
+    # ---- what characters go by -----------------------------------------------------------------------------
+
+    @property
+    def hopeless(self) -> bool:
+        return self.theirs is not None and self.gain(self.theirs) < 0
+
+    def utility(self, take: Vector) -> float:
+        """1 at a gain of `SPAN`."""
+        return self.gain(take) / SPAN
+
+    def proposal(self, least: float) -> Vector:
+        return self._at(max(0, math.ceil(least * SPAN - 1e-9)))
+
+    def fairest(self, mine: Vector, theirs: Vector) -> Vector:
+        """The middle."""
+        return ((mine[0] + theirs[0] + self.buys) // 2,)
+
+    def claimed(self, lies: bool) -> Vector:
+        return self._at(LIE) if lies else self.values
+
+
+def make_side(
+    game: PriceGame, scenario: Scenario, role: int, temperament: str, rng: random.Random
+) -> Haggler:
+    """A negotiator for a side of the scenario."""
+    haggle: Haggle = scenario.data
+    buys = role == haggle.buyer
+    return Haggler((haggle.most if buys else haggle.least,), temperament, rng, buys=buys)
 
 
 def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:
     """Two temperaments hold the negotiation."""
-    haggle: Haggle = scenario.data
-
-    def side(i: int, temperament: str, draws: random.Random) -> Haggler:
-        buys = i == haggle.buyer
-        return Haggler((haggle.most if buys else haggle.least,), temperament, draws, buys=buys)
-
-    return hold(game, scenario, TEMPERAMENTS, rng, side)
+    return hold(game, scenario, TEMPERAMENTS, rng, partial(make_side, game, scenario))

@@ -12,6 +12,8 @@ import itertools
 from dataclasses import replace
 from functools import cached_property
 
+from duologue.rollout.games import characters
+from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import FAILURES, Deal, DealGame
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
@@ -83,6 +85,8 @@ class Camper(Negotiator):
     language = Language(items=ITEMS, plural="", ranks=RANKS, frames=(("", ""), ("", ""), ("the ", "is ")))
 
     def content(self, offer: Vector) -> bool:
+        if self.temperament in TACTICS:
+            return characters.content(self, TACTICS[self.temperament], offer)
         floor = (ENOUGH[self.temperament] - self.refusals) * TOTAL / 10
         if self.temperament == "open":
             if self.theirs is None and not self.revealed:
@@ -107,3 +111,19 @@ class Camper(Negotiator):
             return mine * (joint - mine), joint, -mine, take
 
         return max(Deal(self.counts, (self.values, theirs)).allocations(), key=rank)
+
+    def fairest(self, mine: Vector, theirs: Vector) -> Vector:
+        """The largest product, then the largest joint score."""
+        deal = Deal(self.counts, (mine, theirs))
+
+        def rank(take: Vector) -> tuple[int, int, Vector]:
+            first, second = deal.scores(take)
+            return first * second, first + second, take
+
+        return max(deal.allocations(), key=rank)
+
+    def credible(self, values: Vector) -> bool:
+        return values in self.possible()
+
+    def possible(self) -> tuple[Vector, ...]:
+        return tuple(itertools.permutations(RANKS))

@@ -5,6 +5,7 @@ engine batches what is in flight.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ from duologue.rollout.judge.judge import Judge
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Group
+from duologue.rollout.selfplay.partners import ScriptedSpeaker
 from duologue.rollout.selfplay.protocols import PROTOCOLS
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Opponent, Speak, Speaker, Speakers, prefill
@@ -38,7 +40,10 @@ class Arena:
     ) -> None:
         self.tokenizer, self.game, self.rules, self.judge = tokenizer, game, rules, judge
         self.contexts = Contexts(tokenizer, game, rules)
-        self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
+        self.speakers = Speakers(
+            EngineSpeaker(policy) if isinstance(policy, Engine) else policy,
+            partial(ScriptedSpeaker, game, tokenizer, rules.max_rounds),
+        )
         self._waiting: dict[Speak | Question, Talk] = {}
 
     @property
