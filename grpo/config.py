@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from duologue.grpo.mix import ENDPOINT, FROZEN, POOL
+from duologue.grpo.mix import ENDPOINT, FROZEN, POOL, SCRIPTED
 from duologue.grpo.sections import (
     HTTP_ADDRESS,
     EvalSection,
@@ -31,6 +31,7 @@ from duologue.grpo.sections import (
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
+from duologue.rollout.games import catalogue
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS
 from duologue.rollout.games.deal import DealSettings
 from duologue.rollout.games.dilemma import DilemmaSettings
@@ -142,11 +143,18 @@ def _judge_rules(c: Config) -> Iterator[Rule]:
 
 def _opponent_rules(c: Config) -> Iterator[Rule]:
     o, default = c.opponent, OpponentSection()
+    shares = "a table of shares with opponent.kind = 'mix', {} with another"
+    yield "opponent.mix", shares, (o.kind == "mix") == bool(o.mix)
+    where = "opponent.mix" if o.kind == "mix" else "opponent.kind"
+    scripted = [name.partition(":")[2] for name in o.parts if name.startswith(SCRIPTED)]
     yield (
-        "opponent.mix",
-        "a table of shares with opponent.kind = 'mix', else {}",
-        (o.kind == "mix") == bool(o.mix),
+        where,
+        "nobody scripted where the game has no characters",
+        not scripted or bool(catalogue.characters(c.game.name)),
     )
+    known = catalogue.partners(c.game.name)
+    someone = f"scripted:NAME with NAME one of {', '.join(known)}"
+    yield where, someone, all(name in ("", *known) for name in scripted)
     partners = o.parts
     server = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
     for kind, names in ((POOL, ("pool_every", "pool_size", "pool_draw")), (ENDPOINT, server)):
@@ -154,11 +162,8 @@ def _opponent_rules(c: Config) -> Iterator[Rule]:
         for key in names:
             unused = getattr(o, key) == getattr(default, key)
             yield f"opponent.{key}", accepted, kind in partners or unused
-    yield (
-        "opponent.path",
-        "a checkpoint's folder where 'frozen' is in opponent.mix",
-        FROZEN not in partners or bool(o.path),
-    )
+    folder = "a checkpoint's folder with 'frozen' in opponent.mix"
+    yield "opponent.path", folder, FROZEN not in partners or bool(o.path)
     yield "opponent.path", "'' where nobody is 'frozen'", FROZEN in partners or not o.path
     least = o.sets(c.lora.rank > 0)
     yield "opponent.held", f"0, or at least {least}, one set for each that needs one", not 0 < o.held < least

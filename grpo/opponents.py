@@ -17,7 +17,7 @@ from typing import Any
 from duologue.grpo.build import build_engine
 from duologue.grpo.config import Config
 from duologue.grpo.held import HeldWeights, fingerprint
-from duologue.grpo.mix import FROZEN, LAGGED, POOL, SELF, START, Place, chosen, places, side
+from duologue.grpo.mix import FROZEN, LAGGED, POOL, SCRIPTED, SELF, START, Place, chosen, places, side
 from duologue.grpo.policy import load_beside, load_policy
 from duologue.grpo.run_dir import step_name, step_of
 from duologue.grpo.world import ALONE, World
@@ -28,6 +28,7 @@ from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
+from duologue.rollout.games.catalogue import characters
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import POLICY, Dialogue, Group
 from duologue.rollout.selfplay.speakers import Opponent
@@ -172,14 +173,21 @@ class Opponents:
             if place.partner == SELF:
                 met.append(None)
             elif snapshot is None:
-                engine = self._frozen if place.partner == FROZEN else None
-                met.append(Opponent(role=role, name=place.partner, engine=engine))
+                met.append(self._other(place, role))
             else:
                 adapter = 1 + self._present.index(snapshot) if self._present else 0
                 name = _name(snapshot)
                 met.append(Opponent(role=role, name=name, engine=engines[snapshot], adapter=adapter))
         self._met = [place.partner for place in at]
         return met
+
+    def _other(self, place: Place, role: int) -> Opponent:
+        """Somebody who is no earlier self."""
+        kind, _, character = place.partner.partition(":")
+        if kind == SCRIPTED:
+            character = character or chosen(characters(self.config.game.name), place.at)
+            return Opponent(role=role, name=f"{kind}:{character}", character=character)
+        return Opponent(role=role, name=kind, engine=self._frozen if kind == FROZEN else None)
 
     def _snapshots(self, step: int, seed: int, at: Sequence[Place]) -> list[int | None]:
         """Which snapshot each group meets, where its partner is one. With adapters a pool's is drawn for each

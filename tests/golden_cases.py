@@ -462,7 +462,7 @@ def run_record(path: Path) -> Plain:
     later = {"agreement", "policy_points", "opponent_points"}  # what a row of payoffs has got since
     for row in (row for step in metrics for row in step.get("payoff", {}).values()):
         for key in later:
-            del row[key]
+            row.pop(key, None)
     return {
         "metrics": metrics,
         "dialogues": read_lines(path / "dialogues.jsonl"),
