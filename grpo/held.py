@@ -14,6 +14,7 @@ from duologue.model.checkpoint import load_weights
 from duologue.model.decoder import Decoder, empty_decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
+from duologue.rollout.engine.runner import token_bytes
 
 
 class HeldWeights:
@@ -62,6 +63,13 @@ class HeldWeights:
         load_weights(other, path, "cpu", model.head_weight.dtype)
         for mine, new in zip(model.parameters(), other.parameters(), strict=True):
             mine.copy_(new)
+
+
+def memory(config: Config, model: Decoder) -> str:
+    """What a set of such weights takes, with its KV pool, in words."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    pool = (config.rollout.cache_tokens or CACHE_TOKENS) * token_bytes(model)
+    return f"{weights / 2**20:,.1f} MiB of weights and {pool / 2**20:,.1f} MiB of KV pool"
 
 
 def fingerprint(folder: Path) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 from duologue.grpo.build import build_engine
 from duologue.grpo.config import Config
-from duologue.grpo.held import HeldWeights, fingerprint
+from duologue.grpo.held import HeldWeights, fingerprint, memory
 from duologue.grpo.mix import FROZEN, LAGGED, POOL, SCRIPTED, SELF, START, Place, chosen, places, side
 from duologue.grpo.policy import load_beside, load_policy
 from duologue.grpo.run_dir import step_name, step_of
@@ -209,23 +209,35 @@ class Opponents:
                 met.append(0 if place.partner == START else None)
         return met
 
+    def notes(self) -> list[str]:
+        """What the user should know as self-play begins: whom it meets, and the memory that this takes."""
+        if self.parts.keys() == {SELF}:
+            return []
+        notes = ["partners: " + ", ".join(f"{name} {part:.1%}" for name, part in self.parts.items())]
+        if self.held.most:
+            each = f"{memory(self.config, self.model)} each"
+            notes.append(f"held beside the policy: {self.held.most} of its earlier selves at most, {each}")
+        if self._frozen is not None:
+            path, takes = self.config.opponent.path, memory(self.config, self._frozen.model)
+            notes.append(f"held beside the policy: {path}, {takes}")
+        return notes
+
     @property
     def engines(self) -> list[Engine]:
         """All that play, the policy's first."""
         return [self.engine, *self.held.engines, *([] if self._frozen is None else [self._frozen])]
 
     def score(self, groups: Sequence[Group]) -> dict[str, Any]:
-        """Metrics: the payoff tables of the step, by opponent and in mixed company by partner too, and the
-        ratings after it.
-        """
+        """Metrics: the payoff tables of the step, by opponent and by partner, and the ratings after it."""
         if self.parts.keys() == {SELF}:
             return {}
         payoff = payoff_table(groups, self.world)  # world
         update_ratings(self.ratings, {name: row["score"] for name, row in payoff.items()})
-        metrics = {"payoff": payoff, "elo": {name: self.ratings[name] for name in (POLICY, *payoff)}}
-        if len(self.parts) > 1:
-            metrics["partners"] = payoff_table(groups, self.world, self._met)  # world
-        return metrics
+        return {
+            "payoff": payoff,
+            "partners": payoff_table(groups, self.world, self._met),  # world
+            "elo": {name: self.ratings[name] for name in (POLICY, *payoff)},
+        }
 
     def keep(self, step: int) -> None:
         """Take a snapshot of the policy as it is before `step`, where one is due. It begins with the policy's

@@ -55,6 +55,8 @@ class Trainer(Steps):
             self._end_of_imitation()
         if self.config.grpo.kl_coef or self.config.train.kl_every:
             self.reference = self.start_weights()
+        for note in self.opponents.notes():
+            self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
         while self.step < imitation + selfplay and not self._out_of_time():
             self._timed(self.selfplay_step)

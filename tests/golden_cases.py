@@ -459,7 +459,13 @@ def run_record(path: Path) -> Plain:
     """What a finished run left behind."""
     last = max((path / "checkpoints").glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
     metrics = read_lines(path / "metrics.jsonl")
-    later = {"agreement", "policy_points", "opponent_points"}  # what a row of payoffs has got since
+    later = {
+        "agreement",
+        "policy_points",
+        "opponent_points",
+    }  # what a row of payoffs has got since, beside its sums by partner
+    for step in metrics:
+        step.pop("partners", None)
     for row in (row for step in metrics for row in step.get("payoff", {}).values()):
         for key in later:
             row.pop(key, None)
