@@ -14,7 +14,7 @@ MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": f"{PLACES} path",  # the weights at path are known by their hash
     "rollout": "cache_tokens max_batch release_memory",
-    "eval": "judge_url",
+    "eval": "judge_url partners partner_dialogues",
 }
 
 Settings = dict[tuple[str, str], Any]

@@ -249,6 +249,16 @@ class EvalSection:
     temperature: float = setting(
         1.0, "of the policy's words; 0 takes the likeliest", least=0, most=100, gap=LEAST_TEMPERATURE
     )
+    partners: tuple[str, ...] = setting(
+        ("start", "scripted"),
+        "whom the policy meets at the end of a run of a game with rules: 'start', 'scripted' (all of the "
+        "game's characters), 'scripted:NAME'",
+        form=r"start|scripted(:\w+)?",
+        words="'start', 'scripted' or 'scripted:NAME'",
+    )
+    partner_dialogues: int = setting(
+        50, "dialogues with each of them, as either side and with either side first", least=1
+    )
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")
     judge_model: str = setting("", "the server's name of its model")

@@ -16,7 +16,9 @@ from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
+from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
+from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir, damaged, read_state, step_name, write_state
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
@@ -128,9 +130,22 @@ class Trainer(Steps):
             "device": self.config.model.device,
             "peak_memory_bytes": _peak_memory(),
         }
+        if self.game.compared and self.config.eval.partners:
+            summary["partners"] = self._with_partners()
         self._save()
         self.run_dir.write_summary(summary)
         return summary
+
+    def _with_partners(self) -> dict[str, Any]:
+        """How the policy fares with each of `eval.partners`, and how its start does in its place."""
+        c, game = self.config, self.game
+        names = in_full(c.eval.partners, game)
+        n = c.eval.partner_dialogues
+        self.progress.log(f"evaluating trained with {', '.join(names)} on {n} {c.eval.split} contexts")
+        trained = Player(name="trained", engine=self.opponents.engine, tokenizer=self.tokenizer)
+        start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
+        partners = [start if name == START else scripted_player(name, c, game) for name in names]
+        return with_partners(CrossPlay(c, game, [trained, start], n), trained, start, partners)
 
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world

@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import ClassVar
 
@@ -28,6 +28,7 @@ from duologue.rollout.games.game import (
 )
 from duologue.rollout.games.selection import (
     AGREEMENT,
+    COMPARED,
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
@@ -53,6 +54,11 @@ MEASURES = {
     "nash_ratio": NASH_RATIO,
     "score_agreed_0": Measure("score of side 1, agreed", "{:.2f}"),
     "score_agreed_1": Measure("score of side 2, agreed", "{:.2f}"),
+}
+DIVISION = {  # what is measured of an agreed deal
+    "pareto": MEASURES["pareto"],
+    "joint_ratio": MEASURES["joint_ratio"],
+    "nash_ratio": replace(NASH_RATIO, short="Nash"),
 }
 PUBLISHED = Published(  # of three types and a total of 10
     columns={
@@ -192,6 +198,7 @@ class DealGame(SelectionGame):
     name = "deal"
     Settings: ClassVar[type[SelectionSettings]] = DealSettings
     measures = MEASURES
+    compared = COMPARED | DIVISION
     failures = FAILURES
     cooperative = "joint_ratio"
 
@@ -268,16 +275,19 @@ class DealGame(SelectionGame):
         n = max(len(outcomes), 1)
         agreed = [o for o in outcomes if o.agreed]
         m = max(len(agreed), 1)
-        ratios = ("pareto", "joint_ratio", "nash_ratio")
         return {
             "dialogues": float(len(outcomes)),
             "agreement": len(agreed) / n,
-            **{key: sum(o.metrics[key] for o in agreed) / m for key in ratios},
+            **{key: sum(o.metrics[key] for o in agreed) / m for key in DIVISION},
             "joint_all": sum(o.metrics["joint_ratio"] for o in agreed) / n,
             **{f"score_{side}": sum(o.scores[side] for o in outcomes) / n for side in (0, 1)},
             **{f"score_agreed_{side}": sum(o.scores[side] for o in agreed) / m for side in (0, 1)},
             **failure_shares(outcomes, self.failures),
         }
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        division = {key: outcome.metrics[key] for key in DIVISION} if outcome.agreed else {}
+        return super().seen_from(scenario, outcome, side) | division
 
     @classmethod
     def published(cls, settings: GameSettings) -> Published:

@@ -29,6 +29,12 @@ MALFORMED = {"malformed": "a selection could not be read"}
 WALKED_AWAY = {"walk_away": "walked away"}
 AGREEMENT = Measure("agreement", "{:.1%}", "agreed")
 NASH_RATIO = Measure("Nash product / best", "{:.3f}")
+COMPARED = {
+    "agreement": AGREEMENT,
+    "own": Measure("own score", "{:.2f}", "own"),
+    "partner": Measure("partner's score", "{:.2f}", "partner"),
+    "lead": Measure("own less partner's", "{:.2f}"),
+}
 
 Vector = tuple[int, ...]
 
@@ -68,6 +74,7 @@ class SelectionGame(Game):
     final_prompt = "selection ?"  # what both sides are asked once the talk is closed
     final_form = "policy states> {}"
     stated = "selects"
+    compared = COMPARED
     cooperative: ClassVar[str]  # the measure of an outcome that is the reward under that objective
     total: int  # the most points of a side
     walk_away: float = 0.0  # points of a side without a deal
@@ -100,6 +107,11 @@ class SelectionGame(Game):
             sum(weight * side[term] for term, weight in self.settings.terms.items()) for side in sides
         )
         return first, second
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        """Agreement, and the points of both sides, those of a failed deal among them."""
+        own, partner = outcome.scores[side], outcome.scores[1 - side]
+        return {"agreement": float(outcome.agreed), "own": own, "partner": partner, "lead": own - partner}
 
     def closes(self, text: str) -> bool:
         """Whether this utterance ends the talk, after which both sides state their selection."""

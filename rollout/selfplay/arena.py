@@ -61,13 +61,14 @@ class Arena:
         opponents: Sequence[Opponent | None] | None = None,
         step: int = 0,
         first_group: int = 0,
+        openers: Sequence[int] | None = None,
     ) -> list[Group]:
         """One group of `group_size` dialogues per scenario, with an opponent on one side where `opponents`
         has one for the group.
 
-        One first speaker per group. All draws follow from `seed` and the group's number, which counts from
-        `first_group`; `step` counts for alternating first speakers. RuntimeError as soon as too many
-        dialogues are unscored.
+        One first speaker per group, of `openers` or by the rules. All draws follow from `seed` and the
+        group's number, which counts from `first_group`; `step` counts for alternating first speakers.
+        RuntimeError as soon as too many dialogues are unscored.
         """
         opponents = opponents or [None] * len(scenarios)
         opened = [self._open(s, opponent) for s, opponent in zip(scenarios, opponents, strict=True)]
@@ -75,7 +76,7 @@ class Arena:
         talks: list[Talk] = []
         for n, (scenario, opponent) in enumerate(zip(scenarios, opponents, strict=True)):
             number = first_group + n
-            first = self.rules.opener(seed, number, step)
+            first = self.rules.opener(seed, number, step) if openers is None else openers[n]
             talks += [
                 Talk(
                     self.contexts,
