@@ -92,7 +92,7 @@ def rules(config: Config) -> Iterator[Rule]:
         _model_rules,
         _dialogue_rules,
         _judge_rules,
-        _partner_rules,
+        _mix_rules,
         _opponent_rules,
         _update_rules,
         _partner_rules,
