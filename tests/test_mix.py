@@ -521,15 +521,21 @@ def by_words(self: Any, scenario: Scenario, finals: tuple[str, str] | None) -> O
 def test_a_best_response_is_measured_against_the_policys_own_copy(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A copy that learned nothing gains nothing, to the last word; one that learned is trained selfishly."""
+    """A copy gains nothing, to the last word; another is trained selfishly against the policy as it is."""
     monkeypatch.setattr(GAMES["deal"], "closes", lambda self, text: True)
     monkeypatch.setattr(GAMES["deal"], "judge", by_words)
     config = load_config("deal", RUN)
     row = exploit.measured(config, start, start, 6)
     assert {value for key, value in row.items() if key.startswith("gain")} == {0.0}
     assert row["response_own"] == row["copy_own"] > 0
-    folder = tmp_path / "response"
-    row = exploit.exploit(start.parent.parent, "warm_start", 2, 3, 6, folder)
+    path, folder = tmp_path / "run", tmp_path / "response"
+    shutil.copytree(start.parent.parent, path)
+    model, tokenizer = load_model(start)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(1.5)
+    shutil.rmtree(path / "checkpoints" / "warm_start")
+    save_model(model, tokenizer, path / "checkpoints" / "warm_start")
+    row = exploit.exploit(path, "warm_start", 2, 3, 6, folder)
     trained = load_config(str(folder / "config.toml"))
     assert (trained.game.objective, trained.opponent.kind, trained.train.seed) == ("selfish", "frozen", 3)
     assert {partner(d) for d in dialogues(folder)} == {"frozen"}
