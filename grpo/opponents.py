@@ -292,7 +292,10 @@ class Opponents:
 
     def _load_frozen(self, path: Path) -> Engine:
         """The checkpoint that opponent.path names, which must speak in the policy's tokens."""
-        model, tokenizer = load_policy(path, self.config)
+        try:
+            model, tokenizer = load_policy(path, self.config)
+        except (ValueError, OSError) as error:
+            raise ValueError(f"opponent.path = {str(path)!r}: accepted is a checkpoint ({error})") from error
         if not tokenizer.equals(self.tokenizer):
             raise ValueError(
                 f"opponent.path = {str(path)!r}: accepted is a model with the policy's tokenizer"

@@ -493,7 +493,7 @@ def test_shares_are_read_from_the_command_line_and_written_back() -> None:
     assert hash(turned) == hash(c)
 
 
-@pytest.mark.parametrize("fault", ["tokenizer", "short"])
+@pytest.mark.parametrize("fault", ["tokenizer", "short", "missing"])
 def test_a_frozen_checkpoint_must_fit(start: Path, tmp_path: Path, fault: str) -> None:
     tokenizer = Tokenizer.from_dir(start)
     room = 64 if fault == "short" else 400
@@ -502,8 +502,14 @@ def test_a_frozen_checkpoint_must_fit(start: Path, tmp_path: Path, fault: str) -
     if fault == "tokenizer":
         path = tmp_path / "other" / "chat_template.jinja"
         path.write_text(path.read_text() + "{# another #}")
+    if fault == "missing":
+        (tmp_path / "other" / "config.json").unlink()
     c = load_config("deal", overrides(start, tmp_path / "other"))
-    message = {"tokenizer": "with the policy's tokenizer", "short": "it has room for 64 tokens"}[fault]
+    message = {
+        "tokenizer": "with the policy's tokenizer",
+        "short": "it has room for 64 tokens",
+        "missing": "accepted is a checkpoint",
+    }[fault]
     with pytest.raises(ValueError, match=rf"opponent\.path = .*other.*: .*{message}"):
         run(tmp_path / "run", c)
 
