@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
+from duologue.grpo.mix import ENDPOINT
 from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.model.decoder import Decoder
@@ -96,7 +97,7 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
-    if config.opponent.kind == "endpoint":
+    if ENDPOINT in config.opponent.parts:
         arena.speakers.outside = build_server(config, arena.tokenizer, ledger)
 
 

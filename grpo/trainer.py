@@ -43,6 +43,7 @@ class Trainer(Steps):
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+            self.opponents.check_resumed()
         run.drop_lines_from(self.step)
 
     def run(self) -> dict[str, Any]:
@@ -56,6 +57,8 @@ class Trainer(Steps):
             self._end_of_imitation()
         if self.config.grpo.kl_coef or self.config.train.kl_every:
             self.reference = self.start_weights()
+        for note in self.opponents.notes():
+            self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
         while self.step < imitation + selfplay and not self._out_of_time():
             self._timed(self.selfplay_step)

@@ -459,8 +459,19 @@ def stop_a_run(path: Path, settings: list[str], after: int) -> None:
 def run_record(path: Path) -> Plain:
     """What a finished run left behind."""
     last = max((path / "checkpoints").glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+    metrics = read_lines(path / "metrics.jsonl")
+    later = {
+        "agreement",
+        "policy_points",
+        "opponent_points",
+    }  # what a row of payoffs has got since, beside its sums by partner
+    for step in metrics:
+        step.pop("partners", None)
+    for row in (row for step in metrics for row in step.get("payoff", {}).values()):
+        for key in later:
+            row.pop(key, None)
     return {
-        "metrics": read_lines(path / "metrics.jsonl"),
+        "metrics": metrics,
         "dialogues": read_lines(path / "dialogues.jsonl"),
         "weights": load_file(last / "model.safetensors"),
         "moments": torch.load(last / "optimizer.pt", weights_only=True),

@@ -32,6 +32,7 @@ from duologue.rollout.games.selection import (
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
+    OWN,
     SelectionGame,
     SelectionSettings,
     Vector,
@@ -181,14 +182,16 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
 class DealSettings(SelectionSettings):
     """How many types of items there are, what they are worth, and what no deal is worth."""
 
-    walk_away: float = setting(0.0, "points of a side without a deal, under objective 'selfish'")
+    walk_away: float = setting(0.0, "points of a side without a deal, where its own points count")
     item_types: int = setting(3, "types of items", least=3, most=len(ITEMS))
     total_value: int = setting(10, "what all items are worth to a side", least=5, most=40)
 
     def rules(self) -> None:
+        super().rules()
         accepted = ""
-        if self.walk_away and self.objective != "selfish":
-            accepted = f"0, or with game.objective = 'selfish' up to the total {self.total_value}"
+        if self.walk_away and OWN not in self.terms:
+            selfish = "game.objective = 'selfish', or 'mixed' with own points,"
+            accepted = f"0, or with {selfish} up to the total {self.total_value}"
         elif not 0 <= self.walk_away <= self.total_value:
             accepted = f"0 to the total value {self.total_value}"
         if accepted:

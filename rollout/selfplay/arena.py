@@ -120,14 +120,14 @@ class Arena:
         for talk in talks:
             talk.protocol = protocol(talk)
             self._go_on(talk)
-        unanswered = unscored = 0
+        outside, unanswered, unscored = self._from_outside(talks), 0, 0
         while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
                 if completion is None:
                     unanswered += 1
                     assert self.speakers.outside is not None
-                    check_share(self.speakers.outside, unanswered, len(talks))
+                    check_share(self.speakers.outside, unanswered, outside)
             if self.judge is None:
                 continue
             for question, answer in self.judge.answered(wait=not self.speakers.busy):
@@ -135,6 +135,11 @@ class Arena:
                 if answer is None:
                     unscored += 1
                     check_share(self.judge, unscored, len(talks))
+
+    def _from_outside(self, talks: Sequence[Talk]) -> int:
+        """How many of them are with somebody who may fail to answer."""
+        guests = [self.speakers.of(t.opponent, t.opponent.role) for t in talks if t.opponent is not None]
+        return sum(guest is self.speakers.outside for guest in guests)
 
     def _answered(self, request: Speak | Question, answer: Any) -> None:
         talk = self._waiting.pop(request)
