@@ -11,7 +11,7 @@ import math
 import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import ClassVar
 
@@ -21,6 +21,7 @@ from duologue.rollout.games.price_words import understood, utter
 from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold
 from duologue.rollout.games.selection import (
     AGREEMENT,
+    COMPARED,
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
@@ -70,6 +71,13 @@ class PriceGame(SelectionGame):
     name = "price"
     failures = FAILURES
     measures = MEASURES
+    compared = COMPARED | {
+        "efficiency": replace(MEASURES["efficiency"], short="right deals"),
+        "right_walks": replace(MEASURES["right_walks"], short="right walks"),
+        "wrong_deals": replace(MEASURES["wrong_deals"], short="wrong deals"),
+        "share_own": Measure("own share of the surplus", "{:.3f}", "share"),
+        "nash_ratio": replace(NASH_RATIO, short="Nash"),
+    }
     cooperative = "right"  # it leaves nothing ungained
     total = max(GAPS)
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
@@ -137,6 +145,23 @@ class PriceGame(SelectionGame):
             **{key: _mean([o.metrics[key] for o in right]) for key in shares},
             **failure_shares(outcomes, FAILURES),
         }
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        """As `summarise`: agreement and right deals where there is a zone, right walk-aways elsewhere, wrong
+        deals of all deals, shares and the Nash product of right deals.
+        """
+        haggle: Haggle = scenario.data
+        metrics, zone = outcome.metrics, haggle.zone > 0
+        seen = super().seen_from(scenario, outcome, side)
+        if not zone:
+            del seen["agreement"]
+        seen["efficiency" if zone else "right_walks"] = metrics["right"]
+        if outcome.agreed:
+            seen["wrong_deals"] = metrics["wrong"]
+        if zone and metrics["right"]:
+            seen["share_own"] = metrics["share_buyer" if side == haggle.buyer else "share_seller"]
+            seen["nash_ratio"] = metrics["nash_ratio"]
+        return seen
 
 
 def _failure(finals: tuple[str, str] | None, prices: Sequence[int | None]) -> str | None:

@@ -61,13 +61,14 @@ class Arena:
         opponents: Sequence[Opponent | None] | None = None,
         step: int = 0,
         first_group: int = 0,
+        openers: Sequence[int] | None = None,
     ) -> list[Group]:
         """One group of `group_size` dialogues per scenario, with an opponent on one side where `opponents`
         has one for the group.
 
-        One first speaker per group. All draws follow from `seed` and the group's number, which counts from
-        `first_group`; `step` counts for alternating first speakers. RuntimeError as soon as too many
-        dialogues are unscored.
+        One first speaker per group, of `openers` or by the rules. All draws follow from `seed` and the
+        group's number, which counts from `first_group`; `step` counts for alternating first speakers.
+        RuntimeError as soon as too many dialogues are unscored.
         """
         opponents = opponents or [None] * len(scenarios)
         opened = [self._open(s, opponent) for s, opponent in zip(scenarios, opponents, strict=True)]
@@ -75,7 +76,7 @@ class Arena:
         talks: list[Talk] = []
         for n, (scenario, opponent) in enumerate(zip(scenarios, opponents, strict=True)):
             number = first_group + n
-            first = self.rules.opener(seed, number, step)
+            first = self.rules.opener(seed, number, step) if openers is None else openers[n]
             talks += [
                 Talk(
                     self.contexts,
@@ -119,14 +120,14 @@ class Arena:
         for talk in talks:
             talk.protocol = protocol(talk)
             self._go_on(talk)
-        unanswered = unscored = 0
+        outside, unanswered, unscored = self._from_outside(talks), 0, 0
         while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
                 if completion is None:
                     unanswered += 1
                     assert self.speakers.outside is not None
-                    check_share(self.speakers.outside, unanswered, len(talks))
+                    check_share(self.speakers.outside, unanswered, outside)
             if self.judge is None:
                 continue
             for question, answer in self.judge.answered(wait=not self.speakers.busy):
@@ -134,6 +135,11 @@ class Arena:
                 if answer is None:
                     unscored += 1
                     check_share(self.judge, unscored, len(talks))
+
+    def _from_outside(self, talks: Sequence[Talk]) -> int:
+        """How many of them are with somebody who may fail to answer."""
+        guests = [self.speakers.of(t.opponent, t.opponent.role) for t in talks if t.opponent is not None]
+        return sum(guest is self.speakers.outside for guest in guests)
 
     def _answered(self, request: Speak | Question, answer: Any) -> None:
         talk = self._waiting.pop(request)
