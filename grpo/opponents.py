@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from duologue.grpo.build import build_engine
+from duologue.grpo.checkpoints import step_name, step_of
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_beside
-from duologue.grpo.run_dir import step_name, step_of
 from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_weights, write_checkpoint
 from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.files import write_checksums
 from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -165,12 +166,17 @@ class Opponents:
         """
         o = self.config.opponent
         if o.lag or (o.kind == "pool" and step % o.pool_every == 0):
-            write_folder(
-                self._path(step), lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
-            )
+            write_folder(self._path(step), self._write)
             self.ratings[_name(step)] = self.ratings[POLICY]
         named = {POLICY, START, SERVER, *map(_name, range(self.members(step)[0], step + 1))}
         self.ratings = {name: rating for name, rating in self.ratings.items() if name in named}
+
+    def needed(self, steps: Sequence[int]) -> list[Path]:
+        """The snapshots that one of these steps can meet and that are taken before the first of them."""
+        if self.config.opponent.kind in ("self", SERVER):
+            return []
+        met = {member for step in steps for member in self.members(step) if member <= steps[0]}
+        return [self._path(member) for member in sorted(met)]
 
     def forget_before(self, step: int) -> None:
         """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the
@@ -187,6 +193,10 @@ class Opponents:
         self.ratings = dict(state["ratings"])
 
     # ---- snapshots -----------------------------------------------------------------------------------------
+
+    def _write(self, folder: Path) -> None:
+        write_checkpoint(self.model, self.tokenizer, folder)
+        write_checksums(folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / _name(step) if step else self.folder.parent / "checkpoints" / "warm_start"

@@ -12,7 +12,7 @@ import torch
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
-from duologue.model.files import read_json
+from duologue.model.files import CHECKSUMS, OF_TRAINERS, altered, read_json
 from duologue.model.lora import LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
@@ -42,6 +42,10 @@ def load_model(
     damaged file, a model type.
     """
     folder = Path(path)
+    if reason := altered(folder, OF_TRAINERS):
+        way = "name another checkpoint, or put a copy of this one back"
+        meant = f"if it was changed on purpose, remove {folder / CHECKSUMS}"
+        raise ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}; {meant}")
     if (folder / ADAPTER_CONFIG).is_file():
         below = Path(base or read_settings(folder).base)
         if not (below / "config.json").is_file():

@@ -138,7 +138,9 @@ def test_a_judge_may_move_but_not_be_another(tmp_path: Path) -> None:
             RunDir.resume(tmp_path / "run", toml(8001, f"{key}={value}"))
     cuda = [toml(1, f"model.device={device}") for device in ("cuda:0", "cuda:1", "cpu")]
     RunDir.create(tmp_path / "gpu", cuda[0]).close()
-    RunDir.resume(tmp_path / "gpu", cuda[1]).close()
+    moved = RunDir.resume(tmp_path / "gpu", cuda[1])
+    moved.go_on_from(0)
+    moved.close()
     with pytest.raises(ValueError, match=r"model\.device = 'cuda:1', not 'cpu'"):
         RunDir.resume(tmp_path / "gpu", cuda[2])
 

@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import RECIPES, Config, load_config
 from duologue.grpo.policy import load_policy, use_threads
-from duologue.grpo.run_dir import latest_checkpoint
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.judge.judge import Answer

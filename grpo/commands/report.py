@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from duologue.grpo.checkpoints import STATE, latest_checkpoint
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
-from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
+from duologue.grpo.run_dir import iter_lines, read_lines
 from duologue.model.atomic import write_file
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.catalogue import GAMES
