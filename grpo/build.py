@@ -29,6 +29,8 @@ from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
+MEMORY = Path(":memory:")  # in place of a ledger's file
+
 
 def build_game(config: Config) -> Game:
     return GAMES[config.game.name](config.game)
@@ -43,7 +45,10 @@ def build_judge(
     j = config.judge
     if j.backend == "rules":
         return None
-    backend = _endpoint(config) if j.backend == "endpoint" else _model_judge(config, start)
+    if j.backend == "endpoint":
+        backend = _endpoint(config, own=not j.ledger and ledger != MEMORY)
+    else:
+        backend = _model_judge(config, start)
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
@@ -55,7 +60,8 @@ def build_judge(
     )
 
 
-def _endpoint(config: Config) -> Backend:
+def _endpoint(config: Config, own: bool) -> Backend:
+    """`own`: whether nobody else's answers are in its ledger."""
     j = config.judge
     if not j.url:
         accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
@@ -66,6 +72,7 @@ def _endpoint(config: Config) -> Backend:
         **_server(j),
         temperature=j.temperature,
         max_tokens=j.max_tokens,
+        name="" if own else j.url,
     )
 
 
@@ -100,7 +107,12 @@ def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     if o.kind != "endpoint":
         return
     arena.speakers.outside = Server(
-        o.url, o.model, Ledger(ledger), arena.tokenizer, config.judge.max_unscored_share, **_server(o)
+        o.url,
+        o.model,
+        Ledger(ledger, "the ledger of opponent.url"),
+        arena.tokenizer,
+        config.judge.max_unscored_share,
+        **_server(o),
     )
 
 

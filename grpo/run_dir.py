@@ -29,6 +29,7 @@ from duologue.grpo.checkpoints import (
     step_of,
 )
 from duologue.grpo.resume import check_same, may_differ, schedule_moved, settings, settings_of
+from duologue.grpo.sources import write_sources
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
 from duologue.model.files import write_checksums
 from safetensors import SafetensorError
@@ -71,6 +72,7 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         write_file(path / "config.toml", config_toml.encode())
+        write_sources(path, settings(config_toml))
         return run
 
     @classmethod
@@ -114,7 +116,7 @@ class RunDir:
     def forget_if_new(self) -> None:
         """Give the directory up when nothing was recorded yet, so that a corrected command can use it."""
         files = [*self.path.iterdir()]
-        started = r"config\.toml|\.lock|(judge|opponent)\.sqlite.*"
+        started = r"config\.toml|sources\.json|\.lock|(judge|opponent)\.sqlite.*"
         if all(re.fullmatch(started, file.name) for file in files):
             for file in files:
                 file.unlink()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from duologue.rollout.judge.ledger import Ledger, ledger_key
+from duologue.rollout.judge.ledger import NAMELESS, Ledger, ledger_key
 
 RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
 
@@ -86,8 +86,12 @@ class Asking:
                 content, reason = None, str(error)
             self._arrived.put((key, None if content is None else answer, reason))
 
-        key = ledger_key(self.backend.name, version, self.backend.settings, text)
+        settings = self.backend.settings
+        key = ledger_key(self.backend.name, version, settings, text)
         content = self.ledger.get(key)
+        if content is None and self.backend.name == NAMELESS and self.ledger.named is not None:
+            # In older ledgers a server without a model's name is known by its address.
+            content = self.ledger.get(ledger_key(self.ledger.named, version, settings, text))
         with contextlib.suppress(ValueError):  # kept under older rules
             if content is not None:
                 self._known.append((tag, read(content)))

@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
+from duologue.rollout.judge.ledger import NAMELESS
 from duologue.rollout.judge.questions import schema
 from duologue.rollout.judge.reply import Fault, Refused, Withheld, complaint, read_reply
 from tenacity import (
@@ -58,13 +59,17 @@ class Endpoint:
         temperature: float = 0.0,
         max_tokens: int = 512,
         api_key: str = "",
+        name: str = "",
     ) -> None:
+        """`name` is what a model without one is called in the ledger: one that others use may hold the answers of
+        several servers, which only their addresses tell apart.
+        """
         if not re.fullmatch(r"[!-~]*", api_key):
             raise ValueError(f"the {self.section}'s API key has characters other than printable ASCII")
-        self.name = model or url
+        self.name = model or name or NAMELESS
         self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         self._url = url.rstrip("/") + "/chat/completions"
-        self._model = model or "default"
+        self._model = model or NAMELESS
         self._deadline_s, self._attempts, self._key = deadline_s, attempts, api_key
         self._refused: frozenset[str] = frozenset()  # parameters that the server does not take
         self._loop = asyncio.new_event_loop()
