@@ -30,7 +30,7 @@ Key = tuple[str, str]
 
 
 def write_sources(run: Path, settings: Settings) -> None:
-    """Note the sources of a run that begins. One that cannot be read is not noted: whoever reads it says why."""
+    """Note the sources of a run that begins; not one that cannot be read, of which its reader says why."""
     noted = {f"{section}.{key}": hashed for (section, key), hashed in _sources(settings).items() if hashed}
     write_file(run / FILE, json.dumps(noted, indent=1).encode())
 
@@ -52,8 +52,8 @@ def noted_sources(run: Path) -> dict[str, Any]:
 
 
 def content(place: str) -> str:
-    """The hash of a file, or of a folder's names and files, "" where it cannot be read. An adapter's has that of
-    its base, wherever that is.
+    """The hash of a file, or of a folder's names and files, "" where it cannot be read. That of an adapter
+    includes its base, wherever that is.
     """
     path, digest = Path(place), hashlib.sha256()
     try:
