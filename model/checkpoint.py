@@ -38,8 +38,8 @@ def load_model(
     float32).
 
     A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and
-    that one's tokenizer unless it has its own. ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a
-    damaged file, a model type.
+    that one's tokenizer unless it has its own. ValueError names what is wrong: a missing file or tensor, a
+    surplus one, a shape, a damaged file, a model type.
     """
     folder = Path(path)
     if reason := altered(folder, OF_TRAINERS):

@@ -257,8 +257,8 @@ class Tokenizer:
     @classmethod
     def from_dir(cls, path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
         """Read tokenizer.json and, where there, tokenizer_config.json, generation_config.json,
-        chat_template.jinja. `base` is the tokenizer below an adapter: it says what ends a text where the folder
-        does not.
+        chat_template.jinja. `base` is the tokenizer below an adapter: it says what ends a text where the
+        folder does not.
         """
         folder = Path(path)
         core = _read_core(folder)

@@ -16,7 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-NAMELESS = "default"  # whom nobody has named
+NAMELESS = "default"  # a server whose model nobody has named
 COLUMNS = "key, kind, judge, version, answer"
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers"
@@ -62,9 +62,6 @@ class Ledger:
         self._db.execute(f"SELECT {COLUMNS} FROM answers LIMIT 0")
         if (found := self._db.execute("PRAGMA quick_check(1)").fetchone()[0]) != b"ok":
             raise ValueError(" ".join(found.decode("utf-8", "replace").split()))
-        others = "SELECT DISTINCT judge FROM answers WHERE judge != ? LIMIT 2"
-        named = self._db.execute(others, (NAMELESS,)).fetchall()
-        self.named = _text(named[0][0]) if len(named) == 1 else None  # the only one with a name that answered
 
     def _unusable(self, error: Exception) -> ValueError:
         accepted = "accepted is a new file or an earlier ledger"
@@ -105,6 +102,19 @@ class Ledger:
             return self._db.execute(statement, values)
         except sqlite3.Error as error:
             raise OSError(f"the ledger {self.path} failed: {error}") from error
+
+    def other_name(self, name: str) -> str | None:
+        """Under which other name the judge that is called `name`, and whose model nobody has named, may have
+        answered here: one address alone for NAMELESS, as in older ledgers, and NAMELESS for an address, as in
+        the ledger of another run.
+        """
+        if name != NAMELESS and "://" not in name:
+            return None
+        wanted = "%://%" if name == NAMELESS else NAMELESS
+        with self._lock:
+            others = self._run("SELECT DISTINCT judge FROM answers WHERE judge LIKE ? LIMIT 2", wanted)
+            judges = others.fetchall()
+        return _text(judges[0][0]) if len(judges) == 1 else None
 
     def close(self) -> None:
         with self._lock:

@@ -87,7 +87,7 @@ def occurs(quote: str, text: str) -> bool:
 
 
 def _joined(text: str, at: int) -> bool:
-    """Whether a word goes on from before `at` to behind it, as "agree" does in "disagree" or "can" in "can't"."""
+    """Whether a word goes on across `at`, as "agree" in "disagree" and "can" in "can't"."""
     before, after = text[:at], text[at:]
     inside = before[-1:].isalnum() and (after[:1].isalnum() or _APOSTROPHE.match(after))
     return bool(inside) and not _UNSPACED.search(before[-1:] + after[:1])
