@@ -257,7 +257,8 @@ def test_a_damaged_run_is_the_same_or_is_refused_in_one_line(
         capsys.readouterr()
         code, found = COMMANDS[command](run, tmp_path)
         check(code, capsys.readouterr().err, before, run)
-        if code == 0 and summed and not kind.endswith("checksums.json"):
+        edited = kind.endswith("checksums.json") or (kind, command) == ("config.toml", "play")
+        if code == 0 and summed and not edited:
             assert found == expected[command]
 
     look()

@@ -7,9 +7,12 @@ training. What the person types is encoded once and heard as ids; nothing is tra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import random
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
@@ -18,6 +21,7 @@ from duologue.grpo.config import RECIPES, Config, load_config
 from duologue.grpo.policy import load_policy, use_threads
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Scenario
+from duologue.rollout.games.texts import read_text
 from duologue.rollout.judge.judge import Answer
 from duologue.rollout.judge.questions import Case
 from duologue.rollout.seeds import derive_seed
@@ -100,12 +104,20 @@ def find_recipe(options: argparse.Namespace) -> str:
         return str(options.game)
     for folder in (options.checkpoint, *options.checkpoint.resolve().parents[:3]):
         if (folder / "config.toml").is_file():
+            _check_whole(folder / "config.toml")
             return str(folder / "config.toml")
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     raise ValueError(
         f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, "
         f"one of {known}, or a TOML file"
     )
+
+
+def _check_whole(path: Path) -> None:
+    """A run's configuration says all; in one that was cut the rest would have its defaults."""
+    with contextlib.suppress(tomllib.TOMLDecodeError):  # of which its reader says more
+        if missing := {"game", "dialogue", "eval"} - tomllib.loads(read_text(path)).keys():
+            raise ValueError(f"{path} lacks [{min(missing)}], as no run has written it: name a --game")
 
 
 def rules_of(config: Config, temperature: float | None) -> Rules:

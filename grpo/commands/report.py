@@ -30,6 +30,7 @@ from duologue.rollout.games.texts import read_text
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
+UNLIKE_A_RUN = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, jinja2.TemplateError)
 Record = dict[str, Any]  # of JSON or TOML
 POLICIES = {"warm_start": "warm start", "trained": "trained"}
 # stage, title, metric -> label, whether a share; those of the game's own measures come first
@@ -69,21 +70,13 @@ def check_lines(run_dir: Path) -> None:
 def _page(run_dir: Path, ended: bool = True) -> str:
     try:
         return _template().render(gather(run_dir, ended))
-    except (
-        LookupError,
-        TypeError,
-        AttributeError,
-        ArithmeticError,
-        ValueError,
-        jinja2.TemplateError,
-    ) as error:
+    except UNLIKE_A_RUN as error:
         if str(run_dir) in str(error):
             raise
         what = " ".join(f"{type(error).__name__}: {error}".split())
         way = "no step is computed from such a line of metrics.jsonl or dialogues.jsonl: it may be removed"
-        raise ValueError(
-            f"{run_dir} holds lines that are no run's, or were altered ({what}); {way}"
-        ) from error
+        lines = f"{run_dir} holds lines that are no run's, or were altered ({what})"
+        raise ValueError(f"{lines}; {way}") from error
 
 
 @functools.cache
