@@ -123,11 +123,17 @@ def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
 
 
-def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:
+def build_engine(
+    config: Config, model: Decoder, cache_tokens: int | None = None, decode_steps: int | None = None
+) -> Engine:
     r = config.rollout
     model.use_exact(r.exact)
     return Engine(
-        model, page_size=r.page_size, cache_tokens=r.cache_tokens or cache_tokens, max_batch=r.max_batch
+        model,
+        page_size=r.page_size,
+        cache_tokens=r.cache_tokens or cache_tokens,
+        max_batch=r.max_batch,
+        decode_steps=decode_steps,
     )
 
 
