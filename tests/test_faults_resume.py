@@ -1,9 +1,10 @@
-"""What a resume goes on with: a checkpoint byte for byte as it was written, frozen weights that later steps need,
-and sources that may stand elsewhere but not be others.
+"""What a resume goes on with: a checkpoint byte for byte as it was written, frozen weights that later steps
+need, and sources that may stand elsewhere but not be others.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sqlite3
@@ -165,8 +166,8 @@ def judged(path: Path, model: Path, texts: Path, url: str, *more: str) -> int:
 def test_weights_texts_and_judge_may_move(
     chat_checkpoint: Path, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The base of an adapter, the texts and a server without a model's name, all elsewhere: no question is asked
-    again, and the run is the one that stayed where it was.
+    """The base of an adapter, the texts and a server without a model's name, all elsewhere: no question is
+    asked again, and the run is the one that stayed where it was.
     """
     model = Path(shutil.copytree(chat_checkpoint, tmp_path / "model"))
     lora = ["lora.rank=2", "imitation.steps=0"]
@@ -178,13 +179,13 @@ def test_weights_texts_and_judge_may_move(
     other_model, other_texts = tmp_path / "elsewhere", tmp_path / "others"
     model.rename(other_model)
     texts.rename(other_texts)
+    shutil.rmtree(tmp_path / "moves" / "checkpoints" / "step_000001")  # its questions come up once more
+    kept = known(tmp_path / "moves")
     with serving() as server:
         moved = (tmp_path / "moves", other_model, other_texts, server.url, *lora, "--resume", "train.steps=2")
         assert judged(*moved) == 0
-        prompts = [body["messages"][0]["content"] for body in server.requests]
-        database = sqlite3.connect(tmp_path / "moves" / "judge.sqlite")
-        assert database.execute("SELECT count(*) FROM answers").fetchone()[0] > len(prompts)
-        assert {row[0] for row in database.execute("SELECT judge FROM answers")} == {"default"}
+        assert len(known(tmp_path / "moves")) - len(kept) == len(server.requests) > 0
+        assert {*known(tmp_path / "moves").values()} == {"default"}
         assert lines_of(tmp_path / "moves") == lines_of(tmp_path / "stays")
         flip_text(other_texts / "tasks.jsonl")
         before = contents(tmp_path / "moves")
@@ -192,6 +193,12 @@ def test_weights_texts_and_judge_may_move(
         assert judged(*moved[:-1], "train.steps=3") == 2
         assert "was started with other content of game.tasks = " in said(capsys)
         assert contents(tmp_path / "moves") == before
+
+
+def known(run: Path) -> dict[str, str]:
+    """key -> judge of all answers."""
+    with contextlib.closing(sqlite3.connect(run / "judge.sqlite")) as database:
+        return dict(database.execute("SELECT key, judge FROM answers").fetchall())
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:
