@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
+from duologue.grpo.mix import ENDPOINT
 from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.model.decoder import Decoder
@@ -103,24 +104,23 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
+    if ENDPOINT in config.opponent.parts:
+        arena.speakers.outside = build_server(config, arena.tokenizer, ledger)
+
+
+def build_server(config: Config, tokenizer: Tokenizer, ledger: Path) -> Server:
+    """Who speaks at opponent.url."""
     o = config.opponent
-    if o.kind != "endpoint":
-        return
-    arena.speakers.outside = Server(
-        o.url,
-        o.model,
-        Ledger(ledger, "the ledger of opponent.url"),
-        arena.tokenizer,
-        config.judge.max_unscored_share,
-        **_server(o),
-    )
+    answers, limit = Ledger(ledger, "the ledger of opponent.url"), config.judge.max_unscored_share
+    return Server(o.url, o.model, answers, tokenizer, limit, **_server(o))
 
 
 def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
-    return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
+    i, seed = config.imitation, derive_seed(config.train.seed, "corpus")
+    return corpus(game, i.dialogues, seed, i.characters)
 
 
 def build_engine(
@@ -146,15 +146,17 @@ def build_arena(
     temperature: float | None = None,
 ) -> Arena:
     """An arena on `engine`; `temperature` replaces that of training, and a final is then always written."""
-    rules = config.dialogue
-    if temperature is not None:
-        final = rules.final_temperature if temperature else 0.0
-        rules = dataclasses.replace(
-            rules, temperature=temperature, final_temperature=final, always_final=True
-        )
+    rules = config.dialogue if temperature is None else measuring_rules(config, temperature)
     arena = Arena(engine, tokenizer, game, rules, judge)
     check_context(engine, rules, arena.contexts.longest())
     return arena
+
+
+def measuring_rules(config: Config, temperature: float) -> Rules:
+    """The rules of a talk by which a policy is measured, at this temperature."""
+    rules = config.dialogue
+    final = rules.final_temperature if temperature else 0.0
+    return dataclasses.replace(rules, temperature=temperature, final_temperature=final, always_final=True)
 
 
 def check_context(engine: Engine, rules: Rules, longest: int) -> None:

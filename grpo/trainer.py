@@ -25,7 +25,9 @@ from duologue.grpo.checkpoints import (
 )
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
+from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
+from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
@@ -50,6 +52,7 @@ class Trainer(Steps):
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+            self.opponents.check_resumed()
         self._check_frozen()
         run.go_on_from(self.step)
 
@@ -66,13 +69,13 @@ class Trainer(Steps):
         left = range(self.selfplay_index, c.train.steps)
         if c.judge.backend == "policy":
             yield start, "judge.backend = 'policy'"
-        if not left:
-            return
-        if c.grpo.kl_coef:
+        if left and c.grpo.kl_coef:
             yield start, f"grpo.kl_coef = {c.grpo.kl_coef:g}"
-        for path in self.opponents.needed(left):
+        for path in self.opponents.needed(left) if left else ():
             yield path, f"opponent.kind = {c.opponent.kind!r}"
-        if c.train.kl_every:
+        if self.game.compared and c.eval.partners:
+            yield start, f"eval.partners = {[*c.eval.partners]} ([] goes on without)"
+        if left and c.train.kl_every:
             yield start, f"train.kl_every = {c.train.kl_every} (0 goes on without)"
 
     def run(self) -> dict[str, Any]:
@@ -86,6 +89,8 @@ class Trainer(Steps):
             self._end_of_imitation()
         if self.config.grpo.kl_coef or self.config.train.kl_every:
             self.reference = self.start_weights()
+        for note in self.opponents.notes():
+            self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
         while self.step < imitation + selfplay and not self._out_of_time():
             self._timed(self.selfplay_step)
@@ -157,9 +162,22 @@ class Trainer(Steps):
             "device": self.config.model.device,
             "peak_memory_bytes": _peak_memory(),
         }
+        if self.game.compared and self.config.eval.partners:
+            summary["partners"] = self._with_partners()
         self._save()
         self.run_dir.write_summary(summary)
         return summary
+
+    def _with_partners(self) -> dict[str, Any]:
+        """How the policy fares with each of `eval.partners`, and how its start does in its place."""
+        c, game = self.config, self.game
+        names = in_full(c.eval.partners, game)
+        n = c.eval.partner_dialogues
+        self.progress.log(f"evaluating trained with {', '.join(names)} on {n} {c.eval.split} contexts")
+        trained = Player(name="trained", engine=self.opponents.engine, tokenizer=self.tokenizer)
+        start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
+        partners = [start if name == START else scripted_player(name, c, game) for name in names]
+        return with_partners(CrossPlay(c, game, [trained, start], n), trained, start, partners)
 
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world

@@ -76,7 +76,7 @@ def _tokenizer_of_adapter(folder: Path, base: Tokenizer) -> Tokenizer:
         accepted = "accepted is a whole tokenizer, or none where the base's is meant"
         raise ValueError(f"{folder} has {files[0]} and no tokenizer.json: {accepted}")
     own = Tokenizer.from_dir(folder, base)
-    return base if own.same_as(base) else own
+    return base if own.equals(base) else own
 
 
 def _check_vocabulary(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:

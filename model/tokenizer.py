@@ -67,6 +67,11 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys([*([] if eos_token is None else [eos_token]), *eos]))
         self.bos_token_id = self._token_id("bos_token")
 
+    def equals(self, other: Tokenizer) -> bool:
+        """Whether both give every conversation the same ids."""
+        mine, theirs = ((t._core.to_str(), t._template, t._named(), t.eos_token_ids) for t in (self, other))
+        return mine == theirs
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id."""
@@ -246,13 +251,6 @@ class Tokenizer:
                 f"{key} = {token!r} in tokenizer_config.json is not in tokenizer.json's vocabulary"
             )
         return token_id
-
-    def same_as(self, other: Tokenizer) -> bool:
-        """Whether texts and conversations have the same ids, and end with the same ones."""
-        mine, theirs = (
-            (t._core.to_str(), t._template, t._named(), {*t.eos_token_ids}) for t in (self, other)
-        )
-        return mine == theirs
 
     @classmethod
     def from_dir(cls, path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
