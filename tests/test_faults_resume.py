@@ -120,13 +120,13 @@ def test_frozen_weights_are_looked_at_before_training_goes_on(
         flip(run / name / "model.safetensors")
     before = contents(run)
     capsys.readouterr()
-    assert train(run, "opponent.kind=lagged:2", "--resume", "train.steps=4") == 2
+    assert train(run, "opponent.kind=lagged:2", "--resume", "train.steps=5") == 2
     error = said(capsys)
     assert f"{run / name}, which {'train.kl_every' if 'warm' in name else 'opponent.kind'} = " in error
     assert "put a copy of it back, or start another run" in error
     assert contents(run) == before
     if "warm" in name:
-        assert train(run, "opponent.kind=lagged:2", "--resume", "train.steps=4", "train.kl_every=0") == 0
+        assert train(run, "opponent.kind=lagged:2", "--resume", "train.steps=5", "train.kl_every=0") == 0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -361,8 +361,8 @@ def test_an_adapter_brings_its_own_tokenizer(chat_checkpoint: Path, tmp_path: Pa
     (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(settings))
     _, plain = load_model(chat_checkpoint)
     assert load_model(tmp_path / "adapter")[1].equals(plain)
-    template = "{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
-    template += "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}:\n{{ m.content }}<|im_end|>{% endfor %}"
+    template += "{% if add_generation_prompt %}<|im_start|>assistant:\n{% endif %}"
     (tmp_path / "adapter" / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=r"has chat_template\.jinja and no tokenizer\.json"):
         load_model(tmp_path / "adapter")
