@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duologue.grpo import evaluate as evaluation
 from duologue.grpo import steps
 from duologue.grpo.cli import main
+from duologue.grpo.commands import players
 from duologue.grpo.commands.play import Terminal
 from duologue.grpo.config import load_config
 from duologue.grpo.run_dir import RunDir, read_lines
@@ -480,8 +480,8 @@ def test_measures_of_an_evaluation_are_json(
         metrics, dialogues = measure(*given)
         return {**metrics, "odd": float("nan")}, dialogues
 
-    measure = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    measure = players.evaluate
+    monkeypatch.setattr(players, "evaluate", evaluate)
     file = tmp_path / "measures.json"
     checkpoint = str(run / "checkpoints" / "step_000003")
     assert main(["eval", checkpoint, "--recipe", "deal", *TINY, "--json", str(file)]) == 0
