@@ -15,9 +15,10 @@ from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
-from duologue.rollout.games.catalogue import GAMES, corpus
+from duologue.rollout.games.catalogue import corpus, kind_of
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.games.text_game import TextGame
 from duologue.rollout.judge.asking import Backend
 from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
@@ -29,9 +30,11 @@ from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
+FIRST_TEXTS = 500  # games
+
 
 def build_game(config: Config) -> Game:
-    return GAMES[config.game.name](config.game)
+    return kind_of(config.game)(config.game)
 
 
 def build_judge(
@@ -108,7 +111,17 @@ def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
+    if isinstance(game, TextGame) and not game.has_script:
+        needed = f"0, for {config.game.name} has no script() to imitate"
+        raise ValueError(f"imitation.steps or grpo.imitation_coef: accepted is {needed}")
     return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
+
+
+def first_texts(config: Config, game: Game) -> list[ScriptedDialogue]:
+    """What a tokenizer can be learned from where nobody imitates: a game of a user, played by chance."""
+    if config.model.path or not isinstance(game, TextGame):
+        return []
+    return corpus(game, FIRST_TEXTS, derive_seed(config.train.seed, "corpus"))
 
 
 def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:

@@ -166,10 +166,10 @@ def _train(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
-    from duologue.rollout.games.catalogue import GAMES
+    from duologue.rollout.games.catalogue import kind_of
 
     run = _open_run(options, config)
-    progress = Progress(measures=GAMES[config.game.name].measures)
+    progress = Progress(measures=kind_of(config.game).measures)
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
@@ -223,9 +223,14 @@ def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
 
 
 def _show_results(path: Path, config: Config, progress: Progress) -> int:
+    from duologue.rollout.games.catalogue import kind_of
+
     summary = json.loads((path / "summary.json").read_text("utf-8"))
     columns = {"warm start": summary["warm_start"], "trained": summary["trained"]}
-    progress.results({name: column for name, column in columns.items() if column}, _conditions(config))
+    columns = {name: column for name, column in columns.items() if column}
+    names = dict.fromkeys(key for column in columns.values() for key in column)
+    progress.measures = kind_of(config.game).measures_among(names)
+    progress.results(columns, _conditions(config))
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 
@@ -300,7 +305,8 @@ def _eval(options: argparse.Namespace) -> int:
     model, tokenizer = load_policy(options.checkpoint, config)
     game = build_game(config)
     metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
-    Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
+    measures = game.measures_among(metrics)
+    Progress(measures=measures).results({options.checkpoint.name: metrics}, _conditions(config))
     conditions = {
         "split": config.eval.split,
         "seed": config.train.seed,

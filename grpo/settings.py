@@ -3,17 +3,24 @@ meant."""
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import tomllib
 from typing import Any
 
+from duologue.model.settings import Options
+
 
 def to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
@@ -42,6 +49,8 @@ def typed(key: str, value: Any, default: Any) -> Any:
     """`value` in the type of the key's default."""
     if isinstance(value, Text):
         value = value.parse(isinstance(default, str))
+    if isinstance(default, Options) and isinstance(value, dict):
+        return Options(value)
     if isinstance(default, tuple):
         fits = isinstance(value, list)
         value = tuple(typed(key, item, default[0]) for item in value) if fits else value
@@ -57,5 +66,12 @@ def typed(key: str, value: Any, default: Any) -> Any:
 
 def accepted_type(default: Any) -> str:
     """In words."""
-    words = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list", str: "a string"}
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        tuple: "a list",
+        Options: "a table",
+        str: "a string",
+    }
     return words[type(default)]

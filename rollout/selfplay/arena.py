@@ -39,6 +39,9 @@ class Arena:
         self.tokenizer, self.game, self.rules, self.judge = tokenizer, game, rules, judge
         self.contexts = Contexts(tokenizer, game, rules)
         self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
+        if isinstance(policy, Engine):
+            held = policy.pool.n_pages * policy.pool.page_size
+            self.contexts.limit = min(policy.model.config.max_position_embeddings, held)
         self._waiting: dict[Speak | Question, Talk] = {}
 
     @property
