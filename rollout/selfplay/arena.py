@@ -40,8 +40,7 @@ class Arena:
         self.contexts = Contexts(tokenizer, game, rules)
         self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
         if isinstance(policy, Engine):
-            held = policy.pool.n_pages * policy.pool.page_size
-            self.contexts.limit = min(policy.model.config.max_position_embeddings, held)
+            self.contexts.limit = policy.model.config.max_position_embeddings
         self._waiting: dict[Speak | Question, Talk] = {}
 
     @property

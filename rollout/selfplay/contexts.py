@@ -26,7 +26,7 @@ class Contexts:
         self.tokenizer, self.game, self.rules = tokenizer, game, rules
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
-        self.limit: int | None = None  # tokens that the engine's contexts can have
+        self.limit: int | None = None  # tokens that a context of the policy can have
         self._tries: dict[tuple[str, ...], TokenTrie] = {}
         self.question_ids = tokenizer.encode(game.final_prompt) if game.final_prompt else None
 
