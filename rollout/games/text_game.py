@@ -84,6 +84,7 @@ class TextGame(Game):
             self._make: user_game.Make = partial(TextArenaGame, named.removeprefix(TEXTARENA))
         else:
             self._make = user_game.find(named)
+        user_game.check_options(self._make, named, self.settings.options)
         opening = self.begin(0)
         self.has_script = opening.can("script")
 

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from duologue.rollout.seeds import derive_seed
+from numpy.random.mtrand import get_bit_generator, set_bit_generator
 
 METHODS = ("reset", "observe", "step", "scores")
 FORMS = "'mypackage.mymodule:MyGame', a path to a .py file, or 'textarena:NAME'"
@@ -126,6 +127,15 @@ def _place(error: BaseException, own: str = "") -> str:
     return f" ({os.path.relpath(frame.filename)}, line {frame.lineno})"
 
 
+def check_options(make: Make, name: str, options: Mapping[str, Any]) -> None:
+    """BadGameError for names that the game does not know."""
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        what = f"game.options = {dict(options)}"
+        raise BadGameError(f"{what}: {name} does not take them: {error}") from None
+
+
 # ---- one play of it ----------------------------------------------------------------------------------------
 
 
@@ -138,19 +148,17 @@ class Match:
 
     def __init__(self, make: Make, name: str, options: Mapping[str, Any], seed: int) -> None:
         self.name = name
+        self._file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", "")
         self.done = False
         self.moves = self.illegal = 0
         self.side, self.text = 0, ""  # who moves now, and what that side has not seen yet
         self.legal: list[str] | None = None
         self.scores = (0.0, 0.0)
         self.summary: dict[str, float] = {}
-        outer = _generators()
-        random.seed(seed)
-        np.random.seed(seed)  # noqa: NPY002
-        self._state = _generators()
-        _set_generators(outer)
+        self._state: Any = random.Random(seed).getstate()  # as after random.seed(seed), and numpy's after its
+        self._bits: Any = np.random.RandomState(seed)._bit_generator
         with self._own_generators():
-            self._game = self._made(make, options)
+            self._game = self._guarded("__init__", make, **options)
             self._call("reset", seed)
             self.told = (self._told(0), self._told(1))
             self._look()
@@ -185,16 +193,6 @@ class Match:
         return callable(getattr(self._game, method, None))
 
     # ---- its methods, each answer checked ------------------------------------------------------------------
-
-    def _made(self, make: Make, options: Mapping[str, Any]) -> Any:
-        try:
-            inspect.signature(make).bind(**options)
-        except TypeError as error:
-            raise BadGameError(
-                f"game.options = {dict(options)}: {self.name} does not take them: {error}"
-            ) from None
-        self._file = getattr(sys.modules.get(getattr(make, "__module__", "")), "__file__", "")
-        return self._guarded("__init__", make, **options)
 
     def _look(self) -> None:
         seen = self._checked("observe", self._call("observe"), "a side, 0 or 1, and a text", _is_observation)
@@ -240,23 +238,15 @@ class Match:
 
     @contextlib.contextmanager
     def _own_generators(self) -> Iterator[None]:
-        outer = _generators()
-        _set_generators(self._state)
+        outer, outer_bits = random.getstate(), get_bit_generator()
+        random.setstate(self._state)
+        set_bit_generator(self._bits)
         try:
             yield
         finally:
-            self._state = _generators()
-            _set_generators(outer)
-
-
-def _generators() -> tuple[Any, Any]:
-    """The states of the global ones, which a game may draw from."""
-    return random.getstate(), np.random.get_state()  # noqa: NPY002
-
-
-def _set_generators(state: tuple[Any, Any]) -> None:
-    random.setstate(state[0])
-    np.random.set_state(state[1])  # noqa: NPY002
+            self._state = random.getstate()
+            random.setstate(outer)
+            set_bit_generator(outer_bits)
 
 
 def _is_bool(value: Any) -> bool:
