@@ -70,12 +70,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     words = iter(argv)
     for word in words:
-        if re.fullmatch(r"--\w+\.\w+", word):
+        if re.fullmatch(r"--\w+(\.\w+)+", word):
             value = next(words, None)
             if value is None:
                 raise ValueError(f"{word} lacks a value")
             overrides.append(f"{word[2:]}={value}")
-        elif re.match(r"--\w+\.\w+=|[\w.]+=", word):
+        elif re.match(r"--\w+(\.\w+)+=|[\w.]+=", word):
             overrides.append(word.removeprefix("--"))
         else:
             rest.append(word)
