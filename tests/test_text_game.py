@@ -530,7 +530,9 @@ def words_for(name: str) -> list[str]:
 
 
 def by_hand(record: dict[str, Any], name: str) -> tuple[dict[int, float], int, list[str]]:
-    """The rewards of TextArena's environment for the moves of a record, illegal moves and all that it said."""
+    """The rewards of TextArena's environment for the moves of a record, how many were illegal, and all that it
+    said to who moved.
+    """
     env = needs_textarena().make(ARENA[name][0], **ARENA[name][1])
     env.reset(num_players=2, seed=int(record["scenario"]["id"].rpartition("-")[2]))
     done, illegal, heard = False, 0, []
@@ -538,13 +540,12 @@ def by_hand(record: dict[str, Any], name: str) -> tuple[dict[int, float], int, l
         if turn["kind"] == "utterance":
             assert not done
             assert env.state.current_player_id == turn["role"]
-            heard += [
-                text for sender, text, _ in env.state.observations[turn["role"]] if sender != turn["role"]
-            ]
-            env.state.observations[turn["role"]].clear()
-            said = len(env.state.logs)
+            said = env.state.observations[turn["role"]]
+            heard += [text for sender, text, _ in said if sender != turn["role"]]
+            said.clear()
+            logged = len(env.state.logs)
             done, _ = env.step(turn["text"])
-            illegal += any("invalid move" in text for _, text in env.state.logs[said:])
+            illegal += any("invalid move" in text for _, text in env.state.logs[logged:])
             illegal += env.state.game_info[turn["role"]]["invalid_move"]
     rewards, _ = env.close()
     return rewards, illegal, heard
@@ -621,23 +622,13 @@ def test_what_textarena_cannot_play(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nltk.data, "path", [])
     for name, message in (
         ("KuhnPoker", r"TextArena has no such environment; it has .*KuhnPoker-v0"),
-        (
-            "Wordle-v0",
-            "needs lists of words that are downloaded; where there is a network, run python -m nltk",
-        ),
-        (
-            "GuessTheNumber-v0",
-            "no game for two: AssertionError: The number of players has to be 1, received 2",
-        ),
+        ("Wordle-v0", "needs lists of words that are downloaded; where there is a network, run python -m"),
+        ("GuessTheNumber-v0", "no game for two: AssertionError: The number of players has to be 1"),
     ):
         with pytest.raises(ValueError, match=f"game.name = 'textarena:{name}'.*{message}"):
             game_of(f"textarena:{name}")
-    with pytest.raises(
-        ValueError, match=r"game\.options = \{'size': 3\}: .*unexpected keyword argument 'size'"
-    ):
+    with pytest.raises(ValueError, match=r"game\.options = \{'size': 3\}: .*unexpected keyword"):
         game_of("textarena:KuhnPoker-v0", options={"size": 3})
     monkeypatch.setitem(sys.modules, "textarena", None)
-    with pytest.raises(
-        ValueError, match=r"the package textarena is needed: pip install 'duologue\[textarena\]'"
-    ):
+    with pytest.raises(ValueError, match=r"textarena is needed: pip install 'duologue\[textarena\]'"):
         game_of("textarena:KuhnPoker-v0")
