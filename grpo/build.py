@@ -27,7 +27,6 @@ from duologue.rollout.judge.model import ModelJudge
 from duologue.rollout.judge.questions import REQUIRED, load_prompt
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena
-from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
 FIRST_TEXTS = 500  # games
@@ -148,20 +147,20 @@ def build_arena(
             rules, temperature=temperature, final_temperature=final, always_final=True
         )
     arena = Arena(engine, tokenizer, game, rules, judge)
-    check_context(engine, rules, arena.contexts.longest())
+    turns = "a first turn" if game.observed else f"a dialogue of {rules.max_rounds} rounds"
+    check_context(engine, arena.contexts.longest(), f"{turns} of {rules.max_tokens_per_turn} tokens per turn")
     return arena
 
 
-def check_context(engine: Engine, rules: Rules, longest: int) -> None:
-    """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool."""
+def check_context(engine: Engine, longest: int, talk: str) -> None:
+    """Raise ValueError when the `longest` tokens of a `talk` exceed the model's context or the KV pool."""
     limits = (
         ("model.max_position", engine.model.config.max_position_embeddings),
         ("rollout.cache_tokens", engine.pool.n_pages * engine.pool.page_size),
     )
     for key, limit in limits:
         if longest > limit:
-            longest_talk = f"{rules.max_rounds} rounds of {rules.max_tokens_per_turn} tokens per turn"
             raise ValueError(
-                f"{key} = {limit} is below the {longest} tokens that a dialogue of {longest_talk} can take; "
-                "raise it or lower dialogue.max_rounds or max_tokens_per_turn"
+                f"{key} = {limit} is below the {longest} tokens that {talk} can take; raise it or lower "
+                "dialogue.max_rounds or max_tokens_per_turn"
             )
