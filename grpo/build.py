@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
+from duologue.grpo.mix import ENDPOINT
 from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.model.decoder import Decoder
@@ -27,6 +28,8 @@ from duologue.rollout.judge.model import ModelJudge
 from duologue.rollout.judge.questions import REQUIRED, load_prompt
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.contexts import Contexts
+from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
 FIRST_TEXTS = 500  # games
@@ -98,12 +101,15 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
+    if ENDPOINT in config.opponent.parts:
+        arena.speakers.outside = build_server(config, arena.tokenizer, ledger)
+
+
+def build_server(config: Config, tokenizer: Tokenizer, ledger: Path) -> Server:
+    """Who speaks at opponent.url."""
     o = config.opponent
-    if o.kind != "endpoint":
-        return
-    arena.speakers.outside = Server(
-        o.url, o.model, Ledger(ledger), arena.tokenizer, config.judge.max_unscored_share, **_server(o)
-    )
+    limit = config.judge.max_unscored_share
+    return Server(o.url, o.model, Ledger(ledger), tokenizer, limit, **_server(o))
 
 
 def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
@@ -113,7 +119,8 @@ def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     if isinstance(game, TextGame) and not game.has_script:
         needed = f"0, for {config.game.name} has no script() to imitate"
         raise ValueError(f"imitation.steps or grpo.imitation_coef: accepted is {needed}")
-    return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
+    i, seed = config.imitation, derive_seed(config.train.seed, "corpus")
+    return corpus(game, i.dialogues, seed, i.characters)
 
 
 def first_texts(config: Config, game: Game) -> list[ScriptedDialogue]:
@@ -140,20 +147,25 @@ def build_arena(
     temperature: float | None = None,
 ) -> Arena:
     """An arena on `engine`; `temperature` replaces that of training, and a final is then always written."""
-    rules = config.dialogue
-    if temperature is not None:
-        final = rules.final_temperature if temperature else 0.0
-        rules = dataclasses.replace(
-            rules, temperature=temperature, final_temperature=final, always_final=True
-        )
+    rules = config.dialogue if temperature is None else measuring_rules(config, temperature)
     arena = Arena(engine, tokenizer, game, rules, judge)
-    turns = "a first turn" if game.observed else f"a dialogue of {rules.max_rounds} rounds"
-    check_context(engine, arena.contexts.longest(), f"{turns} of {rules.max_tokens_per_turn} tokens per turn")
+    check_context(engine, arena.contexts)
     return arena
 
 
-def check_context(engine: Engine, longest: int, talk: str) -> None:
-    """Raise ValueError when the `longest` tokens of a `talk` exceed the model's context or the KV pool."""
+def measuring_rules(config: Config, temperature: float) -> Rules:
+    """The rules of a talk by which a policy is measured, at this temperature."""
+    rules = config.dialogue
+    final = rules.final_temperature if temperature else 0.0
+    return dataclasses.replace(rules, temperature=temperature, final_temperature=final, always_final=True)
+
+
+def check_context(engine: Engine, contexts: Contexts) -> None:
+    """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool; of a game
+    that tells the sides, its first turn.
+    """
+    rules, longest = contexts.rules, contexts.longest()
+    talk = "a first turn" if contexts.game.observed else f"a dialogue of {rules.max_rounds} rounds"
     limits = (
         ("model.max_position", engine.model.config.max_position_embeddings),
         ("rollout.cache_tokens", engine.pool.n_pages * engine.pool.page_size),
@@ -161,6 +173,6 @@ def check_context(engine: Engine, longest: int, talk: str) -> None:
     for key, limit in limits:
         if longest > limit:
             raise ValueError(
-                f"{key} = {limit} is below the {longest} tokens that {talk} can take; raise it or lower "
-                "dialogue.max_rounds or max_tokens_per_turn"
+                f"{key} = {limit} is below the {longest} tokens that {talk} of {rules.max_tokens_per_turn} "
+                "tokens per turn can take; raise it or lower dialogue.max_rounds or max_tokens_per_turn"
             )

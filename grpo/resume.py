@@ -12,9 +12,9 @@ PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
     "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
-    "opponent": PLACES,
+    "opponent": f"{PLACES} path",  # the weights at path are known by their hash
     "rollout": "cache_tokens max_batch release_memory",
-    "eval": "judge_url",
+    "eval": "judge_url partners partner_dialogues",
 }
 
 Settings = dict[tuple[str, str], Any]

@@ -6,10 +6,11 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import re
 import tomllib
 from typing import Any
 
-from duologue.model.settings import Options
+from duologue.model.settings import Options, Shares
 
 
 def to_toml(value: Any) -> str:
@@ -18,12 +19,16 @@ def to_toml(value: Any) -> str:
     if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{to_toml(key)} = {to_toml(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_key(name)} = {to_toml(item)}" for name, item in value.items()) + "}"
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
     if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else to_toml(name)
 
 
 class Text(str):
@@ -53,7 +58,11 @@ def typed(key: str, value: Any, default: Any) -> Any:
         return Options(value)
     if isinstance(default, tuple):
         fits = isinstance(value, list)
-        value = tuple(typed(key, item, default[0]) for item in value) if fits else value
+        item = default[0] if default else ""  # an empty list is one of names
+        value = tuple(typed(key, one, item) for one in value) if fits else value
+    elif isinstance(default, Shares):
+        fits = isinstance(value, dict)
+        value = Shares({n: typed(f"{key}.{n}", v, 0.0) for n, v in value.items()}) if fits else value
     elif isinstance(default, float):
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if fits else value
@@ -73,5 +82,6 @@ def accepted_type(default: Any) -> str:
         tuple: "a list",
         Options: "a table",
         str: "a string",
+        Shares: "a table of weights, e.g. {a = 0.5, b = 0.5}",
     }
     return words[type(default)]

@@ -16,7 +16,9 @@ from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
+from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
+from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir, damaged, read_state, step_name, write_state
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
@@ -41,6 +43,7 @@ class Trainer(Steps):
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+            self.opponents.check_resumed()
         run.drop_lines_from(self.step)
 
     def run(self) -> dict[str, Any]:
@@ -54,6 +57,8 @@ class Trainer(Steps):
             self._end_of_imitation()
         if self.config.grpo.kl_coef or self.config.train.kl_every:
             self.reference = self.start_weights()
+        for note in self.opponents.notes():
+            self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
         while self.step < imitation + selfplay and not self._out_of_time():
             self._timed(self.selfplay_step)
@@ -125,9 +130,22 @@ class Trainer(Steps):
             "device": self.config.model.device,
             "peak_memory_bytes": _peak_memory(),
         }
+        if self.game.compared and self.config.eval.partners:
+            summary["partners"] = self._with_partners()
         self._save()
         self.run_dir.write_summary(summary)
         return summary
+
+    def _with_partners(self) -> dict[str, Any]:
+        """How the policy fares with each of `eval.partners`, and how its start does in its place."""
+        c, game = self.config, self.game
+        names = in_full(c.eval.partners, game)
+        n = c.eval.partner_dialogues
+        self.progress.log(f"evaluating trained with {', '.join(names)} on {n} {c.eval.split} contexts")
+        trained = Player(name="trained", engine=self.opponents.engine, tokenizer=self.tokenizer)
+        start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
+        partners = [start if name == START else scripted_player(name, c, game) for name in names]
+        return with_partners(CrossPlay(c, game, [trained, start], n), trained, start, partners)
 
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world

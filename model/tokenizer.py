@@ -66,6 +66,11 @@ class Tokenizer:
         self.eos_token_ids = tuple(dict.fromkeys([*([] if eos_token is None else [eos_token]), *eos]))
         self.bos_token_id = self._token_id("bos_token")
 
+    def equals(self, other: Tokenizer) -> bool:
+        """Whether both give every conversation the same ids."""
+        mine, theirs = ((t._core.to_str(), t._template, t.eos_token_ids) for t in (self, other))
+        return mine == theirs
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the highest id."""

@@ -167,7 +167,7 @@ def said(trainer: Trainer, d: dict[str, Any], role: int) -> tuple[list[int], dic
 def test_the_frozen_partner_of_an_adapter_is_the_base_in_the_same_engine(start: Path, tmp_path: Path) -> None:
     trainer = run(tmp_path / "run", config(start, True, "opponent.kind=frozen"))
     assert isinstance(trainer.model, LoraDecoder)
-    assert trainer.opponents._own is None
+    assert trainer.opponents.engines == [trainer.arena.engine]
     assert trainer.arena.engine.adapters == [trainer.model.adapter, None]
     assert not trainer.model.adapter.changes_nothing
     base, _ = load_model(start)
@@ -179,8 +179,8 @@ def test_the_frozen_partner_of_an_adapter_is_the_base_in_the_same_engine(start: 
 
 def test_a_frozen_partner_shares_the_weights_of_the_kl_reference(start: Path, tmp_path: Path) -> None:
     trainer = run(tmp_path / "run", config(start, False, "opponent.kind=frozen", "train.kl_every=1"))
-    assert trainer.opponents._own is not None
-    assert trainer.opponents._own.model is trainer.reference
+    (own,) = trainer.opponents.held.engines
+    assert own.model is trainer.reference
 
 
 # ---- what is trained ---------------------------------------------------------------------------------------
@@ -366,10 +366,11 @@ def test_payoffs_by_hand() -> None:
     ]
     table = payoff_table([Group(scenario=found[0].scenario, dialogues=found)])
     assert set(table) == {"a", "b"}
-    assert table["a"] == pytest.approx(
-        {"dialogues": 4, "policy": 2.5 / 4, "opponent": 1.5 / 4, "score": 2.5 / 4}
-    )
-    assert table["b"] == pytest.approx({"dialogues": 1, "policy": 0.1, "opponent": 0.9, "score": 0.0})
+    row = {"dialogues": 4, "policy": 2.5 / 4, "opponent": 1.5 / 4, "score": 2.5 / 4}
+    points = {"policy_points": 25 / 4, "opponent_points": 15 / 4}
+    assert table["a"] == pytest.approx({**row, **points, "agreement": 1.0})
+    row = {"dialogues": 1, "policy": 0.1, "opponent": 0.9, "score": 0.0}
+    assert table["b"] == pytest.approx({**row, "policy_points": 1, "opponent_points": 9, "agreement": 1.0})
 
 
 def test_metrics_follow_from_the_dialogues(

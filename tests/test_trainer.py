@@ -20,6 +20,7 @@ from duologue.grpo.build import build_corpus, build_game
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.loss import LossConfig
+from duologue.grpo.packing import Row
 from duologue.grpo.policy import build_policy
 from duologue.grpo.rows import demonstration_batch
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
@@ -168,28 +169,36 @@ def test_splitting_the_batch_does_not_change_the_gradient(variant: str) -> None:
     assert any(float(g.abs().max()) > 1e-4 for g in found[0])
 
 
-def test_imitation_gradient_equals_autograd_of_the_plain_model() -> None:
-    """Against transformers' model of the same weights and its own cross-entropy."""
+@pytest.mark.parametrize("final_weight", [1.0, 2.5])
+def test_imitation_gradient_equals_autograd_of_the_plain_model(final_weight: float) -> None:
+    """Against transformers' model of the same weights and torch's cross-entropy; final statements are found
+    in the rows by the prompt before them.
+    """
     import transformers
 
     c = config()
     corpus = build_corpus(c, build_game(c))
     model, tokenizer = build_policy(c, corpus)
-    rows = demonstration_batch(corpus, tokenizer, 3, 0)
+    rows = demonstration_batch(corpus, tokenizer, 3, 0, final_weight)
     theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**model.config.to_hf()))
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
-    total = sum(row.n_trained for row in rows)
+    question = tokenizer.encode(corpus[0].final_prompt)
+
+    def weights(row: Row) -> torch.Tensor:
+        ids, n = row.token_ids, len(question)
+        asked = [i for i in range(len(ids) - n) if ids[i : i + n] == question]
+        final = [final_weight if asked and i > asked[-1] else 1.0 for i in range(len(ids))]
+        return torch.tensor(final) * torch.tensor(row.loss_mask)
+
+    total = sum(float(weights(row).sum()) for row in rows)
+    assert (total > sum(row.n_trained for row in rows)) == (final_weight > 1)
     expected_loss = 0.0
     for row in rows:
-        labels = torch.tensor([[t if m else -100 for t, m in zip(row.token_ids, row.loss_mask, strict=True)]])
-        logits = theirs(torch.tensor([row.token_ids])).logits[:, :-1].flatten(0, 1)
-        loss = (
-            torch.nn.functional.cross_entropy(
-                logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-            )
-            / total
-        )
+        ids = torch.tensor([row.token_ids])
+        logits = theirs(ids).logits[:, :-1].flatten(0, 1)
+        each = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        loss = (each * weights(row)[1:]).sum() / total
         loss.backward()
         expected_loss += float(loss)
     stats = accumulate_imitation_gradient(model, rows, max_tokens=500)
@@ -271,7 +280,6 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     import random
 
     from duologue.grpo.build import build_arena, build_engine
-    from duologue.grpo.packing import Row
     from duologue.grpo.rows import view_row
 
     c = config("dialogue.top_p=0.8")

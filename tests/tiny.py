@@ -39,6 +39,7 @@ TINY = [  # of a command that only has to run
     "dialogue.max_tokens_per_turn=8",
     "dialogue.max_tokens_final=6",
     "eval.dialogues=4",
+    "eval.partners=[]",
 ]
 RUN = [  # of a run of eight steps, with all that a run can have
     *MODEL,
@@ -57,6 +58,7 @@ RUN = [  # of a run of eight steps, with all that a run can have
     "dialogue.max_tokens_per_turn=10",
     "dialogue.max_tokens_final=8",
     "eval.dialogues=8",
+    "eval.partners=[]",
 ]
 VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from duologue.grpo.build import build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
+from duologue.grpo.crossplay import RESAMPLES, Interval, interval
 from duologue.grpo.policy import load_policy
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
@@ -29,8 +30,6 @@ from duologue.rollout.selfplay.dialogue import Dialogue
 from rich.table import Table
 
 Policy = tuple[Engine, Tokenizer]
-Interval = dict[str, float | None]  # value, low, high; None where nothing was measured
-RESAMPLES = 2000
 VERDICTS = {"wins": 1, "losses": -1, "ties": 0}
 # by the winners in both orders, in the second of which our answer is shown last
 KINDS: dict[tuple[str | None, str | None], str] = {
@@ -45,12 +44,9 @@ def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed
     which NaN are left out.
     """
     value = statistic(values)
-    if np.isnan(value):
-        return dict.fromkeys(("value", "low", "high"))
     rng, n = np.random.default_rng(seed), len(values)
     resampled = [statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return {"value": value, "low": float(low), "high": float(high)}
+    return interval(value, np.array(resampled))
 
 
 def mean(values: np.ndarray) -> float:

@@ -5,7 +5,6 @@ Works on a run that is still going or was cut off: what exists is shown. All tex
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -17,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from duologue.grpo.commands import partners
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
+from duologue.grpo.settings import typed
 from duologue.model.atomic import write_file
+from duologue.model.settings import keys
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.catalogue import game_kind
 from duologue.rollout.games.game import Game, Measure, Published
@@ -96,6 +98,8 @@ def gather(run_dir: Path) -> Record:
         "finished": (run_dir / "summary.json").is_file(),
         "results": _results(game, config, summary),
         "failures": _failures(game, summary),
+        "crossplay": _crossplay(game, summary),
+        "partners": partners.table(metrics),
         "charts": _charts(game, metrics),
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         "sections": sections,
@@ -186,8 +190,9 @@ def _results(game: type[Game], config: Record, summary: Record) -> Record:
 
 
 def _published(game: type[Game], section: Record) -> Published:
-    keys = [field.name for field in dataclasses.fields(game.Settings)]
-    return game.published(game.Settings(**{key: section[key] for key in keys if key in section}))
+    known = [field for field in keys(game.Settings) if field.name in section]
+    values = {field.name: typed(field.name, section[field.name], field.default) for field in known}
+    return game.published(game.Settings(**values))
 
 
 def _change(difference: float, measure: Measure) -> str:
@@ -210,18 +215,37 @@ def _failures(game: type[Game], summary: Record) -> list[tuple[str, list[float]]
     return [row for row in rows if any(row[1])]
 
 
+def _crossplay(game: type[Game], summary: Record) -> Record:
+    """The table of the policy with each partner: (partner, cells) of trained, the start in its place, and the
+    difference with its interval.
+    """
+    measures = {key: measure for key, measure in game.compared.items() if measure.short}
+    rows = []
+    for name, row in summary.get("partners", {}).items():
+        cells = []
+        for key, measure in measures.items():
+            form, signed = measure.format, measure.format.replace(":", ":+")
+            trained, start = (formatted(form, row[who][key]["value"]) for who in ("trained", "start"))
+            low, high = (formatted(signed, row["difference"][key][end]) for end in ("low", "high"))
+            difference = formatted(signed, row["difference"][key]["value"])
+            cells.append((trained, start, f"{difference}, 95 % interval {low} to {high}"))
+        rows.append((name, cells))
+    return {"columns": [measure.short for measure in measures.values()], "rows": rows}
+
+
 def _charts(game: type[Game], metrics: Sequence[Record]) -> list[Chart]:
     shown = {key: measure for key, measure in game.measures.items() if measure.short}
     values = {"reward": "reward", **{key: m.short for key, m in shown.items() if not m.is_share}}
     shares = {key: m.short for key, m in shown.items() if m.is_share}
     of_game = [
-        ("selfplay", " and ".join(keys.values()), keys, keys is shares) for keys in (values, shares) if keys
+        ("selfplay", " and ".join(drawn.values()), drawn, drawn is shares)
+        for drawn in (values, shares)
+        if drawn
     ]
-    charts = []
-    for stage, title, keys, percent in (*of_game, *CHARTS):
-        drawn = chart(
-            title[0].upper() + title[1:], [row for row in metrics if row["stage"] == stage], keys, percent
-        )
+    charts = partners.charts(metrics)
+    for stage, title, labels, percent in (*of_game, *CHARTS):
+        rows = [row for row in metrics if row["stage"] == stage]
+        drawn = chart(title[0].upper() + title[1:], rows, labels, percent)
         if drawn is not None:
             charts.append(drawn)
     return charts

@@ -24,6 +24,7 @@ from duologue.rollout.games.game import (
     failure_shares,
 )
 from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.games.selection import AGREEMENT, COMPARED
 from duologue.rollout.games.textarena_game import TextArenaGame
 from duologue.rollout.games.user_game import FORMS, BadGameError, Match
 
@@ -33,7 +34,7 @@ LONGEST_SCRIPT = 200  # moves of a game that scripts or chance play
 UNFINISHED, FULL = "unfinished", "context_full"
 NO_OPTIONS = Options()
 MEASURES = {
-    "agreement": Measure("agreement", "{:.1%}", "agreed"),
+    "agreement": AGREEMENT,
     "score_0": Measure("score of side 1", "{:.3f}", "side 1"),
     "score_1": Measure("score of side 2", "{:.3f}", "side 2"),
     "moves": Measure("moves", "{:.2f}"),
@@ -69,6 +70,7 @@ class TextGame(Game):
     settings: TextGameSettings
     observed = True
     measures = MEASURES
+    compared = COMPARED
     failures: ClassVar[Mapping[str, str]] = {
         UNFINISHED: "the limit of moves came before the end",
         FULL: "a context was full before the end",
@@ -128,6 +130,10 @@ class TextGame(Game):
         if self.settings.objective == "selfish":
             return first, second
         return (first + second) / 2, (first + second) / 2
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        own, other = outcome.scores[side], outcome.scores[1 - side]
+        return {"agreement": float(outcome.agreed), "own": own, "partner": other, "lead": own - other}
 
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Means over all dialogues; of the game's own measures over those that have them."""

@@ -144,6 +144,8 @@ class Talk:
             params=params,
             told=self.scenario.shared_text + self.scenario.private_text[role],
             heard=heard,
+            scenario=self.scenario,
+            said=self.turns[:],
             question=question,
             legal=legal,
         )
