@@ -43,8 +43,9 @@ def build_judge(
     j = config.judge
     if j.backend == "rules":
         return None
-    backend = _endpoint(config) if j.backend == "endpoint" else _model_judge(config, start)
-    prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
+    held = j.backend != "endpoint"
+    backend = _model_judge(config, start) if held else _endpoint(config)
+    prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue, held) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
         Ledger(Path(j.ledger) if j.ledger else ledger),
@@ -52,6 +53,7 @@ def build_judge(
         show_dialogue=j.show_dialogue,
         max_unscored_share=j.max_unscored_share,
         offline=j.offline,
+        held=held,
     )
 
 
@@ -91,7 +93,7 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
         # The policy's pool took what was free.
         return build_engine(config, model, CACHE_TOKENS), tokenizer
 
-    return ModelJudge(engine, temperature=j.temperature, max_tokens=j.max_tokens)
+    return ModelJudge(engine, threshold=j.threshold, score=j.score, readings=j.readings)
 
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:

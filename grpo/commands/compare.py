@@ -17,6 +17,7 @@ import numpy as np
 from duologue.grpo.build import build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
 from duologue.grpo.policy import load_policy
+from duologue.grpo.sections import HELD, JudgeSection
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -136,9 +137,9 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     e = config.eval
     if not (e.judge_url or e.judge_model):
         return scorer, scorer
-    other = dataclasses.replace(
-        config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model
-    )
+    unused = {key: getattr(JudgeSection(), key) for key in HELD}
+    url = e.judge_url or config.judge.url
+    other = dataclasses.replace(config.judge, backend="endpoint", url=url, model=e.judge_model, **unused)
     second = build_judge(dataclasses.replace(config, judge=other), ledger, start)
     assert second is not None
     return scorer, second

@@ -162,7 +162,7 @@ class Runner:
         logits = self.model.head(hidden_NH[rows])[self._tensor(np.repeat(np.arange(len(asked)), sizes))]
         targets = self._tensor(np.array([token for ids in asked.values() for token in ids]))
         logprobs, _ = ops.logprob(logits, targets)
-        return dict(zip(asked, map(Tensor.tolist, logprobs.split(sizes)), strict=True))
+        return dict(zip(asked, map(Tensor.tolist, torch.split(logprobs, sizes)), strict=True))
 
     def _restricted(self, hidden_NH: Tensor, settings: Settings, allowed: dict[int, Ids[int]]) -> Samples:
         """As `ops.linear_sample`, where the rows that `allowed` names draw from its ids alone.
