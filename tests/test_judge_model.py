@@ -7,6 +7,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import shutil
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from duologue.grpo.cli import main
 from duologue.grpo.config import load_config
+from duologue.grpo.run_dir import read_lines
 from duologue.model.checkpoint import load_model
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
@@ -481,3 +484,73 @@ def test_settings_without_an_effect_are_refused(short: str) -> None:
             load_config("collective-agency", settings)
     second = ["eval.judge_url=http://127.0.0.1:1/v1", "judge.temperature=0.5", "judge.readings=2"]
     assert load_config("collective-agency", [*here, *second]).judge.readings == 2
+
+
+# ---- in a run ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words_of_a_run(chat_checkpoint: Path, tmp_path: Path) -> list[str]:
+    """A command without its run directory, on tiny texts."""
+    pair = {
+        "first": {"name": "Ada", "instructions": "Spend."},
+        "second": {"name": "Bo", "instructions": "Save."},
+    }
+    rows = {
+        "dilemmas": [{"id": "d1", "text": "Who pays?"}, {"id": "d2", "text": "Is it right?"}],
+        "personas": [{"id": "cost", **pair}],
+        "tasks": [{"id": "t1", "text": "Buy or not?", **pair}],
+    }
+    for key, found in rows.items():
+        (tmp_path / f"{key}.jsonl").write_text("\n".join(map(json.dumps, found)))
+    sizes = [
+        "grpo.group_size=3",
+        "grpo.groups_per_step=2",
+        "dialogue.max_tokens_per_turn=6",
+        "eval.dialogues=2",
+    ]
+    sizes += ["dialogue.max_rounds=2", "dialogue.max_tokens_final=6", "rollout.cache_tokens=32768"]
+    here = ["judge.readings=2", "judge.threshold=0.3", "train.save_every=1", "judge.max_unscored_share=0"]
+    texts = [f"game.{key}={tmp_path / key}.jsonl" for key in rows]
+    return ["train", "collective-agency", "--model", str(chat_checkpoint), *sizes, *here, *texts]
+
+
+def selfplay(run: Path) -> list[dict[str, Any]]:
+    return [d for d in read_lines(run / "dialogues.jsonl") if d["stage"] == "selfplay"]
+
+
+def test_a_run_judged_by_a_model_scores_every_dialogue_and_resumes(
+    words_of_a_run: list[str], chat_checkpoint: Path, tmp_path: Path
+) -> None:
+    by_model = [*words_of_a_run, "judge.backend=model", f"judge.model={chat_checkpoint}"]
+    assert main([*by_model, "--run-dir", str(tmp_path / "whole"), "train.steps=2"]) == 0
+    rows = read_lines(tmp_path / "whole" / "metrics.jsonl")
+    assert [row["judge_failed"] for row in rows] == [0, 0]
+    assert all(row["judge_prefill_tokens"] > 0 and row["judge_shared_tokens"] > 0 for row in rows)
+    found = selfplay(tmp_path / "whole")
+    rewards = [d["reward"] for d in found]
+    assert len(rewards) == 12
+    assert None not in rewards
+    assert any(d["outcome"]["agreed"] for d in found)
+    # The start's own weights are the same judge; stopped after a step, it goes on as if it had not been.
+    by_start = [*words_of_a_run, "judge.backend=policy", "--run-dir", str(tmp_path / "parts")]
+    assert main([*by_start, "train.steps=1"]) == 0
+    assert main([*by_start, "train.steps=2", "--resume"]) == 0
+    assert selfplay(tmp_path / "parts") == found
+
+
+def test_preferences_of_a_model_have_their_probability_in_both_orders(
+    words_of_a_run: list[str], chat_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(chat_checkpoint, tmp_path / "other"))
+    out = tmp_path / "result.json"
+    command = ["eval", str(chat_checkpoint), "--recipe", "collective-agency", "--against", str(other)]
+    settings = [word for word in words_of_a_run[4:] if not word.startswith(("grpo", "train"))]
+    settings += ["judge.backend=model", f"judge.model={chat_checkpoint}", f"model.path={chat_checkpoint}"]
+    assert main([*command, "--json", str(out), *settings]) == 0
+    for mode in ("greedy", "sampled"):
+        row = json.loads(out.read_text())[mode]["conflicts"]
+        assert row[str(chat_checkpoint)]["unscored"] == row["preference"]["unscored"] == 0
+        assert row["preference"]["probability"]["value"] == pytest.approx(
+            0.5
+        )  # the same answers on both sides

@@ -23,7 +23,7 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
 from duologue.rollout.games.game import UNSCORED
-from duologue.rollout.judge.judge import FeedbackJudge
+from duologue.rollout.judge.judge import Answer, FeedbackJudge
 from duologue.rollout.judge.questions import PREFERENCE, Case
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
@@ -34,7 +34,7 @@ Interval = dict[str, float | None]  # value, low, high; None where nothing was m
 RESAMPLES = 2000
 VERDICTS = {"wins": 1, "losses": -1, "ties": 0}
 # by the winners in both orders, in the second of which our answer is shown last
-KINDS: dict[tuple[str | None, str | None], str] = {
+KINDS: dict[tuple[str, str], str] = {
     ("1", "2"): "wins",
     ("2", "1"): "losses",
     ("tie", "tie"): "ties",
@@ -105,8 +105,10 @@ def final_text(dialogue: Dialogue) -> str:
 def prefer(
     judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dialogue], seed: int
 ) -> dict[str, Any]:
-    """Pairwise preference for our answers, asked in both orders."""
-    said: dict[tuple[int, int], str | None] = {}
+    """Pairwise preference for our answers, asked in both orders. Of a judge that gives probabilities also how
+    probable it is that ours is better, as the mean of both orders; a tie is half of it.
+    """
+    said: dict[tuple[int, int], Answer] = {}
     for i, pair in enumerate(zip(ours, theirs, strict=True)):
         for order in (0, 1):
             first, second = (final_text(d) for d in (pair if order == 0 else pair[::-1]))
@@ -115,15 +117,24 @@ def prefer(
             judge.submit(PREFERENCE, case, (i, order))
     while len(said) < 2 * len(ours):
         for tag, answer in judge.answered(wait=True):
-            said[tag] = None if answer is None else answer["winner"]
+            said[tag] = answer
     counts = dict.fromkeys((*VERDICTS, "inconsistent", "unscored"), 0)
-    verdicts = np.full(len(ours), np.nan)
+    verdicts, probabilities = np.full((2, len(ours)), np.nan)
     for i in range(len(ours)):
-        winners = said[i, 0], said[i, 1]
-        kind = "unscored" if None in winners else KINDS.get(winners, "inconsistent")
+        first, second = said[i, 0], said[i, 1]
+        kind = "unscored"
+        if first is not None and second is not None:
+            kind = KINDS.get((first["winner"], second["winner"]), "inconsistent")
+            if "probabilities" in first:
+                orders = first["probabilities"], second["probabilities"]
+                better = orders[0]["1"] + orders[1]["2"] + (orders[0]["tie"] + orders[1]["tie"]) / 2
+                probabilities[i] = better / 2
         counts[kind] += 1
         verdicts[i] = VERDICTS.get(kind, np.nan)
-    return {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
+    found = {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
+    if not np.isnan(probabilities).all():
+        found["probability"] = bootstrap(mean, probabilities, seed)
+    return found
 
 
 def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJudge, FeedbackJudge]:
@@ -210,4 +221,7 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
                     cell(p["win_rate"], ".1%"),
                     rest,
                 )
+                if "probability" in p:
+                    what = "probability of ours, both orders"
+                    shown.add_row(f"{mode} {name}", what, cell(p["probability"], ".1%"), "")
     return shown
