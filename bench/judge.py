@@ -52,7 +52,6 @@ class Recorder(FeedbackJudge):
 
 def play(options: argparse.Namespace) -> tuple[list[Group], Recorder, dict[str, float], float]:
     """The groups, who judged them, what a question cost, and seconds."""
-    torch.set_num_threads(1)
     dtype = getattr(torch, options.dtype)
     model, tokenizer = load_model(options.model, "cpu", dtype)
     backend = ModelJudge(

@@ -84,6 +84,10 @@ class Writer:
     def write(self, text: str) -> None:
         self.branch.append(self.tokenizer.encode(text))
 
+    def end(self, closing: str) -> int:
+        """The id that ends a quote before `closing`; where a tokenizer drops those characters, a turn's."""
+        return [*self.tokenizer.encode(closing), self.tokenizer.turn_chat.end_token_id][0]
+
     def choose(self, texts: Sequence[str]) -> Form[list[float]]:
         """How probable each text is to stand next, among these alone. The branch stays as it is.
 
@@ -136,10 +140,10 @@ def agreement(writer: Writer, case: Case, threshold: float) -> Form[dict[str, An
     nothing.
     """
     writer.write('{"agreed":')
-    yes, _ = yield from writer.choose([" true", " false"])
+    yes, no = yield from writer.choose([" true", " false"])
     quotes = ["", ""]
     closings = ('", "2": "', '"}}')
-    ends = [writer.tokenizer.encode(closing)[0] for closing in closings]
+    ends = [writer.end(closing) for closing in closings]
     turns = [[text for who, text in case.turns if who == role] for role in (0, 1)]
     spans = [Spans(said, writer.tokenizer, end) for said, end in zip(turns, ends, strict=True)]
     agreed = yes >= threshold and all(each.starts for each in spans)
@@ -149,7 +153,7 @@ def agreement(writer: Writer, case: Case, threshold: float) -> Form[dict[str, An
         writer.write(closings[0])
         quotes[1] = yield from writer.quote(spans[1], ends[1])
     assent = {str(i): quote for i, quote in enumerate(quotes, 1)}
-    return {"agreed": agreed, "assent": assent, "probabilities": {"true": yes, "false": 1 - yes}}
+    return {"agreed": agreed, "assent": assent, "probabilities": {"true": yes, "false": no}}
 
 
 def scores(writer: Writer, order: Sequence[str]) -> Form[dict[str, list[float]]]:
