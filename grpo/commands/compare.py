@@ -121,17 +121,17 @@ def prefer(
     counts = dict.fromkeys((*VERDICTS, "inconsistent", "unscored"), 0)
     verdicts, probabilities = np.full((2, len(ours)), np.nan)
     for i in range(len(ours)):
-        first, second = said[i, 0], said[i, 1]
+        one, two = said[i, 0], said[i, 1]
         kind = "unscored"
-        if first is not None and second is not None:
-            kind = KINDS.get((first["winner"], second["winner"]), "inconsistent")
-            if "probabilities" in first:
-                orders = first["probabilities"], second["probabilities"]
-                better = orders[0]["1"] + orders[1]["2"] + (orders[0]["tie"] + orders[1]["tie"]) / 2
-                probabilities[i] = better / 2
+        if one is not None and two is not None:
+            kind = KINDS.get((one["winner"], two["winner"]), "inconsistent")
+            if "probabilities" in one:
+                shown_first, shown_last = one["probabilities"], two["probabilities"]
+                ties = (shown_first["tie"] + shown_last["tie"]) / 2
+                probabilities[i] = (shown_first["1"] + shown_last["2"] + ties) / 2
         counts[kind] += 1
         verdicts[i] = VERDICTS.get(kind, np.nan)
-    found = {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
+    found: dict[str, Any] = {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
     if not np.isnan(probabilities).all():
         found["probability"] = bootstrap(mean, probabilities, seed)
     return found
