@@ -88,6 +88,7 @@ class ModelJudge:
 
     def ask(self, question: Ask) -> None:
         assert question.posed is not None
+        began = time.monotonic()
         orders = form.ORDERS[: self.settings["readings"]] if question.kind == SCORE else form.ORDERS[:1]
         of_all = _Open(ask=question, left=len(orders), answers=[None] * len(orders))
         self._questions += 1
@@ -95,6 +96,7 @@ class ModelJudge:
             branch = self._branch(question.posed.text(order))
             made = self._form(question.kind, question.posed, branch, order)
             self._go_on(_Reading(question=of_all, number=number, branch=branch, form=made), None)
+        self._seconds += time.monotonic() - began
 
     def _branch(self, text: str) -> Branch:
         engine, tokenizer = self._loaded
@@ -140,8 +142,12 @@ class ModelJudge:
         if question.ask.kind == SCORE:
             answer = form.averaged(question.answers, self.settings["score"] == EXPECTED)
         content = json.dumps(answer)
-        question.ask.check(content)
-        question.ask.done(content, "")
+        try:
+            question.ask.check(content)
+        except ValueError as error:
+            question.ask.done(None, f"the judge's model: {error}")
+        else:
+            question.ask.done(content, "")
 
     def _keep(self, branch: Branch) -> None:
         """Later questions find in it what they share: the rubric, the dilemma, the turns before."""
@@ -150,6 +156,7 @@ class ModelJudge:
             self._kept.popleft().close()
 
     def costs(self) -> dict[str, float]:
+        """Tokens whose KV was computed, whose KV was found, that were decoded; seconds."""
         before, n = self._counted, self._questions
         if n:
             stats = self._loaded[0].stats

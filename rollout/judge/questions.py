@@ -131,13 +131,13 @@ def read_answer(kind: str, content: str, case: Case, held: bool = False) -> dict
     answer = find_object(content)
     beside = {"probabilities": answer.get("probabilities")} if held else {}
     if kind == AGREEMENT:
-        return _agreement(answer, case.turns) | beside
+        return _agreement(answer, case.turns, held) | beside
     if not isinstance(answer.get("reason"), str):
         raise ValueError("reason is no text")
     return (_scores(answer, held) if kind == SCORE else _winner(answer)) | beside
 
 
-def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]], held: bool) -> dict[str, Any]:
     agreed, assent = answer.get("agreed"), answer.get("assent")
     if not isinstance(agreed, bool):
         raise ValueError(f"agreed = {agreed!r}: accepted is true or false")
@@ -146,15 +146,15 @@ def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict
     for role in (0, 1):
         quote = (assent or {}).get(str(role + 1), "")
         said = [text for who, text in turns if who == role]
-        if not isinstance(quote, str) or ((agreed or quote) and not _occurs(quote, said)):
+        if not isinstance(quote, str) or ((agreed or quote) and not _occurs(quote, said, held)):
             raise ValueError(f"the quote of speaker {role + 1} does not occur in that speaker's turns")
     return {"agreed": agreed}
 
 
-def _occurs(quote: str, texts: Sequence[str]) -> bool:
-    """Word for word, as it was said or as it was shown."""
-    if quote.strip() and any(quote in text for text in texts):
-        return True
+def _occurs(quote: str, texts: Sequence[str], copied: bool) -> bool:
+    """Word for word, as it was said or as it was shown; to the character of one that was copied."""
+    if copied:
+        return bool(quote.strip()) and any(quote in text for text in texts)
     return any(occurs(quote, form) for text in texts for form in (text, escape(text)))
 
 
