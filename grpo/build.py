@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
+from duologue.grpo.mix import ENDPOINT
 from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.model.decoder import Decoder
@@ -29,6 +30,8 @@ from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
+MEMORY = Path(":memory:")  # in place of a ledger's file
+
 
 def build_game(config: Config) -> Game:
     return GAMES[config.game.name](config.game)
@@ -44,7 +47,10 @@ def build_judge(
     if j.backend == "rules":
         return None
     held = j.backend != "endpoint"
-    backend = _model_judge(config, start) if held else _endpoint(config)
+    if held:
+        backend = _model_judge(config, start)
+    else:
+        backend = _endpoint(config, own=not j.ledger and ledger != MEMORY)
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue, held) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
@@ -57,7 +63,8 @@ def build_judge(
     )
 
 
-def _endpoint(config: Config) -> Backend:
+def _endpoint(config: Config, own: bool) -> Backend:
+    """`own`: whether nobody else's answers are in its ledger."""
     j = config.judge
     if not j.url:
         accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
@@ -68,6 +75,7 @@ def _endpoint(config: Config) -> Backend:
         **_server(j),
         temperature=j.temperature,
         max_tokens=j.max_tokens,
+        name="" if own else j.url,
     )
 
 
@@ -98,26 +106,36 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:
     """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
+    if ENDPOINT in config.opponent.parts:
+        arena.speakers.outside = build_server(config, arena.tokenizer, ledger)
+
+
+def build_server(config: Config, tokenizer: Tokenizer, ledger: Path) -> Server:
+    """Who speaks at opponent.url."""
     o = config.opponent
-    if o.kind != "endpoint":
-        return
-    arena.speakers.outside = Server(
-        o.url, o.model, Ledger(ledger), arena.tokenizer, config.judge.max_unscored_share, **_server(o)
-    )
+    answers, limit = Ledger(ledger, "the ledger of opponent.url"), config.judge.max_unscored_share
+    return Server(o.url, o.model, answers, tokenizer, limit, **_server(o))
 
 
 def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
-    return corpus(game, config.imitation.dialogues, derive_seed(config.train.seed, "corpus"))
+    i, seed = config.imitation, derive_seed(config.train.seed, "corpus")
+    return corpus(game, i.dialogues, seed, i.characters)
 
 
-def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:
+def build_engine(
+    config: Config, model: Decoder, cache_tokens: int | None = None, decode_steps: int | None = None
+) -> Engine:
     r = config.rollout
     model.use_exact(r.exact)
     return Engine(
-        model, page_size=r.page_size, cache_tokens=r.cache_tokens or cache_tokens, max_batch=r.max_batch
+        model,
+        page_size=r.page_size,
+        cache_tokens=r.cache_tokens or cache_tokens,
+        max_batch=r.max_batch,
+        decode_steps=decode_steps,
     )
 
 
@@ -130,15 +148,17 @@ def build_arena(
     temperature: float | None = None,
 ) -> Arena:
     """An arena on `engine`; `temperature` replaces that of training, and a final is then always written."""
-    rules = config.dialogue
-    if temperature is not None:
-        final = rules.final_temperature if temperature else 0.0
-        rules = dataclasses.replace(
-            rules, temperature=temperature, final_temperature=final, always_final=True
-        )
+    rules = config.dialogue if temperature is None else measuring_rules(config, temperature)
     arena = Arena(engine, tokenizer, game, rules, judge)
     check_context(engine, rules, arena.contexts.longest())
     return arena
+
+
+def measuring_rules(config: Config, temperature: float) -> Rules:
+    """The rules of a talk by which a policy is measured, at this temperature."""
+    rules = config.dialogue
+    final = rules.final_temperature if temperature else 0.0
+    return dataclasses.replace(rules, temperature=temperature, final_temperature=final, always_final=True)
 
 
 def check_context(engine: Engine, rules: Rules, longest: int) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 RECIPE = "a recipe's name (deal, collective-agency and so on) or the path of a .toml file"
 CHECKPOINT = "a folder in Hugging Face layout"
+PLAYER = "a checkpoint, a run, start (of that run), scripted:NAME, scripted (all), or a server's address"
 DEVICE = "cpu, cuda or cuda:N (model.device)"
 SETTINGS = "Settings: section.key=value or --section.key value, e.g. grpo.group_size=8 --train.seed 1"
 
@@ -120,13 +121,14 @@ def _add_runs(commands: Any) -> None:
 
 
 def _add_measures(commands: Any) -> None:
-    add = _command(commands, "eval", _eval, "hold dialogues with a checkpoint, measured", settings=True)
-    add("checkpoint", type=Path, help=CHECKPOINT)
+    measured = "hold dialogues with a checkpoint, or between players, measured"
+    add = _command(commands, "eval", _eval, measured, settings=True)
+    add("players", nargs="+", metavar="PLAYER", help=f"{PLAYER}; of several, each meets each")
     add("--recipe", required=True, help="the recipe or TOML file that names the game")
     add("--dialogues", type=int, help="how many (default: eval.dialogues)")
     add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
-    against = "with dilemmas: another one, whose answers are compared"
-    add("--against", type=Path, metavar="CHECKPOINT", help=against)
+    against = f"whom the player meets in both seats: {PLAYER}; with dilemmas whose answers are compared"
+    add("--against", metavar="PLAYER", help=against)
     add("--json", type=Path, metavar="FILE", help="write the measures there")
     add("--device", help=DEVICE)
 
@@ -162,7 +164,7 @@ def _add_files(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int:
     shortcuts = {"model.path": options.model, "model.device": options.device}
     config = _resolved(options, shortcuts)
-    from duologue.grpo.commands.report import write_report
+    from duologue.grpo.commands.report import check_lines, write_report
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
@@ -176,6 +178,8 @@ def _train(options: argparse.Namespace) -> int:
     for line in (f"run directory: {run.path}", *run.notes):
         progress.log(line)
     try:
+        if options.resume:
+            check_lines(run.path)
         with _stop_on_signals() as stop:
             train(config, run, progress, stop)
     except (ValueError, OSError, RuntimeError, MemoryError):
@@ -223,18 +227,16 @@ def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
 
 
 def _show_results(path: Path, config: Config, progress: Progress) -> int:
+    from duologue.grpo.commands.players import conditions, partners_table
+    from duologue.rollout.games.catalogue import GAMES
+
     summary = json.loads((path / "summary.json").read_text("utf-8"))
     columns = {"warm start": summary["warm_start"], "trained": summary["trained"]}
-    progress.results({name: column for name, column in columns.items() if column}, _conditions(config))
+    progress.results({name: column for name, column in columns.items() if column}, conditions(config))
+    if "partners" in summary:
+        progress.console.print(partners_table(summary["partners"], GAMES[config.game.name].compared))
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
-
-
-def _conditions(config: Config) -> str:
-    """How the evaluation held its dialogues."""
-    e = config.eval
-    how = "greedy" if e.temperature == 0 else f"sampled at temperature {e.temperature:g}"
-    return f"{e.split} dialogues, {how}, seed {config.train.seed}"
 
 
 @contextlib.contextmanager
@@ -282,60 +284,13 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.dialogues": options.dialogues,
         "eval.temperature": 0.0 if options.greedy else None,
     }
+    server = next((name for name in (*options.players, options.against or "") if "://" in name), None)
+    if server is not None:
+        shortcuts |= {"opponent.kind": "endpoint", "opponent.url": server}
     config = _resolved(options, shortcuts)
-    from duologue.grpo.build import build_engine, build_game
-    from duologue.grpo.console import Progress
-    from duologue.grpo.evaluate import evaluate
-    from duologue.grpo.policy import load_policy, use_threads
-    from duologue.rollout.games.dilemma import DilemmaSettings
+    from duologue.grpo.commands.players import run
 
-    use_threads(config)
-    if isinstance(config.game, DilemmaSettings):
-        return _eval_dilemmas(options, config)
-    if options.against is not None:
-        raise ValueError(
-            f"--against {options.against}: accepted with dilemmas, which a judge compares; "
-            f"{config.game.name} has rules"
-        )
-    model, tokenizer = load_policy(options.checkpoint, config)
-    game = build_game(config)
-    metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
-    Progress(measures=game.measures).results({options.checkpoint.name: metrics}, _conditions(config))
-    conditions = {
-        "split": config.eval.split,
-        "seed": config.train.seed,
-        "temperature": config.eval.temperature,
-    }
-    return _write(options, {**conditions, **metrics})
-
-
-def _eval_dilemmas(options: argparse.Namespace, config: Config) -> int:
-    """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
-    from duologue.grpo.commands.compare import compare, table
-    from duologue.grpo.policy import load_policy
-    from rich.console import Console
-
-    if options.greedy:
-        raise ValueError("--greedy: dilemmas are always measured both greedy and sampled (eval.temperature)")
-    paths = [options.checkpoint, *([options.against] if options.against else [])]
-    if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
-        raise ValueError(
-            f"--against {options.against}: accepted is another checkpoint than the one that is measured"
-        )
-    result = compare(config, {str(path): load_policy(path, config) for path in paths})
-    Console(highlight=False).print(table(result, [str(path) for path in paths]))
-    return _write(options, {"against": options.against and str(options.against), **result})
-
-
-def _write(options: argparse.Namespace, measures: dict[str, Any]) -> int:
-    """The file that --json names."""
-    from duologue.grpo.run_dir import finite
-    from duologue.model.atomic import write_file
-
-    if options.json:
-        row = {"checkpoint": str(options.checkpoint), **measures}
-        write_file(options.json, json.dumps(finite(row), indent=2).encode())
-    return 0
+    return run(options, config)
 
 
 # ---- the others --------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from duologue.grpo.mix import ENDPOINT, FROZEN, POOL, SCRIPTED
 from duologue.grpo.sections import (
     HELD,
     HTTP_ADDRESS,
@@ -32,7 +33,7 @@ from duologue.grpo.sections import (
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
-from duologue.rollout.games.catalogue import GAMES, SCRIPTS
+from duologue.rollout.games.catalogue import GAMES, SCRIPTS, characters, partners
 from duologue.rollout.games.deal import DealSettings
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import GameSettings
@@ -89,7 +90,16 @@ Rule = tuple[str, str, bool]  # a key, what is accepted for it, whether it is so
 
 def rules(config: Config) -> Iterator[Rule]:
     """All of them, whether they hold or not."""
-    for subject in (_model_rules, _dialogue_rules, _judge_rules, _opponent_rules, _update_rules):
+    subjects = (
+        _model_rules,
+        _dialogue_rules,
+        _judge_rules,
+        _mix_rules,
+        _opponent_rules,
+        _update_rules,
+        _partner_rules,
+    )
+    for subject in subjects:
         yield from subject(config)
 
 
@@ -116,6 +126,9 @@ def _dialogue_rules(c: Config) -> Iterator[Rule]:
     scripts = "0 with dilemmas, for which there are no scripts"
     for key in ("imitation.steps", "grpo.imitation_coef"):
         yield key, scripts, c.game.name in SCRIPTS or not c.value(key)
+    known = partners(c.game.name)
+    some = f"some of {', '.join(known)}" if known else "[] with dilemmas, for which there are no scripts"
+    yield "imitation.characters", some, set(c.imitation.characters) <= set(known)
     warm = "above 0: greedy dialogues are all alike and teach nothing"
     yield "dialogue.temperature", warm, d.temperature > 0
     dilemma = isinstance(c.game, DilemmaSettings)
@@ -148,17 +161,37 @@ def _judge_rules(c: Config) -> Iterator[Rule]:
     yield "judge.key_env", key_env, not set("@?#") & set(judge.url)
 
 
+def _mix_rules(c: Config) -> Iterator[Rule]:
+    o = c.opponent
+    shares = "a table of shares with opponent.kind = 'mix', {} with another"
+    yield "opponent.mix", shares, (o.kind == "mix") == bool(o.mix)
+    where = "opponent.mix" if o.kind == "mix" else "opponent.kind"
+    scripted = [name.partition(":")[2] for name in o.parts if name.startswith(SCRIPTED)]
+    nobody = "nobody scripted where the game has no characters"
+    yield where, nobody, not scripted or bool(characters(c.game.name))
+    known = partners(c.game.name)
+    somebody = f"scripted:NAME with NAME one of {', '.join(known)}"
+    yield where, somebody, all(name in ("", *known) for name in scripted)
+
+
 def _opponent_rules(c: Config) -> Iterator[Rule]:
     o, default = c.opponent, OpponentSection()
+    met = o.parts
     server = ("url", "model", "key_env", "concurrency", "timeout_s", "deadline_s")
-    for kind, names in (("pool", ("pool_every", "pool_size", "pool_draw")), ("endpoint", server)):
-        accepted = f"its default where opponent.kind is not '{kind}'"
+    for kind, names in ((POOL, ("pool_every", "pool_size", "pool_draw")), (ENDPOINT, server)):
+        accepted = f"its default where opponent.kind is not '{kind}' and opponent.mix has none"
         for key in names:
             unused = getattr(o, key) == getattr(default, key)
-            yield f"opponent.{key}", accepted, o.kind == kind or unused
+            yield f"opponent.{key}", accepted, kind in met or unused
+    folder = "a checkpoint's folder with 'frozen' in opponent.mix"
+    yield "opponent.path", folder, FROZEN not in met or bool(o.path)
+    yield "opponent.path", "'' where nobody is 'frozen'", FROZEN in met or not o.path
+    least = o.sets(c.lora.rank > 0)
+    yield "opponent.held", f"0, or at least {least}, one set for each that needs one", not 0 < o.held < least
+    yield "opponent.held", "0 where no other weights are held", least > 0 or not o.held
     url = f"{HTTP_ADDRESS}, and no credential or query (opponent.key_env names one)"
     plain = re.fullmatch(r"https?://[^/@?#][^@?#]*", o.url) is not None
-    yield "opponent.url", url, o.kind != "endpoint" or plain
+    yield "opponent.url", url, ENDPOINT not in met or plain
 
 
 def _update_rules(c: Config) -> Iterator[Rule]:
@@ -175,6 +208,19 @@ def _update_rules(c: Config) -> Iterator[Rule]:
     yield "grpo.dual_clip", dual, not g.dual_clip or outside
     running = "true with grpo.advantage = 'running', which is per role"
     yield "grpo.per_role", running, g.per_role or g.advantage != "running"
+
+
+def _partner_rules(c: Config) -> Iterator[Rule]:
+    e, default = c.eval, EvalSection()
+    if isinstance(c.game, DilemmaSettings):
+        yield "eval.partners", "[] or its default with dilemmas", e.partners in ((), default.partners)
+        same = e.partner_dialogues == default.partner_dialogues
+        yield "eval.partner_dialogues", "its default with dilemmas", same
+        return
+    known = [f"scripted:{name}" for name in partners(c.game.name)]
+    named = {name for name in e.partners if ":" in name}
+    accepted = f"a list of 'start', 'scripted' and {', '.join(map(repr, known))}"
+    yield "eval.partners", accepted, named <= {*known}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------

@@ -102,12 +102,15 @@ class Progress:
                 self.console.print(last)
 
     def _cells(self) -> list[tuple[str, str]]:
+        partners = self._latest.get("partners", {}).items()  # the reward with each
+        by_partner = [(f"with {name}", formatted("{:.3f}", row["policy"])) for name, row in partners]
         of_game = {key: (m.short, m.format) for key, m in self.measures.items() if m.short}
-        return [
+        cells = [
             (title, form.format(self._latest[key]))
             for key, (title, form) in {**REWARD, **of_game, **TRAINING}.items()
             if key in self._latest
         ]
+        return [*cells[:1], *by_partner, *cells[1:]]
 
     def _view(self, step: int) -> Group:
         bar = ProgressBar(total=max(self._total, 1), completed=step, width=60)

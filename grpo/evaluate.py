@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from duologue.grpo.build import build_arena
 from duologue.grpo.config import Config
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
-from duologue.rollout.games.game import Game
+from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.seeds import derive_seed
+from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import Dialogue, assign_rewards
+from duologue.rollout.selfplay.speakers import Opponent
 
 AT_ONCE = 256  # dialogues: bounds the pool that is needed
 
@@ -29,16 +31,41 @@ def evaluate(
     """
     engine.name_weights(0)  # as of an engine of its own
     arena = build_arena(config, engine, tokenizer, game, judge, temperature=config.eval.temperature)
-    rng = random.Random(derive_seed(config.train.seed, "eval"))
-    scenarios = [game.sample(rng, config.eval.split) for _ in range(config.eval.dialogues)]
-    dialogues: list[Dialogue] = []
-    for start in range(0, len(scenarios), AT_ONCE):
-        seed = derive_seed(config.train.seed, "eval", start)
-        groups = arena.play(scenarios[start : start + AT_ONCE], group_size=1, seed=seed)
-        dialogues += [group.dialogues[0] for group in groups]
-    check_finite(dialogues, "evaluation")
+    dialogues = hold(arena, draw_contexts(config, game, config.eval.dialogues), config.train.seed)
     assign_rewards(game, dialogues)
     return game.summarise([d.outcome for d in dialogues if d.outcome is not None]), dialogues
+
+
+def draw_contexts(config: Config, game: Game, n: int) -> list[Scenario]:
+    """The first `n` scenarios that players of this configuration are measured on."""
+    rng = random.Random(derive_seed(config.train.seed, "eval"))
+    return [game.sample(rng, config.eval.split) for _ in range(n)]
+
+
+def hold(
+    arena: Arena,
+    scenarios: Sequence[Scenario],
+    seed: int,
+    opponent: Opponent | None = None,
+    turned: bool = False,
+) -> list[Dialogue]:
+    """One dialogue per scenario, with `opponent` on one side of all. `turned`: the side that would have been
+    second speaks first.
+    """
+    dialogues: list[Dialogue] = []
+    for start in range(0, len(scenarios), AT_ONCE):
+        part, drawn = scenarios[start : start + AT_ONCE], derive_seed(seed, "eval", start)
+        openers = [arena.rules.opener(drawn, number, step=0) for number in range(len(part))]
+        groups = arena.play(
+            part,
+            group_size=1,
+            seed=drawn,
+            opponents=[opponent] * len(part),
+            openers=[1 - first for first in openers] if turned else openers,
+        )
+        dialogues += [group.dialogues[0] for group in groups]
+    check_finite(dialogues, "evaluation")
+    return dialogues
 
 
 def check_finite(dialogues: Iterable[Dialogue], when: str) -> None:

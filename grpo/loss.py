@@ -169,6 +169,8 @@ def policy_loss(
     return loss, stats
 
 
-def imitation_loss(logp: Tensor, total_tokens: float) -> Tensor:
-    """Negative log-likelihood of demonstrated tokens [N], over the tokens of the whole step."""
-    return -logp.sum() / max(total_tokens, 1)
+def imitation_loss(logp: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of demonstrated tokens [N] by their weights [N], by default 1 each; `total` is
+    the sum of the weights of the whole step.
+    """
+    return -(logp if weights is None else logp * weights).sum() / max(total, 1)

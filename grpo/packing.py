@@ -42,6 +42,7 @@ class Row:
     dialogue_id: int
     role: int
     supports: Supports | None = None  # [t] supports of truncated draws; None: all were from the full softmax
+    weights: list[float] | None = None  # [t] of the tokens in an imitation loss; None: all count alike
 
     @property
     def n_trained(self) -> int:
@@ -62,6 +63,7 @@ class Batch:
     first: Tensor  # [U] int64: where in T each node occurs first
     support_ids: Tensor  # int32: supports of the trained tokens whose draw was truncated, one after the other
     support_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
+    weights: Tensor | None = None  # [T] fp32, in an imitation loss
 
     @property
     def targets(self) -> Tensor:
@@ -95,6 +97,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
     lengths = [len(row.token_ids) for row in rows]
     nodes, first = _prefix_tree(rows)
     support_ids, sizes = _supports(rows)
+    weights = [w for row in rows for w in row.weights or ()]
     return Batch(
         token_ids=tensor([t for row in rows for t in row.token_ids], torch.int64),
         positions=tensor([p for n in lengths for p in range(n)], torch.int64),
@@ -106,6 +109,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         first=tensor(first, torch.int64),
         support_ids=tensor(support_ids, torch.int32),
         support_offsets=tensor([0, *accumulate(sizes)], torch.int64),
+        weights=tensor(weights, torch.float32) if weights else None,
     )
 
 

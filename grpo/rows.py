@@ -87,9 +87,11 @@ def _advantages(
     }
 
 
-def demonstration_rows(dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogue_id: int) -> list[Row]:
+def demonstration_rows(
+    dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogue_id: int, final_weight: float = 1.0
+) -> list[Row]:
     """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side
-    imitates its own words.
+    imitates its own words. A token of a final statement counts `final_weight` times in the loss.
     """
     first, second = dialogue.scenario.private_text
     transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
@@ -100,11 +102,18 @@ def demonstration_rows(dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogu
         ids = [*tokenizer.encode(text), end]
         transcript.say(Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None))
     kinds = ("utterance", "final")
-    return [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
+    rows = [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
+    if final_weight != 1:
+        final = KINDS.index("final")
+        for row, view in zip(rows, transcript.views, strict=True):
+            row.weights = [final_weight if kind == final else 1.0 for kind in view.kinds]
+    return rows
 
 
-def demonstration_batch(corpus: list[ScriptedDialogue], tokenizer: Tokenizer, n: int, seed: int) -> list[Row]:
+def demonstration_batch(
+    corpus: list[ScriptedDialogue], tokenizer: Tokenizer, n: int, seed: int, final_weight: float = 1.0
+) -> list[Row]:
     """Rows of `n` dialogues drawn from the corpus by `seed`."""
     chosen = random.Random(seed).sample(range(len(corpus)), min(n, len(corpus)))
-    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i)]
+    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, final_weight)]
     return [row for row in rows if row.n_trained]

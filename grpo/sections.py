@@ -3,15 +3,18 @@
 Rules between keys stand in `config.py`. Sections of a lower layer are that layer's own settings.
 """
 
+# ruff: noqa: RUF009 - Shares cannot be changed
+
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from duologue.grpo.loss import LossConfig
+from duologue.grpo.mix import FROZEN, LAGGED, PARTNER, PARTNERS, POOL, START
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
 from duologue.model.lora import LoraSettings
-from duologue.model.settings import keys, like, setting
+from duologue.model.settings import Shares, keys, like, setting
 from duologue.model.tokenizer import LEAST_IDS
 from duologue.model.weights import DTYPES
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -21,6 +24,7 @@ from duologue.rollout.judge.model import EXPECTED, LIKELIEST
 
 SERVED = ("temperature", "max_tokens")  # keys of [judge] that only a server's answers depend on,
 HELD = ("threshold", "score", "readings")  # and only those of a model in this process
+NOBODY = Shares()
 HTTP_ADDRESS = "an address that begins with http:// or https://"
 
 
@@ -47,7 +51,13 @@ class ImitationSection:
 
     steps: int = setting(0, "optimizer steps; 0 skips the stage", least=0)
     dialogues: int = setting(20_000, "size of the scripted corpus", least=1)
+    characters: tuple[str, ...] = setting(
+        (), "whom the corpus is made of, each as often as named; empty: the game's own mixture"
+    )
     dialogues_per_step: int = setting(64, "drawn from the corpus for a step", least=1)
+    final_weight: float = setting(
+        1.0, "of a final statement's tokens in the loss, those of utterances being 1", least=0.01, most=1000
+    )
     learning_rate: float = setting(2e-3, "at its peak; then a cosine", least=1e-12, most=1)
     warmup_steps: int = setting(20, "steps of linear warm-up", least=0)
 
@@ -164,21 +174,33 @@ class JudgeSection:
 class OpponentSection:
     """Whom the policy meets in training. "self": the policy as it is, on both sides. Otherwise the policy has
     one side, in turn from group to group (side 0 with grpo.train_roles = "first"), and only its own tokens
-    are trained. "frozen": the policy at the start of self-play. "lagged:k": the policy k steps ago. "pool": a
-    snapshot of it, drawn for every group. "endpoint": a server.
+    are trained. "start", and "frozen" without a path: the policy at the start of self-play. "frozen": the
+    checkpoint at `path`. "lagged:k": the policy k steps ago. "pool": a snapshot of it, drawn for every group.
+    "scripted": each of the game's characters; "scripted:NAME": one of them. "endpoint": a server. "mix": each
+    group of a step meets one of those that `mix` names, as often as their shares say.
 
-    With lora.rank above 0 all but "endpoint" are adapters in the policy's own engine steps, and "frozen" is
-    the base with no adapter. Without, a second set of weights with a KV pool is held, and "pool" draws one
-    snapshot for all groups of a step. Snapshots are checkpoints in RUN_DIR/opponents: "lagged:k" keeps the
-    last k + train.save_every, "pool" the last `size`.
+    With lora.rank above 0 earlier selves are adapters in the policy's own engine steps, and "start" is the
+    base with no adapter. Without, other weights are held beside the policy's, with a KV pool for each set,
+    and a step draws from "pool" as many snapshots as there is room for. Snapshots are checkpoints in
+    RUN_DIR/opponents: "lagged:k" keeps the last k + train.save_every, "pool" the last `size`.
     """
 
     kind: str = setting(
         "self",
         "who has the other side",
-        form=r"self|frozen|lagged:[1-9]\d{0,8}|pool|endpoint",
-        words="'self', 'frozen', 'lagged:k' with k of 1 or more, 'pool' or 'endpoint'",
+        form=rf"{PARTNER}|mix",
+        words=f"{PARTNERS}, 'endpoint' or 'mix'",
     )
+    mix: Shares = setting(
+        NOBODY,
+        "with kind 'mix', the share of groups that meet each, e.g. {self = 0.5, start = 0.3, pool = 0.2}",
+        form=PARTNER,
+        words=f"a table of shares of {PARTNERS} or 'endpoint'",
+    )
+    held: int = setting(
+        0, "sets of other weights held at once; 0: one for each kind of partner that needs one", least=0
+    )
+    path: str = setting("", "folder of the checkpoint that 'frozen' is; '' is the start of self-play")
     pool_every: int = setting(
         10, "steps from one snapshot to the next; the first is the start", least=1, words="1 or more"
     )
@@ -199,9 +221,21 @@ class OpponentSection:
     deadline_s: float = setting(240.0, "of a turn with all its tries", least=0.01, words="0.01 or more")
 
     @property
-    def lag(self) -> int:
-        """The k of "lagged:k"; 0 of the others."""
-        return int(self.kind.partition(":")[2] or 0)
+    def parts(self) -> dict[str, float]:
+        """The part of all groups that meets each partner; they add up to 1."""
+        if self.kind == "mix":
+            return self.mix.parts
+        return {START if self.kind == FROZEN and not self.path else self.kind: 1.0}
+
+    @property
+    def lags(self) -> list[int]:
+        """The k of each "lagged:k"."""
+        return [int(name.removeprefix(LAGGED)) for name in self.parts if name.startswith(LAGGED)]
+
+    def sets(self, adapters: bool) -> int:
+        """How many sets of weights beside the policy's are needed at least, with or without adapters."""
+        selves = sum(name in (START, POOL) or name.startswith(LAGGED) for name in self.parts)
+        return (FROZEN in self.parts) + (0 if adapters else selves)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,6 +267,16 @@ class EvalSection:
     split: str = setting("heldout", "of the scenarios", one_of=("heldout", "train"))
     temperature: float = setting(
         1.0, "of the policy's words; 0 takes the likeliest", least=0, most=100, gap=LEAST_TEMPERATURE
+    )
+    partners: tuple[str, ...] = setting(
+        ("start", "scripted"),
+        "whom the policy meets at the end of a run of a game with rules: 'start', 'scripted' (all of the "
+        "game's characters), 'scripted:NAME'",
+        form=r"start|scripted(:\w+)?",
+        words="'start', 'scripted' or 'scripted:NAME'",
+    )
+    partner_dialogues: int = setting(
+        50, "dialogues with each of them, as either side and with either side first", least=1
     )
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from typing import Any
+
+from duologue.model.settings import Shares
 
 
 def to_toml(value: Any) -> str:
@@ -14,9 +17,15 @@ def to_toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
+    if isinstance(value, Shares):
+        return "{" + ", ".join(f"{_key(name)} = {to_toml(weight)}" for name, weight in value.items()) + "}"
     if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
+
+
+def _key(name: str) -> str:
+    return name if re.fullmatch(r"[\w-]+", name, re.ASCII) else to_toml(name)
 
 
 class Text(str):
@@ -44,7 +53,11 @@ def typed(key: str, value: Any, default: Any) -> Any:
         value = value.parse(isinstance(default, str))
     if isinstance(default, tuple):
         fits = isinstance(value, list)
-        value = tuple(typed(key, item, default[0]) for item in value) if fits else value
+        item = default[0] if default else ""  # an empty list is one of names
+        value = tuple(typed(key, one, item) for one in value) if fits else value
+    elif isinstance(default, Shares):
+        fits = isinstance(value, dict)
+        value = Shares({n: typed(f"{key}.{n}", v, 0.0) for n, v in value.items()}) if fits else value
     elif isinstance(default, float):
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         value = float(value) if fits else value
@@ -57,5 +70,12 @@ def typed(key: str, value: Any, default: Any) -> Any:
 
 def accepted_type(default: Any) -> str:
     """In words."""
-    words = {bool: "true or false", int: "an integer", float: "a number", tuple: "a list", str: "a string"}
+    words = {
+        bool: "true or false",
+        int: "an integer",
+        float: "a number",
+        tuple: "a list",
+        str: "a string",
+        Shares: "a table of weights, e.g. {a = 0.5, b = 0.5}",
+    }
     return words[type(default)]

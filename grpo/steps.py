@@ -58,7 +58,15 @@ class Steps:
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
-        self.opponents = Opponents(config, run.path / "opponents", self.model, self.tokenizer, engine, world)
+        self.opponents = Opponents(
+            config,
+            run.path / "opponents",
+            self.model,
+            self.tokenizer,
+            engine,
+            world,
+            longest=self.arena.contexts.longest(),
+        )
         self.baseline = RunningBaseline()
         self.reference: Decoder | None = None  # the policy that self-play began with, where it is needed
         self.step = 0
@@ -196,6 +204,11 @@ class Steps:
     def _optimizer_step(self, lr: float) -> float:
         """The gradient norm."""
         (squared,) = self.world.sum([float(self.optimizer.squared_grad_norm())])  # world
+        if not math.isfinite(squared):
+            norm = math.sqrt(squared)
+            raise RuntimeError(
+                f"step {self.step}: grad_norm is {norm}; the weights are as before this update"
+            )
         return self.optimizer.step(lr, squared)
 
     def _check(self, stats: UpdateStats) -> None:
@@ -225,8 +238,9 @@ class Steps:
         }
 
     def _imitation_gradient(self, seed: int, coefficient: float, dropout_seed: int) -> UpdateStats:
+        c = self.config.imitation
         demonstrations = demonstration_batch(
-            self.corpus, self.tokenizer, self.config.imitation.dialogues_per_step, seed
+            self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight
         )
         stats = accumulate_imitation_gradient(
             self.model,

@@ -9,15 +9,26 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
+from duologue.grpo.checkpoints import (
+    checkpoints,
+    damaged,
+    read_state,
+    spoiled,
+    step_name,
+    step_of,
+    write_state,
+)
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
+from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
-from duologue.grpo.run_dir import Interrupted, RunDir, damaged, read_state, step_name, write_state
+from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
+from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.model.checkpoint import write_checkpoint
@@ -41,7 +52,31 @@ class Trainer(Steps):
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
-        run.drop_lines_from(self.step)
+            self.opponents.check_resumed()
+        self._check_frozen()
+        run.go_on_from(self.step)
+
+    def _check_frozen(self) -> None:
+        """Of a resume: what a later step loads beside the checkpoint is whole, or is named now."""
+        for folder, user in self._frozen() if self.warm_start is not None else ():
+            if reason := spoiled(folder):
+                way = "put a copy of it back, or start another run"
+                raise ValueError(f"{folder}, which {user} needs, is damaged ({reason}): {way}")
+
+    def _frozen(self) -> Iterator[tuple[Path, str]]:
+        """Folders, and the setting on whose account each will be loaded."""
+        start, c = self.run_dir.path / "checkpoints" / "warm_start", self.config
+        left = range(self.selfplay_index, c.train.steps)
+        if c.judge.backend == "policy":
+            yield start, "judge.backend = 'policy'"
+        if left and c.grpo.kl_coef:
+            yield start, f"grpo.kl_coef = {c.grpo.kl_coef:g}"
+        for path in self.opponents.needed(left) if left else ():
+            yield path, f"opponent.kind = {c.opponent.kind!r}"
+        if self.game.compared and c.eval.partners:
+            yield start, f"eval.partners = {[*c.eval.partners]} ([] goes on without)"
+        if left and c.train.kl_every:
+            yield start, f"train.kl_every = {c.train.kl_every} (0 goes on without)"
 
     def run(self) -> dict[str, Any]:
         imitation, selfplay = self.config.imitation.steps, self.config.train.steps
@@ -54,6 +89,8 @@ class Trainer(Steps):
             self._end_of_imitation()
         if self.config.grpo.kl_coef or self.config.train.kl_every:
             self.reference = self.start_weights()
+        for note in self.opponents.notes():
+            self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
         while self.step < imitation + selfplay and not self._out_of_time():
             self._timed(self.selfplay_step)
@@ -125,9 +162,22 @@ class Trainer(Steps):
             "device": self.config.model.device,
             "peak_memory_bytes": _peak_memory(),
         }
+        if self.game.compared and self.config.eval.partners:
+            summary["partners"] = self._with_partners()
         self._save()
         self.run_dir.write_summary(summary)
         return summary
+
+    def _with_partners(self) -> dict[str, Any]:
+        """How the policy fares with each of `eval.partners`, and how its start does in its place."""
+        c, game = self.config, self.game
+        names = in_full(c.eval.partners, game)
+        n = c.eval.partner_dialogues
+        self.progress.log(f"evaluating trained with {', '.join(names)} on {n} {c.eval.split} contexts")
+        trained = Player(name="trained", engine=self.opponents.engine, tokenizer=self.tokenizer)
+        start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
+        partners = [start if name == START else scripted_player(name, c, game) for name in names]
+        return with_partners(CrossPlay(c, game, [trained, start], n), trained, start, partners)
 
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world
@@ -139,7 +189,8 @@ class Trainer(Steps):
     def _save(self) -> None:
         keep = self.config.train.keep_checkpoints
         self.run_dir.save_checkpoint(step_name(self.step), self._write, keep)
-        self.opponents.forget_before(max(self.selfplay_index, 0))
+        oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
+        self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
 
     def _write(self, folder: Path) -> None:
         write_checkpoint(self.model, self.tokenizer, folder)

@@ -193,21 +193,29 @@ def accumulate_imitation_gradient(
     dropout_seed: int = 0,
     world: World = ALONE,
 ) -> UpdateStats:
-    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, times
-    `coefficient`."""
-    total = normaliser(rows, world=world)
+    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, by their weights,
+    times `coefficient`."""
+    (total,) = world.sum([sum(_imitated(row) for row in rows)])  # world
     stats = UpdateStats()
-
-    def loss_fn(logp: Tensor, *_: object) -> tuple[Tensor, dict[str, Tensor]]:
-        return imitation_loss(logp, total.tokens), {}
-
     for i, part in enumerate(split_rows(rows, max_tokens)):
         batch = pack(part, model.head_weight.device)
+        weights = None if batch.weights is None else batch.weights[batch.targets]
+
+        def loss_fn(logp: Tensor, _: Tensor, rows: slice | Tensor, w: Tensor | None = weights) -> Any:
+            return imitation_loss(logp, total, None if w is None else w[rows]), {}
+
         hidden_NH = trained_hidden(model, batch, dropout_seed + _global(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, 1.0)
         torch.autograd.backward(result.loss * coefficient)
         stats.add(batch, result)
     return stats.over(world)  # world
+
+
+def _imitated(row: Row) -> float:
+    """The sum of the weights of a row's trained tokens."""
+    if row.weights is None:
+        return float(row.n_trained)
+    return sum(w for w, trained in zip(row.weights, row.loss_mask, strict=True) if trained)
 
 
 def _global(part: int, world: World) -> int:

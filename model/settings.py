@@ -16,16 +16,51 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
 
+class Shares(Mapping[str, float]):
+    """Weights by name, a TOML inline table: what counts is each one's part of their sum."""
+
+    def __init__(self, weights: Mapping[str, float] = MappingProxyType({})) -> None:
+        self._weights = dict(weights)
+
+    def __getitem__(self, name: str) -> float:
+        return self._weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._weights.items()))
+
+    def __repr__(self) -> str:
+        return repr(self._weights)
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Those above 0, in the order of their names, so that they add up to 1."""
+        total = sum(self._weights[name] for name in sorted(self))
+        return {name: self._weights[name] / total for name in sorted(self) if self._weights[name]}
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether none is below 0, and their sum is above."""
+        weights = self._weights.values()
+        return not weights or (min(weights) >= 0 and 0 < sum(weights) < math.inf)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Limits:
     """What a value must obey: `least`, `most` and `gap` are accepted themselves, `above` is not. Of a
-    tuple, `one_of` speaks of the items; None is no limit, but inf is never accepted.
+    tuple, `one_of` speaks of the items, of `Shares` it and `form` speak of the names; None is no limit, but
+    inf is never accepted.
 
     `form` is a regular expression for all of a string. `words` say what is accepted where the limits would
     say it badly.
@@ -101,10 +136,12 @@ def check(section: str, values: Any, names: Mapping[str, str] = MappingProxyType
     """
     for field in keys(values):
         value, accepted = getattr(values, field.name), limits(field)
-        for item in value if isinstance(value, tuple) else (value,):
+        key = names.get(field.name, field.name)
+        if isinstance(value, Shares) and not value.is_valid:
+            raise ValueError(f"{section}.{key} = {value}: accepted is no weight below 0 and a sum above it")
+        for item in value if isinstance(value, tuple | Shares) else (value,):
             if not accepted.accepts(item):
                 shown = json.dumps(item) if accepted.words else repr(item)
-                key = names.get(field.name, field.name)
                 raise ValueError(f"{section}.{key} = {shown}: accepted is {accepted.accepted}")
 
 

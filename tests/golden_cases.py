@@ -408,13 +408,14 @@ TRAIN = _words("""
     imitation.dialogues=100 imitation.dialogues_per_step=6 train.steps=3 train.save_every=2 train.kl_every=2
     train.tokens_per_microbatch=700 grpo.group_size=4 grpo.groups_per_step=2 grpo.imitation_coef=0.5
     grpo.advantage=std grpo.entropy_coef=0.01 dialogue.max_rounds=2 dialogue.max_tokens_per_turn=10
-    dialogue.max_tokens_final=8 eval.dialogues=6 rollout.cache_tokens=4096
+    dialogue.max_tokens_final=8 eval.dialogues=6 eval.partners=[] rollout.cache_tokens=4096
 """)
 # From a checkpoint that makes a deal now and then, so that rewards differ.
 ONWARD = _words("""
     imitation.steps=0 train.steps=2 train.kl_every=0 train.tokens_per_microbatch=2000 grpo.group_size=8
     grpo.groups_per_step=5 grpo.advantage=mean dialogue.temperature=0.6 dialogue.max_rounds=4
-    dialogue.max_tokens_per_turn=28 dialogue.max_tokens_final=12 eval.dialogues=2 rollout.cache_tokens=16384
+    dialogue.max_tokens_per_turn=28 dialogue.max_tokens_final=12 eval.dialogues=2 eval.partners=[]
+    rollout.cache_tokens=16384
 """)
 # As small as it can be, with all that a checkpoint keeps: moments, ratings, a running baseline.
 STOPPED = _words("""
@@ -458,8 +459,19 @@ def stop_a_run(path: Path, settings: list[str], after: int) -> None:
 def run_record(path: Path) -> Plain:
     """What a finished run left behind."""
     last = max((path / "checkpoints").glob("step_*"), key=lambda p: int(p.name.removeprefix("step_")))
+    metrics = read_lines(path / "metrics.jsonl")
+    later = {
+        "agreement",
+        "policy_points",
+        "opponent_points",
+    }  # what a row of payoffs has got since, beside its sums by partner
+    for step in metrics:
+        step.pop("partners", None)
+    for row in (row for step in metrics for row in step.get("payoff", {}).values()):
+        for key in later:
+            row.pop(key, None)
     return {
-        "metrics": read_lines(path / "metrics.jsonl"),
+        "metrics": metrics,
         "dialogues": read_lines(path / "dialogues.jsonl"),
         "weights": load_file(last / "model.safetensors"),
         "moments": torch.load(last / "optimizer.pt", weights_only=True),
@@ -1172,7 +1184,8 @@ def runs(threads: int) -> Iterator[Case]:
 def resumed() -> Iterator[Case]:
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(shutil.copytree(GOLDEN / "run", Path(temporary) / "run"))
-        run_command("train", str(path / "config.toml"), "--run-dir", str(path), "--resume")
+        more = ["--run-dir", str(path), "--resume", "eval.partners=[]"]
+        run_command("train", str(path / "config.toml"), *more)
         yield from run_cases("resume", run_record(path))
 
 

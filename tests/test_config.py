@@ -10,7 +10,7 @@ import pytest
 from duologue.grpo.commands.config import described
 from duologue.grpo.config import RECIPES, Config, from_dict, load_config
 from duologue.grpo.loss import LossConfig
-from duologue.model.settings import keys, limits
+from duologue.model.settings import Shares, keys, limits
 from duologue.rollout.games.catalogue import GAMES
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
@@ -254,6 +254,7 @@ def test_a_value_outside_is_refused_with_what_is_printed(
     outside: list[object] = []
     if accepted.one_of or accepted.form:
         outside = [["no such thing"]] if isinstance(field.default, tuple) else ["no such thing"]
+        outside = [{"no such thing": 1.0}] if isinstance(field.default, Shares) else outside
     kind = type(field.default)
     outside += [kind(bound) - kind(1) for bound in (accepted.least,) if bound is not None]
     outside += [kind(bound) for bound in (accepted.above,) if bound is not None]

@@ -232,6 +232,7 @@ SMALL = [
     "train.steps=1",
     "train.save_every=1",
     "eval.dialogues=1",
+    "eval.partners=[]",
     "imitation.steps=0",
 ]
 

@@ -201,7 +201,7 @@ def test_without_another_checkpoint_and_bad_input(
         assert main([*command, *more]) == 2
         assert message in capsys.readouterr().err
     assert main(["eval", str(checkpoint_dir), "--recipe", "deal", "--against", str(tmp_path)]) == 2
-    assert "accepted with dilemmas" in capsys.readouterr().err
+    assert "is not a checkpoint" in capsys.readouterr().err
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:

@@ -256,7 +256,7 @@ def test_the_mixture_leaves_much_to_gain_and_two_honest_sides_nothing() -> None:
     assert len(zone_walks) > 0.01 * len(CORPUS)
     refusals = sum(text.startswith(("no ,", "sorry , no")) for d in CORPUS for _, text in utterances(d))
     assert refusals > 0.3 * len(CORPUS)
-    honest = GAME.summarise([d.outcome for d in CORPUS if d.temperaments == ("honest", "honest")])
+    honest = GAME.summarise([d.outcome for d in CORPUS if d.temperaments == ("open", "open")])
     assert honest["dialogues"] > 0.15 * len(CORPUS)
     assert honest["efficiency"] == honest["right_walks"] == 1.0
     assert honest["nash_ratio"] > 0.98
@@ -285,7 +285,7 @@ def test_nobody_peeks() -> None:
 
 def test_an_honest_side_walks_away_once_it_knows_better() -> None:
     for theirs, leaves in ((14, True), (12, True), (10, False)):
-        side = Haggler((11,), "honest", random.Random(0), buys=True)
+        side = Haggler((11,), "open", random.Random(0), buys=True)
         side.hear(Act(reveal=(theirs,), take=(9,)))
         assert side.act().leave == leaves
         assert (side.state() == "walk away") == leaves or side.agreed

@@ -5,12 +5,9 @@ nothing.
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +17,14 @@ from duologue.grpo.build import build_corpus, build_game
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.loss import LossConfig
+from duologue.grpo.packing import Row
 from duologue.grpo.policy import build_policy
 from duologue.grpo.rows import demonstration_batch
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient
 from safetensors.torch import load_file
-from tiny import RUN, lines, run_whole
+from tiny import RUN, dying, lines, run_whole
 
 
 def config(*more: str) -> Config:
@@ -115,29 +113,14 @@ def test_stopping_and_resuming_gives_the_same_run(whole: Path, tmp_path: Path, a
 def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> None:
     """A real process, killed again and again as soon as it has got a little further."""
     path = tmp_path / "run"
-    command = [
-        sys.executable,
-        "-c",
-        "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))",
-        "train",
-        "deal",
-    ]
-    command += [*RUN, "--run-dir", str(path)]
-    for goal in (1, 3, 6):
-        process = subprocess.Popen(
-            command + (["--resume"] if path.exists() else []),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+    command = ["train", "deal", *RUN, "--run-dir", str(path)]
+    for n_lines in (2, 4, 7):
+        more = ["--resume"] if path.exists() else []
+        killed = subprocess.run(
+            [*dying(n_lines), *command, *more], capture_output=True, text=True, timeout=600
         )
-        deadline = time.monotonic() + 120
-        while len(read_lines(path / "metrics.jsonl")) <= goal and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
-    done = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=240)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    done = subprocess.run([*dying(10**6), *command, "--resume"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, path)
 
@@ -168,28 +151,36 @@ def test_splitting_the_batch_does_not_change_the_gradient(variant: str) -> None:
     assert any(float(g.abs().max()) > 1e-4 for g in found[0])
 
 
-def test_imitation_gradient_equals_autograd_of_the_plain_model() -> None:
-    """Against transformers' model of the same weights and its own cross-entropy."""
+@pytest.mark.parametrize("final_weight", [1.0, 2.5])
+def test_imitation_gradient_equals_autograd_of_the_plain_model(final_weight: float) -> None:
+    """Against transformers' model of the same weights and torch's cross-entropy; final statements are found
+    in the rows by the prompt before them.
+    """
     import transformers
 
     c = config()
     corpus = build_corpus(c, build_game(c))
     model, tokenizer = build_policy(c, corpus)
-    rows = demonstration_batch(corpus, tokenizer, 3, 0)
+    rows = demonstration_batch(corpus, tokenizer, 3, 0, final_weight)
     theirs = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**model.config.to_hf()))
     theirs.load_state_dict(model.state_dict(), strict=False)
     theirs.tie_weights()
-    total = sum(row.n_trained for row in rows)
+    question = tokenizer.encode(corpus[0].final_prompt)
+
+    def weights(row: Row) -> torch.Tensor:
+        ids, n = row.token_ids, len(question)
+        asked = [i for i in range(len(ids) - n) if ids[i : i + n] == question]
+        final = [final_weight if asked and i > asked[-1] else 1.0 for i in range(len(ids))]
+        return torch.tensor(final) * torch.tensor(row.loss_mask)
+
+    total = sum(float(weights(row).sum()) for row in rows)
+    assert (total > sum(row.n_trained for row in rows)) == (final_weight > 1)
     expected_loss = 0.0
     for row in rows:
-        labels = torch.tensor([[t if m else -100 for t, m in zip(row.token_ids, row.loss_mask, strict=True)]])
-        logits = theirs(torch.tensor([row.token_ids])).logits[:, :-1].flatten(0, 1)
-        loss = (
-            torch.nn.functional.cross_entropy(
-                logits, labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-            )
-            / total
-        )
+        ids = torch.tensor([row.token_ids])
+        logits = theirs(ids).logits[:, :-1].flatten(0, 1)
+        each = torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none")
+        loss = (each * weights(row)[1:]).sum() / total
         loss.backward()
         expected_loss += float(loss)
     stats = accumulate_imitation_gradient(model, rows, max_tokens=500)
@@ -271,7 +262,6 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     import random
 
     from duologue.grpo.build import build_arena, build_engine
-    from duologue.grpo.packing import Row
     from duologue.grpo.rows import view_row
 
     c = config("dialogue.top_p=0.8")

@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from duologue.grpo.build import build_arena, build_engine, build_judge
+from duologue.grpo.build import MEMORY, build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
+from duologue.grpo.crossplay import RESAMPLES, Interval, interval
 from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import HELD, JudgeSection
 from duologue.model.decoder import Decoder
@@ -30,8 +31,6 @@ from duologue.rollout.selfplay.dialogue import Dialogue
 from rich.table import Table
 
 Policy = tuple[Engine, Tokenizer]
-Interval = dict[str, float | None]  # value, low, high; None where nothing was measured
-RESAMPLES = 2000
 VERDICTS = {"wins": 1, "losses": -1, "ties": 0}
 # by the winners in both orders, in the second of which our answer is shown last
 KINDS: dict[tuple[str, str], str] = {
@@ -46,12 +45,9 @@ def bootstrap(statistic: Callable[[np.ndarray], float], values: np.ndarray, seed
     which NaN are left out.
     """
     value = statistic(values)
-    if np.isnan(value):
-        return dict.fromkeys(("value", "low", "high"))
     rng, n = np.random.default_rng(seed), len(values)
     resampled = [statistic(values[rng.integers(0, n, n)]) for _ in range(RESAMPLES)]
-    low, high = np.nanpercentile(resampled, [2.5, 97.5])
-    return {"value": value, "low": float(low), "high": float(high)}
+    return interval(value, np.array(resampled))
 
 
 def mean(values: np.ndarray) -> float:
@@ -141,9 +137,8 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model
     name.
     """
-    ledger = Path(":memory:")
     start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
-    scorer = build_judge(config, ledger, start)
+    scorer = build_judge(config, MEMORY, start)
     assert scorer is not None
     e = config.eval
     if not (e.judge_url or e.judge_model):
@@ -151,7 +146,7 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     unused = {key: getattr(JudgeSection(), key) for key in HELD}
     url = e.judge_url or config.judge.url
     other = dataclasses.replace(config.judge, backend="endpoint", url=url, model=e.judge_model, **unused)
-    second = build_judge(dataclasses.replace(config, judge=other), ledger, start)
+    second = build_judge(dataclasses.replace(config, judge=other), MEMORY, start)
     assert second is not None
     return scorer, second
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 from duologue.rollout.games import deal_scripts, price
+from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.price import PriceGame
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
-from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.games.scripted import ScriptedDialogue, Side
 
-Script = Callable[[Any, Any, random.Random], ScriptedDialogue]  # of a game, one of its scenarios, and draws
+# Of a game, one of its scenarios, and draws; where a game has partners also of a `mixture` of their names.
+Script = Callable[..., ScriptedDialogue]
 
 GAMES: dict[str, type[Game]] = {
     kind.name: kind for kind in (DealGame, PriceGame, PrioritiesGame, DilemmaGame, AloneGame)
@@ -26,8 +28,34 @@ SCRIPTS: dict[str, Script] = {
     "priorities": partial(deal_scripts.scripted_dialogue, kind=Camper),
 }
 
+SIDES: dict[str, Callable[..., Side]] = {  # of a game, a scenario, a role, the name of a character, and draws
+    "deal": deal_scripts.make_side,
+    "price": price.make_side,
+    "priorities": partial(deal_scripts.make_side, kind=Camper),
+}
+TEMPERAMENTS: dict[str, Mapping[str, float]] = {  # what a corpus is made of, with weights
+    "deal": deal_scripts.TEMPERAMENTS,
+    "price": price.TEMPERAMENTS,
+    "priorities": deal_scripts.TEMPERAMENTS,
+}
+MEANINGS = {name: character.meaning for name, character in TACTICS.items()}  # one line each
 
-def corpus(game: Game, n: int, seed: int) -> list[ScriptedDialogue]:
-    """`n` dialogues over contexts of the training split; the same seed gives the same dialogues."""
+
+def characters(name: str) -> tuple[str, ...]:
+    """The characters of a game that are told apart by what the literature calls them."""
+    return tuple(TACTICS) if name in SIDES else ()
+
+
+def partners(name: str) -> tuple[str, ...]:
+    """Everybody who can negotiate in a game: its characters, and those whom its corpus is made of."""
+    return tuple(dict.fromkeys((*characters(name), *TEMPERAMENTS.get(name, ()))))
+
+
+def corpus(game: Game, n: int, seed: int, names: Sequence[str] = ()) -> list[ScriptedDialogue]:
+    """`n` dialogues over contexts of the training split; the same seed gives the same dialogues. They are
+    held by the partners `names`, each as likely as it is often named, or by the game's own mixture.
+    """
     script, rng = SCRIPTS[game.name], random.Random(seed)
+    if names:
+        script = partial(script, mixture=Counter(names))
     return [script(game, game.sample(rng, "train"), rng) for _ in range(n)]

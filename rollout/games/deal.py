@@ -13,7 +13,7 @@ import itertools
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import ClassVar
 
@@ -28,9 +28,11 @@ from duologue.rollout.games.game import (
 )
 from duologue.rollout.games.selection import (
     AGREEMENT,
+    COMPARED,
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
+    OWN,
     SelectionGame,
     SelectionSettings,
     Vector,
@@ -53,6 +55,11 @@ MEASURES = {
     "score_agreed_0": Measure("score of side 1, agreed", "{:.2f}"),
     "score_agreed_1": Measure("score of side 2, agreed", "{:.2f}"),
 }
+DIVISION = {  # what is measured of an agreed deal
+    "pareto": MEASURES["pareto"],
+    "joint_ratio": MEASURES["joint_ratio"],
+    "nash_ratio": replace(NASH_RATIO, short="Nash"),
+}
 PUBLISHED = Published(  # of three types and a total of 10
     columns={
         "people": {"agreement": 0.801, "pareto": 0.770, "joint_ratio": 0.950, "nash_ratio": 0.914},
@@ -74,6 +81,12 @@ def less(counts: Vector, take: Vector) -> Vector:
     return tuple(c - t for c, t in zip(counts, take, strict=True))
 
 
+@cache
+def allocations(counts: Vector) -> tuple[Vector, ...]:
+    """Everything that a side can take."""
+    return tuple(itertools.product(*(range(count + 1) for count in counts)))
+
+
 @dataclass(frozen=True, slots=True)
 class Deal:
     """`counts[k]` items of type k; `values[side][k]` is what one of them is worth to a side."""
@@ -87,7 +100,7 @@ class Deal:
 
     def allocations(self) -> list[Vector]:
         """Everything that side 0 can take."""
-        return list(itertools.product(*(range(c + 1) for c in self.counts)))
+        return list(allocations(self.counts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +182,16 @@ def class_of(deal: Deal) -> tuple[Vector, ...]:
 class DealSettings(SelectionSettings):
     """How many types of items there are, what they are worth, and what no deal is worth."""
 
-    walk_away: float = setting(0.0, "points of a side without a deal, under objective 'selfish'")
+    walk_away: float = setting(0.0, "points of a side without a deal, where its own points count")
     item_types: int = setting(3, "types of items", least=3, most=len(ITEMS))
     total_value: int = setting(10, "what all items are worth to a side", least=5, most=40)
 
     def rules(self) -> None:
+        super().rules()
         accepted = ""
-        if self.walk_away and self.objective != "selfish":
-            accepted = f"0, or with game.objective = 'selfish' up to the total {self.total_value}"
+        if self.walk_away and OWN not in self.terms:
+            selfish = "game.objective = 'selfish', or 'mixed' with own points,"
+            accepted = f"0, or with {selfish} up to the total {self.total_value}"
         elif not 0 <= self.walk_away <= self.total_value:
             accepted = f"0 to the total value {self.total_value}"
         if accepted:
@@ -189,6 +204,7 @@ class DealGame(SelectionGame):
     name = "deal"
     Settings: ClassVar[type[SelectionSettings]] = DealSettings
     measures = MEASURES
+    compared = COMPARED | DIVISION
     failures = FAILURES
     cooperative = "joint_ratio"
 
@@ -265,16 +281,19 @@ class DealGame(SelectionGame):
         n = max(len(outcomes), 1)
         agreed = [o for o in outcomes if o.agreed]
         m = max(len(agreed), 1)
-        ratios = ("pareto", "joint_ratio", "nash_ratio")
         return {
             "dialogues": float(len(outcomes)),
             "agreement": len(agreed) / n,
-            **{key: sum(o.metrics[key] for o in agreed) / m for key in ratios},
+            **{key: sum(o.metrics[key] for o in agreed) / m for key in DIVISION},
             "joint_all": sum(o.metrics["joint_ratio"] for o in agreed) / n,
             **{f"score_{side}": sum(o.scores[side] for o in outcomes) / n for side in (0, 1)},
             **{f"score_agreed_{side}": sum(o.scores[side] for o in agreed) / m for side in (0, 1)},
             **failure_shares(outcomes, self.failures),
         }
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        division = {key: outcome.metrics[key] for key in DIVISION} if outcome.agreed else {}
+        return super().seen_from(scenario, outcome, side) | division
 
     @classmethod
     def published(cls, settings: GameSettings) -> Published:

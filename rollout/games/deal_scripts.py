@@ -9,11 +9,14 @@ no way of acting well is out of reach of a policy that imitates all of them.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache, partial
 from typing import ClassVar
 
-from duologue.rollout.games.deal import Deal, DealGame, dot, less
-from duologue.rollout.games.deal_words import Language, utter
+from duologue.rollout.games.characters import TACTICS
+from duologue.rollout.games.deal import Deal, DealGame, allocations, dot, less, value_vectors
+from duologue.rollout.games.deal_words import Language, understood, utter
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.games.scripted import START, Act, ScriptedDialogue, Side, hold
 from duologue.rollout.games.selection import Vector
@@ -21,6 +24,7 @@ from duologue.rollout.games.selection import Vector
 TEMPERAMENTS = {"open": 0.41, "vague": 0.13, "hard": 0.18, "splitter": 0.15, "hasty": 0.13}
 # What an offer must be worth to be accepted, less one per refusal; open asks for more where it knows more.
 ENOUGH = {"open": 2, "vague": 4, "hard": 8, "splitter": 3, "hasty": 0}
+MOST_WEIGHED = 2000  # possible values of a side that a liar weighs
 CANDOUR = 0.15  # how likely those that are not open act openly at a turn; twice as likely when asked
 
 
@@ -34,6 +38,13 @@ class Negotiator(Side):
     want: int | None = None
     spare: int | None = None
     hinted: bool = False
+    lie: Vector | None = None
+    wanted: list[float] = field(init=False)  # by item type: how much of it the other has asked for
+
+    floor: ClassVar[float] = 0.3
+
+    def __post_init__(self) -> None:
+        self.wanted = [0.5] * len(self.counts)
 
     def decide(self) -> Act:
         if self.last.leave and not self.pending and self.chance(0.6):
@@ -46,6 +57,8 @@ class Negotiator(Side):
         return act
 
     def hear(self, act: Act) -> None:
+        for k, taken in enumerate(act.take or ()):
+            self.wanted[k] += taken / self.counts[k]
         Side.hear(self, act)
         self.want = self.want if act.want is None else act.want
         self.spare = self.spare if act.spare is None else act.spare
@@ -58,9 +71,16 @@ class Negotiator(Side):
             act, self.counts, self.language, self.rng, told=self.theirs is not None, left=self.last.leave
         )
 
+    def understand(self, text: str) -> Act:
+        """Values that nobody can have are garbled ones."""
+        act = understood(text, self.counts, self.language)
+        credible = act.reveal is None or self.credible(act.reveal)
+        return act if credible else replace(act, reveal=None, against=None)
+
     def state(self) -> str:
         """What I take in the end: what was agreed, else what I would like."""
-        return self.game.statement(self.agreed or self._keep_valuable())
+        wished = self.offered or self.counts if self.tactic else self._keep_valuable()
+        return self.game.statement(self.agreed or wished)
 
     def _worth(self, take: Vector) -> int:
         return dot(self.values, take)
@@ -132,6 +152,53 @@ class Negotiator(Side):
         mine = self._favourite()
         return Act(take=tuple(c if k == mine else self.rng.randint(0, c) for k, c in enumerate(self.counts)))
 
+    # ---- what characters go by -----------------------------------------------------------------------------
+
+    def credible(self, values: Vector) -> bool:
+        """Whether a side can have these."""
+        return dot(self.counts, values) == self.game.total
+
+    def possible(self) -> tuple[Vector, ...]:
+        """Values that a side can have."""
+        return possible_values(self.counts, self.game.total)
+
+    def utility(self, take: Vector) -> float:
+        return self._worth(take) / self.game.total
+
+    def proposal(self, least: float) -> Vector:
+        """Of the allocations with that utility one that leaves the other side most: by its values, or by
+        what it has asked for.
+        """
+        weights: Sequence[float] = self.theirs or self.wanted
+        points = least * self.game.total - 1e-9
+        ranked = [
+            (-sum(w * n for w, n in zip(weights, take, strict=True)), worth, take)
+            for worth, take in valued(self.counts, self.values)
+            if worth >= points
+        ]
+        most = max(ranked)[:2]
+        return self.rng.choice([take for *rank, take in ranked if tuple(rank) == most])
+
+    def fairest(self, mine: Vector, theirs: Vector) -> Vector:
+        """The largest joint score, then the largest product; of equals the one that leaves the other more."""
+        deal = Deal(self.counts, (mine, theirs))
+
+        def rank(take: Vector) -> tuple[int, int, int, Vector]:
+            first, second = deal.scores(take)
+            return first + second, first * second, -first, take
+
+        return max(allocations(self.counts), key=rank)
+
+    def claimed(self, lies: bool) -> Vector:
+        """A liar's are those that win it most where each type goes to whom it is worth more; once it has
+        stated some, it stays with them.
+        """
+        if not lies:
+            return self.values
+        if self.lie is None:
+            self.lie = best_lie(self.counts, self.values, self.theirs, self.possible())
+        return self.lie
+
     # ---- allocations ---------------------------------------------------------------------------------------
 
     def _joint_best(self, theirs: Vector) -> Vector:
@@ -177,13 +244,59 @@ class Negotiator(Side):
         return tuple(c - spared.count(k) for k, c in enumerate(self.counts))
 
 
-def scripted_dialogue(
-    game: DealGame, scenario: Scenario, rng: random.Random, kind: type[Negotiator] = Negotiator
-) -> ScriptedDialogue:
-    """Two temperaments hold the negotiation."""
+@lru_cache(1 << 12)
+def valued(counts: Vector, values: Vector) -> tuple[tuple[int, Vector], ...]:
+    """Everything that a side can take, after what it is worth."""
+    return tuple((dot(values, take), take) for take in allocations(counts))
+
+
+@cache
+def possible_values(counts: Vector, total: int) -> tuple[Vector, ...]:
+    """Values of a side with that total; of very many, some."""
+    vectors = value_vectors(counts, total)
+    return vectors[:: 1 + len(vectors) // MOST_WEIGHED]
+
+
+@cache
+def best_lie(counts: Vector, values: Vector, theirs: Vector | None, possible: tuple[Vector, ...]) -> Vector:
+    """The others of the `possible` values for which each type's going to whom it is worth more would give
+    most by the true `values`: given the other side's, else for all that it may have; of equals the nearest
+    to the truth.
+    """
+    others = possible if theirs is None else (theirs,)
+
+    @cache
+    def won(k: int, value: int) -> float:
+        return sum(other[k] < value for other in others) / len(others)
+
+    def rank(lie: Vector) -> tuple[float, int, Vector]:
+        shares = [won(k, value) for k, value in enumerate(lie)]
+        gained = sum(n * v * share for n, v, share in zip(counts, values, shares, strict=True))
+        return gained, -sum(abs(a - b) for a, b in zip(lie, values, strict=True)), lie
+
+    return max((lie for lie in possible if lie != values), key=rank, default=values)
+
+
+def make_side(
+    game: DealGame,
+    scenario: Scenario,
+    role: int,
+    temperament: str,
+    rng: random.Random,
+    kind: type[Negotiator] = Negotiator,
+) -> Negotiator:
+    """A negotiator for a side of the scenario."""
     deal: Deal = scenario.data
+    tactic = TACTICS.get(temperament)
+    return kind(deal.values[role], temperament, rng, tactic=tactic, game=game, counts=deal.counts)
 
-    def side(i: int, temperament: str, draws: random.Random) -> Negotiator:
-        return kind(deal.values[i], temperament, draws, game=game, counts=deal.counts)
 
-    return hold(game, scenario, TEMPERAMENTS, rng, side)
+def scripted_dialogue(
+    game: DealGame,
+    scenario: Scenario,
+    rng: random.Random,
+    kind: type[Negotiator] = Negotiator,
+    mixture: Mapping[str, float] = TEMPERAMENTS,
+) -> ScriptedDialogue:
+    """Two of the mixture hold the negotiation."""
+    return hold(game, scenario, mixture, rng, partial(make_side, game, scenario, kind=kind))

@@ -9,10 +9,13 @@ says who gets it.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 from duologue.rollout.games.deal import ITEMS, less
+from duologue.rollout.games.forms import SIMPLE, Forms, merged, plain
 from duologue.rollout.games.scripted import Act, phrases
 from duologue.rollout.games.selection import CLOSE, Vector
 
@@ -38,6 +41,13 @@ class Language:
 
     def rank(self, value: int) -> str:
         return self.ranks.get(value, str(value))
+
+    def value(self, rank: str) -> int:
+        return (
+            next((value for value, word in self.ranks.items() if word == rank), -1)
+            if self.ranks
+            else int(rank)
+        )
 
 
 def utter(act: Act, counts: Vector, language: Language, rng: random.Random, *, told: bool, left: bool) -> str:
@@ -132,3 +142,107 @@ def _amount(n: int, count: int, item: str, language: Language, exact: bool) -> s
     """`n` of `count` items: "2 hats", or, when it is all of them and not `exact`, "both hats"."""
     whole = "" if exact or n < count else {1: "the", 2: "both"}.get(n, f"all {n}")
     return f"{whole or n} {language.name(item, n)}"
+
+
+# ---- reading -----------------------------------------------------------------------------------------------
+
+WRITTEN = ("also", "reveal", "joint", "offer", "compare", "by_item", "reason", "want", "spare")
+# A kind that can begin like one before it comes after it.
+KINDS = (*WRITTEN, "leave", "bye", "agree", "hurry", "confirm", "refuse", "ask")
+NUMBER = "(?:0|[1-9][0-9]{0,3})"
+
+
+def understood(text: str, counts: Vector, language: Language) -> Act:
+    """The act that an utterance says, as far as it is understood: values and offers only when they are
+    complete, and offers when they divide just what there is.
+    """
+    names = language.items[: len(counts)]
+    parts = []
+    for kind, slots in _forms(
+        names, language.plural, tuple(language.ranks.values()), language.frames
+    ).clauses(plain(text)):
+        if kind in SIMPLE:
+            parts.append(SIMPLE[kind])
+        elif kind in ("reveal", "also"):
+            parts.append(
+                Act(reveal=tuple(language.value(rank.split()[-1]) for rank in slots[0].split(" , ")))
+            )
+        elif kind in ("want", "spare", "reason"):
+            k = names.index(slots[0].removesuffix(language.plural))
+            parts.append(Act(spare=k) if kind == "spare" else Act(want=k, refuse=kind == "reason"))
+        elif kind == "compare":
+            parts.append(_read_compared(slots[0], counts, language))
+        else:
+            take = _read_offer(kind, slots, counts, language)
+            parts += [] if take is None else [Act(take=take, best=kind == "joint")]
+    return merged(parts, text.endswith(CLOSE))
+
+
+@cache
+def _forms(
+    names: tuple[str, ...], plural: str, ranks: tuple[str, ...], frames: tuple[tuple[str, str], ...]
+) -> Forms:
+    rank = "|".join(ranks) if ranks else NUMBER
+    rank = f"(?:{rank})"
+    item = f"(?:{'|'.join(names)})(?:{plural})?"
+    amount = f"(?:the|both|(?:all )?{NUMBER}) {item}"
+    share = f"(?:nothing|{amount}(?: and {amount})*)"
+    halves = f"for me and {NUMBER} for you"
+    part = f"{amount} (?:{halves}|for me|for you)"
+    values = "|".join(
+        " , ".join(f"{article}{name} {'' if k else verb}{rank}" for k, name in enumerate(names))
+        for article, verb in dict.fromkeys(frames)
+    )
+    compared = " , ".join(f"{name} {rank} to {rank} (?:, {NUMBER} {halves}|for me|for you)" for name in names)
+    by_item = " , ".join([part] * len(names))
+    slots = {
+        "reveal": (values,),
+        "also": (values,),
+        "offer": (share, share),
+        "joint": (by_item,),
+        "by_item": (by_item,),
+        "compare": (compared,),
+        **dict.fromkeys(("want", "spare", "reason"), (item,)),
+    }
+    forms = {kind: phrases("deal")[kind] for kind in KINDS}
+    forms["reveal"] = [*forms["reveal"], "{0} ."]  # values alone are the speaker's
+    return Forms(forms, slots)
+
+
+def _read_offer(kind: str, slots: Sequence[str], counts: Vector, language: Language) -> Vector | None:
+    """What the speaker would take, None where the parts do not add up to what there is."""
+    mine, yours = [0] * len(counts), [0] * len(counts)
+    if kind == "offer":
+        for share, words in zip((mine, yours), slots, strict=True):
+            for amount in () if words == "nothing" else words.split(" and "):
+                n, k = _read_amount(amount, language)
+                share[k] += n
+    else:
+        for part in slots[0].split(" , "):
+            amount, _, whose = part.partition(" for ")
+            n, k = _read_amount(amount, language)
+            (mine if whose.startswith("me") else yours)[k] += n
+            if whose.startswith("me and"):
+                yours[k] += int(whose.split()[2])
+    return tuple(mine) if less(counts, tuple(mine)) == tuple(yours) else None
+
+
+def _read_amount(words: str, language: Language) -> tuple[int, int]:
+    """How many items of which type: "all 3 hats"."""
+    *many, item = words.split()
+    n = {"the": 1, "both": 2}.get(many[0]) or int(many[-1])
+    return n, language.items.index(item.removesuffix(language.plural))
+
+
+def _read_compared(words: str, counts: Vector, language: Language) -> Act:
+    """Both values of each type, and who gets it; the values alone where the division does not add up."""
+    rows = re.findall(r"(\w+) (\w+) to (\w+) (?:, (\d+) )?for (me|you)(?: and (\d+) for you)?", words)
+    mine, theirs = (tuple(language.value(row[column]) for row in rows) for column in (1, 2))
+    act = Act(reveal=mine, against=theirs)
+    take = tuple(
+        int(row[3] or (count if row[4] == "me" else 0)) for row, count in zip(rows, counts, strict=True)
+    )
+    left = tuple(
+        int(row[5] or (count if row[4] == "you" else 0)) for row, count in zip(rows, counts, strict=True)
+    )
+    return replace(act, take=take, best=True) if less(counts, take) == left else act

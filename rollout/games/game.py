@@ -108,6 +108,7 @@ class Game(ABC):
     final_prompt: str = ""  # what a side is asked in its own context before its final statement
 
     measures: ClassVar[Mapping[str, Measure]] = {}  # of `summarise`, in the order of tables
+    compared: ClassVar[Mapping[str, Measure]] = {}  # of `seen_from`, in the order of tables
     failures: ClassVar[Mapping[str, str]] = {}  # the kinds of a failed dialogue, in words
     sides: Sequence[str] = ("side 1", "side 2")  # what they are called where no personas speak
     stated: str = "states"  # what a side does with its final statement
@@ -129,6 +130,12 @@ class Game(ABC):
     @abstractmethod
     def summarise(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
         """Means over dialogues, `dialogues` and `agreement` among them."""
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        """The measures of `compared` of one dialogue, as a side sees them. A comparison of players takes the
+        mean of each over the dialogues that have it.
+        """
+        return {}
 
     def final_parts(self, scenario: Scenario) -> list[str]:
         """The texts of a request for the final statement, with the dialogue between them, where it is made

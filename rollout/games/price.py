@@ -7,17 +7,21 @@ none, and there both do best to walk away.
 
 from __future__ import annotations
 
+import math
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from typing import ClassVar
 
+from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.game import Measure, Outcome, Scenario, failure_shares
-from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold, phrases
+from duologue.rollout.games.price_words import understood, utter
+from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold
 from duologue.rollout.games.selection import (
     AGREEMENT,
-    CLOSE,
+    COMPARED,
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
@@ -67,6 +71,13 @@ class PriceGame(SelectionGame):
     name = "price"
     failures = FAILURES
     measures = MEASURES
+    compared = COMPARED | {
+        "efficiency": replace(MEASURES["efficiency"], short="right deals"),
+        "right_walks": replace(MEASURES["right_walks"], short="right walks"),
+        "wrong_deals": replace(MEASURES["wrong_deals"], short="wrong deals"),
+        "share_own": Measure("own share of the surplus", "{:.3f}", "share"),
+        "nash_ratio": replace(NASH_RATIO, short="Nash"),
+    }
     cooperative = "right"  # it leaves nothing ungained
     total = max(GAPS)
     selection_form = f"'price N' with N from 0 to 99, or '{WALK_AWAY}'"
@@ -135,6 +146,23 @@ class PriceGame(SelectionGame):
             **failure_shares(outcomes, FAILURES),
         }
 
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        """As `summarise`: agreement and right deals where there is a zone, right walk-aways elsewhere, wrong
+        deals of all deals, shares and the Nash product of right deals.
+        """
+        haggle: Haggle = scenario.data
+        metrics, zone = outcome.metrics, haggle.zone > 0
+        seen = super().seen_from(scenario, outcome, side)
+        if not zone:
+            del seen["agreement"]
+        seen["efficiency" if zone else "right_walks"] = metrics["right"]
+        if outcome.agreed:
+            seen["wrong_deals"] = metrics["wrong"]
+        if zone and metrics["right"]:
+            seen["share_own"] = metrics["share_buyer" if side == haggle.buyer else "share_seller"]
+            seen["nash_ratio"] = metrics["nash_ratio"]
+        return seen
+
 
 def _failure(finals: tuple[str, str] | None, prices: Sequence[int | None]) -> str | None:
     if finals is None:
@@ -152,9 +180,11 @@ def _mean(values: Sequence[float]) -> float:
 
 # ---- scripted negotiators ----------------------------------------------------------------------------------
 
-TEMPERAMENTS = {"honest": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
-ENOUGH = {"honest": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
+TEMPERAMENTS = {"open": 0.45, "fair": 0.2, "hard": 0.2, "hasty": 0.15}
+ENOUGH = {"open": 3, "fair": 2, "hard": 5}  # what an offer must gain to be accepted, less one per refusal
 LOSS = 4  # that hasty accepts
+SPAN = 10  # what a character would like to gain
+LIE = 3  # by so much a liar's limit is off
 
 
 @dataclass(slots=True)
@@ -162,6 +192,8 @@ class Haggler(Side):
     """One side; its one value is its limit."""
 
     buys: bool = field(kw_only=True)
+
+    floor: ClassVar[float] = 0.1
 
     def gain(self, offer: Vector) -> int:
         return (self.values[0] - offer[0]) * (1 if self.buys else -1)
@@ -173,13 +205,12 @@ class Haggler(Side):
         if self.temperament == "hasty":
             return self.gain(offer) >= -LOSS
         enough = ENOUGH[self.temperament]
-        if self.temperament == "honest" and self.theirs is not None:
+        if self.temperament == "open" and self.theirs is not None:
             enough = self.gain(self.theirs) // 2
         return enough >= 0 and self.gain(offer) >= max(0, enough - self.refusals)
 
     def decide(self) -> Act:
-        hopeless = self.theirs is not None and self.gain(self.theirs) < 0
-        if self.temperament != "hasty" and (hopeless or (self.refusals > 2 and self.chance(0.5))):
+        if self.temperament != "hasty" and (self.hopeless or (self.refusals > 2 and self.chance(0.5))):
             return Act(leave=True, close=True)
         act: Act = getattr(self, f"_{self.temperament}")()
         return act
@@ -193,7 +224,7 @@ class Haggler(Side):
         """The price that gains so much."""
         return (max(1, self.values[0] + (-gained if self.buys else gained)),)
 
-    def _honest(self) -> Act:
+    def _open(self) -> Act:
         """States its limit and asks for the other's, then names the middle of both."""
         if not self.revealed and (self.theirs is None or self.chance(0.3)):
             return Act(reveal=self.values, refuse=self.pending, ask=self.theirs is None and self.chance(0.6))
@@ -228,32 +259,47 @@ class Haggler(Side):
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=self.pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
-        words, of_price = phrases("deal"), phrases("price")
-        side = "buyer" if self.buys else "seller"
-        price, theirs = (vector[0] if vector else 0 for vector in (act.take, act.against))
-        bid = of_price["middle" if act.best else f"{side}_bid"]
-        parts = (
-            (act.accept, words["agree"]),
-            (act.confirm, words["confirm"]),
-            (act.refuse, of_price[f"{side}_refuse"]),
-            (act.reveal and not act.against, of_price[f"{side}_limit"]),
-            (act.take, of_price["compare"] if act.against else bid),
-            (act.ask, of_price["ask"]),
-            (act.leave, words["leave"]),
-            (act == Act(close=True), words["hurry"]),
-        )
-        said = [
-            self.rng.choice(forms).format(price, theirs, self.values[0]) for wanted, forms in parts if wanted
-        ]
-        return " ".join([*said, CLOSE] if act.close else said)
+        return utter(act, self.buys, self.rng)
+
+    def understand(self, text: str) -> Act:
+        return understood(text, not self.buys)
+
+    # ---- what characters go by -----------------------------------------------------------------------------
+
+    @property
+    def hopeless(self) -> bool:
+        return self.theirs is not None and self.gain(self.theirs) < 0
+
+    def utility(self, take: Vector) -> float:
+        """1 at a gain of `SPAN`."""
+        return self.gain(take) / SPAN
+
+    def proposal(self, least: float) -> Vector:
+        return self._at(max(0, math.ceil(least * SPAN - 1e-9)))
+
+    def fairest(self, mine: Vector, theirs: Vector) -> Vector:
+        """The middle."""
+        return ((mine[0] + theirs[0] + self.buys) // 2,)
+
+    def claimed(self, lies: bool) -> Vector:
+        return self._at(LIE) if lies else self.values
 
 
-def scripted_dialogue(game: PriceGame, scenario: Scenario, rng: random.Random) -> ScriptedDialogue:
-    """Two temperaments hold the negotiation."""
+def make_side(
+    game: PriceGame, scenario: Scenario, role: int, temperament: str, rng: random.Random
+) -> Haggler:
+    """A negotiator for a side of the scenario."""
     haggle: Haggle = scenario.data
+    buys = role == haggle.buyer
+    limit = (haggle.most if buys else haggle.least,)
+    return Haggler(limit, temperament, rng, tactic=TACTICS.get(temperament), buys=buys)
 
-    def side(i: int, temperament: str, draws: random.Random) -> Haggler:
-        buys = i == haggle.buyer
-        return Haggler((haggle.most if buys else haggle.least,), temperament, draws, buys=buys)
 
-    return hold(game, scenario, TEMPERAMENTS, rng, side)
+def scripted_dialogue(
+    game: PriceGame,
+    scenario: Scenario,
+    rng: random.Random,
+    mixture: Mapping[str, float] = TEMPERAMENTS,
+) -> ScriptedDialogue:
+    """Two of the mixture hold the negotiation."""
+    return hold(game, scenario, mixture, rng, partial(make_side, game, scenario))

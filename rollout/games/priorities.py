@@ -12,7 +12,7 @@ import itertools
 from dataclasses import replace
 from functools import cached_property
 
-from duologue.rollout.games.deal import FAILURES, Deal, DealGame
+from duologue.rollout.games.deal import FAILURES, Deal, DealGame, allocations
 from duologue.rollout.games.deal_scripts import ENOUGH, Negotiator
 from duologue.rollout.games.deal_words import Language
 from duologue.rollout.games.game import Outcome, Scenario
@@ -100,10 +100,22 @@ class Camper(Negotiator):
         return super().state() if self.agreed or self.temperament == "hasty" else WALK_AWAY
 
     def _joint_best(self, theirs: Vector) -> Vector:
-        """Of equals the one that is better for the other side, as a courtesy."""
+        return self.fairest(self.values, theirs)
+
+    def fairest(self, mine: Vector, theirs: Vector) -> Vector:
+        """The largest product, then the largest joint score; of equals the one that is better for the other
+        side, as a courtesy.
+        """
+        deal = Deal(self.counts, (mine, theirs))
 
         def rank(take: Vector) -> tuple[int, int, int, Vector]:
-            mine, joint = self._worth(take), self._joint(take, theirs)
-            return mine * (joint - mine), joint, -mine, take
+            first, second = deal.scores(take)
+            return first * second, first + second, -first, take
 
-        return max(Deal(self.counts, (self.values, theirs)).allocations(), key=rank)
+        return max(allocations(self.counts), key=rank)
+
+    def credible(self, values: Vector) -> bool:
+        return values in self.possible()
+
+    def possible(self) -> tuple[Vector, ...]:
+        return tuple(itertools.permutations(RANKS))

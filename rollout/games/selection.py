@@ -3,6 +3,8 @@
 A talk ends with `CLOSE`; in games that allow it a side can state `WALK_AWAY` instead, which one alone can do.
 """
 
+# ruff: noqa: RUF009 - Shares cannot be changed
+
 from __future__ import annotations
 
 import random
@@ -12,12 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from duologue.model.settings import setting
+from duologue.model.settings import Shares, setting
 from duologue.rollout.games.game import Game, GameSettings, Measure, Outcome, Scenario
 
 CLOSE = "<selection>"
 WALK_AWAY = "walk away"
-OBJECTIVES = ("cooperative", "nash", "selfish")
+JOINT, OWN, NASH = "joint", "own", "nash"  # terms of a reward
+OBJECTIVES = {"cooperative": Shares({JOINT: 1}), "nash": Shares({NASH: 1}), "selfish": Shares({OWN: 1})}
+MIXED, UNMIXED = "mixed", Shares()
 HELDOUT_SHARE = 0.2
 UNCLEAR = ("malformed", "out_of_range")  # of a selection on its own
 NO_CLOSE = {"no_close": "the talk ended without a close"}
@@ -25,15 +29,40 @@ MALFORMED = {"malformed": "a selection could not be read"}
 WALKED_AWAY = {"walk_away": "walked away"}
 AGREEMENT = Measure("agreement", "{:.1%}", "agreed")
 NASH_RATIO = Measure("Nash product / best", "{:.3f}")
+COMPARED = {
+    "agreement": AGREEMENT,
+    "own": Measure("own score", "{:.2f}", "own"),
+    "partner": Measure("partner's score", "{:.2f}", "partner"),
+    "lead": Measure("own less partner's", "{:.2f}"),
+}
 
 Vector = tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionSettings(GameSettings):
-    """Of a game that has rules: what both sides are to maximise."""
+    """Of a game that has rules: what both sides are to maximise. Terms of a reward: "joint", for both sides
+    the joint score / the best (in price 1 for what is right); "own", a side's own points / the total, without
+    a deal its walk-away value; "nash", for both the product of their scores / the best. cooperative is joint
+    alone, selfish own, nash nash.
+    """
 
-    objective: str = setting("cooperative", "what a side's reward is made of", one_of=OBJECTIVES)
+    objective: str = setting("cooperative", "what a side's reward is made of", one_of=(*OBJECTIVES, MIXED))
+    weights: Shares = setting(
+        UNMIXED,
+        "of the terms with 'mixed', e.g. {joint = 0.5, own = 0.25, nash = 0.25}",
+        one_of=(JOINT, OWN, NASH),
+    )
+
+    @property
+    def terms(self) -> dict[str, float]:
+        """The weights of a reward's terms, which add up to 1."""
+        return OBJECTIVES.get(self.objective, self.weights).parts
+
+    def rules(self) -> None:
+        if (self.objective == MIXED) != bool(self.weights):
+            accepted = "a table of weights with game.objective = 'mixed', {} with another"
+            raise ValueError(f"game.weights = {self.weights}: accepted is {accepted}")
 
 
 class SelectionGame(Game):
@@ -45,6 +74,7 @@ class SelectionGame(Game):
     final_prompt = "selection ?"  # what both sides are asked once the talk is closed
     final_form = "policy states> {}"
     stated = "selects"
+    compared = COMPARED
     cooperative: ClassVar[str]  # the measure of an outcome that is the reward under that objective
     total: int  # the most points of a side
     walk_away: float = 0.0  # points of a side without a deal
@@ -66,15 +96,22 @@ class SelectionGame(Game):
         return self.scenario(rng.choice(self.splits[split]), split)
 
     def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
-        """`cooperative` and `nash`: the game's measure of that, for both sides, 0 where it has none.
-        `selfish`: own points / total; no deal leaves the walk-away value, more than a bad deal.
+        """For each side the weighted sum of the terms of its objective: measures of the outcome for both, 0
+        where it has none, and its own points / total; no deal leaves the walk-away value, more than a bad
+        deal.
         """
-        if self.settings.objective == "selfish":
-            points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
-            return points[0] / self.total, points[1] / self.total
-        key = self.cooperative if self.settings.objective == "cooperative" else "nash_ratio"
-        value = outcome.metrics.get(key, 0.0)
-        return value, value
+        points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
+        joint, nash = (outcome.metrics.get(key, 0.0) for key in (self.cooperative, "nash_ratio"))
+        sides = [{JOINT: joint, OWN: own / self.total, NASH: nash} for own in points]
+        first, second = (
+            sum(weight * side[term] for term, weight in self.settings.terms.items()) for side in sides
+        )
+        return first, second
+
+    def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
+        """Agreement, and the points of both sides, those of a failed deal among them."""
+        own, partner = outcome.scores[side], outcome.scores[1 - side]
+        return {"agreement": float(outcome.agreed), "own": own, "partner": partner, "lead": own - partner}
 
     def closes(self, text: str) -> bool:
         """Whether this utterance ends the talk, after which both sides state their selection."""

@@ -5,6 +5,7 @@ engine batches what is in flight.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
@@ -15,6 +16,7 @@ from duologue.rollout.judge.judge import Judge
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Group
+from duologue.rollout.selfplay.partners import ScriptedSpeaker
 from duologue.rollout.selfplay.protocols import PROTOCOLS
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Opponent, Speak, Speaker, Speakers, prefill
@@ -38,7 +40,10 @@ class Arena:
     ) -> None:
         self.tokenizer, self.game, self.rules, self.judge = tokenizer, game, rules, judge
         self.contexts = Contexts(tokenizer, game, rules)
-        self.speakers = Speakers(EngineSpeaker(policy) if isinstance(policy, Engine) else policy)
+        self.speakers = Speakers(
+            EngineSpeaker(policy) if isinstance(policy, Engine) else policy,
+            partial(ScriptedSpeaker, game, tokenizer, rules.max_rounds),
+        )
         self._waiting: dict[Speak | Question, Talk] = {}
 
     @property
@@ -56,13 +61,14 @@ class Arena:
         opponents: Sequence[Opponent | None] | None = None,
         step: int = 0,
         first_group: int = 0,
+        openers: Sequence[int] | None = None,
     ) -> list[Group]:
         """One group of `group_size` dialogues per scenario, with an opponent on one side where `opponents`
         has one for the group.
 
-        One first speaker per group. All draws follow from `seed` and the group's number, which counts from
-        `first_group`; `step` counts for alternating first speakers. RuntimeError as soon as too many
-        dialogues are unscored.
+        One first speaker per group, of `openers` or by the rules. All draws follow from `seed` and the
+        group's number, which counts from `first_group`; `step` counts for alternating first speakers.
+        RuntimeError as soon as too many dialogues are unscored.
         """
         opponents = opponents or [None] * len(scenarios)
         opened = [self._open(s, opponent) for s, opponent in zip(scenarios, opponents, strict=True)]
@@ -70,7 +76,7 @@ class Arena:
         talks: list[Talk] = []
         for n, (scenario, opponent) in enumerate(zip(scenarios, opponents, strict=True)):
             number = first_group + n
-            first = self.rules.opener(seed, number, step)
+            first = self.rules.opener(seed, number, step) if openers is None else openers[n]
             talks += [
                 Talk(
                     self.contexts,
@@ -114,14 +120,14 @@ class Arena:
         for talk in talks:
             talk.protocol = protocol(talk)
             self._go_on(talk)
-        unanswered = unscored = 0
+        outside, unanswered, unscored = self._from_outside(talks), 0, 0
         while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
                 if completion is None:
                     unanswered += 1
                     assert self.speakers.outside is not None
-                    check_share(self.speakers.outside, unanswered, len(talks))
+                    check_share(self.speakers.outside, unanswered, outside)
             if self.judge is None:
                 continue
             for question, answer in self.judge.answered(wait=not self.speakers.busy):
@@ -129,6 +135,11 @@ class Arena:
                 if answer is None:
                     unscored += 1
                     check_share(self.judge, unscored, len(talks))
+
+    def _from_outside(self, talks: Sequence[Talk]) -> int:
+        """How many of them are with somebody who may fail to answer."""
+        guests = [self.speakers.of(t.opponent, t.opponent.role) for t in talks if t.opponent is not None]
+        return sum(guest is self.speakers.outside for guest in guests)
 
     def _answered(self, request: Speak | Question, answer: Any) -> None:
         talk = self._waiting.pop(request)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
+from duologue.rollout.games.game import Scenario
 from duologue.rollout.judge.asking import Asking
 from duologue.rollout.judge.endpoint import ChatEndpoint
 from duologue.rollout.judge.ledger import Ledger
@@ -27,14 +28,15 @@ LEFT = "left"  # finish_reason of a person who ends a talk without a word
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Opponent:
-    """Has the side `role` in place of the policy: `adapter` of `engine`, or without one whoever speaks from
-    outside.
+    """Has the side `role` in place of the policy: `adapter` of `engine`, a scripted `character`, or without
+    both whoever speaks from outside.
     """
 
     role: int
     name: str
     engine: Engine | None = None
     adapter: int = 0
+    character: str = ""  # of a scripted negotiator (catalogue.py) that speaks
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
@@ -51,6 +53,8 @@ class Speak:
     params: SamplingParams
     told: str  # what the side was told, and what of the talk it heard, as text
     heard: Sequence[Turn]
+    scenario: Scenario
+    said: Sequence[Turn]  # all turns so far, heard or not
     question: str = ""
 
 
@@ -141,22 +145,28 @@ class Server(Asking, Speaker):
 
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
         answers = self.answers(0.02 if wait else 0.0)
-        return [(turn, None if text is None else self._completion(turn, text)) for turn, text in answers]
+        return [
+            (turn, text if text is None else completion_of(self._tokenizer, text, turn.params.max_new_tokens))
+            for turn, text in answers
+        ]
 
-    def _completion(self, turn: Speak, text: str) -> Completion:
-        """As a reply of the policy would be: it ends with the stop token, unless it is cut at the limit of
-        a turn.
-        """
-        ids, limit = self._tokenizer.encode(text.strip()), turn.params.max_new_tokens
-        end = self._tokenizer.turn_chat.end_token_id
-        return Completion(token_ids=[*ids, end] if len(ids) < limit else ids[:limit])
+
+def completion_of(tokenizer: Tokenizer, text: str, limit: int) -> Completion:
+    """Words from outside as a reply of the policy would be, tokenised once, here: it ends with the stop
+    token, unless it is cut at the limit of a turn.
+    """
+    ids, end = tokenizer.encode(text.strip()), tokenizer.turn_chat.end_token_id
+    return Completion(token_ids=[*ids, end] if len(ids) < limit else ids[:limit])
 
 
 class Speakers:
     """Finds who has a side, and lets all who were asked go on."""
 
-    def __init__(self, policy: Speaker) -> None:
+    def __init__(self, policy: Speaker, scripted: Callable[[str], Speaker]) -> None:
+        """`scripted` makes the speaker of a character."""
         self.policy = policy
+        self._make_scripted = scripted
+        self._scripted: dict[str, Speaker] = {}
         self.outside: Speaker | None = None
         self._engines: dict[Engine, EngineSpeaker] = {}
         if isinstance(policy, EngineSpeaker):
@@ -165,6 +175,10 @@ class Speakers:
     def of(self, opponent: Opponent | None, role: int) -> Speaker:
         if opponent is None or opponent.role != role:
             return self.policy
+        if opponent.character:
+            if opponent.character not in self._scripted:
+                self._scripted[opponent.character] = self._make_scripted(opponent.character)
+            return self._scripted[opponent.character]
         if opponent.engine is not None:
             return self._engines.setdefault(opponent.engine, EngineSpeaker(opponent.engine))
         assert self.outside is not None
@@ -192,7 +206,7 @@ class Speakers:
         return answers
 
     def _all(self) -> Iterator[Speaker]:
-        yield from dict.fromkeys([self.policy, *self._engines.values()])
+        yield from dict.fromkeys([self.policy, *self._engines.values(), *self._scripted.values()])
         if self.outside is not None:
             yield self.outside
 

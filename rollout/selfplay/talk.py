@@ -122,6 +122,8 @@ class Talk:
             params=self.rules.sampling(kind, seed, self._contexts.chat.stop_token_ids),
             told=self.scenario.shared_text + self.scenario.private_text[role],
             heard=heard,
+            scenario=self.scenario,
+            said=self.turns[:],
             question=question,
         )
 
