@@ -167,8 +167,7 @@ def _judge_rules(c: Config) -> Iterator[Rule]:
 
 def _mix_rules(c: Config) -> Iterator[Rule]:
     o = c.opponent
-    shares = "a table of shares with opponent.kind = 'mix', {} with another"
-    yield "opponent.mix", shares, (o.kind == "mix") == bool(o.mix)
+    yield "opponent.mix", "a table of shares with opponent.kind = 'mix'", o.kind != "mix" or bool(o.mix)
     where = "opponent.mix" if o.kind == "mix" else "opponent.kind"
     scripted = [name.partition(":")[2] for name in o.parts if name.startswith(SCRIPTED)]
     nobody = "nobody scripted where the game has no characters"

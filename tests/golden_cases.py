@@ -402,7 +402,11 @@ def _words(text: str) -> list[str]:
     return text.split()
 
 
-TRAIN = _words("""
+# The recipe as it was when the records were made.
+RECORDED = _words("""
+    opponent.kind=self game.objective=cooperative imitation.characters=[] imitation.final_weight=1
+""")
+TRAIN = RECORDED + _words("""
     model.hidden_size=32 model.intermediate_size=48 model.num_layers=2 model.num_heads=2
     model.num_kv_heads=1 model.head_dim=16 model.vocab_size=300 model.max_position=400 imitation.steps=3
     imitation.dialogues=100 imitation.dialogues_per_step=6 train.steps=3 train.save_every=2 train.kl_every=2
@@ -411,14 +415,14 @@ TRAIN = _words("""
     dialogue.max_tokens_final=8 eval.dialogues=6 eval.partners=[] rollout.cache_tokens=4096
 """)
 # From a checkpoint that makes a deal now and then, so that rewards differ.
-ONWARD = _words("""
+ONWARD = RECORDED + _words("""
     imitation.steps=0 train.steps=2 train.kl_every=0 train.tokens_per_microbatch=2000 grpo.group_size=8
     grpo.groups_per_step=5 grpo.advantage=mean dialogue.temperature=0.6 dialogue.max_rounds=4
     dialogue.max_tokens_per_turn=28 dialogue.max_tokens_final=12 eval.dialogues=2 eval.partners=[]
     rollout.cache_tokens=16384
 """)
 # As small as it can be, with all that a checkpoint keeps: moments, ratings, a running baseline.
-STOPPED = _words("""
+STOPPED = RECORDED + _words("""
     model.hidden_size=8 model.intermediate_size=16 model.num_layers=1 model.num_heads=1 model.num_kv_heads=1
     model.head_dim=8 model.vocab_size=290 model.max_position=900 imitation.steps=2 imitation.dialogues=60
     imitation.dialogues_per_step=4 train.steps=4 train.save_every=2 train.keep_checkpoints=1

@@ -19,11 +19,11 @@ from duologue.grpo.commands import doctor
 from duologue.grpo.config import load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.run_dir import read_lines
-from tiny import TINY
+from tiny import TINY_DEAL
 
 
 def train(path: Path, *more: str) -> list[str]:
-    return ["train", "deal", *TINY, "--run-dir", str(path), *more]
+    return ["train", "deal", *TINY_DEAL, "--run-dir", str(path), *more]
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,9 @@ def test_eval_measures_a_checkpoint_as_training_did(run: Path, tmp_path: Path) -
     """The same seed, scenarios and draws: the numbers of the summary, to the last bit."""
     checkpoint = run / "checkpoints" / "step_000004"
     assert (
-        main(["eval", str(checkpoint), "--recipe", "deal", *TINY, "--json", str(tmp_path / "all.json")]) == 0
+        main(["eval", str(checkpoint), "--recipe", "deal", *TINY_DEAL, "--json", str(tmp_path / "all.json")])
+        == 0
+        == 0
     )
     found = json.loads((tmp_path / "all.json").read_text())
     trained = json.loads((run / "summary.json").read_text())["trained"]
@@ -241,7 +243,7 @@ def test_eval_measures_a_checkpoint_as_training_did(run: Path, tmp_path: Path) -
         0,
     )
     more = ["--dialogues", "7", "--greedy", "--json", str(tmp_path / "greedy.json")]
-    assert main(["eval", str(checkpoint), "--recipe", "deal", *TINY, *more]) == 0
+    assert main(["eval", str(checkpoint), "--recipe", "deal", *TINY_DEAL, *more]) == 0
     greedy = json.loads((tmp_path / "greedy.json").read_text())
     assert (greedy["dialogues"], greedy["temperature"]) == (7, 0.0)
 

@@ -28,9 +28,9 @@ from judge_server import JudgeServer, serving
 from test_collective import DILEMMAS, PAIRS, SMALL, TASKS
 from test_faults_judge import outcome
 from test_faults_runs import contents, said
-from tiny import TINY, lines
+from tiny import TINY_DEAL, lines
 
-DEAL = [*TINY, "imitation.steps=1", "grpo.groups_per_step=1", "eval.dialogues=1"]
+DEAL = [*TINY_DEAL, "imitation.steps=1", "grpo.groups_per_step=1", "eval.dialogues=1"]
 LONGER = ["--resume", "train.steps=3"]
 
 

@@ -21,7 +21,7 @@ from duologue.grpo.update import UpdateStats
 from duologue.rollout.games.template import load_template
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from tiny import TINY
+from tiny import TINY_DEAL
 
 
 def older(run: Path) -> Path:
@@ -32,7 +32,7 @@ def older(run: Path) -> Path:
 
 
 def train(path: Path, *more: str) -> int:
-    return main(["train", "deal", "--run-dir", str(path), *TINY, "imitation.steps=1", *more])
+    return main(["train", "deal", "--run-dir", str(path), *TINY_DEAL, "imitation.steps=1", *more])
 
 
 @pytest.fixture(scope="module")
@@ -447,10 +447,10 @@ def test_weights_that_are_not_finite_end_the_command(
     broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     capsys.readouterr()
-    evaluation = ["eval", str(broken), "--recipe", "deal", *TINY]
-    training = ["train", "deal", "--run-dir", str(tmp_path / "new"), *TINY, "--model", str(broken)]
+    evaluation = ["eval", str(broken), "--recipe", "deal", *TINY_DEAL]
+    training = ["train", "deal", "--run-dir", str(tmp_path / "new"), *TINY_DEAL, "--model", str(broken)]
     old = ["--run-dir", str(broken.parent.parent), "--resume", "imitation.steps=1"]
-    going_on = ["train", "deal", *TINY, *old]
+    going_on = ["train", "deal", *TINY_DEAL, *old]
     for command in (evaluation, training, [*training, "imitation.steps=0"], [*going_on, "train.steps=3"]):
         shutil.rmtree(tmp_path / "new", ignore_errors=True)
         assert main(command) in (1, 2)
@@ -484,7 +484,7 @@ def test_measures_of_an_evaluation_are_json(
     monkeypatch.setattr(players, "evaluate", evaluate)
     file = tmp_path / "measures.json"
     checkpoint = str(run / "checkpoints" / "step_000003")
-    assert main(["eval", checkpoint, "--recipe", "deal", *TINY, "--json", str(file)]) == 0
+    assert main(["eval", checkpoint, "--recipe", "deal", *TINY_DEAL, "--json", str(file)]) == 0
     assert "NaN" not in file.read_text("utf-8")
     assert json.loads(file.read_text("utf-8"))["odd"] is None
 

@@ -26,10 +26,10 @@ from duologue.rollout.judge.ledger import Ledger
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_faults_files import CASES, VALUES, damaged_bytes, damaged_json
-from tiny import TINY
+from tiny import TINY_DEAL
 
 RUN = [
-    *TINY,
+    *TINY_DEAL,
     "imitation.steps=1",
     "imitation.dialogues=20",
     "grpo.groups_per_step=1",

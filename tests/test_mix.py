@@ -423,8 +423,7 @@ def test_the_nash_term_prefers_an_even_price() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["opponent.kind=mix"], r"opponent\.mix = \{\}: accepted is a table of shares"),
-        (["opponent.mix={self = 1}"], r"opponent\.mix = \{self = 1\.0\}: accepted is .* \{\} with another"),
+        (["opponent.kind=mix", "opponent.mix={}"], r"opponent\.mix = \{\}: accepted is a table of shares"),
         (
             ["opponent.kind=mix", "opponent.mix={selfs = 1}"],
             r"opponent\.mix = \"selfs\": accepted is a table of shares of 'self'",

@@ -32,7 +32,7 @@ from duologue.rollout.seeds import derive_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
-from test_cli import TINY
+from test_cli import TINY_DEAL
 from test_collective import PAIRS, TASKS, checkpoint_dir
 
 __all__ = ["checkpoint_dir"]
@@ -47,7 +47,7 @@ Said = Callable[..., str]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("runs") / "tiny"
-    assert main(["train", "deal", *TINY, "train.steps=1", "--run-dir", str(path)]) == 0
+    assert main(["train", "deal", *TINY_DEAL, "train.steps=1", "--run-dir", str(path)]) == 0
     return next((path / "checkpoints").glob("step_*"))
 
 

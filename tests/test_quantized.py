@@ -19,7 +19,7 @@ from duologue.model.quantized import QuantizedLinear, quantize
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
-from tiny import TINY, decoder
+from tiny import TINY_DEAL, decoder
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is optional")
 needs_cpp = pytest.mark.skipif(
@@ -114,7 +114,7 @@ def test_a_run_trains_saves_and_resumes_on_packed_weights(
 ) -> None:
     base = tmp_path / "base"
     save_model(make_model(), tiny_tokenizer, base)
-    tiny = [word for word in TINY if not word.startswith(("model.", "imitation.", "train.steps"))]
+    tiny = [word for word in TINY_DEAL if not word.startswith(("model.", "imitation.", "train.steps"))]
     command = ["train", "deal", "--model", str(base), *tiny, "imitation.steps=0", "grpo.imitation_coef=0"]
     command += ["lora.rank=2", "lora.quantize=nf4"]
     run = tmp_path / "run"
@@ -124,5 +124,5 @@ def test_a_run_trains_saves_and_resumes_on_packed_weights(
     assert [row["mismatch"] for row in rows if row["stage"] == "selfplay"] == [0.0, 0.0]
     assert main(["export", str(run), str(tmp_path / "out"), "--merge"]) == 0
     assert type(load_model(tmp_path / "out")[0]) is Decoder
-    assert main(["train", "deal", *TINY, "lora.quantize=nf4", "--run-dir", str(tmp_path / "no")]) == 2
+    assert main(["train", "deal", *TINY_DEAL, "lora.quantize=nf4", "--run-dir", str(tmp_path / "no")]) == 2
     assert "accepted is '' with lora.rank = 0" in capsys.readouterr().err

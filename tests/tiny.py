@@ -26,6 +26,12 @@ MODEL = [
     "model.max_position=400",
     "rollout.cache_tokens=4096",
 ]
+ALONE = [  # of the recipe deal: the policy with itself, after the game's own mixture of scripts
+    "opponent.kind=self",
+    "game.objective=cooperative",
+    "imitation.characters=[]",
+    "imitation.final_weight=1",
+]
 TINY = [  # of a command that only has to run
     *MODEL,
     "model.num_layers=1",
@@ -42,8 +48,10 @@ TINY = [  # of a command that only has to run
     "eval.dialogues=4",
     "eval.partners=[]",
 ]
+TINY_DEAL = [*TINY, *ALONE]
 RUN = [  # of a run of eight steps, with all that a run can have
     *MODEL,
+    *ALONE,
     "model.num_layers=2",
     "imitation.steps=4",
     "imitation.dialogues=200",

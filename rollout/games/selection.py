@@ -50,7 +50,7 @@ class SelectionSettings(GameSettings):
     objective: str = setting("cooperative", "what a side's reward is made of", one_of=(*OBJECTIVES, MIXED))
     weights: Shares = setting(
         UNMIXED,
-        "of the terms with 'mixed', e.g. {joint = 0.5, own = 0.25, nash = 0.25}",
+        "of the terms, with objective 'mixed' alone, e.g. {joint = 0.5, own = 0.25, nash = 0.25}",
         one_of=(JOINT, OWN, NASH),
     )
 
@@ -60,8 +60,8 @@ class SelectionSettings(GameSettings):
         return OBJECTIVES.get(self.objective, self.weights).parts
 
     def rules(self) -> None:
-        if (self.objective == MIXED) != bool(self.weights):
-            accepted = "a table of weights with game.objective = 'mixed', {} with another"
+        if self.objective == MIXED and not self.weights:
+            accepted = "a table of weights with game.objective = 'mixed'"
             raise ValueError(f"game.weights = {self.weights}: accepted is {accepted}")
 
 
