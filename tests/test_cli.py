@@ -231,7 +231,6 @@ def test_eval_measures_a_checkpoint_as_training_did(run: Path, tmp_path: Path) -
     assert (
         main(["eval", str(checkpoint), "--recipe", "deal", *TINY_DEAL, "--json", str(tmp_path / "all.json")])
         == 0
-        == 0
     )
     found = json.loads((tmp_path / "all.json").read_text())
     trained = json.loads((run / "summary.json").read_text())["trained"]
