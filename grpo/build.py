@@ -16,9 +16,10 @@ from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
-from duologue.rollout.games.catalogue import GAMES, corpus
+from duologue.rollout.games.catalogue import corpus, kind_of
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.games.text_game import TextGame
 from duologue.rollout.judge.asking import Backend
 from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
@@ -27,14 +28,16 @@ from duologue.rollout.judge.model import ModelJudge
 from duologue.rollout.judge.questions import REQUIRED, load_prompt
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena
+from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
 MEMORY = Path(":memory:")  # in place of a ledger's file
+FIRST_TEXTS = 500  # games
 
 
 def build_game(config: Config) -> Game:
-    return GAMES[config.game.name](config.game)
+    return kind_of(config.game)(config.game)
 
 
 def build_judge(
@@ -121,8 +124,18 @@ def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
     """The scripted dialogues that imitation learns from; empty when nothing imitates."""
     if not (config.imitation.steps or config.grpo.imitation_coef):
         return []
+    if isinstance(game, TextGame) and not game.has_script:
+        needed = f"0, for {config.game.name} has no script() to imitate"
+        raise ValueError(f"imitation.steps or grpo.imitation_coef: accepted is {needed}")
     i, seed = config.imitation, derive_seed(config.train.seed, "corpus")
     return corpus(game, i.dialogues, seed, i.characters)
+
+
+def first_texts(config: Config, game: Game) -> list[ScriptedDialogue]:
+    """What a tokenizer can be learned from where nobody imitates: a game of a user, played by chance."""
+    if config.model.path or not isinstance(game, TextGame):
+        return []
+    return corpus(game, FIRST_TEXTS, derive_seed(config.train.seed, "corpus"))
 
 
 def build_engine(
@@ -150,7 +163,7 @@ def build_arena(
     """An arena on `engine`; `temperature` replaces that of training, and a final is then always written."""
     rules = config.dialogue if temperature is None else measuring_rules(config, temperature)
     arena = Arena(engine, tokenizer, game, rules, judge)
-    check_context(engine, rules, arena.contexts.longest())
+    check_context(engine, arena.contexts)
     return arena
 
 
@@ -161,16 +174,19 @@ def measuring_rules(config: Config, temperature: float) -> Rules:
     return dataclasses.replace(rules, temperature=temperature, final_temperature=final, always_final=True)
 
 
-def check_context(engine: Engine, rules: Rules, longest: int) -> None:
-    """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool."""
+def check_context(engine: Engine, contexts: Contexts) -> None:
+    """Raise ValueError when the longest dialogue could exceed the model's context or the KV pool; of a game
+    that tells the sides, its first turn.
+    """
+    rules, longest = contexts.rules, contexts.longest()
+    talk = "a first turn" if contexts.game.observed else f"a dialogue of {rules.max_rounds} rounds"
     limits = (
         ("model.max_position", engine.model.config.max_position_embeddings),
         ("rollout.cache_tokens", engine.pool.n_pages * engine.pool.page_size),
     )
     for key, limit in limits:
         if longest > limit:
-            longest_talk = f"{rules.max_rounds} rounds of {rules.max_tokens_per_turn} tokens per turn"
             raise ValueError(
-                f"{key} = {limit} is below the {longest} tokens that a dialogue of {longest_talk} can take; "
-                "raise it or lower dialogue.max_rounds or max_tokens_per_turn"
+                f"{key} = {limit} is below the {longest} tokens that {talk} of {rules.max_tokens_per_turn} "
+                "tokens per turn can take; raise it or lower dialogue.max_rounds or max_tokens_per_turn"
             )

@@ -71,12 +71,12 @@ def split_overrides(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     overrides: list[str] = []
     words = iter(argv)
     for word in words:
-        if re.fullmatch(r"--\w+\.\w+", word):
+        if re.fullmatch(r"--\w+(\.\w+)+", word):
             value = next(words, None)
             if value is None:
                 raise ValueError(f"{word} lacks a value")
             overrides.append(f"{word[2:]}={value}")
-        elif re.match(r"--\w+\.\w+=|[\w.]+=", word):
+        elif re.match(r"--\w+(\.\w+)+=|[\w.]+=", word):
             overrides.append(word.removeprefix("--"))
         else:
             rest.append(word)
@@ -168,10 +168,10 @@ def _train(options: argparse.Namespace) -> int:
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
-    from duologue.rollout.games.catalogue import GAMES
+    from duologue.rollout.games.catalogue import kind_of
 
     run = _open_run(options, config)
-    progress = Progress(measures=GAMES[config.game.name].measures)
+    progress = Progress(measures=kind_of(config.game).measures)
     if run is None:
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
@@ -228,13 +228,16 @@ def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
 
 def _show_results(path: Path, config: Config, progress: Progress) -> int:
     from duologue.grpo.commands.players import conditions, partners_table
-    from duologue.rollout.games.catalogue import GAMES
+    from duologue.rollout.games.catalogue import kind_of
 
+    kind = kind_of(config.game)
     summary = json.loads((path / "summary.json").read_text("utf-8"))
     columns = {"warm start": summary["warm_start"], "trained": summary["trained"]}
-    progress.results({name: column for name, column in columns.items() if column}, conditions(config))
+    columns = {name: column for name, column in columns.items() if column}
+    progress.measures = kind.measures_among(dict.fromkeys(key for c in columns.values() for key in c))
+    progress.results(columns, conditions(config))
     if "partners" in summary:
-        progress.console.print(partners_table(summary["partners"], GAMES[config.game.name].compared))
+        progress.console.print(partners_table(summary["partners"], kind.compared))
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 

@@ -33,15 +33,15 @@ from duologue.grpo.sections import (
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
-from duologue.rollout.games.catalogue import GAMES, SCRIPTS, characters, partners
+from duologue.rollout.games.catalogue import ACCEPTED, GAMES, SCRIPTS, characters, game_kind, partners
 from duologue.rollout.games.deal import DealSettings
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import GameSettings
+from duologue.rollout.games.text_game import TextGameSettings
 from duologue.rollout.games.texts import read_text
 from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
-GAME = f"one of {', '.join(map(repr, GAMES))}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +122,10 @@ def _model_rules(c: Config) -> Iterator[Rule]:
 
 
 def _dialogue_rules(c: Config) -> Iterator[Rule]:
-    d = c.dialogue
+    d, text_game = c.dialogue, isinstance(c.game, TextGameSettings)
     scripts = "0 with dilemmas, for which there are no scripts"
     for key in ("imitation.steps", "grpo.imitation_coef"):
-        yield key, scripts, c.game.name in SCRIPTS or not c.value(key)
+        yield key, scripts, c.game.name in SCRIPTS or text_game or not c.value(key)
     known = partners(c.game.name)
     some = f"some of {', '.join(known)}" if known else "[] with dilemmas, for which there are no scripts"
     yield "imitation.characters", some, set(c.imitation.characters) <= set(known)
@@ -136,6 +136,10 @@ def _dialogue_rules(c: Config) -> Iterator[Rule]:
     one = "dialogue.temperature, or -1, where grpo.train_kinds has 'final': one temperature is trained"
     same = d.final_temperature in (-1, d.temperature)
     yield "dialogue.final_temperature", one, same or "final" not in c.grpo.train_kinds
+    default = Rules()
+    for key in ("first_speaker", "max_tokens_final", "final_temperature", "final_top_p"):
+        unused = "its default with a game of your own, which says who moves and has no final statements"
+        yield f"dialogue.{key}", unused, not text_game or getattr(d, key) == getattr(default, key)
     if c.game.name == "dilemma_alone":
         yield "grpo.train_roles", "'first' where one answers alone", c.grpo.train_roles == "first"
         yield "grpo.train_kinds", "['final'] where one answers alone", c.grpo.train_kinds == ("final",)
@@ -239,8 +243,18 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
-            table[name] = Text(text.strip())
+            _override(table, name, Text(text.strip()))
     return from_dict(raw)
+
+
+def _override(table: dict[str, Any], name: str, text: Text) -> None:
+    """`name`, or "table.name" where the key is a table."""
+    key, _, inner = name.partition(".")
+    within = table.setdefault(key, {}) if inner else None
+    if isinstance(within, dict):
+        table[key] = {**within, inner: text.parse(is_string=False)}
+    else:
+        table[name] = text
 
 
 def _read(recipe_or_path: str) -> dict[str, Any]:
@@ -285,19 +299,20 @@ def _game(values: dict[str, Any]) -> GameSettings:
     does anyway: until games had settings of their own, every configuration held the keys of all.
     """
     name = typed("game.name", values.get("name", "deal"), "")
-    if name not in GAMES:
-        raise ValueError(f"game.name = {name!r}: accepted is {GAME}")
-    known = {key: default for kind in GAMES.values() for key, default in _defaults(kind.Settings).items()}
-    others = {key: known[key] for key in known.keys() - _defaults(GAMES[name].Settings)}
+    kind = game_kind(name)
+    if kind is None:
+        raise ValueError(f"game.name = {name!r}: accepted is {ACCEPTED}")
+    known = {key: default for owner in GAMES.values() for key, default in _defaults(owner.Settings).items()}
+    others = {key: known[key] for key in known.keys() - _defaults(kind.Settings)}
     mine = {"name": name}
     for key, value in values.items():
         if key not in others:
             mine[key] = value
         elif typed(f"game.{key}", value, others[key]) != others[key]:
-            owners = [game for game, kind in GAMES.items() if key in _defaults(kind.Settings)]
+            owners = [game for game, owner in GAMES.items() if key in _defaults(owner.Settings)]
             accepted = f"{' or '.join(owners)} with {key} changed, which {name} has not"
             raise ValueError(f"game.name = {to_toml(name)}: accepted is {accepted}")
-    settings: GameSettings = _section("game", GAMES[name].Settings, mine)
+    settings: GameSettings = _section("game", kind.Settings, mine)
     return settings
 
 

@@ -113,7 +113,8 @@ class CrossPlay:
             if engine not in (first.engine, second.engine):
                 engine.release_memory()
         arena, opponent = self._seated(first, second)
-        openings = (False,) if arena.rules.first_speaker == "first" else (False, True)
+        fixed = self.game.observed or arena.rules.first_speaker == "first"
+        openings = (False,) if fixed else (False, True)
         try:
             seed = self.config.train.seed
             held = [hold(arena, self.scenarios, seed, opponent, turned) for turned in openings]
@@ -144,7 +145,7 @@ class CrossPlay:
         for player in (first, second):
             if player.engine is not None and player.tokenizer is not None:
                 contexts = Contexts(player.tokenizer, self.game, rules)
-                check_context(player.engine, rules, contexts.longest())
+                check_context(player.engine, contexts)
                 player.engine.name_weights(0)
         if first is second and policy.engine is not None:
             return arena, None

@@ -97,10 +97,16 @@ def demonstration_rows(
     transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
     end = min(tokenizer.stop_token_ids)
     question = tokenizer.encode(dialogue.final_prompt)
+    observed = any(kind == "prompt" for _, _, kind in dialogue.turns)  # else each hears the other's words
     for side, text, kind in dialogue.turns:
+        if kind == "prompt":
+            told = Turn(role=side, kind=kind, text=text, token_ids=tokenizer.encode(text), logprobs=None)
+            transcript.tell(told)
+            continue
         transcript.ask(side, question if kind == "final" else None)
         ids = [*tokenizer.encode(text), end]
-        transcript.say(Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None))
+        turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
+        transcript.say(turn, heard=not observed)
     kinds = ("utterance", "final")
     rows = [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
     if final_weight != 1:

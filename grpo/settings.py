@@ -3,22 +3,25 @@ meant."""
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import json
 import re
 import tomllib
 from typing import Any
 
-from duologue.model.settings import Shares
+from duologue.model.settings import Options, Shares
 
 
 def to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
-    if isinstance(value, Shares):
-        return "{" + ", ".join(f"{_key(name)} = {to_toml(weight)}" for name, weight in value.items()) + "}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_key(name)} = {to_toml(item)}" for name, item in value.items()) + "}"
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
     if isinstance(value, str):  # a JSON string is a TOML string, but for DEL
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     return repr(value)
@@ -51,6 +54,8 @@ def typed(key: str, value: Any, default: Any) -> Any:
     """`value` in the type of the key's default."""
     if isinstance(value, Text):
         value = value.parse(isinstance(default, str))
+    if isinstance(default, Options) and isinstance(value, dict):
+        return Options(value)
     if isinstance(default, tuple):
         fits = isinstance(value, list)
         item = default[0] if default else ""  # an empty list is one of names
@@ -75,6 +80,7 @@ def accepted_type(default: Any) -> str:
         int: "an integer",
         float: "a number",
         tuple: "a list",
+        Options: "a table",
         str: "a string",
         Shares: "a table of weights, e.g. {a = 0.5, b = 0.5}",
     }

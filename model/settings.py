@@ -106,6 +106,13 @@ class Limits:
         )
 
 
+class Options(dict[str, Any]):
+    """A setting that is a table: keys and values that only their receiver knows."""
+
+    def __hash__(self) -> int:  # type: ignore[override]  # a dataclass takes no default without one
+        return hash(frozenset(self))
+
+
 def setting(default: Any, meaning: str, **limits: Any) -> Any:
     """A dataclass field with `Limits`."""
     return dataclasses.field(default=default, metadata={"limits": Limits(meaning=meaning, **limits)})

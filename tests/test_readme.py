@@ -59,6 +59,7 @@ CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 def place(tmp_path_factory: pytest.TempPathFactory, chat_checkpoint: Path) -> Path:
     """A reader's folder: checkpoints by the names that the pages use."""
     folder = tmp_path_factory.mktemp("reader")
+    (folder / "mygame.py").write_text(blocks("README.md", "python")[0])
     for name in ("DIR", "CHECKPOINT", "OTHER"):
         shutil.copytree(chat_checkpoint, folder / name)
         (folder / name / "chat_template.jinja").write_text(CHATML)
@@ -75,6 +76,8 @@ def words_of(command: str, page_folder: Path, judge_url: str) -> list[str]:
         more = SMALL[kind].split() + (SMALL["judged"].split() if judged else [])
         if kind == "train" and "--model" not in words and not judged:
             more += SMALL["model"].split()
+        if "text-game" in words:  # from nothing, and without a final statement
+            more = [word for word in more if not word.startswith(("imitation", "dialogue.max_tokens_final"))]
         words += more
         words = [
             word for i, word in enumerate(words) if word != "--dialogues" and words[i - 1] != "--dialogues"

@@ -7,9 +7,10 @@ import inspect
 import textwrap
 from typing import Any
 
-from duologue.grpo.config import GAME, Config
+from duologue.grpo.config import Config
 from duologue.grpo.settings import accepted_type, meant, to_toml
 from duologue.model.settings import keys, limits
+from duologue.rollout.games.catalogue import ACCEPTED
 
 WIDTH = 110
 COLUMN = 40  # where comments begin at the latest
@@ -33,7 +34,7 @@ def _section(name: str, values: Any) -> str:
     for field in keys(values):
         accepted = limits(field).accepted or accepted_type(field.default)
         if (name, field.name) == ("game", "name"):
-            accepted = GAME
+            accepted = ACCEPTED
         comment = _comment(f"{limits(field).meaning} (accepted: {accepted})", " " * column)
         text = settings[field.name]
         if len(text) + 2 > column:  # above it

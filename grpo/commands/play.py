@@ -102,7 +102,8 @@ def run(options: argparse.Namespace) -> int:
     private = scenario.private_text[side].strip()
     terminal = Terminal(f"{scenario.shared_text}\n{private}".strip())
     terminal.say(f"You are side {side + 1} in {game.name}. {HELP}", "bold")
-    terminal.say(terminal.private if scenario.shared_text else f"Told to you alone: {private}")
+    if scenario.shared_text or private:
+        terminal.say(terminal.private if scenario.shared_text else f"Told to you alone: {private}")
     aloud = terminal.console.is_terminal
     engine = build_engine(config, model, decode_steps=1 if aloud else None)
     speaker = Aloud(engine, lambda ids: shown(tokenizer.decode(ids)), lambda: terminal.begin(person.policy))
@@ -158,11 +159,18 @@ def hold(person: Person, seed: int) -> None:
     opponents = [Opponent(role=side, name="person")]
     (group,) = person.arena.play([person.scenario], group_size=1, seed=seed, opponents=opponents)
     (dialogue,) = group.dialogues
-    person.show(dialogue.turns)
+    person.show(last_turns(dialogue.turns, side) if game.observed else dialogue.turns)
     assert dialogue.outcome is not None
     if result := game.result(dialogue.outcome, side):
         terminal.say(result, "bold")
-        terminal.say("The policy was told: " + person.scenario.private_text[1 - side].strip())
+    if told := person.scenario.private_text[1 - side].strip() if result else "":
+        terminal.say(f"The policy was told: {told}")
+
+
+def last_turns(turns: Sequence[Turn], side: int) -> Sequence[Turn]:
+    """What the other side did after `side` spoke for the last time: no game tells that any more."""
+    spoken = [i for i, turn in enumerate(turns) if turn.role == side]
+    return turns[spoken[-1] + 1 :] if spoken else turns
 
 
 class Person(Speaker):
@@ -191,7 +199,10 @@ class Person(Speaker):
         turn, self._asked = self._asked, None
         assert turn is not None
         self.show(turn.heard)
-        words = self._final() if turn.kind == FINAL else self._utterance()
+        if self.arena.game.observed:
+            words = self._move(turn.legal)
+        else:
+            words = self._final() if turn.kind == FINAL else self._utterance()
         if not words:
             return [(turn, Completion(finish_reason=LEFT))]
         return [(turn, Completion(token_ids=self.arena.tokenizer.encode(words)))]
@@ -201,7 +212,10 @@ class Person(Speaker):
         new = [turn for turn in turns if not any(turn is known for known in self._turns)]
         self._turns += new
         for turn in new:
-            if turn.role != self.side and turn.kind == "final":
+            if turn.kind == "prompt":
+                if turn.role == self.side:
+                    self.terminal.say(turn.text)
+            elif turn.role != self.side and turn.kind == "final":
                 self.terminal.say(self.arena.game.final_form.format(turn.text), "cyan")
             elif turn.role != self.side and self.aloud.said:
                 self.aloud.said -= 1
@@ -216,6 +230,14 @@ class Person(Speaker):
             if words and game.can_state(self.scenario, words):
                 return words
             self.terminal.say(f"{words!r} is no selection here: accepted is {game.selection_form}.")
+
+    def _move(self, legal: Sequence[str] | None) -> str:
+        """What the game gets; where it says which moves are legal, one of them. "" to leave."""
+        while True:
+            words = self.terminal.read(self.name)
+            if not words or legal is None or words in legal:
+                return words
+            self.terminal.say(f"{words!r} is not legal here: accepted is {', '.join(legal)}.")
 
     def _utterance(self) -> str:
         """Words that the policy can hear and still say all that it may have to say; "" to leave."""

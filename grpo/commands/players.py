@@ -54,7 +54,7 @@ def _alone(options: argparse.Namespace, config: Config) -> int:
     model, tokenizer = load_policy(latest_checkpoint(path) or path, config)
     game = build_game(config)
     metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
-    Progress(measures=game.measures).results({path.name: metrics}, conditions(config))
+    Progress(measures=game.measures_among(metrics)).results({path.name: metrics}, conditions(config))
     return _write(options, {**_settings(config), **metrics})
 
 

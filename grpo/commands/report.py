@@ -26,7 +26,7 @@ from duologue.grpo.settings import typed
 from duologue.model.atomic import write_file
 from duologue.model.settings import keys
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.catalogue import GAMES
+from duologue.rollout.games.catalogue import game_kind
 from duologue.rollout.games.game import Game, Measure, Published
 from duologue.rollout.games.texts import read_text
 
@@ -102,7 +102,7 @@ def gather(run_dir: Path, ended: bool = True) -> Record:
         config = tomllib.loads(toml)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{run_dir / 'config.toml'} is not valid TOML: {error}") from error
-    game = GAMES.get(config["game"]["name"], Game)
+    game = game_kind(config["game"]["name"]) or Game
     metrics = read_lines(run_dir / "metrics.jsonl")
     summary = _summary(run_dir, ended)
     policies, recent = _dialogues(run_dir / "dialogues.jsonl")
@@ -194,7 +194,8 @@ def _results(game: type[Game], config: Record, summary: Record) -> Record:
     columns = {label: summary[key] for key, label in POLICIES.items() if summary.get(key)}
     published = _published(game, config["game"]) if columns else Published()
     rows = []
-    for key, measure in {**game.measures, **COUNT}.items():
+    names = dict.fromkeys(key for column in columns.values() for key in column)
+    for key, measure in {**game.measures_among(names), **COUNT}.items():
         if not columns or not all(key in column for column in columns.values()):
             continue
         form = measure.format

@@ -171,16 +171,17 @@ class Runner:
         entropy are taken over these as training will do it, to the bit.
         """
         logits_NV = self.model.head(hidden_NH)
-        for row, ids in allowed.items():
-            among = logits_NV[row, ids]
-            logits_NV[row] = EXCLUDED
-            logits_NV[row, ids] = among
+        rows = self._tensor(np.array(list(allowed)))
+        at = torch.repeat_interleave(rows, self._tensor(np.array([len(ids) for ids in allowed.values()])))
+        ids = self._tensor(np.concatenate([np.asarray(ids, dtype=np.int64) for ids in allowed.values()]))
+        among = logits_NV[at, ids]
+        logits_NV[rows] = EXCLUDED
+        logits_NV[at, ids] = among
         token, logprob, entropy, support_ids, offsets = ops.sample(logits_NV, *settings)
         supports = np.split(support_ids.cpu().numpy(), offsets[1:-1].tolist())
-        for row, ids in allowed.items():
-            drawable = np.unique(np.array(ids, dtype=np.int32))
+        for row, some in allowed.items():
+            drawable = np.unique(np.array(some, dtype=np.int32))
             supports[row] = np.intersect1d(drawable, supports[row]) if len(supports[row]) else drawable
-        rows = self._tensor(np.array(list(allowed)))
         temperature = settings[0][rows]
         logprob[rows], entropy[rows] = ops.sparse_linear_logprob(
             hidden_NH[rows],

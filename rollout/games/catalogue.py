@@ -1,4 +1,6 @@
-"""The games by name, and the scripted negotiators of those that have some: where a new game is entered."""
+"""The games by name, and the scripted negotiators of those that have some: where a new game is entered.
+Games of users (text_game.py) need no entry: their names say where they are.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +13,12 @@ from duologue.rollout.games import deal_scripts, price
 from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import DealGame
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame
-from duologue.rollout.games.game import Game
+from duologue.rollout.games.game import Game, GameSettings
 from duologue.rollout.games.price import PriceGame
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
 from duologue.rollout.games.scripted import ScriptedDialogue, Side
+from duologue.rollout.games.text_game import TextGame
+from duologue.rollout.games.user_game import FORMS, is_named
 
 # Of a game, one of its scenarios, and draws; where a game has partners also of a `mixture` of their names.
 Script = Callable[..., ScriptedDialogue]
@@ -51,11 +55,29 @@ def partners(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*characters(name), *TEMPERAMENTS.get(name, ()))))
 
 
+ACCEPTED = f"one of {', '.join(map(repr, GAMES))}, or a game of your own: {FORMS}"
+
+
+def game_kind(name: str) -> type[Game] | None:
+    """The class of the game that is named, None where there is none."""
+    return GAMES.get(name, TextGame if is_named(name) else None)
+
+
+def kind_of(settings: GameSettings) -> type[Game]:
+    """Of the settings of a game."""
+    kind = game_kind(settings.name)
+    assert kind is not None, settings.name
+    return kind
+
+
 def corpus(game: Game, n: int, seed: int, names: Sequence[str] = ()) -> list[ScriptedDialogue]:
     """`n` dialogues over contexts of the training split; the same seed gives the same dialogues. They are
     held by the partners `names`, each as likely as it is often named, or by the game's own mixture.
     """
-    script, rng = SCRIPTS[game.name], random.Random(seed)
+    rng = random.Random(seed)
+    if isinstance(game, TextGame):
+        return [game.scripted(rng) for _ in range(n)]
+    script = SCRIPTS[game.name]
     if names:
         script = partial(script, mixture=Counter(names))
     return [script(game, game.sample(rng, "train"), rng) for _ in range(n)]

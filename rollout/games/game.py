@@ -104,6 +104,7 @@ class Game(ABC):
     protocol: ClassVar[str]  # a function of rollout/selfplay/protocols.py
     Settings: ClassVar[type[GameSettings]] = GameSettings  # the game is made of an object of it
     alone: ClassVar[bool] = False  # one policy answers, without a talk
+    observed: ClassVar[bool] = False  # a side hears what the game tells it, not the other's words
     close: str = ""  # what an utterance that ends the talk ends with, where one does
     final_prompt: str = ""  # what a side is asked in its own context before its final statement
 
@@ -143,6 +144,10 @@ class Game(ABC):
         """
         return []
 
+    def opening(self, scenario: Scenario) -> str:
+        """What the side that moves first hears, where a game tells the sides."""
+        return ""
+
     def longest(self, length: Callable[[str], int]) -> Scenario:
         """A scenario that is told in as many tokens as any."""
         return self.sample(random.Random(0), "train")
@@ -153,6 +158,11 @@ class Game(ABC):
     def published(cls, settings: GameSettings) -> Published:
         """What others have reached under these settings."""
         return Published()
+
+    @classmethod
+    def measures_among(cls, names: Iterable[str]) -> Mapping[str, Measure]:
+        """`measures`, and how those of `names` are shown that only a game of a user knows."""
+        return cls.measures
 
     @classmethod
     def shown(cls, record: Mapping[str, Any]) -> dict[str, Any]:

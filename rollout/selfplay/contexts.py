@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.engine.trie import TokenTrie
 from duologue.rollout.games.game import Game, Scenario
 from duologue.rollout.selfplay.dialogue import Turn, View
 from duologue.rollout.selfplay.rules import Rules
+
+TRIES = 4096  # that are kept
 
 
 class Contexts:
@@ -23,6 +26,8 @@ class Contexts:
         self.tokenizer, self.game, self.rules = tokenizer, game, rules
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
+        self.limit: int | None = None  # tokens that a context of the policy can have
+        self._tries: dict[tuple[str, ...], TokenTrie] = {}
         self.question_ids = tokenizer.encode(game.final_prompt) if game.final_prompt else None
 
     def private_ids(self, scenario: Scenario) -> tuple[list[int], list[int]]:
@@ -56,6 +61,34 @@ class Contexts:
         view.prompt(chat.open(self._encode(scenario.shared_text)) + chat.heard(request) + chat.reply())
         return view
 
+    def holds(self, view: View, heard: list[int]) -> bool:
+        """Whether a side's context can take these words of the other and a turn of its own."""
+        return self.limit is None or len(view.token_ids) + self._turn_length(heard) <= self.limit
+
+    def _turn_length(self, heard: list[int]) -> int:
+        frames = len(self.chat.heard(heard)) + len(self.chat.reply()) if heard else len(self.chat.reply())
+        return frames + self.rules.max_tokens_per_turn
+
+    def trie(self, legal: tuple[str, ...]) -> TokenTrie:
+        """The ids of these texts, each with the token that ends a turn. ValueError for one that does not fit
+        into a turn, or that no tokens stand for.
+        """
+        if legal not in self._tries:
+            if len(self._tries) >= TRIES:
+                self._tries.clear()
+            self._tries[legal] = TokenTrie([self._move(text) for text in legal])
+        return self._tries[legal]
+
+    def _move(self, text: str) -> list[int]:
+        ids = [*self.tokenizer.encode(text), self.chat.end_token_id]
+        read, limit = self.tokenizer.decode(ids).strip(), self.rules.max_tokens_per_turn
+        if read != text:
+            raise ValueError(f"the legal move {text!r} is read back as {read!r}: accepted is text that stays")
+        if len(ids) > limit:
+            accepted = f"{len(ids)} or more for the legal move {text!r}"
+            raise ValueError(f"dialogue.max_tokens_per_turn = {limit}: accepted is {accepted}")
+        return ids
+
     def length_after(self, scenario: Scenario, turns: Sequence[Turn], role: int) -> int:
         """Tokens of the longest context that `role` can have to speak on next, once these turns were said."""
         views = [self.recent(scenario, role, turns if self.grows else turns[-2:])]
@@ -67,6 +100,9 @@ class Contexts:
         """Tokens that the longest context of any dialogue can take."""
         rules, chat = self.rules, self.chat
         scenario = self.game.longest(lambda text: len(self._encode(text)))
+        if self.game.observed:  # a talk ends before a context is full
+            told = max(len(chat.open(ids)) for ids in self.private_ids(scenario))
+            return told + self._turn_length(self._encode(self.game.opening(scenario)))
         said = max(len(chat.said([])), len(chat.reply()) + len(chat.close_reply(False)))
         turns = 2 * rules.max_rounds
         heard = turns if self.grows else 2

@@ -84,13 +84,22 @@ class Transcript:
             view.prompt(self.chat.heard(question_ids))
         view.prompt(self.chat.reply())
 
-    def say(self, turn: Turn, supports: Supports | None = None, opponent: bool = False) -> None:
-        """A side spoke. An utterance is heard by the other side, id for id; a final statement is not."""
+    def tell(self, turn: Turn) -> None:
+        """A side hears something that nobody sampled: what a game tells it."""
+        self.views[turn.role].prompt(self.chat.heard(turn.token_ids))
+        self.turns.append(turn)
+
+    def say(
+        self, turn: Turn, supports: Supports | None = None, opponent: bool = False, heard: bool = True
+    ) -> None:
+        """A side spoke. Where it is `heard`, an utterance goes to the other side id for id; a final statement
+        never does.
+        """
         view, other, ids = self.views[turn.role], self.views[1 - turn.role], turn.token_ids
         stopped = bool(ids) and ids[-1] in self.chat.stop_token_ids
         view.say(turn, supports, opponent)
         view.prompt(self.chat.close_reply(stopped))
-        if turn.kind == "utterance":
+        if turn.kind == "utterance" and heard:
             other.prompt(self.chat.heard(ids[:-1] if stopped else ids))
         self.turns.append(turn)
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, Request
+from duologue.rollout.engine.trie import TokenTrie
 from duologue.rollout.selfplay.speakers import Speak, Speaker, completion_of
 
 
@@ -27,8 +28,12 @@ class ForeignSpeaker(Speaker):
 
     def ask(self, turn: Speak) -> None:
         branch = self._engine.open(self.context(turn))
-        stops = tuple(self._tokenizer.chat.stop_token_ids)
-        request = self._engine.start(branch, replace(turn.params, stop_token_ids=stops))
+        chat = self._tokenizer.chat
+        params = replace(turn.params, stop_token_ids=tuple(chat.stop_token_ids))
+        if turn.legal is not None:
+            trie = TokenTrie([[*self._tokenizer.encode(text), chat.end_token_id] for text in turn.legal])
+            params = replace(params, allow=trie, max_new_tokens=trie.longest)
+        request = self._engine.start(branch, params)
         self._turns[request] = turn, branch
 
     def answered(self, wait: bool) -> list[tuple[Speak, Completion | None]]:
@@ -46,7 +51,8 @@ class ForeignSpeaker(Speaker):
         ids = chat.open(encode(turn.told))
         for said in turn.heard:
             words = encode(said.text)
-            ids = ids + (chat.said(words) if said.role == turn.role else chat.heard(words))
+            own = said.role == turn.role and said.kind != "prompt"
+            ids = ids + (chat.said(words) if own else chat.heard(words))
         if turn.question:
             ids = ids + chat.heard(encode(turn.question))
         return ids + chat.reply()

@@ -17,6 +17,7 @@ from typing import Any
 from duologue.rollout.games.dilemma import NO_AGREEMENT, DilemmaGame
 from duologue.rollout.games.game import UNSCORED, Outcome
 from duologue.rollout.games.selection import SelectionGame
+from duologue.rollout.games.text_game import FULL, UNFINISHED, TextGame
 from duologue.rollout.judge.questions import AGREEMENT, SCORE
 from duologue.rollout.selfplay.dialogue import FINAL, POLICY
 from duologue.rollout.selfplay.speakers import Speak
@@ -72,7 +73,26 @@ def deliberation(talk: Talk) -> Protocol:
     return game.outcome(rounds, agreed, None if answer else UNSCORED, answer)
 
 
+def text_game(talk: Talk) -> Protocol:
+    """Whoever the game asks hears what is new to it and moves, in any order, until the game is over."""
+    game: TextGame = talk.game
+    match = game.begin(talk.scenario.data)
+    talk.first = match.side
+    while not match.done:
+        if match.moves == 2 * talk.rules.max_rounds or talk.left():
+            return game.outcome(match, UNFINISHED)
+        if not talk.tell(match.side, match.text):
+            return game.outcome(match, FULL)
+        (said,) = yield [talk.turn(match.side, legal=match.legal)]
+        if said is None:
+            return None
+        if not talk.left():
+            match.step(said)
+    return game.outcome(match)
+
+
 PROTOCOLS: dict[str, Callable[[Talk], Protocol]] = {
     "negotiation": negotiation,
     "deliberation": deliberation,
+    "text_game": text_game,
 }

@@ -56,6 +56,7 @@ class Speak:
     scenario: Scenario
     said: Sequence[Turn]  # all turns so far, heard or not
     question: str = ""
+    legal: Sequence[str] | None = None  # the words that are open to it, where not all are
 
 
 class Speaker(ABC):
@@ -230,7 +231,8 @@ def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") ->
     """What `role` was told, has heard and said, as a chat. Neighbours of one role are one message, as some
     templates ask for.
     """
-    said = [("assistant" if t.role == role else "user", t.text) for t in turns if t.kind == "utterance"]
+    own = {"utterance": "assistant", "prompt": "user"}
+    said = [(own[t.kind] if t.role == role else "user", t.text) for t in turns if t.kind in own]
     if question:
         said.append(("user", question))
     chat = [{"role": "system", "content": told}]

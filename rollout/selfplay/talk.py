@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from duologue.rollout.engine.engine import Branch
@@ -95,15 +95,37 @@ class Talk:
         """Whether a person has ended the talk without a word."""
         return self._left
 
-    def turn(self, role: int, kind: int = UTTERANCE, draw: int | str | None = None) -> Speak:
-        """`role`'s next words. Draws of a dialogue that must differ have different `draw`s, by default the
-        turn's number.
+    def tell(self, role: int, text: str) -> bool:
+        """What `role` hears from the game before it speaks next, "" for nothing; False where its context
+        could not hold this and a turn: then nothing is told.
+        """
+        ids = self._contexts.tokenizer.encode(text) if text else []
+        if not self._contexts.holds(self._transcript.views[role], ids):
+            return False
+        if text:
+            self._transcript.tell(Turn(role=role, kind="prompt", text=text, token_ids=ids, logprobs=None))
+        return True
+
+    def turn(
+        self,
+        role: int,
+        kind: int = UTTERANCE,
+        draw: int | str | None = None,
+        legal: Sequence[str] | None = None,
+    ) -> Speak:
+        """`role`'s next words, of the `legal` ones where they are given. Draws of a dialogue that must differ
+        have different `draw`s, by default the turn's number.
         """
         seed = derive_seed(self._seed, len(self.turns) if draw is None else draw)
         question = self.game.final_prompt if kind == FINAL else ""
         apart = kind == FINAL and bool(self.game.final_parts(self.scenario))
         grows = self._contexts.grows and not apart
         heard = self.turns[:] if grows or apart else self.turns[-2:]
+        if self.game.observed:
+            heard = [turn for turn in heard if turn.role == role]
+        params = self.rules.sampling(kind, seed, self._contexts.chat.stop_token_ids)
+        if legal is not None:
+            params = replace(params, allow=self._contexts.trie(tuple(legal)))
         if grows:
             view, branch = self._growing(role, bool(question))
         else:
@@ -119,12 +141,13 @@ class Talk:
             view=view,
             branch=branch,
             grows=grows,
-            params=self.rules.sampling(kind, seed, self._contexts.chat.stop_token_ids),
+            params=params,
             told=self.scenario.shared_text + self.scenario.private_text[role],
             heard=heard,
             scenario=self.scenario,
             said=self.turns[:],
             question=question,
+            legal=legal,
         )
 
     def _growing(self, role: int, asked: bool) -> tuple[View, Branch | None]:
@@ -162,7 +185,7 @@ class Talk:
         text = self._contexts.tokenizer.decode(ids).strip()
         turn = Turn(role=asked.role, kind=KINDS[asked.kind], text=text, token_ids=ids, logprobs=logprobs)
         if asked.grows:
-            self._transcript.say(turn, support, opponent)
+            self._transcript.say(turn, support, opponent, heard=not self.game.observed)
             return text
         asked.view.say(turn, support, opponent)
         if asked.branch is not None:
