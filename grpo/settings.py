@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 import tomllib
+from collections.abc import Mapping
 from typing import Any
 
 from duologue.model.settings import Options, Shares
@@ -18,7 +19,7 @@ def to_toml(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, tuple | list):
         return "[" + ", ".join(to_toml(v) for v in value) + "]"
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return "{" + ", ".join(f"{_key(name)} = {to_toml(item)}" for name, item in value.items()) + "}"
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
