@@ -1,6 +1,6 @@
 """The characters of each game with each other: how often they agree, on what, and who gains by it.
 
-    python bench/characters.py [--game deal] [--dialogues 300]
+    python -m bench.characters [--game deal] [--dialogues 300]
 
 A row is a side, a column the partner that it meets, in held-out contexts, in both seats and with either
 opener; five rounds. The last line is JSON.

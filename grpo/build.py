@@ -33,6 +33,7 @@ from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
 FIRST_TEXTS = 500  # games
+MEMORY = Path(":memory:")  # in place of a ledger's file
 
 
 def build_game(config: Config) -> Game:
@@ -48,7 +49,10 @@ def build_judge(
     j = config.judge
     if j.backend == "rules":
         return None
-    backend = _endpoint(config) if j.backend == "endpoint" else _model_judge(config, start)
+    if j.backend == "endpoint":
+        backend = _endpoint(config, own=not j.ledger and ledger != MEMORY)
+    else:
+        backend = _model_judge(config, start)
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
@@ -60,7 +64,8 @@ def build_judge(
     )
 
 
-def _endpoint(config: Config) -> Backend:
+def _endpoint(config: Config, own: bool) -> Backend:
+    """`own`: whether nobody else's answers are in its ledger."""
     j = config.judge
     if not j.url:
         accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
@@ -71,6 +76,7 @@ def _endpoint(config: Config) -> Backend:
         **_server(j),
         temperature=j.temperature,
         max_tokens=j.max_tokens,
+        name="" if own else j.url,
     )
 
 
@@ -108,8 +114,8 @@ def add_server(config: Config, arena: Arena, ledger: Path) -> None:
 def build_server(config: Config, tokenizer: Tokenizer, ledger: Path) -> Server:
     """Who speaks at opponent.url."""
     o = config.opponent
-    limit = config.judge.max_unscored_share
-    return Server(o.url, o.model, Ledger(ledger), tokenizer, limit, **_server(o))
+    answers, limit = Ledger(ledger, "the ledger of opponent.url"), config.judge.max_unscored_share
+    return Server(o.url, o.model, answers, tokenizer, limit, **_server(o))
 
 
 def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
@@ -130,11 +136,17 @@ def first_texts(config: Config, game: Game) -> list[ScriptedDialogue]:
     return corpus(game, FIRST_TEXTS, derive_seed(config.train.seed, "corpus"))
 
 
-def build_engine(config: Config, model: Decoder, cache_tokens: int | None = None) -> Engine:
+def build_engine(
+    config: Config, model: Decoder, cache_tokens: int | None = None, decode_steps: int | None = None
+) -> Engine:
     r = config.rollout
     model.use_exact(r.exact)
     return Engine(
-        model, page_size=r.page_size, cache_tokens=r.cache_tokens or cache_tokens, max_batch=r.max_batch
+        model,
+        page_size=r.page_size,
+        cache_tokens=r.cache_tokens or cache_tokens,
+        max_batch=r.max_batch,
+        decode_steps=decode_steps,
     )
 
 

@@ -164,7 +164,7 @@ def _add_files(commands: Any) -> None:
 def _train(options: argparse.Namespace) -> int:
     shortcuts = {"model.path": options.model, "model.device": options.device}
     config = _resolved(options, shortcuts)
-    from duologue.grpo.commands.report import write_report
+    from duologue.grpo.commands.report import check_lines, write_report
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
@@ -178,6 +178,8 @@ def _train(options: argparse.Namespace) -> int:
     for line in (f"run directory: {run.path}", *run.notes):
         progress.log(line)
     try:
+        if options.resume:
+            check_lines(run.path)
         with _stop_on_signals() as stop:
             train(config, run, progress, stop)
     except (ValueError, OSError, RuntimeError, MemoryError):

@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine
+from duologue.grpo.checkpoints import step_name, step_of
 from duologue.grpo.config import Config
 from duologue.grpo.held import HeldWeights, fingerprint, memory
 from duologue.grpo.mix import FROZEN, LAGGED, POOL, SCRIPTED, SELF, START, Place, chosen, places, side
 from duologue.grpo.policy import load_beside, load_policy
-from duologue.grpo.run_dir import step_name, step_of
 from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import write_checkpoint
 from duologue.model.decoder import Decoder
+from duologue.model.files import write_checksums
 from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -245,13 +246,19 @@ class Opponents:
         """
         o = self.config.opponent
         if o.lags or (POOL in o.parts and step % o.pool_every == 0):
-            write_folder(
-                self._path(step), lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
-            )
+            write_folder(self._path(step), self._write)
             self.ratings[_name(step)] = self.ratings[POLICY]
         oldest = next((member for member in self.members(step) if member), 0)
         gone = {*map(_name, range(1, oldest))}
         self.ratings = {name: rating for name, rating in self.ratings.items() if name not in gone}
+
+    def needed(self, steps: Sequence[int]) -> list[Path]:
+        """The snapshots that one of these steps can meet and that are taken before the first of them."""
+        o = self.config.opponent
+        if not (o.lags or POOL in o.parts or START in o.parts):
+            return []
+        met = {member for step in steps for member in self.members(step) if member <= steps[0]}
+        return [self._path(member) for member in sorted(met)]
 
     def forget_before(self, step: int) -> None:
         """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the
@@ -279,6 +286,10 @@ class Opponents:
             raise ValueError(f"opponent.path = {self.config.opponent.path!r}: accepted is {before}")
 
     # ---- snapshots -----------------------------------------------------------------------------------------
+
+    def _write(self, folder: Path) -> None:
+        write_checkpoint(self.model, self.tokenizer, folder)
+        write_checksums(folder)
 
     def _path(self, step: int) -> Path:
         return self.folder / _name(step) if step else self.folder.parent / "checkpoints" / "warm_start"

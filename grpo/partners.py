@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_server
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import Config
 from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.policy import load_policy
-from duologue.grpo.run_dir import latest_checkpoint
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.pages import CACHE_TOKENS

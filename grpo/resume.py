@@ -6,11 +6,13 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import from_dict
+from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, place_of
 
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
-    "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch",
+    "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch kl_every",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": f"{PLACES} path",  # the weights at path are known by their hash
     "rollout": "cache_tokens max_batch release_memory",
@@ -43,13 +45,33 @@ def check_same(before: Settings, after: Settings, path: Path) -> None:
     differ = []
     for section, key in sorted({*before, *after} - may_differ()):
         a, b = before.get((section, key)), after.get((section, key))
-        if a != b and not (key == "device" and _kind(a) == _kind(b) == "cuda"):
+        if (section, key) in (*MODELS, *TEXTS) and place_of(before, (section, key)):
+            differ += _other_source(before, after, (section, key), path)
+        elif a != b and not (key == "device" and _kind(a) == _kind(b) == "cuda"):
             differ.append(f"{section}.{key} = {a!r}, not {b!r}")
     if differ:
         raise ValueError(
             f"{path} was started with {'; '.join(differ)}, which can change the result: resume it as it "
             "was, or start another run"
         )
+
+
+def _other_source(before: Settings, after: Settings, key: Key, run: Path) -> list[str]:
+    """What a place was and is, where it is not the same content as when the run began."""
+    a, b, name = before[key], after.get(key), ".".join(key)
+    noted = noted_sources(run).get(name) or (content(a) if a != b else "")
+    if a == b and (not noted or not _read_again(before, key, run)):
+        return []
+    if b and noted and content(str(b)) == noted:
+        return []
+    return [f"{name} = {a!r}, not {b!r}" if a != b else f"other content of {name} = {a!r}"]
+
+
+def _read_again(settings: Settings, key: Key, run: Path) -> bool:
+    """Whether a resume reads what the setting names. All weights are in the checkpoint unless only an adapter
+    is trained.
+    """
+    return key != ("model", "path") or bool(settings["lora", "rank"]) or latest_checkpoint(run) is None
 
 
 def _kind(device: Any) -> str:

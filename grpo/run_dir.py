@@ -13,28 +13,26 @@ import math
 import os
 import re
 import shutil
-import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from duologue.grpo.checkpoints import (
+    LENGTHS,
+    LINES,
+    checkpoints,
+    damage,
+    damaged,
+    json_object,
+    latest_checkpoint,
+    step_name,
+    step_of,
+)
 from duologue.grpo.resume import check_same, may_differ, schedule_moved, settings, settings_of
+from duologue.grpo.sources import write_sources
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
-LINES = ("metrics.jsonl", "dialogues.jsonl")
-LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved, and of its own files
-STATE = "trainer_state.json"
-OPTIMIZER = "optimizer.pt"
-STATE_TYPES: dict[str, tuple[type, ...]] = {
-    "step": (int,),
-    "seconds": (int, float),
-    "warm_start": (dict, type(None)),
-    "baseline": (dict,),
-    "opponents": (dict,),
-}
+from duologue.model.files import write_checksums
+from safetensors import SafetensorError
 
 
 class Interrupted(Exception):
@@ -49,6 +47,7 @@ class RunDir:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.notes: list[str] = []  # what a resume found that its user should know
+        self._extended = ""  # of a resume: the configuration that it goes on with
         self._seen: dict[int, dict[str, int]] = {}
         self._lock = open(path / ".lock", "a+")  # noqa: SIM115 - held for the life of the run
         try:
@@ -73,12 +72,13 @@ class RunDir:
         path.mkdir(parents=True, exist_ok=True)
         run = cls(path)
         write_file(path / "config.toml", config_toml.encode())
+        write_sources(path, settings(config_toml))
         return run
 
     @classmethod
     def resume(cls, path: Path, config_toml: str) -> RunDir:
         """An existing run, which must have been started with this configuration, but for `MAY_DIFFER`. What
-        is damaged is a ValueError before anything is changed.
+        is damaged is a ValueError before anything is changed; `go_on_from` changes the first thing.
         """
         saved = path / "config.toml"
         if not saved.is_file():
@@ -92,8 +92,7 @@ class RunDir:
         except ValueError:
             run.close()
             raise
-        (path / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one extends
-        write_file(saved, config_toml.encode())
+        run._extended = config_toml
         return run
 
     def _check(self) -> None:
@@ -104,7 +103,7 @@ class RunDir:
             return
         if reason := damage(latest):
             raise damaged(latest, reason)
-        noted, seen = _object(latest / LENGTHS), self._lines_before(step_of(latest))
+        noted, seen = json_object(latest / LENGTHS), self._lines_before(step_of(latest))
         for name, end in seen.items():
             if end < noted.get(name, 0):
                 lost = f"ends before what {latest} knows of it ({end} of {noted[name]} bytes are whole lines)"
@@ -117,7 +116,7 @@ class RunDir:
     def forget_if_new(self) -> None:
         """Give the directory up when nothing was recorded yet, so that a corrected command can use it."""
         files = [*self.path.iterdir()]
-        started = r"config\.toml|\.lock|(judge|opponent)\.sqlite.*"
+        started = r"config\.toml|sources\.json|\.lock|(judge|opponent)\.sqlite.*"
         if all(re.fullmatch(started, file.name) for file in files):
             for file in files:
                 file.unlink()
@@ -141,6 +140,13 @@ class RunDir:
             whole = "--resume goes on from the last checkpoint"
             raise OSError(f"{self.path / name} could not be written ({error}); {whole}") from error
 
+    def go_on_from(self, step: int) -> None:
+        """Begin to write: all that the run goes on with was read and is whole."""
+        if self._extended:
+            (self.path / "summary.json").unlink(missing_ok=True)  # of a shorter run, which this one extends
+            write_file(self.path / "config.toml", self._extended.encode())
+        self.drop_lines_from(step)
+
     def drop_lines_from(self, step: int) -> None:
         """Cut off every line that the checkpoint of `step` had not seen; all lines when there is none."""
         for name, end in self._lines_before(step).items():
@@ -151,7 +157,7 @@ class RunDir:
         """Bytes of the whole lines of each file that the checkpoint of `step` had seen."""
         if step not in self._seen:
             noted = self.path / "checkpoints" / step_name(step) / LENGTHS
-            lengths = _object(noted) if noted.is_file() else {}
+            lengths = json_object(noted) if noted.is_file() else {}
             ends = {name: _whole_lines(self.path / name, lengths.get(name, 0), step) for name in LINES}
             self._seen[step] = ends
         return self._seen[step]
@@ -182,8 +188,9 @@ class RunDir:
         for path in lines:
             fsync_path(path)
         sizes = dict.fromkeys(LINES, 0)
-        sizes |= {path.name: path.stat().st_size for path in (*lines, *folder.iterdir())}
+        sizes |= {path.name: path.stat().st_size for path in (*lines, *folder.iterdir()) if path.is_file()}
         (folder / LENGTHS).write_text(json.dumps(sizes), "utf-8")
+        write_checksums(folder)
 
     def latest_checkpoint(self) -> Path | None:
         """The `step_*` checkpoint that a resume starts from."""
@@ -203,98 +210,6 @@ class RunDir:
         write_file(self.path / "summary.json", json.dumps(finite(summary), indent=2).encode())
 
 
-def step_name(step: int) -> str:
-    """The checkpoint's name after `step` steps."""
-    return f"step_{step:06d}"
-
-
-def step_of(path: Path) -> int:
-    """Of a checkpoint, by its name."""
-    return int(path.name.removeprefix("step_"))
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """The `step_*` checkpoints of a run directory, the oldest first."""
-    folders = (run / "checkpoints").glob("step_*")
-    return sorted((path for path in folders if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
-
-
-def latest_checkpoint(run: Path) -> Path | None:
-    """The last of them; None without any."""
-    return next(reversed(checkpoints(run)), None)
-
-
-def write_state(folder: Path, state: dict[str, Any], optimizer: dict[str, Tensor]) -> None:
-    """What a trainer goes on with, beside the weights in a checkpoint's folder."""
-    torch.save(optimizer, folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps(state), "utf-8")
-
-
-def read_state(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_state` wrote."""
-    state = json.loads((folder / STATE).read_text("utf-8"))
-    return state, torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
-
-
-def damage(folder: Path) -> str:
-    """The first file of a checkpoint that is missing, cut, empty or unreadable, and why; "" where it is
-    whole.
-    """
-    name = LENGTHS
-    try:
-        noted = _object(folder / LENGTHS)
-        sizes = {key: size for key, size in noted.items() if key not in LINES}
-        if any(type(size) is not int for size in noted.values()) or (sizes and not noted.keys() >= {*LINES}):
-            raise ValueError(f"accepted is a number of bytes of each of {', '.join(LINES)}")
-        for name in sorted(sizes or (path.name for path in folder.iterdir())):
-            _check_file(folder / name, sizes.get(name, 1))
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, zipfile.BadZipFile) as error:
-        return f"{name}: {error}"
-    return ""
-
-
-def _check_file(path: Path, size: int) -> None:
-    if path.suffix == ".json":
-        state = _object(path)
-        for key, kinds in STATE_TYPES.items() if path.name == STATE else ():
-            if key not in state or type(state[key]) not in kinds:
-                raise ValueError(f"{key} = {state.get(key)!r}, which no trainer has written")
-        if path.name == STATE and step_name(state["step"]) != path.parent.name:
-            raise ValueError(f"step = {state['step']}, which is another checkpoint's")
-        return
-    with open(path, "rb") as file:
-        start = file.read(1 << 20)
-    present, binary = path.stat().st_size, path.suffix in (".safetensors", ".pt")
-    if present < size or (binary and present > size > 1):
-        raise ValueError(f"{present} of {size} bytes are there")
-    if not binary and b"\0" in start:
-        raise ValueError("it holds a zero byte")
-    if path.suffix == ".safetensors":
-        with safe_open(path, "pt"):
-            return
-    if path.suffix == ".pt":
-        zipfile.ZipFile(path).close()
-
-
-def damaged(folder: Path, reason: str) -> ValueError:
-    """The error of a checkpoint that cannot be read, with the way on."""
-    earlier = [path for path in checkpoints(folder.parent.parent) if step_of(path) < step_of(folder)]
-    before = next((path for path in reversed(earlier) if not damage(path)), None)
-    way = f"no checkpoint before it is whole: remove {folder.parent.parent} to begin anew"
-    if before is not None:
-        newer = [folder, *(path for path in earlier if step_of(path) > step_of(before))]
-        way = f"the checkpoint {before} is whole: to go on from it, remove {' and '.join(map(str, newer))}"
-    return ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    """Of a JSON file; ValueError when it holds something else."""
-    value = json.loads(path.read_bytes())
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return value
-
-
 def finished(path: Path, config_toml: str) -> bool:
     """Whether the run there has come to the end of this very configuration; a longer one goes on, and so does
     one whose summary was cut.
@@ -303,7 +218,7 @@ def finished(path: Path, config_toml: str) -> bool:
     if not saved.is_file() or not (path / "summary.json").is_file():
         return False
     try:
-        _object(path / "summary.json")
+        json_object(path / "summary.json")
     except ValueError:
         return False
     before, after = settings_of(saved), settings(config_toml)

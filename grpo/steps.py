@@ -206,6 +206,11 @@ class Steps:
     def _optimizer_step(self, lr: float) -> float:
         """The gradient norm."""
         (squared,) = self.world.sum([float(self.optimizer.squared_grad_norm())])  # world
+        if not math.isfinite(squared):
+            norm = math.sqrt(squared)
+            raise RuntimeError(
+                f"step {self.step}: grad_norm is {norm}; the weights are as before this update"
+            )
         return self.optimizer.step(lr, squared)
 
     def _check(self, stats: UpdateStats) -> None:

@@ -9,17 +9,26 @@ from __future__ import annotations
 import resource
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
+from duologue.grpo.checkpoints import (
+    checkpoints,
+    damaged,
+    read_state,
+    spoiled,
+    step_name,
+    step_of,
+    write_state,
+)
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress
 from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
-from duologue.grpo.run_dir import Interrupted, RunDir, damaged, read_state, step_name, write_state
+from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.model.checkpoint import write_checkpoint
@@ -44,7 +53,30 @@ class Trainer(Steps):
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
             self.opponents.check_resumed()
-        run.drop_lines_from(self.step)
+        self._check_frozen()
+        run.go_on_from(self.step)
+
+    def _check_frozen(self) -> None:
+        """Of a resume: what a later step loads beside the checkpoint is whole, or is named now."""
+        for folder, user in self._frozen() if self.warm_start is not None else ():
+            if reason := spoiled(folder):
+                way = "put a copy of it back, or start another run"
+                raise ValueError(f"{folder}, which {user} needs, is damaged ({reason}): {way}")
+
+    def _frozen(self) -> Iterator[tuple[Path, str]]:
+        """Folders, and the setting on whose account each will be loaded."""
+        start, c = self.run_dir.path / "checkpoints" / "warm_start", self.config
+        left = range(self.selfplay_index, c.train.steps)
+        if c.judge.backend == "policy":
+            yield start, "judge.backend = 'policy'"
+        if left and c.grpo.kl_coef:
+            yield start, f"grpo.kl_coef = {c.grpo.kl_coef:g}"
+        for path in self.opponents.needed(left) if left else ():
+            yield path, f"opponent.kind = {c.opponent.kind!r}"
+        if self.game.compared and c.eval.partners:
+            yield start, f"eval.partners = {[*c.eval.partners]} ([] goes on without)"
+        if left and c.train.kl_every:
+            yield start, f"train.kl_every = {c.train.kl_every} (0 goes on without)"
 
     def run(self) -> dict[str, Any]:
         imitation, selfplay = self.config.imitation.steps, self.config.train.steps
@@ -157,7 +189,8 @@ class Trainer(Steps):
     def _save(self) -> None:
         keep = self.config.train.keep_checkpoints
         self.run_dir.save_checkpoint(step_name(self.step), self._write, keep)
-        self.opponents.forget_before(max(self.selfplay_index, 0))
+        oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
+        self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
 
     def _write(self, folder: Path) -> None:
         write_checkpoint(self.model, self.tokenizer, folder)

@@ -12,11 +12,11 @@ import torch
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
-from duologue.model.files import read_json
+from duologue.model.files import CHECKSUMS, OF_TRAINERS, altered, read_json
 from duologue.model.lora import LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
-from duologue.model.tokenizer import Tokenizer
+from duologue.model.tokenizer import TOKENIZER_FILES, Tokenizer
 from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finite, stored_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -38,10 +38,14 @@ def load_model(
     float32).
 
     A folder with an adapter gives a `LoraDecoder` on `base`, or on the folder that the adapter names, and
-    that one's tokenizer. ValueError names what is wrong: a missing file or tensor, a surplus one, a shape, a
-    damaged file, a model type.
+    that one's tokenizer unless it has its own. ValueError names what is wrong: a missing file or tensor, a
+    surplus one, a shape, a damaged file, a model type.
     """
     folder = Path(path)
+    if reason := altered(folder, OF_TRAINERS):
+        way = "name another checkpoint, or put a copy of this one back"
+        meant = f"if it was changed on purpose, remove {folder / CHECKSUMS}"
+        raise ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}; {meant}")
     if (folder / ADAPTER_CONFIG).is_file():
         below = Path(base or read_settings(folder).base)
         if not (below / "config.json").is_file():
@@ -50,17 +54,37 @@ def load_model(
                 "model.path"
             )
         model, tokenizer = load_model(below, device, dtype)
+        tokenizer = _tokenizer_of_adapter(folder, tokenizer)
+        _check_vocabulary(folder, tokenizer, model.config)
         return LoraDecoder(model, read_adapter(folder, model, str(below.resolve()))), tokenizer
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)
+    _check_vocabulary(folder, tokenizer, config)
+    model = empty_decoder(config)
+    load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
+    return model, tokenizer
+
+
+def _tokenizer_of_adapter(folder: Path, base: Tokenizer) -> Tokenizer:
+    """The adapter's own tokenizer and template, with which it was trained, where its folder holds other ones
+    than its base's.
+    """
+    files = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    if not files:
+        return base
+    if "tokenizer.json" not in files:
+        accepted = "accepted is a whole tokenizer, or none where the base's is meant"
+        raise ValueError(f"{folder} has {files[0]} and no tokenizer.json: {accepted}")
+    own = Tokenizer.from_dir(folder, base)
+    return base if own.equals(base) else own
+
+
+def _check_vocabulary(folder: Path, tokenizer: Tokenizer, config: ModelConfig) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         highest = tokenizer.vocab_size - 1
         raise ValueError(
             f"{folder}: tokenizer.json has the id {highest}, config.json a vocab_size of {config.vocab_size}"
         )
-    model = empty_decoder(config)
-    load_weights(model, folder, device, dtype or parse_dtype(config.dtype))
-    return model, tokenizer
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -253,6 +253,11 @@ def _positions(raw: dict[str, Any]) -> int:
 
 
 def _check_fixed(raw: dict[str, Any]) -> None:
+    if raw.get("attention_dropout") not in (None, 0) or raw.get("attention_dropout") is False:
+        raise ValueError(
+            f"attention_dropout = {raw['attention_dropout']!r} in config.json: accepted is 0, with which "
+            "sampling computes the same and updates drop nothing (lora.dropout drops in an adapter)"
+        )
     for key, accepted in FIXED.items():
         value = raw.get(key, accepted[0])
         same = [a for a in accepted if a == value and isinstance(a, bool) == isinstance(value, bool)]

@@ -17,6 +17,7 @@ from duologue.model.files import kept_files, read_json, read_text
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 SPECIAL = ("<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 LEAST_IDS = 256 + len(SPECIAL)  # all bytes and the markers
 # One token per marker, and a turn ends with the token that stops generation.
 TEMPLATE = (
@@ -68,7 +69,7 @@ class Tokenizer:
 
     def equals(self, other: Tokenizer) -> bool:
         """Whether both give every conversation the same ids."""
-        mine, theirs = ((t._core.to_str(), t._template, t.eos_token_ids) for t in (self, other))
+        mine, theirs = ((t._core.to_str(), t._template, t._named(), t.eos_token_ids) for t in (self, other))
         return mine == theirs
 
     @cached_property
@@ -252,9 +253,10 @@ class Tokenizer:
         return token_id
 
     @classmethod
-    def from_dir(cls, path: str | Path) -> Tokenizer:
+    def from_dir(cls, path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
         """Read tokenizer.json and, where there, tokenizer_config.json, generation_config.json,
-        chat_template.jinja.
+        chat_template.jinja. `base` is the tokenizer below an adapter: it says what ends a text where the
+        folder does not.
         """
         folder = Path(path)
         core = _read_core(folder)
@@ -263,6 +265,8 @@ class Tokenizer:
         eos = token_ids(generation, "eos_token_id", str(folder / "generation_config.json"))
         if generation.get("eos_token_id") is None:
             eos = token_ids(read_json(folder / "config.json"), "eos_token_id", str(folder / "config.json"))
+        if base is not None and not eos:
+            eos, generation = base.eos_token_ids, base.generation
         template = _read_template(folder, settings)
         try:
             return cls(core, settings, template, eos, generation, kept_files(folder))

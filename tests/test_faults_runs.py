@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from duologue.grpo import evaluate as evaluation
 from duologue.grpo import steps
 from duologue.grpo.cli import main
+from duologue.grpo.commands import players
 from duologue.grpo.commands.play import Terminal
 from duologue.grpo.config import load_config
 from duologue.grpo.run_dir import RunDir, read_lines
@@ -22,6 +22,13 @@ from duologue.rollout.games.template import load_template
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from tiny import TINY
+
+
+def older(run: Path) -> Path:
+    """A run of the time before checksums: what was changed in a checkpoint is found by its reader."""
+    for file in run.rglob("checksums.json"):
+        file.unlink()
+    return run
 
 
 def train(path: Path, *more: str) -> int:
@@ -138,7 +145,9 @@ def test_a_judge_may_move_but_not_be_another(tmp_path: Path) -> None:
             RunDir.resume(tmp_path / "run", toml(8001, f"{key}={value}"))
     cuda = [toml(1, f"model.device={device}") for device in ("cuda:0", "cuda:1", "cpu")]
     RunDir.create(tmp_path / "gpu", cuda[0]).close()
-    RunDir.resume(tmp_path / "gpu", cuda[1]).close()
+    moved = RunDir.resume(tmp_path / "gpu", cuda[1])
+    moved.go_on_from(0)
+    moved.close()
     with pytest.raises(ValueError, match=r"model\.device = 'cuda:1', not 'cpu'"):
         RunDir.resume(tmp_path / "gpu", cuda[2])
 
@@ -223,7 +232,7 @@ def test_a_state_of_another_type_is_no_traceback(
 def test_a_state_that_lacks_a_part_is_no_traceback(
     run: Path, key: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = run / "checkpoints" / "step_000003" / "trainer_state.json"
+    file = older(run) / "checkpoints" / "step_000003" / "trainer_state.json"
     state = json.loads(file.read_text("utf-8"))
     file.write_text(json.dumps({**state, key: {}}), "utf-8")
     assert train(run, "--resume", "train.steps=3") == 2
@@ -264,7 +273,7 @@ def test_lengths_of_another_type_cut_nothing_off(
 
 
 def test_a_state_whose_measures_are_null_is_shown(run: Path) -> None:
-    file = run / "checkpoints" / "step_000003" / "trainer_state.json"
+    file = older(run) / "checkpoints" / "step_000003" / "trainer_state.json"
     state = json.loads(file.read_text("utf-8"))
     nulls = dict.fromkeys(state["warm_start"])
     file.write_text(json.dumps({**state, "warm_start": nulls}), "utf-8")
@@ -427,7 +436,7 @@ def test_a_report_of_lines_that_lack_a_key_is_no_traceback(
 @pytest.fixture
 def broken(run: Path) -> Path:
     """A checkpoint whose last norm is NaN."""
-    path = run / "checkpoints" / "step_000003"
+    path = older(run) / "checkpoints" / "step_000003"
     weights = load_file(path / "model.safetensors")
     weights["model.norm.weight"].fill_(float("nan"))
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
@@ -471,8 +480,8 @@ def test_measures_of_an_evaluation_are_json(
         metrics, dialogues = measure(*given)
         return {**metrics, "odd": float("nan")}, dialogues
 
-    measure = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", evaluate)
+    measure = players.evaluate
+    monkeypatch.setattr(players, "evaluate", evaluate)
     file = tmp_path / "measures.json"
     checkpoint = str(run / "checkpoints" / "step_000003")
     assert main(["eval", checkpoint, "--recipe", "deal", *TINY, "--json", str(file)]) == 0

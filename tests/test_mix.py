@@ -6,14 +6,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
 import threading
-import time
 import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
@@ -48,7 +46,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_opponents import Mumbler, said
 from test_world import together
-from tiny import RUN, decoder, lines, run_whole
+from tiny import RUN, decoder, dying, lines, run_whole
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import exploit
@@ -339,15 +337,8 @@ def test_kill_9_and_resume_is_exact(start: Path, smaller: Path, tmp_path: Path) 
     assert main(["train", "deal", *words, "--run-dir", str(tmp_path / "whole")]) == 0
     path = tmp_path / "run"
     command = ["train", "deal", *words, "--run-dir", str(path)]
-    code = "import sys; from duologue.grpo.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while len(read_lines(path / "metrics.jsonl")) < 4 and process.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-    assert process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
+    killed = subprocess.run([*dying(4), *command], stdout=subprocess.DEVNULL, timeout=600)
+    assert killed.returncode == -signal.SIGKILL
     before = (path / "metrics.jsonl").read_bytes()
     moved = tmp_path / "moved"
     shutil.copytree(smaller, moved)

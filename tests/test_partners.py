@@ -361,6 +361,20 @@ def test_none_takes_what_its_character_forbids(name: str, who: str) -> None:
     assert settled > 5
 
 
+@every_game
+def test_a_close_without_a_word_takes_the_offer_that_stands(name: str) -> None:
+    """Its own, or the other's if that is good enough; an offer that is not is not taken by closing on it."""
+    scenario = PRICE_SCENARIO if name == "price" else game_of(name).sample(random.Random(1), "train")
+    side: Any = make(name, "boulware", scenario, 0, 1)
+    offer = side.act().take
+    side.hear(side.understand(CLOSE))
+    assert side.agreed == offer
+    side = make(name, "boulware", scenario, 0, 1)
+    side.act()
+    side.hear(Act(take=(21,) if name == "price" else side.counts, close=True))  # all for the other
+    assert side.agreed is None
+
+
 def test_tit_for_tat_gives_what_it_is_given() -> None:
     """Priced in its own gains: after two offers it has come down by what they rose, and by its goodwill."""
     for rise in range(4):

@@ -4,6 +4,7 @@ the words on the screen.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -14,18 +15,23 @@ import select
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from duologue.grpo.cli import main
+from duologue.grpo.commands.aloud import Wrapped
 from duologue.grpo.commands.play import Terminal
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import SamplingParams
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.seeds import derive_seed
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.cells import cell_len
 from test_cli import TINY
 from test_collective import PAIRS, TASKS, checkpoint_dir
 
@@ -218,7 +224,7 @@ def test_in_a_real_terminal(checkpoint: Path) -> None:
         [*COMMAND, str(checkpoint)], stdin=theirs, stdout=theirs, stderr=theirs, env=wide
     )
     os.close(theirs)
-    screen, typed, ends = "", 0, time.monotonic() + 60
+    screen, typed, ends = "", 0, time.monotonic() + 240
     replies = [("you> ", "good day\n"), ("you> ", "/done\n"), ("your selection> ", "book 0 hat 0 ball 0\n")]
     while time.monotonic() < ends:
         if select.select([ours], [], [], 0.1)[0]:
@@ -233,7 +239,7 @@ def test_in_a_real_terminal(checkpoint: Path) -> None:
             os.write(ours, replies[typed][1].encode())
             screen += "\n"
             typed += 1
-    assert process.wait(timeout=20) == 0, screen
+    assert process.wait(timeout=240) == 0, screen
     os.close(ours)
     assert typed == 3
     assert "you score" in screen
@@ -241,7 +247,84 @@ def test_in_a_real_terminal(checkpoint: Path) -> None:
 
 def test_on_a_pipe_that_ends(checkpoint: Path) -> None:
     done = subprocess.run(
-        [*COMMAND, str(checkpoint)], input="good day\n", capture_output=True, text=True, timeout=60
+        [*COMMAND, str(checkpoint)], input="good day\n", capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("You left; nothing is agreed.")
+
+
+# ---- words as they are sampled -----------------------------------------------------------------------------
+
+
+class Screen:
+    """A pseudo-terminal in this process: what is typed into it, and all that it shows."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, typed: str) -> None:
+        self._ours, self.theirs = pty.openpty()
+        self._shown: list[bytes] = []
+        monkeypatch.setattr(sys, "stdin", os.fdopen(os.dup(self.theirs), "r"))
+        monkeypatch.setattr(sys, "stdout", os.fdopen(os.dup(self.theirs), "w"))
+        os.write(self._ours, typed.encode())
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        with contextlib.suppress(OSError):  # the other end is closed
+            while data := os.read(self._ours, 4096):
+                self._shown.append(data)
+
+    def text(self) -> str:
+        sys.stdin.close()
+        sys.stdout.close()
+        os.close(self.theirs)
+        self._reader.join()
+        os.close(self._ours)
+        return re.sub(r"\x1b\[[0-9;]*m|\r", "", b"".join(self._shown).decode())
+
+
+def test_words_appear_on_a_terminal_as_they_are_sampled(
+    checkpoint: Path, person: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["good day", "and you?", "/quit"]
+    words = [checkpoint, "dialogue.max_tokens_per_turn=90", "--seed", "3", "dialogue.first_speaker=first"]
+    plain = person(lines, *words)
+    step, mark = Engine.step, "\x1e"
+
+    def marked(engine: Engine) -> object:
+        done = step(engine)
+        os.write(screen.theirs, mark.encode())
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setenv("COLUMNS", "40")
+        patch.setenv("TERM", "xterm")
+        patch.setattr(Engine, "step", marked)
+        screen = Screen(patch, "".join(line + "\n" for line in lines))
+        code = main(["play", *map(str, words)])
+        shown = screen.text()
+    assert code == 0
+    turns = re.findall(r"(?s)policy> (.*?)\nyou> ", shown)
+    expected = re.findall(r"(?s)policy> (.*?)\nyou> ", plain)
+    assert len(turns) == len(expected) > 0
+    assert sum(len(re.findall(rf"\S {mark}+\S|\S{mark}+ ", turn)) for turn in turns) > 5
+    for turn, whole in zip(turns, expected, strict=True):
+        assert "".join(turn.replace(mark, "").split()) == "".join(whole.split())
+        assert all(len(line) <= 40 or " " not in line for line in turn.replace(mark, "").split("\n"))
+
+
+@settings(max_examples=60, derandomize=True, deadline=None, database=None)
+@given(
+    st.text(alphabet="ab é日本\n 😀\u0301", max_size=60), st.lists(st.integers(0, 200)), st.integers(3, 12)
+)
+def test_text_in_pieces_is_shown_once_in_whole_words(text: str, cuts: list[int], width: int) -> None:
+    data, out = text.encode(), list[str]()
+    screen = Wrapped(out.append, width)
+    for cut in sorted(cuts):
+        screen.show(data[:cut].decode("utf-8", "replace"))
+        shown = "".join(out)
+        assert "\ufffd" not in shown
+        assert text.replace(" ", "").replace("\n", "").startswith(shown.replace(" ", "").replace("\n", ""))
+    screen.show(text, whole=True)
+    assert "".join("".join(out).split()) == "".join(text.split())
+    longest = max((cell_len(word) for word in re.findall(r"[^\s日本]+|[日本]", text)), default=0)
+    assert all(cell_len(line.rstrip()) <= max(width, longest) for line in "".join(out).split("\n"))

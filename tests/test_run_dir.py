@@ -29,7 +29,8 @@ NAN = float("nan")
 SAVER = """
 import sys
 from pathlib import Path
-from duologue.grpo.run_dir import RunDir, step_name
+from duologue.grpo.checkpoints import step_name
+from duologue.grpo.run_dir import RunDir
 run = RunDir.create(Path(sys.argv[1]), "")
 def write(folder):
     for i in range(15):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -101,3 +102,22 @@ def run_whole(path: Path, *more: str) -> dict[str, Any]:
 def lines(path: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what differs from run to run."""
     return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_lines(path / "metrics.jsonl")]
+
+
+def dying(n_lines: int) -> list[str]:
+    """Begins a command of duologue that kills itself when it has written so many lines of metrics, with the
+    next step computed and its dialogues written.
+    """
+    code = f"""
+import os, signal, sys
+from duologue.grpo.cli import main
+from duologue.grpo.run_dir import RunDir, read_lines
+write = RunDir.append_metrics
+def append(run, row):
+    if len(read_lines(run.path / "metrics.jsonl")) >= {n_lines}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(run, row)
+RunDir.append_metrics = append
+sys.exit(main(sys.argv[1:]))
+"""
+    return [sys.executable, "-c", code]

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from duologue.grpo.build import build_arena, build_engine, build_judge
+from duologue.grpo.build import MEMORY, build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
 from duologue.grpo.crossplay import RESAMPLES, Interval, interval
 from duologue.grpo.policy import load_policy
@@ -125,9 +125,8 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model
     name.
     """
-    ledger = Path(":memory:")
     start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
-    scorer = build_judge(config, ledger, start)
+    scorer = build_judge(config, MEMORY, start)
     assert scorer is not None
     e = config.eval
     if not (e.judge_url or e.judge_model):
@@ -135,7 +134,7 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     other = dataclasses.replace(
         config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model
     )
-    second = build_judge(dataclasses.replace(config, judge=other), ledger, start)
+    second = build_judge(dataclasses.replace(config, judge=other), MEMORY, start)
     assert second is not None
     return scorer, second
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from duologue.grpo.run_dir import latest_checkpoint
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
 from duologue.model.lora import LoraDecoder, merged

@@ -7,17 +7,22 @@ training. What the person types is encoded once and heard as ids; nothing is tra
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import random
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
+from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.commands.aloud import Aloud, Wrapped
 from duologue.grpo.config import RECIPES, Config, load_config
 from duologue.grpo.policy import load_policy, use_threads
-from duologue.grpo.run_dir import latest_checkpoint
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Scenario
+from duologue.rollout.games.texts import read_text
 from duologue.rollout.judge.judge import Answer
 from duologue.rollout.judge.questions import Case
 from duologue.rollout.seeds import derive_seed
@@ -45,8 +50,17 @@ class Terminal:
         self.console = Console(highlight=False, markup=False)
 
     def say(self, text: str, style: str = "") -> None:
-        shown = (c for c in text if c.isprintable() or c == "\n")  # a policy can sample an escape sequence
-        self.console.print("".join(shown), style=style, soft_wrap=not self.console.is_terminal)
+        self.console.print(shown(text), style=style, soft_wrap=not self.console.is_terminal)
+
+    def begin(self, name: str) -> Wrapped:
+        """A turn whose words come one by one."""
+
+        def write(piece: str) -> None:
+            self.console.print(piece, style="cyan", end="", soft_wrap=True)
+
+        screen = Wrapped(write, self.console.width)
+        screen.prompt(f"{name}> ")
+        return screen
 
     def read(self, prompt: str) -> str:
         while True:
@@ -64,6 +78,11 @@ class Terminal:
                 self.say(HELP)
             elif words:
                 return words
+
+
+def shown(text: str) -> str:
+    """Without what moves a terminal's cursor: a policy can sample an escape sequence."""
+    return "".join(c for c in text if c.isprintable() or c == "\n")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -85,8 +104,11 @@ def run(options: argparse.Namespace) -> int:
     terminal.say(f"You are side {side + 1} in {game.name}. {HELP}", "bold")
     if scenario.shared_text or private:
         terminal.say(terminal.private if scenario.shared_text else f"Told to you alone: {private}")
-    arena = Arena(build_engine(config, model), tokenizer, game, rules, NoJudge())
-    person = Person(arena, scenario, side, terminal)
+    aloud = terminal.console.is_terminal and not game.observed  # whose moves may be hidden
+    engine = build_engine(config, model, decode_steps=1 if aloud else None)
+    speaker = Aloud(engine, lambda ids: shown(tokenizer.decode(ids)), lambda: terminal.begin(person.policy))
+    arena = Arena(speaker if aloud else engine, tokenizer, game, rules, NoJudge())
+    person = Person(arena, scenario, side, terminal, speaker)
     arena.speakers.outside = person
     try:
         hold(person, options.seed)
@@ -101,12 +123,20 @@ def find_recipe(options: argparse.Namespace) -> str:
         return str(options.game)
     for folder in (options.checkpoint, *options.checkpoint.resolve().parents[:3]):
         if (folder / "config.toml").is_file():
+            _check_whole(folder / "config.toml")
             return str(folder / "config.toml")
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     raise ValueError(
         f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, "
         f"one of {known}, or a TOML file"
     )
+
+
+def _check_whole(path: Path) -> None:
+    """A run's configuration says all; in one that was cut the rest would have its defaults."""
+    with contextlib.suppress(tomllib.TOMLDecodeError):  # of which its reader says more
+        if missing := {"game", "dialogue", "eval"} - tomllib.loads(read_text(path)).keys():
+            raise ValueError(f"{path} lacks [{min(missing)}], as no run has written it: name a --game")
 
 
 def rules_of(config: Config, temperature: float | None) -> Rules:
@@ -148,8 +178,10 @@ class Person(Speaker):
 
     who = "the person"
 
-    def __init__(self, arena: Arena, scenario: Scenario, side: int, terminal: Terminal) -> None:
+    def __init__(self, arena: Arena, scenario: Scenario, side: int, terminal: Terminal, aloud: Aloud) -> None:
+        """`aloud` may have shown what the policy said already."""
         self.arena, self.scenario, self.side, self.terminal = arena, scenario, side, terminal
+        self.aloud = aloud
         names = [persona.name for persona in scenario.personas] or ["you", "you"]
         self.name = names[side]
         self.policy = names[1 - side] if scenario.personas else "policy"
@@ -185,6 +217,8 @@ class Person(Speaker):
                     self.terminal.say(turn.text)
             elif turn.role != self.side and turn.kind == "final":
                 self.terminal.say(self.arena.game.final_form.format(turn.text), "cyan")
+            elif turn.role != self.side and self.aloud.said:
+                self.aloud.said -= 1
             elif turn.role != self.side:
                 self.terminal.say(f"{self.policy}> {turn.text}", "cyan")
 

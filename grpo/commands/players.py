@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.commands.compare import compare, table
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress, formatted
@@ -20,7 +21,7 @@ from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import SCRIPTED, in_full, load_player, start_of
 from duologue.grpo.policy import load_policy, use_threads
-from duologue.grpo.run_dir import finite, latest_checkpoint
+from duologue.grpo.run_dir import finite
 from duologue.model.atomic import write_file
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import Measure

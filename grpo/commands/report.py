@@ -5,6 +5,7 @@ Works on a run that is still going or was cut off: what exists is shown. All tex
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import time
@@ -16,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from duologue.grpo.checkpoints import STATE, latest_checkpoint
 from duologue.grpo.commands import partners
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
-from duologue.grpo.run_dir import STATE, iter_lines, latest_checkpoint, read_lines
+from duologue.grpo.run_dir import iter_lines, read_lines
 from duologue.grpo.settings import typed
 from duologue.model.atomic import write_file
 from duologue.model.settings import keys
@@ -30,6 +32,7 @@ from duologue.rollout.games.texts import read_text
 
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
+UNLIKE_A_RUN = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, jinja2.TemplateError)
 Record = dict[str, Any]  # of JSON or TOML
 POLICIES = {"warm_start": "warm start", "trained": "trained"}
 # stage, title, metric -> label, whether a share; those of the game's own measures come first
@@ -56,12 +59,30 @@ CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run directory; ValueError when there is nothing to report."""
-    run_dir = Path(run_dir)
+    path = Path(run_dir) / "report.html"
+    write_file(path, _page(path.parent).encode())
+    return path
+
+
+def check_lines(run_dir: Path) -> None:
+    """Before a run goes on: what it has recorded so far will make a report in the end."""
+    _page(run_dir, ended=False)
+
+
+def _page(run_dir: Path, ended: bool = True) -> str:
     try:
-        context = gather(run_dir)
-    except (LookupError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{run_dir} holds lines that are no run's, or were altered ({what})") from error
+        return _template().render(gather(run_dir, ended))
+    except UNLIKE_A_RUN as error:
+        if str(run_dir) in str(error):
+            raise
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        way = "no step is computed from such a line of metrics.jsonl or dialogues.jsonl: it may be removed"
+        lines = f"{run_dir} holds lines that are no run's, or were altered ({what})"
+        raise ValueError(f"{lines}; {way}") from error
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -69,13 +90,11 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    path = run_dir / "report.html"
-    write_file(path, environment.get_template("report.html.j2").render(context).encode())
-    return path
+    return environment.get_template("report.html.j2")
 
 
-def gather(run_dir: Path) -> Record:
-    """Everything that the template shows."""
+def gather(run_dir: Path, ended: bool = True) -> Record:
+    """Everything that the template shows; of a run that is to go on not its summary."""
     if not (run_dir / "config.toml").is_file():
         raise ValueError(f"{run_dir} holds no run: it has no config.toml")
     try:
@@ -85,7 +104,7 @@ def gather(run_dir: Path) -> Record:
         raise ValueError(f"{run_dir / 'config.toml'} is not valid TOML: {error}") from error
     game = game_kind(config["game"]["name"]) or Game
     metrics = read_lines(run_dir / "metrics.jsonl")
-    summary = _summary(run_dir)
+    summary = _summary(run_dir, ended)
     policies, recent = _dialogues(run_dir / "dialogues.jsonl")
     tokenizer = _tokenizer(run_dir)
     sections = _sections(policies, recent)
@@ -108,10 +127,10 @@ def gather(run_dir: Path) -> Record:
     }
 
 
-def _summary(run_dir: Path) -> Record:
+def _summary(run_dir: Path, ended: bool) -> Record:
     """summary.json, or what the newest checkpoint of an unfinished run knows of it."""
     found = run_dir / "summary.json"
-    if not found.is_file():
+    if not (ended and found.is_file()):
         latest = latest_checkpoint(run_dir)
         if latest is None:
             return {}

@@ -9,6 +9,7 @@ import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 from duologue.rollout.judge.ledger import Ledger, ledger_key
@@ -86,8 +87,11 @@ class Asking:
                 content, reason = None, str(error)
             self._arrived.put((key, None if content is None else answer, reason))
 
-        key = ledger_key(self.backend.name, version, self.backend.settings, text)
+        settings = self.backend.settings
+        key = ledger_key(self.backend.name, version, settings, text)
         content = self.ledger.get(key)
+        if content is None and (other := self._other_name) is not None:
+            content = self.ledger.get(ledger_key(other, version, settings, text))
         with contextlib.suppress(ValueError):  # kept under older rules
             if content is not None:
                 self._known.append((tag, read(content)))
@@ -103,6 +107,10 @@ class Asking:
         else:
             self.asked += 1
             self.backend.ask(Ask(kind=kind, text=text, check=check, done=done))
+
+    @cached_property
+    def _other_name(self) -> str | None:
+        return self.ledger.other_name(self.backend.name)
 
     def answers(self, timeout: float | None = 0.0) -> list[tuple[Any, Any]]:
         """(tag, answer) of all that has come; None is no valid answer. When nothing has, wait so many

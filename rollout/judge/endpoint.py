@@ -13,11 +13,13 @@ import concurrent.futures
 import contextlib
 import json
 import re
+import sys
 import threading
 from typing import Any
 
 import httpx
 from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
+from duologue.rollout.judge.ledger import NAMELESS
 from duologue.rollout.judge.questions import schema
 from duologue.rollout.judge.reply import Fault, Refused, Withheld, complaint, read_reply
 from tenacity import (
@@ -58,13 +60,17 @@ class Endpoint:
         temperature: float = 0.0,
         max_tokens: int = 512,
         api_key: str = "",
+        name: str = "",
     ) -> None:
+        """`name` is what a server whose model is not named is called in the ledger: one that several runs use
+        may hold the answers of several servers, told apart by their addresses.
+        """
         if not re.fullmatch(r"[!-~]*", api_key):
             raise ValueError(f"the {self.section}'s API key has characters other than printable ASCII")
-        self.name = model or url
+        self.name = model or name or NAMELESS
         self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
         self._url = url.rstrip("/") + "/chat/completions"
-        self._model = model or "default"
+        self._model = model or NAMELESS
         self._deadline_s, self._attempts, self._key = deadline_s, attempts, api_key
         self._refused: frozenset[str] = frozenset()  # parameters that the server does not take
         self._loop = asyncio.new_event_loop()
@@ -138,6 +144,8 @@ class Endpoint:
                 except httpx.UnsupportedProtocol as error:
                     raise Refused(f"{self._url}: {error}") from None
                 except (Fault, Withheld, ValueError, httpx.RequestError) as error:
+                    if distrust := _distrust(error):
+                        raise Refused(f"{self._url}: {distrust}") from None
                     last[0] = f"{self._url}: {str(error) or type(error).__name__}"
                     withheld += isinstance(error, Withheld)
                     if withheld == WITHHELD_TRIES:
@@ -194,8 +202,15 @@ class Endpoint:
                 break
             refused = refused | {name}
         if not code:
+            self._announce(refused - self._refused)
             self._refused |= refused
         return response
+
+    def _announce(self, refused: frozenset[str]) -> None:
+        """Say once what the server is asked without from now on, for it may change the answers."""
+        for name in sorted(refused):
+            instead = f"sent as {RENAMED[name]}" if name in RENAMED else "left out"
+            print(f"{self.section}.url: the server refuses {name!r}: {instead} from now on", file=sys.stderr)
 
     async def _post(self, body: dict[str, Any]) -> httpx.Response:
         """The response, also when it stands elsewhere on the same host; never is the key sent to another."""
@@ -213,6 +228,14 @@ class Endpoint:
             lasting = lasting and response.status_code in (301, 308)
             url = there
         raise Refused(f"{self._url}: the server redirects more than {REDIRECTS - 1} times, last to {url}")
+
+
+def _distrust(error: Exception) -> str:
+    """Why no secure connection to this server will come about, "" where the next try may have better luck."""
+    said = str(error) if isinstance(error, httpx.ConnectError) else ""
+    if "CERTIFICATE_VERIFY_FAILED" in said:
+        return f"{said}; SSL_CERT_FILE names a file of the certificates to trust"
+    return f"{said}: it speaks http, not https" if "WRONG_VERSION_NUMBER" in said else ""
 
 
 def _same_host(url: httpx.URL, there: httpx.URL) -> bool:

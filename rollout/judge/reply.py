@@ -23,6 +23,10 @@ _TEMPORARY = re.compile(
     re.IGNORECASE,
 )
 
+_SPENT = re.compile(  # no waiting helps, whatever the status
+    r"insufficient.?(quota|balance|credit|fund)|credit balance is too low|billing.?(hard.?limit|not.?active)",
+    re.IGNORECASE,
+)
 _CODES = ("code", "status", "status_code", "http_status")
 _WORDS = ("message", "detail", "msg", "type", "param", "code")
 
@@ -56,6 +60,8 @@ def read_reply(response: httpx.Response, limit: str) -> Reply:
     code, message = complaint(response)
     if code:
         said = f"HTTP {response.status_code}: {message}"
+        if _SPENT.search(message):
+            raise Refused(said)
         if code in (408, 409, 425, 429) or code >= 500 or _TEMPORARY.search(message):
             raise Fault(said, _seconds(response.headers.get("Retry-After")))
         raise Refused(said)

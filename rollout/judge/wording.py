@@ -16,6 +16,11 @@ _ALIKE = str.maketrans(
         **dict.fromkeys("‐‑‒–—―−⁃﹘", "-"),
     }
 )
+_APOSTROPHE = re.compile(r"'(?:s|t|d|m|re|ve|ll)\b", re.IGNORECASE)
+# Thai to Khmer, kana, Chinese characters: scripts that put no spaces between words.
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]"
+)
 
 
 def find_object(content: str) -> dict[str, Any]:
@@ -66,7 +71,7 @@ def spoken(content: str) -> str:
 
 def occurs(quote: str, text: str) -> bool:
     """Whether somebody who reads `text` finds `quote` in it: typography, white space and the marks at the
-    ends do not count, words and case do.
+    ends do not count, words and case do, and words are whole.
     """
     wanted, said = _fold(quote), _fold(text)
     start, end = 0, len(wanted)
@@ -75,7 +80,17 @@ def occurs(quote: str, text: str) -> bool:
     while start < end and _is_mark(wanted[end - 1]):
         end -= 1
     wanted = wanted[start:end].strip() or wanted
-    return bool(wanted) and wanted in said
+    return bool(wanted) and any(
+        not _joined(said, match.start()) and not _joined(said, match.start() + len(wanted))
+        for match in re.finditer(f"(?={re.escape(wanted)})", said)
+    )
+
+
+def _joined(text: str, at: int) -> bool:
+    """Whether a word goes on across `at`, as "agree" in "disagree" and "can" in "can't"."""
+    before, after = text[:at], text[at:]
+    inside = before[-1:].isalnum() and (after[:1].isalnum() or _APOSTROPHE.match(after))
+    return bool(inside) and not _UNSPACED.search(before[-1:] + after[:1])
 
 
 def _fold(text: str) -> str:
