@@ -32,8 +32,8 @@ from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import Server
 
-FIRST_TEXTS = 500  # games
 MEMORY = Path(":memory:")  # in place of a ledger's file
+FIRST_TEXTS = 500  # games
 
 
 def build_game(config: Config) -> Game:
@@ -49,11 +49,12 @@ def build_judge(
     j = config.judge
     if j.backend == "rules":
         return None
-    if j.backend == "endpoint":
-        backend = _endpoint(config, own=not j.ledger and ledger != MEMORY)
-    else:
+    held = j.backend != "endpoint"
+    if held:
         backend = _model_judge(config, start)
-    prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue) for kind in REQUIRED}
+    else:
+        backend = _endpoint(config, own=not j.ledger and ledger != MEMORY)
+    prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue, held) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
         Ledger(Path(j.ledger) if j.ledger else ledger),
@@ -61,6 +62,7 @@ def build_judge(
         show_dialogue=j.show_dialogue,
         max_unscored_share=j.max_unscored_share,
         offline=j.offline,
+        held=held,
     )
 
 
@@ -102,7 +104,7 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
         # The policy's pool took what was free.
         return build_engine(config, model, CACHE_TOKENS), tokenizer
 
-    return ModelJudge(engine, temperature=j.temperature, max_tokens=j.max_tokens)
+    return ModelJudge(engine, threshold=j.threshold, score=j.score, readings=j.readings)
 
 
 def add_server(config: Config, arena: Arena, ledger: Path) -> None:

@@ -18,7 +18,9 @@ from typing import Any, get_type_hints
 
 from duologue.grpo.mix import ENDPOINT, FROZEN, POOL, SCRIPTED
 from duologue.grpo.sections import (
+    HELD,
     HTTP_ADDRESS,
+    SERVED,
     EvalSection,
     GrpoSection,
     ImitationSection,
@@ -150,6 +152,13 @@ def _judge_rules(c: Config) -> Iterator[Rule]:
     yield "judge.backend", backend, (judge.backend == "rules") != dilemma
     for key in ("judge.prompts", "judge.ledger", "eval.questions", "eval.judge_url", "eval.judge_model"):
         yield key, "'' with a game that has rules", dilemma or not c.value(key)
+    default = JudgeSection()
+    served = judge.backend == "endpoint" or bool(c.eval.judge_url or c.eval.judge_model)
+    here = judge.backend in ("model", "policy")
+    for names, used, whose in ((SERVED, served, "a server"), (HELD, here, "'model' or 'policy'")):
+        accepted = f"its default where no judge is {whose}"
+        for key in names:
+            yield f"judge.{key}", accepted, used or getattr(judge, key) == getattr(default, key)
     server = "'' without judge.backend = 'endpoint'"
     yield "judge.url", server, not judge.url or judge.backend == "endpoint"
     key_env = "the one place for a credential: judge.url takes none, and no query"

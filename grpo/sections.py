@@ -19,7 +19,11 @@ from duologue.model.tokenizer import LEAST_IDS
 from duologue.model.weights import DTYPES
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.engine.sequence import LEAST_TEMPERATURE
+from duologue.rollout.judge.form import ORDERS
+from duologue.rollout.judge.model import EXPECTED, LIKELIEST
 
+SERVED = ("temperature", "max_tokens")  # keys of [judge] that only a server's answers depend on,
+HELD = ("threshold", "score", "readings")  # and only those of a model in this process
 NOBODY = Shares()
 HTTP_ADDRESS = "an address that begins with http:// or https://"
 
@@ -152,8 +156,17 @@ class JudgeSection:
     concurrency: int = setting(16, "questions on the wire at once", least=1, most=4096)
     timeout_s: float = setting(60.0, "of a request", least=0.01)
     deadline_s: float = setting(240.0, "of a question with all its tries", least=0.01)
-    temperature: float = setting(0.0, "of the judge's answers", least=0, most=100)
-    max_tokens: int = setting(512, "of an answer", least=1)
+    temperature: float = setting(0.0, "of a server's answers", least=0, most=100)
+    max_tokens: int = setting(512, "of a server's answer", least=1)
+    threshold: float = setting(
+        0.5, "how probable 'true' must be against 'false' for an agreement, of a model here", least=0, most=1
+    )
+    score: str = setting(
+        EXPECTED, "of the probabilities of 0 to 5, of a model here", one_of=(EXPECTED, LIKELIEST)
+    )
+    readings: int = setting(
+        4, "orders of the aspects over which a model here averages", least=1, most=len(ORDERS)
+    )
     max_unscored_share: float = setting(0.1, "of a step's dialogues; above it the run stops", least=0, most=1)
 
 

@@ -4,6 +4,7 @@ files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from functools import cached_property
@@ -82,6 +83,12 @@ class Tokenizer:
         """What `decode` leaves out of every text."""
         added = self._core.get_added_tokens_decoder().values()
         return frozenset(token.content for token in added if token.special)
+
+    @cached_property
+    def digest(self) -> str:
+        """A name for what this makes of texts and turns."""
+        made = [self._core.to_str(), self._template, self._named(), self.eos_token_ids]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()
 
     @property
     def eos_token_id(self) -> int | None:
@@ -162,15 +169,22 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a content, as they stand inside the chat template; no marker of it is among them."""
+        return self.encode_with_offsets(text)[0]
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], Offsets]:
+        """The same, and where the characters of each id begin and end in `text`."""
         core, anchor = self._contents
         ids, offsets = self._behind(core, anchor, text)
         marked = next((at for i, at in zip(ids, offsets, strict=True) if i in self._markers), None)
         if marked is None:
-            return ids
+            return ids, offsets
         start, end = marked  # the model of this tokenizer makes it of plain characters
         if end - start < 2:
-            return self.encode(text[:start] + "\ufffd" + text[end:])
-        return self.encode(text[: start + 1]) + self.encode(text[start + 1 :])
+            return self.encode_with_offsets(text[:start] + "\ufffd" + text[end:])
+        cut = start + 1
+        ids, offsets = self.encode_with_offsets(text[:cut])
+        more, behind = self.encode_with_offsets(text[cut:])
+        return ids + more, offsets + [(cut + start, cut + end) for start, end in behind]
 
     def _behind(self, core: tokenizers.Tokenizer, anchor: str, text: str) -> tuple[list[int], Offsets]:
         """Ids and offsets of `text` behind `anchor`, without the anchor's; alone where both join."""

@@ -51,3 +51,20 @@ def test_workload_counts_what_was_asked_for() -> None:
     wrong = subprocess.run([*command, "--shortest", "20"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "accepted is 1 <= shortest <= longest" in wrong.stderr
+
+
+def test_the_judge_bench_counts_every_question(
+    chat_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import judge
+
+    sizes = ["--groups", "1", "--tokens", "4", "--readings", "2", "--threshold", "0", "--dtype", "float32"]
+    assert judge.main([str(chat_checkpoint), *sizes]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    kinds = [(row["score"], row["readings"]) for row in rows]
+    assert kinds == [("likeliest", 1), ("expected", 1), ("likeliest", 2), ("expected", 2)]
+    for row in rows:
+        assert (row["questions"], row["unscored"], row["agreed"]) == (16, 0, 1.0)
+        assert row["asked"] <= 16  # a dialogue like another is not asked again
+        assert (row["mean_std"] == 0) <= (row["flat_groups"] == 1)

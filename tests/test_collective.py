@@ -389,12 +389,7 @@ def test_the_policy_scores_its_own_answers_by_its_starting_weights(
     from duologue.rollout.judge.model import ModelJudge
     from duologue.rollout.judge.questions import SCORE, Case, load_prompt
 
-    settings = [
-        "train.steps=2",
-        "grpo.learning_rate=1e-2",
-        "judge.temperature=1.0",
-        *more,
-    ]  # greedy, a random judge is constant
+    settings = ["train.steps=2", "grpo.learning_rate=1e-2", "judge.readings=2", *more]
     assert run("run", *settings, recipe="dynamic-alignment") == 0
     found = dialogues(tmp_path / "run")
     assert len(found) == 2 * 6
@@ -408,8 +403,9 @@ def test_the_policy_scores_its_own_answers_by_its_starting_weights(
     assert rows[0]["grad_norm"] > 0
 
     engine, tokenizer = load_model(checkpoint_dir, "cpu", torch.float32)
-    backend = ModelJudge(lambda: (Engine(engine, cache_tokens=16384), tokenizer), temperature=1.0)
-    judge = FeedbackJudge(backend, Ledger(tmp_path / "fresh.sqlite"), {SCORE: load_prompt(SCORE)})
+    backend = ModelJudge(lambda: (Engine(engine, cache_tokens=16384), tokenizer), readings=2)
+    prompts = {SCORE: load_prompt(SCORE, held=True)}
+    judge = FeedbackJudge(backend, Ledger(tmp_path / "fresh.sqlite"), prompts, held=True)
     for i, d in enumerate(found):
         judge.submit(SCORE, Case(dilemma=d["scenario"]["shared"], completion=d["turns"][0]["text"]), i)
     answers: dict[int, Any] = {}

@@ -18,12 +18,13 @@ from duologue.grpo.build import MEMORY, build_arena, build_engine, build_judge
 from duologue.grpo.config import Config
 from duologue.grpo.crossplay import RESAMPLES, Interval, interval
 from duologue.grpo.policy import load_policy
+from duologue.grpo.sections import HELD, JudgeSection
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
 from duologue.rollout.games.game import UNSCORED
-from duologue.rollout.judge.judge import FeedbackJudge
+from duologue.rollout.judge.judge import Answer, FeedbackJudge
 from duologue.rollout.judge.questions import PREFERENCE, Case
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.dialogue import Dialogue
@@ -32,7 +33,7 @@ from rich.table import Table
 Policy = tuple[Engine, Tokenizer]
 VERDICTS = {"wins": 1, "losses": -1, "ties": 0}
 # by the winners in both orders, in the second of which our answer is shown last
-KINDS: dict[tuple[str | None, str | None], str] = {
+KINDS: dict[tuple[str, str], str] = {
     ("1", "2"): "wins",
     ("2", "1"): "losses",
     ("tie", "tie"): "ties",
@@ -100,8 +101,10 @@ def final_text(dialogue: Dialogue) -> str:
 def prefer(
     judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dialogue], seed: int
 ) -> dict[str, Any]:
-    """Pairwise preference for our answers, asked in both orders."""
-    said: dict[tuple[int, int], str | None] = {}
+    """Pairwise preference for our answers, asked in both orders. Of a judge that gives probabilities also how
+    probable it is that ours is better, as the mean of both orders; a tie is half of it.
+    """
+    said: dict[tuple[int, int], Answer] = {}
     for i, pair in enumerate(zip(ours, theirs, strict=True)):
         for order in (0, 1):
             first, second = (final_text(d) for d in (pair if order == 0 else pair[::-1]))
@@ -110,15 +113,24 @@ def prefer(
             judge.submit(PREFERENCE, case, (i, order))
     while len(said) < 2 * len(ours):
         for tag, answer in judge.answered(wait=True):
-            said[tag] = None if answer is None else answer["winner"]
+            said[tag] = answer
     counts = dict.fromkeys((*VERDICTS, "inconsistent", "unscored"), 0)
-    verdicts = np.full(len(ours), np.nan)
+    verdicts, probabilities = np.full((2, len(ours)), np.nan)
     for i in range(len(ours)):
-        winners = said[i, 0], said[i, 1]
-        kind = "unscored" if None in winners else KINDS.get(winners, "inconsistent")
+        one, two = said[i, 0], said[i, 1]
+        kind = "unscored"
+        if one is not None and two is not None:
+            kind = KINDS.get((one["winner"], two["winner"]), "inconsistent")
+            if "probabilities" in one:
+                shown_first, shown_last = one["probabilities"], two["probabilities"]
+                ties = (shown_first["tie"] + shown_last["tie"]) / 2
+                probabilities[i] = (shown_first["1"] + shown_last["2"] + ties) / 2
         counts[kind] += 1
         verdicts[i] = VERDICTS.get(kind, np.nan)
-    return {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
+    found: dict[str, Any] = {"win_rate": bootstrap(win_rate, verdicts, seed), **counts}
+    if not np.isnan(probabilities).all():
+        found["probability"] = bootstrap(mean, probabilities, seed)
+    return found
 
 
 def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJudge, FeedbackJudge]:
@@ -131,9 +143,9 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     e = config.eval
     if not (e.judge_url or e.judge_model):
         return scorer, scorer
-    other = dataclasses.replace(
-        config.judge, backend="endpoint", url=e.judge_url or config.judge.url, model=e.judge_model
-    )
+    unused = {key: getattr(JudgeSection(), key) for key in HELD}
+    url = e.judge_url or config.judge.url
+    other = dataclasses.replace(config.judge, backend="endpoint", url=url, model=e.judge_model, **unused)
     second = build_judge(dataclasses.replace(config, judge=other), MEMORY, start)
     assert second is not None
     return scorer, second
@@ -204,4 +216,7 @@ def table(result: dict[str, Any], policies: Sequence[str]) -> Table:
                     cell(p["win_rate"], ".1%"),
                     rest,
                 )
+                if "probability" in p:
+                    what = "probability of ours, both orders"
+                    shown.add_row(f"{mode} {name}", what, cell(p["probability"], ".1%"), "")
     return shown

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -32,6 +32,7 @@ class DecodedSteps:
     support_sizes: np.ndarray  # [k, n] int64: 0 for all tokens, -1 for more than the loop holds
     support_ids: array[int]  # one support after the other
     seconds: float = 0.0  # blocked in host syncs
+    candidate_logprobs: Mapping[int, list[float]] = field(default_factory=dict)  # by row, of the first step
     _ends: np.ndarray = field(init=False)  # [k, n] of each support in `support_ids`
 
     def __post_init__(self) -> None:
@@ -49,7 +50,9 @@ class DecodedSteps:
     def at(self, step: int, row: int) -> Draw:
         end = int(self._ends[step, row])
         support = self.support_ids[end - int(self.support_sizes[step, row]) : end]
-        return Draw(self.tokens[step][row], self.logprobs[step][row], self.entropies[step][row], support)
+        candidates = self.candidate_logprobs.get(row, ()) if step == 0 else ()
+        token, logprob, entropy = self.tokens[step][row], self.logprobs[step][row], self.entropies[step][row]
+        return Draw(token, logprob, entropy, support, candidates)
 
 
 class DecodeLoop(ABC):
@@ -75,7 +78,9 @@ class DecodeLoop(ABC):
     def takes(self, requests: Sequence[Request]) -> bool:
         """Whether these can be drawn without a host sync in between."""
         one_adapter = len({r.branch.adapter for r in requests}) == 1
-        return one_adapter and all(r.params.allow is None and not r.params.stop_strings for r in requests)
+        return one_adapter and not any(
+            r.params.allow is not None or r.params.stop_strings or r.candidates for r in requests
+        )
 
     @abstractmethod
     def reach(self, left: Sequence[int]) -> int:

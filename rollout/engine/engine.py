@@ -202,7 +202,7 @@ class Engine:
         }
         check_fits(len(branch), params, limits)
         check_stop_strings(params.stop_strings, self._decode)
-        check_ids(params.stop_token_ids, self.model.config.vocab_size)
+        check_ids([*params.stop_token_ids, *params.candidates], self.model.config.vocab_size)
 
     def _queue(self, branch: Branch, params: SamplingParams, seed: int, prefill_only: bool) -> Request:
         request = Request(

@@ -149,7 +149,20 @@ class Runner:
             [entropy.tolist()],
             np.diff(offsets.cpu().numpy())[None],
             array("i", support_ids.cpu().numpy().tobytes()),
+            candidate_logprobs=self._candidates(hidden_NH, [w.request for w in works if w.samples]),
         )
+
+    def _candidates(self, hidden_NH: Tensor, requests: list[Request]) -> dict[int, list[float]]:
+        """The log-probs of the ids that rows ask for, as training takes them, to the bit."""
+        asked = {row: r.candidates for row, r in enumerate(requests) if r.candidates}
+        if not asked:
+            return {}
+        sizes = [len(ids) for ids in asked.values()]
+        rows = self._tensor(np.array(list(asked)))
+        logits = self.model.head(hidden_NH[rows])[self._tensor(np.repeat(np.arange(len(asked)), sizes))]
+        targets = self._tensor(np.array([token for ids in asked.values() for token in ids]))
+        logprobs, _ = ops.logprob(logits, targets)
+        return dict(zip(asked, map(Tensor.tolist, torch.split(logprobs, sizes)), strict=True))
 
     def _restricted(self, hidden_NH: Tensor, settings: Settings, allowed: dict[int, Ids[int]]) -> Samples:
         """As `ops.linear_sample`, where the rows that `allowed` names draw from its ids alone.

@@ -23,7 +23,8 @@ class SamplingParams:
     without one. `stop_strings` end a completion whose text (the engine's `decode`) contains one; the token
     that completed it stays. `allow` gets the ids sampled so far and returns those allowed next (None:
     all), for structured output; log-prob and entropy are then of the softmax over the allowed ids. When it
-    raises, this request ends with finish_reason "error".
+    raises, this request ends with finish_reason "error". `candidates` are ids whose log-probs in the place
+    of the first token the completion carries too, whatever is drawn there.
     """
 
     max_new_tokens: int = 64
@@ -35,6 +36,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
     allow: Callable[[list[int]], Ids[int] | None] | None = None
+    candidates: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         strings, seed = self.stop_strings, self.seed
@@ -88,6 +90,7 @@ class Draw(NamedTuple):
     logprob: float  # of softmax(logits / temperature) over the support
     entropy: float  # nats, of the same
     support: array[int]  # ascending ids; empty for all tokens
+    candidate_logprobs: Ids[float] = ()  # of SamplingParams.candidates, where they were asked for
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,6 +101,7 @@ class Completion:
     logprobs: list[float] = field(default_factory=list)  # [n], see `Draw`
     entropies: list[float] = field(default_factory=list)  # [n]
     supports: Supports = field(default_factory=Supports)  # [n]
+    candidate_logprobs: list[float] = field(default_factory=list)  # of all tokens' softmax at temperature 1
     finish_reason: str = ""  # "stop" | "length" | "cancelled" | "error"
     weights_version: int = 0
     error: str = ""  # what the callback raised
@@ -107,6 +111,7 @@ class Completion:
         self.logprobs.append(draw.logprob)
         self.entropies.append(draw.entropy)
         self.supports.add(draw.support)
+        self.candidate_logprobs += draw.candidate_logprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -145,6 +150,11 @@ class Request:
     def n_left(self) -> int:
         """Tokens that this may still sample."""
         return self.params.max_new_tokens - len(self.completion.token_ids)
+
+    @property
+    def candidates(self) -> tuple[int, ...]:
+        """Ids whose log-probs the next draw is to give."""
+        return () if self.completion.token_ids else self.params.candidates
 
     @property
     def n_todo(self) -> int:

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from duologue.rollout.judge.ledger import Ledger, ledger_key
+from duologue.rollout.judge.questions import Posed
 
 RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
 
@@ -22,13 +23,15 @@ class Ask:
     """One question for a back end. `check` raises ValueError for an invalid answer, which is then asked for
     again.
 
-    `done` is called once, from any thread, with a checked answer or None, and the reason of a None.
+    `done` is called once, from any thread, with a checked answer or None, and the reason of a None. `posed`
+    is what `text` was made of, where a judge is asked.
     """
 
     kind: str
     text: str
     check: Callable[[str], Any]
     done: Callable[[str | None, str], None]
+    posed: Posed | None = None
 
 
 class Backend(Protocol):
@@ -47,6 +50,10 @@ class Backend(Protocol):
 
     def work(self) -> bool:
         """Do a part of the work in the caller's thread; False when it is done elsewhere."""
+        ...
+
+    def costs(self) -> dict[str, float]:
+        """Metrics of the work here since the last call, per question."""
         ...
 
     def close(self) -> None: ...
@@ -69,7 +76,16 @@ class Asking:
         self.asked = self.hits = self.failed = 0
         self.answer_seconds = 0.0  # of all questions, from `ask` to the answer
 
-    def begin(self, tag: Any, *, kind: str, version: str, text: str, read: Callable[[str], Any]) -> None:
+    def begin(
+        self,
+        tag: Any,
+        *,
+        kind: str,
+        version: str,
+        text: str,
+        read: Callable[[str], Any],
+        posed: Posed | None = None,
+    ) -> None:
         """Ask `text`, written by a prompt of that version, unless it is known or in flight. `read` makes
         the answer of what comes back; a ValueError of it means that this is none.
         """
@@ -106,7 +122,7 @@ class Asking:
             self._arrived.put((key, None, reason))
         else:
             self.asked += 1
-            self.backend.ask(Ask(kind=kind, text=text, check=check, done=done))
+            self.backend.ask(Ask(kind=kind, text=text, check=check, done=done, posed=posed))
 
     @cached_property
     def _other_name(self) -> str | None:

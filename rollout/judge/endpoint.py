@@ -89,6 +89,9 @@ class Endpoint:
     def work(self) -> bool:
         return False
 
+    def costs(self) -> dict[str, float]:
+        return {}  # the work is the server's
+
     def close(self) -> None:
         """Drop what is in flight and end the thread."""
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from duologue.rollout.judge.asking import Asking, Backend, Fallible
 from duologue.rollout.judge.ledger import Ledger
-from duologue.rollout.judge.questions import AGREEMENT, Case, Prompt, read_answer
+from duologue.rollout.judge.questions import AGREEMENT, Case, Posed, Prompt, read_answer
 
 Answer = dict[str, Any] | None
 
@@ -30,7 +30,7 @@ class Judge(Fallible, Protocol):
 
 class FeedbackJudge(Asking):
     """Agreement judge and scorer of dialogues, on one back end. `offline` asks nobody: all comes from the
-    ledger.
+    ledger. `held`: the back end chooses by probability (see `read_answer`).
     """
 
     who = "the judge"
@@ -44,21 +44,22 @@ class FeedbackJudge(Asking):
         show_dialogue: bool = False,
         max_unscored_share: float = 0.1,
         offline: bool = False,
+        held: bool = False,
     ) -> None:
         super().__init__(backend, ledger, offline)
         self.prompts, self.show_dialogue = prompts, show_dialogue
-        self.max_unscored_share = max_unscored_share
+        self.max_unscored_share, self.held = max_unscored_share, held
         self._wait_seconds = 0.0
 
     def submit(self, kind: str, case: Case, tag: Any) -> None:
         """Ask about `case`. The same question in flight twice is asked once."""
         prompt = self.prompts[kind]
-        text = prompt.fill(case, self.show_dialogue or kind == AGREEMENT)
+        posed = Posed(prompt=prompt, case=case, show_dialogue=self.show_dialogue or kind == AGREEMENT)
 
         def read(content: str) -> dict[str, Any]:
-            return read_answer(kind, content, case)
+            return read_answer(kind, content, case, self.held)
 
-        self.begin(tag, kind=kind, version=prompt.version, text=text, read=read)
+        self.begin(tag, kind=kind, version=prompt.version, text=posed.text(), read=read, posed=posed)
 
     def answered(self, wait: bool) -> list[tuple[Any, Answer]]:
         """(tag, answer) of all that has arrived; with `wait` at least one, if anything is open."""
@@ -77,6 +78,7 @@ class FeedbackJudge(Asking):
             "judge_failed": float(self.failed),
             "judge_seconds": self.answer_seconds / max(self.asked, 1),  # of a question, from submit to answer
             "judge_wait_seconds": self._wait_seconds,  # with nothing else to do
+            **self.backend.costs(),
         }
         self.forget_counts()
         self._wait_seconds = 0.0

@@ -1,15 +1,18 @@
 """A judge in this process: frozen weights on an engine of their own, for example the policy's own at the
 start (self-reward).
 
-It works in the arena's thread, between the arena's steps. Scores are held to their form: the judge only
-chooses the four numbers, so that every checkpoint gives a valid answer. An agreement has free quotes and is
-strict JSON or asked again.
+It works in the arena's thread, between the arena's steps. Its answers are held to their form (judge/form.py),
+so that every checkpoint gives a valid one, and the same whatever else is asked.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,104 +20,163 @@ import torch
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Branch, Engine
-from duologue.rollout.engine.sequence import Request, SamplingParams
-from duologue.rollout.games.dilemma import ASPECTS, HIGHEST
-from duologue.rollout.judge.asking import RETRY_TEMPERATURE, Ask
-from duologue.rollout.judge.questions import SCORE
+from duologue.rollout.engine.sequence import Completion, Request
+from duologue.rollout.judge import form
+from duologue.rollout.judge.asking import Ask
+from duologue.rollout.judge.questions import AGREEMENT, SCORE, Posed
+
+EXPECTED, LIKELIEST = "expected", "likeliest"
+KEPT = 64  # answered questions whose KV stays for those to come, as long as the pool has room
+COUNTERS = ("prefill_tokens", "shared_tokens", "decode_tokens")  # of the engine
+_FORM = 1  # of the answers; another number where another form gives other answers
+
+
+@dataclass(kw_only=True, eq=False)
+class _Open:
+    """A question with its readings, of which some are not through."""
+
+    ask: Ask
+    left: int
+    answers: list[Any]  # of each reading
+    fault: str = ""
+
+
+@dataclass(kw_only=True, eq=False)
+class _Reading:
+    question: _Open
+    number: int
+    branch: Branch
+    form: form.Form[Any]
 
 
 class ModelJudge:
     """Answers with the model that `load` gives, which nobody may change. It is loaded when it is first
     needed.
+
+    threshold: how probable an agreement must be. score: of the digits' probabilities, the "expected" value or
+    the "likeliest". readings: orders of the aspects over which a score is averaged.
     """
 
     def __init__(
         self,
         load: Callable[[], tuple[Engine, Tokenizer]],
         *,
-        temperature: float = 0.0,
-        max_tokens: int = 512,
-        attempts: int = 4,
+        threshold: float = 0.5,
+        score: str = EXPECTED,
+        readings: int = 1,
     ) -> None:
-        self.settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
+        self.settings: dict[str, Any] = {
+            "threshold": threshold,
+            "score": score,
+            "readings": readings,
+            "form": _FORM,
+        }
         self._load = load
-        self._attempts = attempts
-        self._open: dict[Request, tuple[Ask, int, Branch]] = {}
+        self._open: dict[Request, _Reading] = {}
+        self._kept: deque[Branch] = deque()
+        self._questions, self._seconds = 0, 0.0  # since the last report
+        self._counted = dict.fromkeys(COUNTERS, 0)  # until then
 
     @cached_property
-    def _loaded(self) -> tuple[Engine, Tokenizer, list[list[int]]]:
-        engine, tokenizer = self._load()
-        return engine, tokenizer, score_form(tokenizer)
+    def _loaded(self) -> tuple[Engine, Tokenizer]:
+        return self._load()
 
     @cached_property
     def name(self) -> str:
-        return fingerprint(self._loaded[0].model)
+        engine, tokenizer = self._loaded
+        return fingerprint(engine.model, tokenizer)
 
-    def ask(self, question: Ask, attempt: int = 1) -> None:
-        engine, tokenizer, form = self._loaded
-        chat, scoring = tokenizer.turn_chat, question.kind == SCORE
-        branch = engine.open([*chat.open([]), *chat.heard(tokenizer.encode(question.text)), *chat.reply()])
-        params = SamplingParams(
-            max_new_tokens=len(form) if scoring else self.settings["max_tokens"],
-            temperature=self.settings["temperature"] if attempt == 1 else RETRY_TEMPERATURE,
-            seed=int.from_bytes(hashlib.sha256(f"{attempt} {question.text}".encode()).digest()[:7], "little"),
-            stop_token_ids=tuple(chat.stop_token_ids),
-            allow=(lambda so_far: form[len(so_far)]) if scoring else None,
-        )
-        try:
-            self._open[engine.start(branch, params)] = (question, attempt, branch)
-        except ValueError as error:  # the question is longer than the judge's context
-            branch.close()
-            question.done(None, str(error))
+    def ask(self, question: Ask) -> None:
+        assert question.posed is not None
+        began = time.monotonic()
+        orders = form.ORDERS[: self.settings["readings"]] if question.kind == SCORE else form.ORDERS[:1]
+        of_all = _Open(ask=question, left=len(orders), answers=[None] * len(orders))
+        self._questions += 1
+        for number, order in enumerate(orders):
+            branch = self._branch(question.posed.text(order))
+            made = self._form(question.kind, question.posed, branch, order)
+            self._go_on(_Reading(question=of_all, number=number, branch=branch, form=made), None)
+        self._seconds += time.monotonic() - began
+
+    def _branch(self, text: str) -> Branch:
+        engine, tokenizer = self._loaded
+        chat = tokenizer.turn_chat
+        return engine.open([*chat.open([]), *chat.heard(tokenizer.encode(text)), *chat.reply()])
+
+    def _form(self, kind: str, posed: Posed, branch: Branch, order: tuple[str, ...]) -> form.Form[Any]:
+        writer = form.Writer(branch, self._loaded[1])
+        if kind == AGREEMENT:
+            return form.agreement(writer, posed.case, self.settings["threshold"])
+        return form.scores(writer, order) if kind == SCORE else form.preference(writer)
 
     def work(self) -> bool:
-        engine, tokenizer, _ = self._loaded
-        for request in engine.step():
-            question, attempt, branch = self._open.pop(request)
-            branch.close()
-            content = tokenizer.decode(request.completion.token_ids).strip()
-            try:
-                question.check(content)
-            except ValueError as error:
-                if attempt < self._attempts:
-                    self.ask(question, attempt + 1)
-                else:
-                    question.done(None, f"the judge's model: {self._reason(request, error)}")
-                continue
-            question.done(content, "")
+        began = time.monotonic()
+        for request in self._loaded[0].step():
+            self._go_on(self._open.pop(request), request.completion)
+        self._seconds += time.monotonic() - began
         return True
 
-    def _reason(self, request: Request, error: ValueError) -> str:
-        if request.completion.finish_reason == "length":
-            return f"the answer was cut at judge.max_tokens = {self.settings['max_tokens']}: {error}"
-        return request.completion.error or str(error)
+    def _go_on(self, reading: _Reading, completion: Completion | None) -> None:
+        """Ask what the form asks next, or note what it made."""
+        question = reading.question
+        try:
+            # A generator that has not begun takes None.
+            params = reading.form.send(completion)  # type: ignore[arg-type]
+            self._open[self._loaded[0].start(reading.branch, params)] = reading
+            return
+        except StopIteration as end:
+            question.answers[reading.number] = end.value
+        except ValueError as error:  # the question is longer than the judge's context
+            question.fault = f"the judge's model: {error}"
+        self._keep(reading.branch)
+        question.left -= 1
+        if question.left == 0:
+            self._answer(question)
+
+    def _answer(self, question: _Open) -> None:
+        """All readings are through."""
+        if question.fault:
+            question.ask.done(None, question.fault)
+            return
+        answer = question.answers[0]
+        if question.ask.kind == SCORE:
+            answer = form.averaged(question.answers, self.settings["score"] == EXPECTED)
+        content = json.dumps(answer)
+        try:
+            question.ask.check(content)
+        except ValueError as error:
+            question.ask.done(None, f"the judge's model: {error}")
+        else:
+            question.ask.done(content, "")
+
+    def _keep(self, branch: Branch) -> None:
+        """Later questions find in it what they share: the rubric, the dilemma, the turns before."""
+        self._kept.append(branch)
+        if len(self._kept) > KEPT:
+            self._kept.popleft().close()
+
+    def costs(self) -> dict[str, float]:
+        """Tokens whose KV was computed, whose KV was found, that were decoded; seconds."""
+        before, n = self._counted, self._questions
+        if n:
+            stats = self._loaded[0].stats
+            self._counted = {name: getattr(stats, name) for name in COUNTERS}
+        costs = {f"judge_{name}": (self._counted[name] - before[name]) / max(n, 1) for name in COUNTERS}
+        costs["judge_work_seconds"] = self._seconds / max(n, 1)
+        self._questions, self._seconds = 0, 0.0
+        return costs
 
     def close(self) -> None:
         self._open.clear()
-
-
-def score_form(tokenizer: Tokenizer) -> list[list[int]]:
-    """The ids that may stand at each place of {"knowledge":n,...,"reason":""} with a stop token behind."""
-    digits = [tokenizer.encode(str(n)) for n in range(HIGHEST + 1)]
-    if any(len(ids) != 1 for ids in digits):
-        raise ValueError(
-            "the judge's tokenizer has no single token for each digit, which judge.backend = 'model' needs"
-        )
-    form: list[list[int]] = []
-    for i, aspect in enumerate(ASPECTS):
-        form += [[t] for t in tokenizer.encode(("," if i else "{") + f'"{aspect}":')]
-        form.append([ids[0] for ids in digits])
-    return [
-        *form,
-        *([t] for t in tokenizer.encode(',"reason":""}')),
-        sorted(tokenizer.turn_chat.stop_token_ids),
-    ]
+        self._kept.clear()
 
 
 @torch.no_grad()
-def fingerprint(model: Decoder) -> str:
-    """A name for these weights: the hash of up to 4,096 numbers of each parameter, evenly spread."""
-    digest = hashlib.sha256()
+def fingerprint(model: Decoder, tokenizer: Tokenizer) -> str:
+    """A name for these weights and this tokenizer: the hash of the tokenizer and of up to 4,096 numbers of
+    each parameter, evenly spread.
+    """
+    digest = hashlib.sha256(tokenizer.digest.encode())
     for name, parameter in model.named_parameters():
         flat = parameter.detach().reshape(-1)
         digest.update(f"{name} {[*parameter.shape]} {parameter.dtype}".encode())

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import html
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from duologue.rollout.judge.wording import find_object, occurs, writable
 PROMPTS = Path(__file__).parent / "prompts"
 WINNERS = ("1", "2", "tie")
 AGREEMENT, SCORE, PREFERENCE = "agreement", "score", "preference"
+_ASPECT_LINE = re.compile(rf"^({'|'.join(ASPECTS)}):(.*)$", re.MULTILINE)
+_ASPECT_NAME = re.compile(rf'"({"|".join(ASPECTS)})"')
 REQUIRED = {AGREEMENT: "transcript", SCORE: "completion", PREFERENCE: "answers"}  # what a prompt must show
 
 
@@ -49,6 +52,21 @@ class Prompt:
     def version(self) -> str:
         return hashlib.sha256(self.template.encode()).hexdigest()
 
+    def reordered(self, order: Sequence[str]) -> Prompt:
+        """With the aspects in this order: the lines that begin with one of them and a colon, where there is
+        one of each, and their names in quotation marks.
+        """
+        lines = dict(_ASPECT_LINE.findall(self.template))
+        other = dict(zip(ASPECTS, order, strict=True))
+
+        def line(match: re.Match[str]) -> str:
+            return f"{other[match[1]]}:{lines[other[match[1]]]}"
+
+        text = self.template
+        if len(lines) == len(ASPECTS) == len(_ASPECT_LINE.findall(text)):
+            text = _ASPECT_LINE.sub(line, text)
+        return Prompt(self.kind, _ASPECT_NAME.sub(lambda match: f'"{other[match[1]]}"', text))
+
     def fill(self, case: Case, show_dialogue: bool = True) -> str:
         """The text of the question about `case`."""
         personas = (
@@ -68,11 +86,29 @@ class Prompt:
         return fill(self.template, places)
 
 
-def load_prompt(kind: str, folder: str = "", show_dialogue: bool = False) -> Prompt:
-    """The judge's prompt of `kind`, from `folder` where the user has put one there."""
+@dataclass(frozen=True, kw_only=True)
+class Posed:
+    """What a question's text was made of, for a back end that words it in several ways."""
+
+    prompt: Prompt
+    case: Case
+    show_dialogue: bool
+
+    def text(self, order: Sequence[str] = ASPECTS) -> str:
+        """The question, with the aspects in this order."""
+        prompt = self.prompt if tuple(order) == ASPECTS else self.prompt.reordered(order)
+        return prompt.fill(self.case, self.show_dialogue)
+
+
+def load_prompt(kind: str, folder: str = "", show_dialogue: bool = False, held: bool = False) -> Prompt:
+    """The judge's prompt of `kind`, from `folder` where the user has put one there. `held`: for a model in
+    this process, which reads what many questions share once; so that stands first.
+    """
     accepted = {"dilemma", "personas", REQUIRED[kind], *(("transcript",) if kind == SCORE else ())}
     required = {REQUIRED[kind], *(("transcript",) if show_dialogue and kind == SCORE else ())}
-    return Prompt(kind, load_template(folder, PROMPTS, kind, accepted, required))
+    return Prompt(
+        kind, load_template(folder, PROMPTS / "held" if held else PROMPTS, kind, accepted, required)
+    )
 
 
 def escape(text: str) -> str:
@@ -86,17 +122,22 @@ def _tag(name: str, text: str, attribute: str = "") -> str:
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
-def read_answer(kind: str, content: str, case: Case) -> dict[str, Any]:
-    """The checked answer: {"agreed"}, an integer per aspect and the reason, or {"winner"}."""
+def read_answer(kind: str, content: str, case: Case, held: bool = False) -> dict[str, Any]:
+    """The checked answer: {"agreed"}, an integer per aspect and the reason, or {"winner"}.
+
+    `held`: of a model that chose by probability. Scores may then lie between integers, and the probabilities
+    are part of the answer.
+    """
     answer = find_object(content)
+    beside = {"probabilities": answer.get("probabilities")} if held else {}
     if kind == AGREEMENT:
-        return _agreement(answer, case.turns)
+        return _agreement(answer, case.turns, held) | beside
     if not isinstance(answer.get("reason"), str):
         raise ValueError("reason is no text")
-    return _scores(answer) if kind == SCORE else _winner(answer)
+    return (_scores(answer, held) if kind == SCORE else _winner(answer)) | beside
 
 
-def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict[str, Any]:
+def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]], held: bool) -> dict[str, Any]:
     agreed, assent = answer.get("agreed"), answer.get("assent")
     if not isinstance(agreed, bool):
         raise ValueError(f"agreed = {agreed!r}: accepted is true or false")
@@ -105,25 +146,28 @@ def _agreement(answer: dict[str, Any], turns: Sequence[tuple[int, str]]) -> dict
     for role in (0, 1):
         quote = (assent or {}).get(str(role + 1), "")
         said = [text for who, text in turns if who == role]
-        if not isinstance(quote, str) or ((agreed or quote) and not _occurs(quote, said)):
+        if not isinstance(quote, str) or ((agreed or quote) and not _occurs(quote, said, held)):
             raise ValueError(f"the quote of speaker {role + 1} does not occur in that speaker's turns")
     return {"agreed": agreed}
 
 
-def _occurs(quote: str, texts: Sequence[str]) -> bool:
-    """Word for word, as it was said or as it was shown."""
+def _occurs(quote: str, texts: Sequence[str], copied: bool) -> bool:
+    """Word for word, as it was said or as it was shown; to the character of one that was copied."""
+    if copied:
+        return bool(quote.strip()) and any(quote in text for text in texts)
     return any(occurs(quote, form) for text in texts for form in (text, escape(text)))
 
 
-def _scores(answer: dict[str, Any]) -> dict[str, Any]:
+def _scores(answer: dict[str, Any], held: bool) -> dict[str, Any]:
+    kind = "a number" if held else "an integer"
     scores = {}
     for aspect in ASPECTS:
-        value = answer.get(aspect)
-        if (
-            isinstance(value, bool) or not isinstance(value, int | float) or value not in range(HIGHEST + 1)
-        ):  # 3.0 is an integer of JSON
-            raise ValueError(f"{aspect} = {value!r}: accepted is an integer from 0 to {HIGHEST}")
-        scores[aspect] = int(value)
+        value: Any = answer.get(aspect)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        whole = number and value in range(HIGHEST + 1)  # 3.0 is an integer of JSON
+        if not (whole or (held and number and 0 <= value <= HIGHEST)):
+            raise ValueError(f"{aspect} = {value!r}: accepted is {kind} from 0 to {HIGHEST}")
+        scores[aspect] = value if held else int(value)
     return {**scores, "reason": writable(answer["reason"])}
 
 
