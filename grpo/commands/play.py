@@ -104,7 +104,7 @@ def run(options: argparse.Namespace) -> int:
     terminal.say(f"You are side {side + 1} in {game.name}. {HELP}", "bold")
     if scenario.shared_text or private:
         terminal.say(terminal.private if scenario.shared_text else f"Told to you alone: {private}")
-    aloud = terminal.console.is_terminal
+    aloud = terminal.console.is_terminal and not game.observed  # whose moves may be hidden
     engine = build_engine(config, model, decode_steps=1 if aloud else None)
     speaker = Aloud(engine, lambda ids: shown(tokenizer.decode(ids)), lambda: terminal.begin(person.policy))
     arena = Arena(speaker if aloud else engine, tokenizer, game, rules, NoJudge())

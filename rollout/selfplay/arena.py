@@ -44,8 +44,8 @@ class Arena:
             EngineSpeaker(policy) if isinstance(policy, Engine) else policy,
             partial(ScriptedSpeaker, game, tokenizer, rules.max_rounds),
         )
-        if isinstance(policy, Engine):
-            self.contexts.limit = policy.model.config.max_position_embeddings
+        if isinstance(self.speakers.policy, EngineSpeaker):
+            self.contexts.limit = self.engine.model.config.max_position_embeddings
         self._waiting: dict[Speak | Question, Talk] = {}
 
     @property
