@@ -167,10 +167,3 @@ def policy_loss(
             kl_old=(ratio - 1 - log_r).sum(),
         )
     return loss, stats
-
-
-def imitation_loss(logp: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
-    """Negative log-likelihood of demonstrated tokens [N] by their weights [N], by default 1 each; `total` is
-    the sum of the weights of the whole step.
-    """
-    return -(logp if weights is None else logp * weights).sum() / max(total, 1)

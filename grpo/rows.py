@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,7 @@ from duologue.grpo.advantage import RunningBaseline, group_advantages
 from duologue.grpo.packing import Row
 from duologue.grpo.sections import GrpoSection
 from duologue.grpo.world import ALONE, World
-from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.scripted import ScriptedDialogue
-from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Group, Transcript, Turn, View
+from duologue.rollout.selfplay.dialogue import KINDS, POLICY, Group, View
 
 Players = tuple[str, str]
 Reward = tuple[float, float] | None
@@ -85,41 +82,3 @@ def _advantages(
         "no_variance_share": computed.no_variance / max(computed.groups, 1),
         "unscored": float(unscored),
     }
-
-
-def demonstration_rows(
-    dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogue_id: int, final_weight: float = 1.0
-) -> list[Row]:
-    """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side
-    imitates its own words. A token of a final statement counts `final_weight` times in the loss.
-    """
-    first, second = dialogue.scenario.private_text
-    transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
-    end = min(tokenizer.stop_token_ids)
-    question = tokenizer.encode(dialogue.final_prompt)
-    observed = any(kind == "prompt" for _, _, kind in dialogue.turns)  # else each hears the other's words
-    for side, text, kind in dialogue.turns:
-        if kind == "prompt":
-            told = Turn(role=side, kind=kind, text=text, token_ids=tokenizer.encode(text), logprobs=None)
-            transcript.tell(told)
-            continue
-        transcript.ask(side, question if kind == "final" else None)
-        ids = [*tokenizer.encode(text), end]
-        turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
-        transcript.say(turn, heard=not observed)
-    kinds = ("utterance", "final")
-    rows = [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
-    if final_weight != 1:
-        final = KINDS.index("final")
-        for row, view in zip(rows, transcript.views, strict=True):
-            row.weights = [final_weight if kind == final else 1.0 for kind in view.kinds]
-    return rows
-
-
-def demonstration_batch(
-    corpus: list[ScriptedDialogue], tokenizer: Tokenizer, n: int, seed: int, final_weight: float = 1.0
-) -> list[Row]:
-    """Rows of `n` dialogues drawn from the corpus by `seed`."""
-    chosen = random.Random(seed).sample(range(len(corpus)), min(n, len(corpus)))
-    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, final_weight)]
-    return [row for row in rows if row.n_trained]

@@ -21,17 +21,13 @@ from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import check_finite
+from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.packing import Row
-from duologue.grpo.rows import demonstration_batch, grpo_rows
+from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import RunDir
-from duologue.grpo.update import (
-    UpdateStats,
-    accumulate_imitation_gradient,
-    accumulate_policy_gradient,
-    kl_to_reference,
-)
+from duologue.grpo.update import UpdateStats, accumulate_policy_gradient, kl_to_reference
 from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed

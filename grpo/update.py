@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from duologue.grpo.loss import LossConfig, Normaliser, imitation_loss, kl_estimate, policy_loss
+from duologue.grpo.loss import LossConfig, Normaliser, kl_estimate, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import ops
@@ -171,7 +171,7 @@ def accumulate_policy_gradient(
             assert reference is not None
             ref_logp = trained_logprobs(reference, batch, temperature)
         loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
-        hidden_NH = trained_hidden(model, batch, dropout_seed + _global(i, world))
+        hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, temperature, level)
         torch.autograd.backward(result.loss)
         if after_part is not None:
@@ -184,41 +184,7 @@ def accumulate_policy_gradient(
     return stats.over(world)  # world
 
 
-def accumulate_imitation_gradient(
-    model: Decoder,
-    rows: Sequence[Row],
-    *,
-    max_tokens: int,
-    coefficient: float = 1.0,
-    dropout_seed: int = 0,
-    world: World = ALONE,
-) -> UpdateStats:
-    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, by their weights,
-    times `coefficient`."""
-    (total,) = world.sum([sum(_imitated(row) for row in rows)])  # world
-    stats = UpdateStats()
-    for i, part in enumerate(split_rows(rows, max_tokens)):
-        batch = pack(part, model.head_weight.device)
-        weights = None if batch.weights is None else batch.weights[batch.targets]
-
-        def loss_fn(logp: Tensor, _: Tensor, rows: slice | Tensor, w: Tensor | None = weights) -> Any:
-            return imitation_loss(logp, total, None if w is None else w[rows]), {}
-
-        hidden_NH = trained_hidden(model, batch, dropout_seed + _global(i, world))
-        result = head_loss(model, batch, hidden_NH, loss_fn, 1.0)
-        torch.autograd.backward(result.loss * coefficient)
-        stats.add(batch, result)
-    return stats.over(world)  # world
-
-
-def _imitated(row: Row) -> float:
-    """The sum of the weights of a row's trained tokens."""
-    if row.weights is None:
-        return float(row.n_trained)
-    return sum(w for w, trained in zip(row.weights, row.loss_mask, strict=True) if trained)
-
-
-def _global(part: int, world: World) -> int:
+def global_part(part: int, world: World) -> int:
     """The number of a rank's micro-batch among those of all, so that no two have the same dropout."""
     return part * world.size + world.rank  # world
 

@@ -15,7 +15,7 @@ import pytest
 from duologue.grpo.build import build_game
 from duologue.grpo.cli import main
 from duologue.grpo.config import RECIPES, load_config
-from duologue.grpo.rows import demonstration_rows
+from duologue.grpo.imitation import demonstration_rows
 from duologue.grpo.run_dir import read_lines
 from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.games.catalogue import GAMES, SCRIPTS, corpus

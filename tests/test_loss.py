@@ -9,12 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from duologue.grpo.imitation import imitation_loss
 from duologue.grpo.loss import (
     KL_ESTIMATORS,
     VARIANTS,
     LossConfig,
     Normaliser,
-    imitation_loss,
     kl_estimate,
     policy_loss,
 )

@@ -8,8 +8,9 @@ import pytest
 import torch
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import GrpoSection
+from duologue.grpo.imitation import demonstration_rows
 from duologue.grpo.packing import pack
-from duologue.grpo.rows import demonstration_rows, grpo_rows
+from duologue.grpo.rows import grpo_rows
 from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score

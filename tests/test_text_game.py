@@ -24,8 +24,9 @@ from duologue.grpo.build import build_game, check_context
 from duologue.grpo.cli import main
 from duologue.grpo.config import Config, GrpoSection, from_dict, load_config
 from duologue.grpo.console import Progress
+from duologue.grpo.imitation import demonstration_rows
 from duologue.grpo.loss import LossConfig
-from duologue.grpo.rows import demonstration_rows, grpo_rows
+from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_policy_gradient

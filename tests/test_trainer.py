@@ -16,13 +16,13 @@ import torch
 from duologue.grpo.build import build_corpus, build_game
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import Progress
+from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.packing import Row
 from duologue.grpo.policy import build_policy
-from duologue.grpo.rows import demonstration_batch
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
-from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient
+from duologue.grpo.update import accumulate_policy_gradient
 from safetensors.torch import load_file
 from tiny import RUN, dying, lines, run_whole
 

@@ -17,6 +17,7 @@ from duologue.grpo import update
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import load_config
 from duologue.grpo.console import Progress
+from duologue.grpo.imitation import accumulate_imitation_gradient
 from duologue.grpo.loss import VARIANTS, LossConfig
 from duologue.grpo.opponents import payoff_table
 from duologue.grpo.packing import Row
@@ -24,7 +25,7 @@ from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.sections import GrpoSection
 from duologue.grpo.trainer import Trainer
-from duologue.grpo.update import accumulate_imitation_gradient, accumulate_policy_gradient, kl_to_reference
+from duologue.grpo.update import accumulate_policy_gradient, kl_to_reference
 from duologue.grpo.world import ALONE, World
 from duologue.kernels.advantage import METHODS
 from duologue.rollout.games.game import Outcome, Scenario

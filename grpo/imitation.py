@@ -1,0 +1,97 @@
+"""Imitation: rows of scripted dialogues, and the gradient of their negative log-likelihood."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from duologue.grpo.packing import Row, pack, split_rows
+from duologue.grpo.rows import view_row
+from duologue.grpo.update import UpdateStats, global_part, head_loss, trained_hidden
+from duologue.grpo.world import ALONE, World
+from duologue.model.decoder import Decoder
+from duologue.model.tokenizer import Tokenizer
+from duologue.rollout.games.scripted import ScriptedDialogue
+from duologue.rollout.selfplay.dialogue import KINDS, Transcript, Turn
+from torch import Tensor
+
+
+def demonstration_rows(
+    dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogue_id: int, final_weight: float = 1.0
+) -> list[Row]:
+    """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side
+    imitates its own words. A token of a final statement counts `final_weight` times in the loss.
+    """
+    first, second = dialogue.scenario.private_text
+    transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
+    end = min(tokenizer.stop_token_ids)
+    question = tokenizer.encode(dialogue.final_prompt)
+    observed = any(kind == "prompt" for _, _, kind in dialogue.turns)  # else each hears the other's words
+    for side, text, kind in dialogue.turns:
+        if kind == "prompt":
+            told = Turn(role=side, kind=kind, text=text, token_ids=tokenizer.encode(text), logprobs=None)
+            transcript.tell(told)
+            continue
+        transcript.ask(side, question if kind == "final" else None)
+        ids = [*tokenizer.encode(text), end]
+        turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
+        transcript.say(turn, heard=not observed)
+    kinds = ("utterance", "final")
+    rows = [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
+    if final_weight != 1:
+        final = KINDS.index("final")
+        for row, view in zip(rows, transcript.views, strict=True):
+            row.weights = [final_weight if kind == final else 1.0 for kind in view.kinds]
+    return rows
+
+
+def demonstration_batch(
+    corpus: list[ScriptedDialogue], tokenizer: Tokenizer, n: int, seed: int, final_weight: float = 1.0
+) -> list[Row]:
+    """Rows of `n` dialogues drawn from the corpus by `seed`."""
+    chosen = random.Random(seed).sample(range(len(corpus)), min(n, len(corpus)))
+    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, final_weight)]
+    return [row for row in rows if row.n_trained]
+
+
+def imitation_loss(logp: Tensor, total: float, weights: Tensor | None = None) -> Tensor:
+    """Negative log-likelihood of demonstrated tokens [N] by their weights [N], by default 1 each; `total` is
+    the sum of the weights of the whole step.
+    """
+    return -(logp if weights is None else logp * weights).sum() / max(total, 1)
+
+
+def accumulate_imitation_gradient(
+    model: Decoder,
+    rows: Sequence[Row],
+    *,
+    max_tokens: int,
+    coefficient: float = 1.0,
+    dropout_seed: int = 0,
+    world: World = ALONE,
+) -> UpdateStats:
+    """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, by their weights,
+    times `coefficient`."""
+    (total,) = world.sum([sum(_imitated(row) for row in rows)])  # world
+    stats = UpdateStats()
+    for i, part in enumerate(split_rows(rows, max_tokens)):
+        batch = pack(part, model.head_weight.device)
+        weights = None if batch.weights is None else batch.weights[batch.targets]
+
+        def loss_fn(logp: Tensor, _: Tensor, rows: slice | Tensor, w: Tensor | None = weights) -> Any:
+            return imitation_loss(logp, total, None if w is None else w[rows]), {}
+
+        hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
+        result = head_loss(model, batch, hidden_NH, loss_fn, 1.0)
+        torch.autograd.backward(result.loss * coefficient)
+        stats.add(batch, result)
+    return stats.over(world)  # world
+
+
+def _imitated(row: Row) -> float:
+    """The sum of the weights of a row's trained tokens."""
+    if row.weights is None:
+        return float(row.n_trained)
+    return sum(w for w, trained in zip(row.weights, row.loss_mask, strict=True) if trained)
