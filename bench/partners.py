@@ -41,7 +41,8 @@ def pairings(players: dict[str, Player], partners: Sequence[Player]) -> Iterator
                 continue
             seats = {"1": [(player, partner)], "2": [(partner, player)]}
             for seat, pairs in {**seats, "both": [*seats["1"], *seats["2"]]}.items():
-                yield {"player": name, "with": partner.name, "seat": seat}, player, pairs
+                known = Path(partner.name).name if Path(partner.name).exists() else partner.name
+                yield {"player": name, "with": known, "seat": seat}, player, pairs
 
 
 def rows_of(path: Path, names: Sequence[str], dialogues: int) -> list[Row]:
