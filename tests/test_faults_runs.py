@@ -113,7 +113,7 @@ def test_a_resume_with_settings_that_cannot_change_the_result(run: Path) -> None
     line = next(line for line in toml.splitlines() if line.startswith("dual_clip"))
     (run / "config.toml").write_text(toml.replace(line + "\n", ""), "utf-8")  # as of an older version
     more = ["train.threads=2", "train.tokens_per_microbatch=8192", "rollout.cache_tokens=8192"]
-    judge = ["judge.deadline_s=20", "judge.timeout_s=9", "judge.max_tokens=1024", "judge.concurrency=3"]
+    judge = ["judge.deadline_s=20", "judge.timeout_s=9", "judge.concurrency=3"]
     assert train(run, "--resume", "train.steps=3", *more, *judge, "judge.max_unscored_share=1") == 0
     assert read_lines(run / "metrics.jsonl")[-1]["step"] == 3
 
@@ -121,11 +121,11 @@ def test_a_resume_with_settings_that_cannot_change_the_result(run: Path) -> None
 def test_a_resume_with_settings_that_change_the_result(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(run)
     capsys.readouterr()
-    more = ["grpo.learning_rate=0.5", "judge.temperature=1", "train.threads=2"]
+    more = ["grpo.learning_rate=0.5", "grpo.max_grad_norm=2", "train.threads=2"]
     assert train(run, "--resume", "train.steps=3", *more) == 2
     error = said(capsys)
     assert "was started with grpo.learning_rate = " in error
-    assert "not 0.5; judge.temperature = 0.0, not 1.0, which can change" in error
+    assert "not 0.5; grpo.max_grad_norm = 1.0, not 2.0, which can change" in error
     assert "threads" not in error
     assert contents(run) == before
 
