@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,14 @@ def test_a_signal_stops_after_the_step_saves_and_resume_finishes(
 
 
 def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = signal.getsignal(signal.SIGINT)
+
     def twice(self: Progress, step: int, metrics: Any) -> None:
-        signal.raise_signal(signal.SIGINT)  # not by os.kill: another thread may take both as one
         signal.raise_signal(signal.SIGINT)
+        while signal.getsignal(signal.SIGINT) is not usual:  # until it is heard: two at once are one
+            time.sleep(0.001)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(60)  # which the second one ends
 
     monkeypatch.setattr(Progress, "update", twice)
     assert main(train(tmp_path / "run")) == 130
