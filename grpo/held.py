@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -70,15 +69,3 @@ def memory(config: Config, model: Decoder) -> str:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     pool = (config.rollout.cache_tokens or CACHE_TOKENS) * token_bytes(model)
     return f"{weights / 2**20:,.1f} MiB of weights and {pool / 2**20:,.1f} MiB of KV pool"
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of a checkpoint's weights, byte for byte, and of what says how they are used."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
-            digest.update(f"{path.name} {path.stat().st_size} ".encode())
-            with open(path, "rb") as file:
-                while part := file.read(1 << 24):
-                    digest.update(part)
-    return digest.hexdigest()

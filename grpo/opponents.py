@@ -17,7 +17,7 @@ from typing import Any
 from duologue.grpo.build import build_engine
 from duologue.grpo.checkpoints import step_name, step_of
 from duologue.grpo.config import Config
-from duologue.grpo.held import HeldWeights, fingerprint, memory
+from duologue.grpo.held import HeldWeights, memory
 from duologue.grpo.mix import FROZEN, LAGGED, POOL, SCRIPTED, SELF, START, Place, chosen, places, side
 from duologue.grpo.policy import load_beside, load_policy
 from duologue.grpo.world import ALONE, World
@@ -128,13 +128,11 @@ class Opponents:
     longest: int = 0  # tokens that a dialogue can take
     ratings: dict[str, float] = field(default_factory=lambda: {POLICY: START_RATING})
     _present: list[int] = field(default_factory=list)  # whose adapters the engine has
-    _frozen_before: str = ""  # the hash, in the run that is gone on with
     _met: list[str] = field(default_factory=list)  # the partner of each group of the step
 
     def __post_init__(self) -> None:
         o, adapters = self.config.opponent, isinstance(self.model, LoraDecoder)
         self.parts = o.parts
-        self.frozen_hash = ""
         self._frozen = self._load_frozen(Path(o.path)) if FROZEN in self.parts else None
         sets = max(o.held, o.sets(adapters)) - (FROZEN in self.parts)
         self.held = HeldWeights(self.config, self.model, 0 if adapters else sets)
@@ -272,18 +270,10 @@ class Opponents:
                 shutil.rmtree(path)
 
     def state_dict(self) -> dict[str, Any]:
-        frozen = {"frozen": self.frozen_hash} if self.frozen_hash else {}
-        return {"ratings": self.ratings, **frozen}
+        return {"ratings": self.ratings}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.ratings = dict(state["ratings"])
-        self._frozen_before = state.get("frozen", "")
-
-    def check_resumed(self) -> None:
-        """Raise ValueError when opponent.path is not the checkpoint that the run has met so far."""
-        if self._frozen_before not in ("", self.frozen_hash):
-            before = "the weights that this run was started with"
-            raise ValueError(f"opponent.path = {self.config.opponent.path!r}: accepted is {before}")
 
     # ---- snapshots -----------------------------------------------------------------------------------------
 
@@ -315,7 +305,6 @@ class Opponents:
         if self.longest > room:
             takes = f"a dialogue can take {self.longest} tokens"
             raise ValueError(f"opponent.path = {str(path)!r}: it has room for {room} tokens, and {takes}")
-        self.frozen_hash = fingerprint(path)
         return build_engine(self.config, model.requires_grad_(False), CACHE_TOKENS)
 
 

@@ -14,7 +14,7 @@ PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
     "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch kl_every",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
-    "opponent": f"{PLACES} path",  # the weights at path are known by their hash
+    "opponent": PLACES,
     "rollout": "cache_tokens max_batch release_memory",
     "eval": "judge_url partners partner_dialogues",
 }

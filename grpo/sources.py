@@ -15,7 +15,7 @@ from duologue.model.peft import CONFIG as ADAPTER
 from duologue.model.peft import read_settings
 
 FILE = "sources.json"  # in the run directory: setting -> hash
-MODELS = (("model", "path"), ("judge", "model"))
+MODELS = (("model", "path"), ("judge", "model"), ("opponent", "path"))
 TEXTS = (
     ("game", "dilemmas"),
     ("game", "personas"),

@@ -52,7 +52,6 @@ class Trainer(Steps):
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
                 raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
-            self.opponents.check_resumed()
         self._check_frozen()
         run.go_on_from(self.step)
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 from duologue.grpo.cli import main
 from duologue.grpo.commands.report import gather, write_report
-from duologue.grpo.config import Config, from_dict, load_config
+from duologue.grpo.config import from_dict, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.held import HeldWeights
 from duologue.grpo.mix import chosen, places
@@ -46,7 +46,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_opponents import Mumbler, said
 from test_world import together
-from tiny import RUN, decoder, dying, lines, run_whole
+from tiny import RUN, decoder, dialogues, dying, lines, run_whole, selfplay, trained
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import exploit
@@ -89,22 +89,6 @@ def overrides(start: Path, smaller: Path, *more: str, lora: bool = False) -> lis
     adapter = ["lora.rank=4", "lora.alpha=64"] if lora else []
     here = [f"model.path={start}", f"opponent.path={smaller}", "imitation.steps=0", *adapter]
     return [*RUN, *SOME, *here, *more]
-
-
-def run(path: Path, c: Config) -> Trainer:
-    """A whole run whose snapshots all stay."""
-    trainer = Trainer(c, RunDir.create(path, c.to_toml()), Progress(quiet=True), threading.Event())
-    trainer.opponents.forget_before = lambda step: None  # type: ignore[method-assign]
-    trainer.run()
-    return trainer
-
-
-def selfplay(path: Path) -> list[dict[str, Any]]:
-    return [row for row in read_lines(path / "metrics.jsonl") if row["stage"] == "selfplay"]
-
-
-def dialogues(path: Path) -> list[dict[str, Any]]:
-    return [d for d in read_lines(path / "dialogues.jsonl") if d["stage"] == "selfplay"]
 
 
 def partner(d: dict[str, Any]) -> str:
@@ -153,7 +137,7 @@ def test_everybody_speaks_as_the_weights_it_is_named_after(
 ) -> None:
     path = tmp_path / "run"
     c = load_config("deal", overrides(start, smaller, lora=lora))
-    trainer = run(path, c)
+    trainer = trained(path, c, keep_all=True)
     folders = {"start": "checkpoints/warm_start", "frozen": str(smaller)}
     models: dict[str, Decoder] = {}
     met: dict[int, set[str]] = {}
@@ -238,7 +222,7 @@ def test_the_tables_follow_from_the_dialogues(
     rng, path, ratings = random.Random(0), tmp_path / "run", {POLICY: 1000.0}
     monkeypatch.setattr(GAMES["deal"], "judge", judge)
     monkeypatch.setattr(GAMES["deal"], "rewards", lambda self, scenario, outcome: by_hand(scenario, outcome))
-    trainer = run(path, load_config("deal", overrides(start, smaller, "eval.partners=[]")))
+    trainer = trained(path, load_config("deal", overrides(start, smaller, "eval.partners=[]")), keep_all=True)
     for row in selfplay(path):
         here = [d for d in dialogues(path) if d["step"] == row["step"]]
         counts = Counter(partner(d) for d in here)
@@ -507,7 +491,7 @@ def test_a_frozen_checkpoint_must_fit(start: Path, tmp_path: Path, fault: str) -
         "missing": "accepted is a checkpoint",
     }[fault]
     with pytest.raises(ValueError, match=rf"opponent\.path = .*other.*: .*{message}"):
-        run(tmp_path / "run", c)
+        trained(tmp_path / "run", c, keep_all=True)
 
 
 # ---- a best response ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from duologue.rollout.selfplay.speakers import Opponent, Speak, messages
 from hypothesis import given
 from hypothesis import strategies as st
 from judge_server import JudgeServer, digest, serving
-from tiny import RUN, dying, lines, run_whole
+from tiny import RUN, dialogues, dying, lines, run_whole, selfplay, trained
 
 SOME = [
     "grpo.train_kinds=['utterance','final']",
@@ -75,23 +75,6 @@ def config(start: Path, lora: bool, *more: str) -> Config:
     return load_config("deal", overrides(start, lora, *more))
 
 
-def run(path: Path, c: Config, keep_all: bool = False) -> Trainer:
-    """A whole run; the trainer of it, to look into."""
-    trainer = Trainer(c, RunDir.create(path, c.to_toml()), Progress(quiet=True), threading.Event())
-    if keep_all:
-        trainer.opponents.forget_before = lambda step: None  # type: ignore[method-assign]
-    trainer.run()
-    return trainer
-
-
-def selfplay(path: Path) -> list[dict[str, Any]]:
-    return [row for row in read_lines(path / "metrics.jsonl") if row["stage"] == "selfplay"]
-
-
-def dialogues(path: Path) -> list[dict[str, Any]]:
-    return [d for d in read_lines(path / "dialogues.jsonl") if d["stage"] == "selfplay"]
-
-
 # ---- runs of each kind -------------------------------------------------------------------------------------
 
 
@@ -105,7 +88,7 @@ def test_the_opponent_speaks_as_the_weights_it_is_named_after(
     """
     more = ["opponent.pool_every=1", "opponent.pool_size=3"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", *more)
-    trainer = run(tmp_path / "run", c, keep_all=True)
+    trainer = trained(tmp_path / "run", c, keep_all=True)
     for row in selfplay(tmp_path / "run"):
         assert row["mismatch"] <= (0.0 if backend.available() else 1e-4)
     first, met = c.imitation.steps, Counter[tuple[int, str]]()
@@ -162,7 +145,7 @@ def said(trainer: Trainer, d: dict[str, Any], role: int) -> tuple[list[int], dic
 
 
 def test_the_frozen_partner_of_an_adapter_is_the_base_in_the_same_engine(start: Path, tmp_path: Path) -> None:
-    trainer = run(tmp_path / "run", config(start, True, "opponent.kind=frozen"))
+    trainer = trained(tmp_path / "run", config(start, True, "opponent.kind=frozen"))
     assert isinstance(trainer.model, LoraDecoder)
     assert trainer.opponents.engines == [trainer.arena.engine]
     assert trainer.arena.engine.adapters == [trainer.model.adapter, None]
@@ -175,7 +158,7 @@ def test_the_frozen_partner_of_an_adapter_is_the_base_in_the_same_engine(start: 
 
 
 def test_a_frozen_partner_shares_the_weights_of_the_kl_reference(start: Path, tmp_path: Path) -> None:
-    trainer = run(tmp_path / "run", config(start, False, "opponent.kind=frozen", "train.kl_every=1"))
+    trainer = trained(tmp_path / "run", config(start, False, "opponent.kind=frozen", "train.kl_every=1"))
     (own,) = trainer.opponents.held.engines
     assert own.model is trainer.reference
 
@@ -185,7 +168,7 @@ def test_a_frozen_partner_shares_the_weights_of_the_kl_reference(start: Path, tm
 
 def played(start: Path, tmp_path: Path, *more: str) -> tuple[Trainer, list[Group]]:
     c = config(start, True, "train.steps=3", *more)
-    trainer = run(tmp_path / "run", c)
+    trainer = trained(tmp_path / "run", c)
     groups = trainer.play()
     return trainer, groups
 
@@ -239,11 +222,11 @@ def find(ids: list[int], part: list[int], start: int) -> int:
 
 
 def test_the_policy_is_on_both_sides_in_turn_or_on_the_first(start: Path, tmp_path: Path) -> None:
-    both = run(tmp_path / "both", config(start, True, "opponent.kind=frozen", "train.steps=4"))
+    both = trained(tmp_path / "both", config(start, True, "opponent.kind=frozen", "train.steps=4"))
     at = both.opponents
     sides = [[guest.role for guest in at.of_groups(step, 0) if guest is not None] for step in range(4)]
     assert sides == [[0, 0, 1, 1], [0, 0, 1, 1], [1, 1, 0, 0], [1, 1, 0, 0]]
-    run(
+    trained(
         tmp_path / "first",
         config(start, True, "opponent.kind=frozen", "grpo.train_roles=first", "train.steps=2"),
     )
@@ -282,7 +265,9 @@ def test_draws_follow_the_seed_and_have_their_shares(
     start: Path, tmp_path: Path, draw: str, shares: tuple[float, ...]
 ) -> None:
     more = ("opponent.pool_every=1", "opponent.pool_size=3", f"opponent.pool_draw={draw}", "train.steps=4")
-    trainer = run(tmp_path / "run", config(start, True, "opponent.kind=pool", "train.save_every=100", *more))
+    trainer = trained(
+        tmp_path / "run", config(start, True, "opponent.kind=pool", "train.save_every=100", *more)
+    )
     found = Counter(
         g.name for seed in range(400) for g in trainer.opponents.of_groups(4, seed) if g is not None
     )
@@ -383,7 +368,7 @@ def test_metrics_follow_from_the_dialogues(
     monkeypatch.setattr(
         DealGame, "rewards", lambda self, scenario, outcome: tuple(x / 10 for x in outcome.scores)
     )
-    run(tmp_path / "run", config(start, True, "opponent.kind=frozen", "game.objective=selfish"))
+    trained(tmp_path / "run", config(start, True, "opponent.kind=frozen", "game.objective=selfish"))
     ratings = {POLICY: 1000.0, "start": 1000.0}
     for row in selfplay(tmp_path / "run"):
         here = [d for d in dialogues(tmp_path / "run") if d["step"] == row["step"]]
@@ -401,7 +386,7 @@ def test_metrics_follow_from_the_dialogues(
 
 
 def test_self_play_has_no_table(start: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", config(start, False, "train.steps=1"))
+    trained(tmp_path / "run", config(start, False, "train.steps=1"))
     assert not {"payoff", "elo"} & selfplay(tmp_path / "run")[0].keys()
     assert all(d["players"] == [POLICY, POLICY] for d in dialogues(tmp_path / "run"))
 
@@ -433,7 +418,7 @@ def test_a_server_hears_texts_and_its_words_are_kept_as_ids(
     start: Path, tmp_path: Path, server: JudgeServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DUOLOGUE_OPPONENT_KEY", "sesame")
-    trainer = run(
+    trainer = trained(
         tmp_path / "run", remote(start, server, "dialogue.max_tokens_per_turn=30", "model.max_position=640")
     )
     tokenizer = trainer.tokenizer
@@ -491,7 +476,7 @@ def test_messages_alternate_and_hold_what_a_side_knows() -> None:
 def test_a_lost_answer_leaves_its_dialogue_unscored(start: Path, tmp_path: Path, server: JudgeServer) -> None:
     lost = {3, 8}
     server.fault = lambda n, prompt: "401" if n in lost else None
-    run(tmp_path / "run", remote(start, server, "judge.max_unscored_share=0.5", "train.steps=1"))
+    trained(tmp_path / "run", remote(start, server, "judge.max_unscored_share=0.5", "train.steps=1"))
     (row,) = selfplay(tmp_path / "run")
     found = dialogues(tmp_path / "run")
     unscored = [d for d in found if d["reward"] is None]
@@ -665,7 +650,7 @@ def test_resume_is_exact(start: Path, tmp_path: Path, lora: bool, kind: str, eve
     """
     more = ["opponent.pool_every=2", "opponent.pool_size=2"] if kind == "pool" else []
     c = config(start, lora, f"opponent.kind={kind}", f"train.save_every={every}", *more)
-    run(tmp_path / "whole", c)
+    trained(tmp_path / "whole", c)
     stop = threading.Event()
 
     class StopAfter(Progress):
@@ -707,7 +692,7 @@ def kept(path: Path) -> list[str]:
 
 
 def test_snapshots_that_nobody_can_meet_are_dropped(start: Path, tmp_path: Path) -> None:
-    run(tmp_path / "run", config(start, True, "opponent.kind=lagged:2", "train.save_every=2"))
+    trained(tmp_path / "run", config(start, True, "opponent.kind=lagged:2", "train.save_every=2"))
     # The checkpoint before the last, after 4 steps, is kept too, and a step from there meets the second.
     assert kept(tmp_path / "run") == ["step_000002", "step_000003", "step_000004", "step_000005"]
     assert (tmp_path / "run/opponents/step_000005/adapter_model.safetensors").is_file()

@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo.config import load_config
+from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.run_dir import RunDir, read_lines
-from duologue.grpo.trainer import train
+from duologue.grpo.trainer import Trainer, train
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
@@ -110,6 +110,25 @@ def run_whole(path: Path, *more: str) -> dict[str, Any]:
 def lines(path: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what differs from run to run."""
     return [{k: v for k, v in row.items() if k not in VOLATILE} for row in read_lines(path / "metrics.jsonl")]
+
+
+def trained(path: Path, config: Config, keep_all: bool = False) -> Trainer:
+    """A whole run, and its trainer; with `keep_all` every snapshot of an opponent stays."""
+    trainer = Trainer(config, RunDir.create(path, config.to_toml()), Progress(quiet=True), threading.Event())
+    if keep_all:
+        trainer.opponents.forget_before = lambda step: None  # type: ignore[method-assign]
+    trainer.run()
+    return trainer
+
+
+def selfplay(path: Path) -> list[dict[str, Any]]:
+    """The metrics of a run's self-play."""
+    return [row for row in read_lines(path / "metrics.jsonl") if row["stage"] == "selfplay"]
+
+
+def dialogues(path: Path) -> list[dict[str, Any]]:
+    """Those of a run's self-play."""
+    return [d for d in read_lines(path / "dialogues.jsonl") if d["stage"] == "selfplay"]
 
 
 def dying(n_lines: int) -> list[str]:
