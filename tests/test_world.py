@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.grpo import update
+from duologue.grpo import imitation, update
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import load_config
 from duologue.grpo.console import Progress
@@ -169,17 +169,24 @@ def test_no_two_micro_batches_have_the_same_dropout(monkeypatch: pytest.MonkeyPa
         seeds.append(dropout_seed)
         return plain(model, batch)
 
-    monkeypatch.setattr(update, "trained_hidden", noted)
+    for module in (update, imitation):
+        monkeypatch.setattr(module, "trained_hidden", noted)
+    options: dict[str, Any] = {"max_tokens": 20, "dropout_seed": 100}
 
-    def part(world: Rank) -> None:
-        options: dict[str, Any] = {"max_tokens": 20, "dropout_seed": 100, "world": world}
-        accumulate_imitation_gradient(
-            copy.deepcopy(model), [row for row in world.share(rows) if row.n_trained], **options
+    def imitate(world: Rank) -> None:
+        mine = [row for row in world.share(rows) if row.n_trained]
+        accumulate_imitation_gradient(copy.deepcopy(model), mine, **options, world=world)
+
+    def reinforce(world: Rank) -> None:
+        accumulate_policy_gradient(
+            copy.deepcopy(model), world.share(rows), LossConfig(), temperature=1.0, **options, world=world
         )
 
-    together(part)
-    assert len(seeds) == len(set(seeds)) > 6
-    assert min(seeds) == 100
+    for part in (imitate, reinforce):
+        seeds.clear()
+        together(part)
+        assert len(seeds) == len(set(seeds)) > 6
+        assert min(seeds) == 100
 
 
 @pytest.mark.parametrize("trained", [True, False])
