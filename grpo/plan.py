@@ -31,7 +31,7 @@ GB = 10**9
 GRAPHS = 2 * GB  # of a CUDA context, its libraries and captured graphs: an assumption, not measured
 POOL_SHARE = 0.85  # of what is free, with rollout.cache_tokens = 0 (rollout/engine/runner.py)
 NF4 = 0.5 + 4 / 64  # of a weight: four bits, and an fp32 scale for 64 of them
-# hidden, intermediate, layers, query heads, key heads, head dim, vocabulary, whether the head is the embedding
+# family, hidden, intermediate, layers, query heads, key heads, head dim, vocabulary, tied or not
 SHAPES = {
     "SmolLM2-135M": ("llama", 576, 1536, 30, 9, 3, 64, 49_152, True),
     "Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True),
@@ -216,7 +216,7 @@ def make_plan(
 
 
 def _frozen(config: Config, weights: int, kv: int) -> int:
-    """The reference of a KL and other weights of opponents and judges: an adapter's base serves as its own."""
+    """The reference of a KL, and weights of opponents and a judge: an adapter's base serves as its start."""
     o, adapters = config.opponent, config.lora.rank > 0
     pool = (config.rollout.cache_tokens or CACHE_TOKENS) * kv
     sets = o.held or o.sets(adapters)
@@ -232,17 +232,19 @@ def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: 
     def fits(changed: Config, n: int = ranks) -> bool:
         return make_plan(changed, shape, ranks=n, memory=memory, device=device).peak <= memory
 
-    found, all_of_them = [], config
+    found: list[str] = []
+    all_of_them = config
     for words, changes in _changes(config):
         changed = _with(config, changes)
         all_of_them = _with(all_of_them, changes)
-        if fits(changed):
+        name = words.partition("=")[0]
+        if fits(changed) and not any(other.startswith(name) for other in found):  # the least change
             found.append(words)
     more = [n for n in (2, 4, 8, 16, 32, 64) if n > ranks and not config.lora.rank and fits(config, n)]
     found += [f"--ranks {more[0]}"] if more else []
     if found:
         return found
-    names = ", ".join(words for words, _ in _changes(config))
+    names = ", ".join({words.partition("=")[0]: words for words, _ in _changes(config)}.values())
     if fits(all_of_them):
         return [f"all of {names}"]
     short = make_plan(all_of_them, shape, ranks=ranks, memory=memory, device=device).peak - memory
@@ -256,7 +258,7 @@ def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: 
 def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
     """Settings that take less, in words and as they are made."""
     train = {field.name for field in dataclasses.fields(config.train)}
-    if config.rollout.cache_tokens and config.model.device != "cpu":
+    if config.rollout.cache_tokens:
         yield "rollout.cache_tokens=0", {"rollout.cache_tokens": 0}
     if config.train.kl_every and not config.grpo.kl_coef and not config.lora.rank:
         yield "train.kl_every=0", {"train.kl_every": 0}
@@ -264,8 +266,9 @@ def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "train.recompute=layer", {"train.recompute": "layer"}
     if "offload_moments" in train and not config.value("train.offload_moments"):
         yield "train.offload_moments=true", {"train.offload_moments": True}
-    if config.train.tokens_per_microbatch > 2048:
-        yield "train.tokens_per_microbatch=2048", {"train.tokens_per_microbatch": 2048}
+    for tokens in (8192, 4096, 2048):
+        if config.train.tokens_per_microbatch > tokens:
+            yield f"train.tokens_per_microbatch={tokens}", {"train.tokens_per_microbatch": tokens}
 
 
 def _with(config: Config, changes: dict[str, Any]) -> Config:

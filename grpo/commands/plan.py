@@ -36,10 +36,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{value}: accepted are a number of ranks from 1 on and gigabytes above 0")
     config = load_config(options.recipe, [*options.overrides, f"model.path={options.model}"])
     shape = plan.shape(options.model)
-    device, memory = (
-        ("cpu" if config.model.device == "cpu" and options.cpu else "cuda"),
-        options.gpu_memory * GB,
-    )
+    device, memory = "cpu" if options.cpu else "cuda", options.gpu_memory * GB
     made = plan.make_plan(config, shape, ranks=options.ranks, memory=int(memory), device=device)
     fits = made.peak <= memory
     change = [] if fits else plan.advice(config, shape, options.ranks, int(memory), device)
@@ -85,7 +82,8 @@ def expected_seconds(config: Config, parameters: int, device: str, results: Path
         and any(kind in row["device"] for kind in kinds)
     ]
     if not rows:
-        return f"seconds per step: no row of bench/results measures this size in {config.model.dtype} on {device}"
+        what = f"this size in {config.model.dtype} on {device}"
+        return f"seconds per step: no row of bench/results measures {what}"
     row = max(rows, key=lambda row: (int(row["batch"]), row["date"]))
     seconds = tokens / float(row["ours_tokens_per_s"])
     where = f"rollout.csv: {row['model']}, batch {row['batch']}, {row['device']}, {row['date']}"
