@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.cli import main
+from duologue.grpo.commands.ranks import devices, loopback, reduction, space
 from duologue.grpo.config import load_config
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row, hidden_nodes, pack
@@ -109,3 +115,56 @@ def test_ranks_share_the_state_and_keep_the_weights() -> None:
     assert four.masters == one.masters // 4
     assert four.moments == one.moments // 4
     assert one.parameters == 4_022_468_096  # as Hugging Face counts Qwen3-4B
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_the_readme_is_the_plans() -> None:
+    assert bench("plan_table").table() in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_plan_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "collective-agency", "--model", "Qwen3-8B", "--json", "model.dtype=bfloat16"]
+    assert main(words) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["fits"]
+    assert told["change"]
+    assert main([*words, "--ranks", "8", "train.tokens_per_microbatch=8192"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert main([*words[:3], "nobody"]) == 2
+    assert "Qwen3-8B" in capsys.readouterr().err
+
+
+def test_a_queue_keeps_the_work_and_the_bound_of_list_scheduling() -> None:
+    model, draws = bench("ranks_model"), random.Random(0)
+    for _ in range(200):
+        ranks = draws.randint(1, 8)
+        lengths = [draws.randint(1, 1000) for _ in range(draws.randint(1, 40))]
+        for busy in (model.queue(lengths, ranks), model.fixed(lengths, ranks)):
+            assert sum(busy) == sum(lengths)
+            assert max(busy) >= max(max(lengths), sum(lengths) / ranks)
+        # Graham 1966: no list order ends later than the mean load and a share of the longest job
+        most = sum(lengths) / ranks + (1 - 1 / ranks) * max(lengths)
+        assert max(model.queue(lengths, ranks)) <= most + 1e-9
+
+
+def test_ranks_add_up_and_what_lacks_is_said() -> None:
+    answers, port = loopback()
+    assert answers.ok
+    assert reduction(2, port, "gloo").ok
+    assert not devices(4, 0, 2).ok
+    assert not devices(4, 2, 64).ok
+    assert devices(2, 2, 1).ok
+    lacking = space("disk", " here", 10, 100, "free some")
+    assert not lacking.ok
+    assert lacking.advice == "free some"
