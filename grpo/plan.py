@@ -184,20 +184,17 @@ def make_plan(
     offload = getattr(config.train, "offload_moments", False)
     tokens = config.train.tokens_per_microbatch
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
+    recompute = getattr(config.train, "recompute", "none")
+    activations = activation_bytes(
+        shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=recompute
+    )
     transit = trained * itemsize if itemsize < 4 and parts == 1 else 2 * largest * 4
     plan = Plan(
         weights=weights,
         gradients=trained * 4 // parts,
         masters=trained * 4 // parts if itemsize < 4 else 0,
         moments=0 if offload else trained * 8 // parts,
-        activations=activation_bytes(
-            shape,
-            nodes=tokens,
-            tokens=tokens,
-            itemsize=itemsize,
-            rank=lora.rank,
-            recompute=getattr(config.train, "recompute", "none"),
-        ),
+        activations=activations,
         head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),
         transit=transit,
         pool=r.cache_tokens * kv,
