@@ -45,7 +45,8 @@ Features detect() {
 // Linux gives the 8 KB of tile data to a process that asks; once given, it stays.
 bool tiles_allowed() {
 #if defined(DUOLOGUE_AMX) && defined(__linux__)
-  static const bool allowed = syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
+  static const bool allowed =
+      syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XTILEDATA */) == 0;
   return allowed;
 #else
   return false;
