@@ -92,7 +92,8 @@ def schedule_moved(before: Settings, after: Settings) -> list[str]:
 def check_instruction_set(checkpoint: Path, after: Settings) -> None:
     """ValueError where what the checkpoint's run computed would come out in other bits here. A checkpoint
     that names no instruction set is older than the name, or none of the C++ kernels served."""
-    noted = json_object(checkpoint / STATE).get("instruction_set", "")
+    state = checkpoint / STATE
+    noted = json_object(state).get("instruction_set", "") if state.is_file() else ""
     device, dtype = _kind(after["model", "device"]), after["model", "dtype"]
     here = backend.instruction_set(device, parse_dtype(dtype))
     if not noted or noted == here:
