@@ -6,9 +6,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.checkpoints import STATE, json_object, latest_checkpoint
 from duologue.grpo.config import from_dict
 from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, place_of
+from duologue.kernels import backend
+from duologue.model.checkpoint import parse_dtype
 
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
@@ -85,3 +87,20 @@ def schedule_moved(before: Settings, after: Settings) -> list[str]:
         return []
     planned = f"is planned anew for train.steps = {after[steps]} in place of {before[steps]}"
     return [f"grpo.schedule = {schedule!r} {planned}: the learning rate jumps to where that plan has it"]
+
+
+def check_instruction_set(checkpoint: Path, after: Settings) -> None:
+    """ValueError where what the checkpoint's run computed would come out in other bits here. A checkpoint
+    that names no instruction set is older than the name, or none of the C++ kernels served."""
+    state = checkpoint / STATE
+    noted = json_object(state).get("instruction_set", "") if state.is_file() else ""
+    device, dtype = _kind(after["model", "device"]), after["model", "dtype"]
+    here = backend.instruction_set(device, parse_dtype(dtype))
+    if not noted or noted == here:
+        return
+    way = f"resume it with DUOLOGUE_CPU={noted}"
+    if not backend.runs(noted):
+        portable = "avx512bf16" if noted == "amx" else "avx2"
+        way = f"this machine cannot run {noted}; start a run that is to move with DUOLOGUE_CPU={portable}"
+    found = f"here {here or 'none of the C++ kernels'} would serve, which computes other bits of {dtype}"
+    raise ValueError(f"{checkpoint} was written with the instruction set {noted}, and {found}: {way}")

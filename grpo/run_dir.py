@@ -28,7 +28,15 @@ from duologue.grpo.checkpoints import (
     step_name,
     step_of,
 )
-from duologue.grpo.resume import check_same, may_differ, schedule_moved, settings, settings_of
+from duologue.grpo.resume import (
+    Settings,
+    check_instruction_set,
+    check_same,
+    may_differ,
+    schedule_moved,
+    settings,
+    settings_of,
+)
 from duologue.grpo.sources import write_sources
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
 from duologue.model.files import write_checksums
@@ -88,14 +96,14 @@ class RunDir:
         run = cls(path)
         try:
             run.notes += schedule_moved(before, after)
-            run._check()
+            run._check(after)
         except ValueError:
             run.close()
             raise
         run._extended = config_toml
         return run
 
-    def _check(self) -> None:
+    def _check(self, after: Settings) -> None:
         """Of a resume: the newest checkpoint is whole, and the lines are as long as it knows them."""
         self._clean_up()
         latest = self.latest_checkpoint()
@@ -103,6 +111,7 @@ class RunDir:
             return
         if reason := damage(latest):
             raise damaged(latest, reason)
+        check_instruction_set(latest, after)
         noted, seen = json_object(latest / LENGTHS), self._lines_before(step_of(latest))
         for name, end in seen.items():
             if end < noted.get(name, 0):

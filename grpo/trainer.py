@@ -31,7 +31,8 @@ from duologue.grpo.partners import START, in_full, policy_player, scripted_playe
 from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
-from duologue.model.checkpoint import write_checkpoint
+from duologue.kernels import backend
+from duologue.model.checkpoint import parse_dtype, write_checkpoint
 
 
 class Trainer(Steps):
@@ -159,6 +160,7 @@ class Trainer(Steps):
             "steps": self.step,
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "device": self.config.model.device,
+            "instruction_set": self._instruction_set(),
             "peak_memory_bytes": _peak_memory(),
         }
         if self.game.compared and self.config.eval.partners:
@@ -199,8 +201,13 @@ class Trainer(Steps):
             "warm_start": self.warm_start,
             "baseline": self.baseline.state_dict(),
             "opponents": self.opponents.state_dict(),
+            "instruction_set": self._instruction_set(),
         }
         write_state(folder, state, self.optimizer.state_dict())
+
+    def _instruction_set(self) -> str:
+        m = self.config.model
+        return backend.instruction_set(m.device.partition(":")[0], parse_dtype(m.dtype))
 
     def _restore(self, folder: Path) -> None:
         state, optimizer = read_state(folder, self.config.model.device)

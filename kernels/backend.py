@@ -8,8 +8,9 @@ the `torch.library` op of a kernel.
 
 With TRITON_INTERPRET=1 Triton's interpreter serves its dtypes on CPU too, in place of C++: slow, for tests.
 
-`DUOLOGUE_CPU=generic|avx2|avx512` forces an instruction set (read here, once); without it the best that runs
-is used.
+`DUOLOGUE_CPU=generic|avx2|avx512|avx512bf16|amx|amx-emulated` forces an instruction set (read here, once);
+without it the best that runs is used. "avx512" is the best without tiles; "amx-emulated" computes what AMX
+does, bit for bit in its products, on any processor, and is slow: for tests.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from duologue.kernels import cores
 from torch import Tensor
 from torch.library import CustomOpDef, custom_op  # type: ignore[attr-defined]
 
@@ -34,7 +36,7 @@ except ImportError:
 Library = Literal["cpp", "triton", "reference"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of the C++ kernels, and their numbers there
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("generic", "avx2", "avx512")
+ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "amx-emulated")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETS = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -61,13 +63,20 @@ def triton(x: Tensor) -> bool:
     return choose(x.device.type, x.dtype) == "triton"
 
 
+def tiled(x: Tensor) -> bool:
+    """Whether C++ multiplies `x` by tiles: bf16, on AMX."""
+    return x.dtype == torch.bfloat16 and cpp(x) and bool(lib().tiles())
+
+
 def describe(device: str = "cpu") -> str:
     """One line on what serves the fp32 and 16-bit tensors of "cpu" or "cuda"."""
     served_by = choose(device, torch.bfloat16)
     if served_by == "triton":
         return "Triton's interpreter" if _INTERPRETS else "Triton"
     if served_by == "cpp":
-        return f"C++ {lib().name()}, {lib().threads()} threads"
+        reason = lib().refused()
+        without = f" (no AMX: {reason})" if reason else ""
+        return f"C++ {lib().name()}, {lib().threads()} threads{without}"
     missing = "Triton is not installed" if device == "cuda" else "the C++ kernels are not built"
     return f"PyTorch ({missing})"
 
@@ -94,8 +103,37 @@ def use(isa: str) -> None:
         raise ValueError(f"DUOLOGUE_CPU = {isa!r}: {accepted}")
 
 
+def runs(isa: str) -> bool:
+    """Whether this machine can run the instruction set of this name."""
+    if _lib is None:
+        return False
+    before = isa_name()
+    found = bool(_lib.use(isa))
+    _lib.use(before)
+    return found
+
+
+def isa_name() -> str:
+    """The name by which `use` finds the instruction set that serves."""
+    name: str = lib().name()
+    return "avx512-nobf16" if name == "avx512" else name
+
+
+def instruction_set(device: str, dtype: torch.dtype) -> str:
+    """The instruction set that decides the bits of what is computed, as DUOLOGUE_CPU names it: all that have
+    AVX-512 compute fp32 alike; "" where the C++ kernels do not serve."""
+    if choose(device, dtype) != "cpp":
+        return ""
+    name = isa_name()
+    if dtype == torch.bfloat16:
+        return name
+    return {"avx512-nobf16": "avx512", "avx512bf16": "avx512", "amx": "avx512"}.get(name, name)
+
+
 if os.environ.get("DUOLOGUE_CPU"):
     use(os.environ["DUOLOGUE_CPU"])
+if _lib is not None and _lib.threads() > cores.thread_count():
+    _lib.set_threads(cores.thread_count())
 
 
 def pointers(*tensors: Tensor | None) -> list[int]:

@@ -50,6 +50,11 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
     lib().matmul(*pointers(a, b, out), *sizes, add)
 
 
+def matmul_tiles(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
+    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32."""
+    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype])
+
+
 def backward(
     x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
@@ -62,15 +67,18 @@ def backward(
     shape, dtype = x.shape, x.dtype
     x, grad = x.flatten(0, -2), grad.flatten(0, -2)
     if backend.cpp(x):
-        x, weight, grad = (tensor.float().contiguous() for tensor in (x, weight, grad))
+        tiled = backend.tiled(x)
+        product = matmul_tiles if tiled else matmul
+        x, weight = (tensor.contiguous() if tiled else tensor.float().contiguous() for tensor in (x, weight))
+        grad = grad.contiguous() if tiled else grad.float().contiguous()
         M, O = grad.shape
         K = x.shape[1]
         if need_x:
-            grad_x = x.new_empty(M, K)
-            matmul(grad, weight, grad_x, (M, O, K, O, 1), add=False)
+            grad_x = x.new_empty(M, K, dtype=torch.float32)
+            product(grad, weight, grad_x, (M, O, K, O, 1), add=False)
         if need_weight:
-            grad_weight = x.new_empty(O, K)
-            matmul(grad, x, grad_weight, (O, M, K, 1, O), add=False)
+            grad_weight = x.new_empty(O, K, dtype=torch.float32)
+            product(grad, x, grad_weight, (O, M, K, 1, O), add=False)
     else:
         grad = grad.to(dtype)
         grad_x = grad @ weight if need_x else grad_x

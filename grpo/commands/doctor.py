@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 
 import torch
-from duologue.kernels import backend
+from duologue.kernels import backend, cores
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine.engine import Engine
@@ -62,6 +62,7 @@ def examine() -> int:
         "device",
         torch.cuda.get_device_name() if cuda else f"cpu ({platform.processor() or platform.machine()})",
     )
+    table.add_row("cores", cores.describe())
     table.add_row("CPU tensors", backend.describe())
     table.add_row("CUDA tensors", backend.describe("cuda") if cuda else "no CUDA device")
     mismatch = largest_mismatch("cpu")

@@ -30,6 +30,16 @@ void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride
   kernels->matmul(&m, parallel_for, thread_count());
 }
 
+void matmul_tiles(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r,
+                  bool add, int a_dtype) {
+  TiledMatmulArgs m = {at<void>(a), at<void>(b), at<float>(c), I, R, C, stride_i, stride_r, add, a_dtype};
+  kernels->matmul_tiles(&m, parallel_for, thread_count());
+}
+
+void tile_products(ptr a, ptr b, ptr c, int64_t n) {
+  kernels->tile_products(at<void>(a), at<void>(b), at<float>(c), n);
+}
+
 void rms_norm(ptr x, ptr residual, ptr weight, ptr out, ptr total, int64_t rows, int64_t K, float eps,
               int dtype) {
   RowArgs a = {};
@@ -299,6 +309,8 @@ NB_MODULE(_cpu, m) {
   nb::call_guard<nb::gil_scoped_release> no_gil;
   m.def("linear", &linear, no_gil);
   m.def("matmul", &matmul, no_gil);
+  m.def("matmul_tiles", &matmul_tiles, no_gil);
+  m.def("tile_products", &tile_products, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("rms_norm_backward", &rms_norm_backward, no_gil);
   m.def("silu_mul", &silu_mul, no_gil);
@@ -321,6 +333,8 @@ NB_MODULE(_cpu, m) {
   m.def("group_advantages", &advantages, no_gil);
   m.def("use", &use, "Choose an instruction set by name ('' = the best); False when it cannot run here.");
   m.def("name", [] { return std::string(kernels->name); });
+  m.def("tiles", [] { return kernels->matmul_tiles != nullptr; });
+  m.def("refused", [] { return std::string(refused_tiles()); });
   m.def("threads", &thread_count);
   m.def("set_threads", &set_thread_count);
 }

@@ -23,6 +23,15 @@ struct MatmulArgs {
   bool add; // to what C holds
 };
 
+// The same with b in bf16, and `a` in fp32 (rounded to bf16) or bf16. An output is one chain over r.
+struct TiledMatmulArgs {
+  const void *a, *b;
+  float *c;
+  int64_t I, R, C, stride_i, stride_r;
+  bool add;
+  int a_dtype;
+};
+
 struct RowArgs { // rms_norm and silu_mul, forward and backward; unused fields are null
   const void *x, *residual, *weight, *grad;
   void *out, *total, *grad_x;
@@ -166,4 +175,7 @@ struct Kernels {
   int64_t (*linear_sample)(const HeadArgs *, const LogprobArgs *, ParallelFor, int threads);
   int64_t (*decoder)(const DecoderArgs *, ParallelFor, int threads);
   int64_t (*decode)(const DecodeArgs *, ParallelFor, int threads);
+  // Null where there are no tiles: one product of each of n tiles, for tests; and `matmul` of bf16.
+  void (*tile_products)(const void *a, const void *b, float *c, int64_t n);
+  void (*matmul_tiles)(const TiledMatmulArgs *, ParallelFor, int threads);
 };
