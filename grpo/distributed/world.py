@@ -33,13 +33,17 @@ class Ranks(World):
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         base = dist.TCPStore(address, port, is_master=ours, timeout=limit)
         self.store = dist.PrefixStore(f"duologue/{attempt}", base)
-        beside = dist.TCPStore(address, port, is_master=False, timeout=limit)  # no wait of the other blocks it
+        beside = dist.TCPStore(
+            address, port, is_master=False, timeout=limit
+        )  # no wait of the other blocks it
         self.watch = Watch(
             dist.PrefixStore(f"duologue/{attempt}/watch", beside), self.rank, self.size, timeout_s
         )
         backend = "nccl" if device.startswith("cuda") else "gloo"
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
-        dist.init_process_group(backend, store=self.store, rank=self.rank, world_size=self.size, timeout=limit)
+        dist.init_process_group(
+            backend, store=self.store, rank=self.rank, world_size=self.size, timeout=limit
+        )
         self.group = dist.group.WORLD
         self.objects = dist.new_group(backend="gloo", timeout=limit)
         self._calls = 0  # of `hand_out`
@@ -115,6 +119,11 @@ class Ranks(World):
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    @property
+    def round(self) -> int:
+        """Which of its rounds of handing out groups the run is in."""
+        return self._calls
+
     def close(self) -> None:
         """At the end of a run that went well: no rank leaves before all are here."""
         self.each(None)
@@ -137,5 +146,3 @@ def environment() -> dict[str, int]:
     """What torchrun says of this process; empty where it did not start it."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     return {name: int(os.environ[name]) for name in names} if "TORCHELASTIC_RUN_ID" in os.environ else {}
-
-
