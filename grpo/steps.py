@@ -244,7 +244,7 @@ class Steps:
         )
         stats = accumulate_imitation_gradient(
             self.model,
-            self.world.share(demonstrations),  # world
+            self.world.deal(demonstrations, lambda row: len(row.token_ids)),  # world
             max_tokens=self.config.train.tokens_per_microbatch,
             coefficient=coefficient,
             dropout_seed=dropout_seed,

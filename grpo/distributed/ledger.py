@@ -22,9 +22,7 @@ class SharedLedger(Ledger):
         return f"judge/{socket.gethostname()}/{what}/{self.world.round}/{key}"
 
     def claim(self, key: str) -> bool:
-        if self.world.store.add(self._key("claim", key), 1) > 1:
-            return False
-        return True
+        return bool(self.world.store.add(self._key("claim", key), 1) == 1)
 
     def give_up(self, key: str, reason: str) -> None:
         self.world.store.set(self._key("given_up", key), reason or "no valid answer")

@@ -17,12 +17,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch.distributed import PrefixStore
 
 EVERY_S = 0.25  # looks
 FAILED = "failed"
+SAID = "DUOLOGUE_SAID"  # names a file that exists once a rank has said why the run ended
 
 
 class Watch:
@@ -60,8 +62,10 @@ class Watch:
         """Say why the run ends; False when another rank has said so before."""
         mine = json.dumps({"by": self.rank, "reason": reason})
         with contextlib.suppress(RuntimeError, OSError):
-            return bool(self.store.compare_set(FAILED, "", mine) == mine.encode())
-        return True  # the store is gone with whoever held it
+            if self.store.compare_set(FAILED, "", mine) != mine.encode():
+                return False
+        self._over.set()  # this rank ends as it will
+        return True
 
     def end(self) -> None:
         """This rank is through; nobody minds that it goes."""
@@ -121,8 +125,15 @@ class Watch:
 
 
 def say(reason: str) -> None:
-    how = "--resume goes on from the last checkpoint"
-    print(f"duologue: {reason}; {how}", file=sys.stderr, flush=True)
+    """Why the run ended, on a line of its own."""
+    note_said()
+    print(f"duologue: {reason}; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
+
+
+def note_said() -> None:
+    """For the process that started the ranks: the user has been told."""
+    if path := os.environ.get(SAID):
+        Path(path).touch()
 
 
 def _lives(pid: int) -> bool:
