@@ -81,12 +81,18 @@ def _ledger(path: Path, world: World) -> Ledger:
 
 def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
     g = config.grpo
-    betas, kind, more = (g.betas[0], g.betas[1]), Optimizer, {}
-    if world.size > 1:
-        from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
+    settings: dict[str, Any] = {
+        "betas": (g.betas[0], g.betas[1]),
+        "weight_decay": g.weight_decay,
+        "max_grad_norm": g.max_grad_norm,
+    }
+    if world.size == 1:
+        return Optimizer(model, **settings)
+    from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
+    from duologue.grpo.distributed.world import Ranks
 
-        kind, more = ReplicatedOptimizer, {"world": world}
-    return kind(model, betas=betas, weight_decay=g.weight_decay, max_grad_norm=g.max_grad_norm, **more)
+    assert isinstance(world, Ranks)
+    return ReplicatedOptimizer(model, world=world, **settings)
 
 
 def _endpoint(config: Config, own: bool) -> Backend:

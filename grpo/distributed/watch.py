@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.distributed import PrefixStore
+from torch._C._distributed_c10d import PrefixStore
 
 EVERY_S = 0.25  # looks
 FAILED = "failed"

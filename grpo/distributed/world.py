@@ -17,6 +17,7 @@ import torch.distributed as dist
 from duologue.grpo.distributed.watch import Watch
 from duologue.grpo.world import World
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 T = TypeVar("T")
 FIRST_SHARE = 0.75  # of its fair share of groups is a rank's first batch; the others are single groups
@@ -31,14 +32,10 @@ class Ranks(World):
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         ours = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" and self.rank == 0
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        base = dist.TCPStore(address, port, is_master=ours, timeout=limit)
-        self.store = dist.PrefixStore(f"duologue/{attempt}", base)
-        beside = dist.TCPStore(
-            address, port, is_master=False, timeout=limit
-        )  # no wait of the other blocks it
-        self.watch = Watch(
-            dist.PrefixStore(f"duologue/{attempt}/watch", beside), self.rank, self.size, timeout_s
-        )
+        base = TCPStore(address, port, is_master=ours, timeout=limit)
+        self.store = PrefixStore(f"duologue/{attempt}", base)
+        beside = TCPStore(address, port, is_master=False, timeout=limit)  # no wait of the other blocks it
+        self.watch = Watch(PrefixStore(f"duologue/{attempt}/watch", beside), self.rank, self.size, timeout_s)
         backend = "nccl" if device.startswith("cuda") else "gloo"
         self.device = torch.device("cuda", torch.cuda.current_device()) if backend == "nccl" else "cpu"
         dist.init_process_group(
@@ -115,7 +112,7 @@ class Ranks(World):
         flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
         with self.watch.waiting():
             dist.all_reduce(flat, group=self.group)
-        parts = flat.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
