@@ -26,6 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+STEPS = 63
 LIMIT_S = 600  # of one start
 TIMES = ("seconds", "peak_memory_bytes", "idle_share", "rollout_tokens_per_s", "update_tokens_per_s")
 RUN = [
@@ -38,8 +39,8 @@ RUN = [
     "imitation.steps=3",
     "imitation.dialogues=200",
     "imitation.dialogues_per_step=6",
-    "train.steps=6",
-    "train.save_every=1",
+    "train.steps=60",
+    "train.save_every=2",
     "train.kl_every=2",
     "train.threads=1",
     "train.tokens_per_microbatch=700",
@@ -89,6 +90,22 @@ def started(run: Path, ranks: int, settings: Sequence[str]) -> subprocess.Popen[
     )
 
 
+def reached(process: subprocess.Popen[bytes], run: Path, steps: int) -> bool:
+    """Wait until the run has taken so many steps; True where it ended before."""
+    path, began, seen, taken = run / "metrics.jsonl", time.monotonic(), -1, 0
+    while process.poll() is None:
+        size = path.stat().st_size if path.is_file() else 0
+        taken += seen >= 0 and size > seen  # a resume cuts the file, each step makes it longer
+        seen = size
+        if taken >= steps and (steps or time.monotonic() - began > 4):
+            return False
+        if time.monotonic() - began > LIMIT_S:
+            end_all(process)
+            raise SystemExit(f"the run takes no step within {LIMIT_S} s: it hangs")
+        time.sleep(0.01)
+    return True
+
+
 def kill(process: subprocess.Popen[bytes], rng: random.Random, ranks: int) -> str:
     """Kill a rank, or all, and wait until all are gone; what was killed."""
     of_ranks = children(process.pid) if ranks > 1 else []
@@ -135,28 +152,26 @@ def step_of(run: Path) -> int:
 
 def chaos(folder: Path, kills: int, ranks: int, seed: int, settings: Sequence[str]) -> bool:
     """Whether the run that was killed came to the same."""
-    rng, began = random.Random(seed), time.monotonic()
+    rng, began, each = random.Random(seed), time.monotonic(), max(STEPS // max(kills, 1), 1)
     whole = folder / "whole"
     if code := finish(started(whole, ranks, settings)):
         raise SystemExit(f"the run ends with {code} even when nobody kills it")
-    takes = time.monotonic() - began
     killed, number, done = folder / "killed", 0, False
     while number < kills:
         if done:  # it came to its end before all kills were made: once more from nothing
             same(whole, killed)
             shutil.rmtree(killed)
             done = False
-        process, after = started(killed, ranks, settings), rng.uniform(0.2, 0.95) * takes
-        try:
-            done = process.wait(after) == 0
+        process = started(killed, ranks, settings)
+        to_come = rng.randint(0, 2 * each)
+        if reached(process, killed, to_come):
+            done = True
             continue
-        except subprocess.TimeoutExpired:
-            number += 1
-        at = time.monotonic()
-        row = {"kill": number, "after_s": round(after, 2), "victim": kill(process, rng, ranks)}
+        time.sleep(rng.uniform(0, 0.4))
+        number, at = number + 1, time.monotonic()
+        row = {"kill": number, "after_steps": to_come, "victim": kill(process, rng, ranks)}
         row |= {"gone_after_s": round(time.monotonic() - at, 2), "checkpoint": step_of(killed)}
         print(json.dumps(row), flush=True)
-        takes = max(takes, 1.0)
     if code := finish(started(killed, ranks, settings)):
         raise SystemExit(f"the last resume ends with {code}")
     return same(whole, killed, kills=kills, ranks=ranks, seed=seed, seconds=round(time.monotonic() - began))

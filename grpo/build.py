@@ -89,9 +89,7 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
     if world.size == 1:
         return Optimizer(model, **settings)
     from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
-    from duologue.grpo.distributed.world import Ranks
 
-    assert isinstance(world, Ranks)
     return ReplicatedOptimizer(model, world=world, **settings)
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from torch import Tensor
+
 T = TypeVar("T")
 
 
@@ -60,6 +62,9 @@ class World:
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return flag
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its sum over the ranks."""
 
     def at_step(self, step: int) -> None:
         """Note how far this rank is, for whoever waits for it."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.grpo.distributed.world import Ranks
 from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.world import World
 from torch import Tensor, nn
 
 
 class ReplicatedOptimizer(Optimizer):
     """What adapters are trained with, whose parameters are few."""
 
-    def __init__(self, model: nn.Module, *, world: Ranks, **settings: Any) -> None:
+    def __init__(self, model: nn.Module, *, world: World, **settings: Any) -> None:
         super().__init__(model, **settings)
         self.world = world
 
