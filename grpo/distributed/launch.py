@@ -43,7 +43,7 @@ def launch(ranks: int, argv: Sequence[str], grace_s: float) -> int:
         max_restarts=0,
         **{name: value for name, value in settings.items() if name in known},
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _signals_restored():
         os.environ[SAID] = str(said := Path(folder) / "said")
         try:
             elastic_launch(config, sys.executable)("-m", "duologue.grpo.cli", *argv)
@@ -57,6 +57,19 @@ def launch(ranks: int, argv: Sequence[str], grace_s: float) -> int:
         except SignalException:
             return 0  # all have saved
     return 0
+
+
+@contextlib.contextmanager
+def _signals_restored() -> Iterator[None]:
+    """torchrun takes the signals for itself."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        os.environ.pop(SAID, None)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def use_cores(config: Config) -> Config:
