@@ -16,8 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import append_rows, device
 from duologue.grpo.run_dir import read_lines
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.common import append_rows
 
 GROUPS, GROUP_SIZE = 16, 8
 SETTINGS = [
@@ -62,7 +64,7 @@ def main() -> None:
             rates.append((one, two))
             print(f"1 rank {one:.1f}, 2 ranks {two:.1f} dialogues/s: {two / one:.2f}", file=sys.stderr)
     one, two = (statistics.median(column) for column in zip(*rates, strict=True))
-    row = {"device": device(), "pairs": options.pairs, "one_rank_per_s": one, "two_ranks_per_s": two}
+    row = {"pairs": options.pairs, "one_rank_per_s": one, "two_ranks_per_s": two}
     row |= {"ratio": statistics.median(ratios), "lowest": min(ratios), "highest": max(ratios)}
     append_rows("scaling", [row])
 

@@ -148,6 +148,18 @@ def test_a_rank_that_raises_ends_all_with_its_error(tmp_path: Path) -> None:
     assert "no" in line
 
 
+def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
+    tool = Path(__file__).parent.parent / "bench" / "chaos.py"
+    words = ["--kills", "2", "--ranks", "2", "--steps", "6", "--seed", "3"]
+    done = subprocess.run(
+        [sys.executable, str(tool), *words], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["differ"] for row in rows if "differ" in row][-1] == []
+    assert sum("kill" in row for row in rows) == 2
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("n", [0, 1, 2, 5, 16, 33])
 def test_the_queue_has_every_group_once(n: int, size: int) -> None:
