@@ -10,8 +10,10 @@ from typing import Any
 
 from duologue.grpo.config import Config
 from duologue.grpo.mix import ENDPOINT
+from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import JudgeSection, OpponentSection
+from duologue.grpo.world import ALONE, World
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
@@ -41,7 +43,7 @@ def build_game(config: Config) -> Game:
 
 
 def build_judge(
-    config: Config, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]]
+    config: Config, ledger: Path, start: Callable[[], tuple[Decoder, Tokenizer]], world: World = ALONE
 ) -> FeedbackJudge | None:
     """The judge that the configuration names, None where the game's rules are it. `start` loads the
     starting weights; `ledger` is the file where none is named.
@@ -57,13 +59,38 @@ def build_judge(
     prompts = {kind: load_prompt(kind, j.prompts, j.show_dialogue, held) for kind in REQUIRED}
     return FeedbackJudge(
         backend,
-        Ledger(Path(j.ledger) if j.ledger else ledger),
+        _ledger(Path(j.ledger) if j.ledger else ledger, world),
         prompts,
         show_dialogue=j.show_dialogue,
         max_unscored_share=j.max_unscored_share,
         offline=j.offline,
         held=held,
     )
+
+
+def _ledger(path: Path, world: World) -> Ledger:
+    """Which the ranks of a node share."""
+    if world.size == 1:
+        return Ledger(path)
+    from duologue.grpo.distributed.ledger import SharedLedger
+    from duologue.grpo.distributed.world import Ranks
+
+    assert isinstance(world, Ranks)
+    return SharedLedger(path, world)
+
+
+def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
+    g = config.grpo
+    settings: dict[str, Any] = {
+        "betas": (g.betas[0], g.betas[1]),
+        "weight_decay": g.weight_decay,
+        "max_grad_norm": g.max_grad_norm,
+    }
+    if world.size == 1:
+        return Optimizer(model, **settings)
+    from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
+
+    return ReplicatedOptimizer(model, world=world, **settings)
 
 
 def _endpoint(config: Config, own: bool) -> Backend:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from duologue.grpo.build import build_arena
 from duologue.grpo.config import Config
+from duologue.grpo.world import ALONE, World
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.game import Game, Scenario
@@ -21,7 +22,12 @@ AT_ONCE = 256  # dialogues: bounds the pool that is needed
 
 
 def evaluate(
-    engine: Engine, tokenizer: Tokenizer, game: Game, config: Config, judge: FeedbackJudge | None
+    engine: Engine,
+    tokenizer: Tokenizer,
+    game: Game,
+    config: Config,
+    judge: FeedbackJudge | None,
+    world: World = ALONE,
 ) -> tuple[dict[str, float], list[Dialogue]]:
     """`eval.dialogues` dialogues of the policy with itself on `eval.split`, sampled at `eval.temperature`
     (0 = greedy).
@@ -31,7 +37,9 @@ def evaluate(
     """
     engine.name_weights(0)  # as of an engine of its own
     arena = build_arena(config, engine, tokenizer, game, judge, temperature=config.eval.temperature)
-    dialogues = hold(arena, draw_contexts(config, game, config.eval.dialogues), config.train.seed)
+    dialogues = hold(
+        arena, draw_contexts(config, game, config.eval.dialogues), config.train.seed, world=world
+    )
     assign_rewards(game, dialogues)
     return game.summarise([d.outcome for d in dialogues if d.outcome is not None]), dialogues
 
@@ -48,22 +56,27 @@ def hold(
     seed: int,
     opponent: Opponent | None = None,
     turned: bool = False,
+    world: World = ALONE,
 ) -> list[Dialogue]:
     """One dialogue per scenario, with `opponent` on one side of all. `turned`: the side that would have been
-    second speaks first.
+    second speaks first. The ranks share them, and each has all.
     """
     dialogues: list[Dialogue] = []
     for start in range(0, len(scenarios), AT_ONCE):
         part, drawn = scenarios[start : start + AT_ONCE], derive_seed(seed, "eval", start)
         openers = [arena.rules.opener(drawn, number, step=0) for number in range(len(part))]
-        groups = arena.play(
-            part,
-            group_size=1,
-            seed=drawn,
-            opponents=[opponent] * len(part),
-            openers=[1 - first for first in openers] if turned else openers,
-        )
-        dialogues += [group.dialogues[0] for group in groups]
+        played: list[Dialogue] = []
+        for numbers in world.hand_out([0.0] * len(part)):  # world
+            groups = arena.play(
+                part,
+                group_size=1,
+                seed=drawn,
+                opponents=[opponent] * len(part),
+                openers=[1 - first for first in openers] if turned else openers,
+                chosen=numbers,
+            )
+            played += [group.dialogues[0] for group in groups]
+        dialogues += world.gather(played)  # world
     check_finite(dialogues, "evaluation")
     return dialogues
 

@@ -244,7 +244,9 @@ class Opponents:
         """
         o = self.config.opponent
         if o.lags or (POOL in o.parts and step % o.pool_every == 0):
-            write_folder(self._path(step), self._write)
+            if self.world.is_first:
+                write_folder(self._path(step), self._write)
+            self.world.agree(False)  # world: nobody reads what is not whole
             self.ratings[_name(step)] = self.ratings[POLICY]
         oldest = next((member for member in self.members(step) if member), 0)
         gone = {*map(_name, range(1, oldest))}
@@ -263,7 +265,7 @@ class Opponents:
         others."""
         o = self.config.opponent
         lagged = step - max(o.lags, default=0) if o.lags else step
-        for path in self.folder.glob("step_*"):
+        for path in self.folder.glob("step_*") if self.world.is_first else ():
             taken = step_of(path)
             pooled = POOL in o.parts and taken % o.pool_every == 0 and taken >= self._pool(step)[0]
             if taken < lagged and not pooled:

@@ -12,9 +12,10 @@ from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, pl
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype
 
+LENGTH = "steps max_seconds"
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
-    "train": "steps max_seconds save_every keep_checkpoints threads tokens_per_microbatch kl_every",
+    "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
     "rollout": "cache_tokens max_batch release_memory",

@@ -75,6 +75,9 @@ class TrainSection:
         0.0, "of training time; self-play ends after the step that passes it; 0 is no limit", least=0
     )
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
+    rank_timeout_s: float = setting(
+        1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
+    )
     kl_every: int = setting(
         10, "steps from one measurement of the KL to the start to the next; 0: none", least=0
     )

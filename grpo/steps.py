@@ -27,11 +27,12 @@ from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.packing import Row
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import RunDir
+from duologue.grpo.shares import Lengths, dealt_rows, joint_costs, sampled_tokens
 from duologue.grpo.update import UpdateStats, accumulate_policy_gradient, kl_to_reference
 from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.dialogue import Dialogue, Group, assign_rewards
+from duologue.rollout.selfplay.dialogue import Group, assign_rewards
 
 Metrics = dict[str, Any]
 
@@ -46,7 +47,7 @@ class Steps:
         self.world = world
         self.game = build.build_game(config)
         self.judge = build.build_judge(
-            config, run.path / "judge.sqlite", lambda: (self.start_weights(), self.tokenizer)
+            config, run.path / "judge.sqlite", lambda: (self.start_weights(), self.tokenizer), world
         )
         self.corpus = build.build_corpus(config, self.game)
         latest = run.latest_checkpoint()
@@ -71,15 +72,10 @@ class Steps:
         self.clock: dict[str, float] = {}  # seconds of the parts of this step
         self.scores: Metrics = {}  # of this step: the judge's costs, how the policy fared against opponents
         self.played: Sequence[Group] = ()  # by this step
+        self.lengths = Lengths()
 
     def new_optimizer(self) -> Optimizer:
-        g = self.config.grpo
-        return Optimizer(
-            self.model,
-            betas=(g.betas[0], g.betas[1]),
-            weight_decay=g.weight_decay,
-            max_grad_norm=g.max_grad_norm,
-        )
+        return build.build_optimizer(self.config, self.model, self.world)
 
     def start_weights(self) -> Decoder:
         """Those that self-play began with."""
@@ -116,40 +112,46 @@ class Steps:
         opponents = self.opponents.of_groups(self.selfplay_index, self._seed("opponents"), self.reference)
         for engine in self.opponents.engines:
             engine.name_weights(self.step)  # the same in a resumed run
+        groups: list[Group] = []
         with self.timing("play"):
-            groups = self.arena.play(
-                self.world.share(scenarios),  # world
-                group_size=c.group_size,
-                seed=self._seed("play"),
-                opponents=self.world.share(opponents),  # world
-                step=self.step,
-                first_group=self.world.share(range(c.groups_per_step))[0],  # world
-            )
+            for numbers in self.world.hand_out(self.lengths.expected(opponents)):  # world
+                groups += self.arena.play(
+                    scenarios,
+                    group_size=c.group_size,
+                    seed=self._seed("play"),
+                    opponents=opponents,
+                    step=self.step,
+                    chosen=numbers,
+                )
         dialogues = [dialogue for group in groups for dialogue in group.dialogues]
         assign_rewards(self.game, dialogues)
         check_finite(dialogues, f"step {self.step}")
-        costs = {} if self.judge is None else self.judge.costs()
+        costs = joint_costs(self.world.each({} if self.judge is None else self.judge.costs()))  # world
         self.scores = {**costs, **self.opponents.score(groups)}
         self.played = groups
         return groups
 
     def outcomes(self, groups: Sequence[Group]) -> Metrics:
         """What came of the dialogues of all ranks, by the game's measures, and their scores."""
-        ended = [[(d.outcome, d.reward, _sampled(d)) for d in group.dialogues] for group in groups]
+        ended = [
+            [(d.outcome, d.reward, d.players, sampled_tokens(d)) for d in group.dialogues] for group in groups
+        ]
         of_all = [dialogue for group in self.world.gather(ended) for dialogue in group]  # world
-        rewards = [sum(reward) / 2 for _, reward, _ in of_all if reward is not None]
+        self.lengths.note((players, sampled) for *_, players, sampled in of_all)
+        rewards = [sum(reward) / 2 for _, reward, *_ in of_all if reward is not None]
         return {
             "stage": "selfplay",
-            **self.game.summarise([outcome for outcome, _, _ in of_all if outcome is not None]),
+            **self.game.summarise([outcome for outcome, *_ in of_all if outcome is not None]),
             "reward": sum(rewards) / max(len(rewards), 1),
             **self.scores,
-            "sampled_tokens": sum(sampled for _, _, sampled in of_all),
+            "sampled_tokens": sum(sampled for *_, sampled in of_all),
         }
 
     def update(self, rows: Sequence[Row]) -> Metrics:
         """All updates of this step, in place, and how far the policy is from where it started."""
         metrics: Metrics = {}
         t, temperature = self.config.train, self.config.dialogue.temperature
+        rows = dealt_rows(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
         if self.reference is not None and t.kl_every and self.selfplay_index % t.kl_every == 0:
             limit = t.tokens_per_microbatch
             metrics["kl_start"] = kl_to_reference(
@@ -242,7 +244,7 @@ class Steps:
         )
         stats = accumulate_imitation_gradient(
             self.model,
-            self.world.share(demonstrations),  # world
+            self.world.deal(demonstrations, lambda row: len(row.token_ids)),  # world
             max_tokens=self.config.train.tokens_per_microbatch,
             coefficient=coefficient,
             dropout_seed=dropout_seed,
@@ -250,8 +252,3 @@ class Steps:
         )
         self._check(stats)
         return stats
-
-
-def _sampled(dialogue: Dialogue) -> int:
-    """Tokens that were drawn here."""
-    return sum(len(turn.logprobs or ()) for turn in dialogue.turns)

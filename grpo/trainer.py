@@ -102,13 +102,17 @@ class Trainer(Steps):
     def _timed(self, step: Callable[[], Metrics]) -> None:
         """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl."""
         began = time.monotonic()
+        self.world.at_step(self.step)
         metrics = step()
         seconds = time.monotonic() - began
         self.seconds += seconds
         self._record()
         metrics["update_tokens_per_s"] = metrics.pop("tokens") / self.clock.pop("optimise", seconds)
         if "sampled_tokens" in metrics:
-            metrics["rollout_tokens_per_s"] = metrics["sampled_tokens"] / self.clock.pop("play")
+            played = self.world.each(self.clock.pop("play"))  # world
+            metrics["rollout_tokens_per_s"] = metrics["sampled_tokens"] / max(played)
+            if self.world.size > 1:
+                metrics["idle_share"] = [1 - seconds / max(played) for seconds in played]
         if self.world.is_first:  # world
             peak = _peak_memory()
             self.run_dir.append_metrics(
@@ -143,7 +147,7 @@ class Trainer(Steps):
         e, name = self.config.eval, policy.replace("_", " ")
         self.progress.log(f"evaluating {name} on {e.dialogues} {e.split} dialogues")
         metrics, dialogues = evaluate(
-            self.opponents.engine, self.tokenizer, self.game, self.config, self.judge
+            self.opponents.engine, self.tokenizer, self.game, self.config, self.judge, self.world
         )
         self.run_dir.append_dialogues(
             d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
@@ -224,9 +228,11 @@ def _peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def train(config: Config, run: RunDir, progress: Progress, stop: threading.Event) -> dict[str, Any]:
+def train(
+    config: Config, run: RunDir, progress: Progress, stop: threading.Event, world: World = ALONE
+) -> dict[str, Any]:
     """Train to the end and return the summary; `Interrupted` after a save once `stop` is set."""
-    trainer = Trainer(config, run, progress, stop)
+    trainer = Trainer(config, run, progress, stop, world)
     try:
         return trainer.run()
     finally:

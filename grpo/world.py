@@ -8,8 +8,10 @@ of all groups of a step (sums over tokens, a running baseline, ratings, the line
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
+
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -29,11 +31,25 @@ class World:
         """This rank's part of a list that all hold alike: the same places of every list of that length."""
         return items
 
+    def hand_out(self, expected: Sequence[float]) -> Iterator[Sequence[int]]:
+        """Numbers of the groups that this rank is to play, batch by batch, of as many as are `expected` to
+        take that long; from then on `share` and `gather` go by who played which.
+        """
+        yield self.share(range(len(expected)))
+
     def gather(self, items: Sequence[T]) -> Sequence[T]:
         """The reverse of `share`: an item of this rank for each that it was dealt, those of all for all, in
         order.
         """
         return items
+
+    def deal(self, items: Sequence[T], size: Callable[[T], float]) -> Sequence[T]:
+        """This rank's part of a list that all hold alike, whose parts have about the same sum of sizes."""
+        return items
+
+    def each(self, value: T) -> Sequence[T]:
+        """What every rank says, by rank."""
+        return [value]
 
     def sum(self, numbers: Sequence[float]) -> Sequence[float]:
         """Each number added up over the ranks."""
@@ -46,6 +62,12 @@ class World:
     def agree(self, flag: bool) -> bool:
         """Whether any rank says so."""
         return flag
+
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        """Each tensor becomes its sum over the ranks."""
+
+    def at_step(self, step: int) -> None:
+        """Note how far this rank is, for whoever waits for it."""
 
 
 ALONE = World()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from duologue.rollout.judge.ledger import Ledger, ledger_key
 from duologue.rollout.judge.questions import Posed
 
+LOOK_S = 0.05  # from one look for an answer of another process to the next
 RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
 
 
@@ -69,6 +70,7 @@ class Asking:
         self.last_fault = ""
         self._waiting: dict[str, list[tuple[Any, float]]] = {}  # by key: tag, and when it was asked
         self._arrived: queue.SimpleQueue[tuple[str, Any, str]] = queue.SimpleQueue()  # key, answer, reason
+        self._elsewhere: dict[str, Callable[[str], Any]] = {}  # asked by another process
         self._known: list[tuple[Any, Any]] = []  # answered by the ledger, not yet handed out
         self.forget_counts()
 
@@ -101,13 +103,12 @@ class Asking:
                     self.ledger.put(key, kind, self.backend.name, version, content)
             except (OSError, ValueError) as error:  # ValueError: not text that can be written
                 content, reason = None, str(error)
+            if content is None:
+                self.ledger.give_up(key, reason)
             self._arrived.put((key, None if content is None else answer, reason))
 
-        settings = self.backend.settings
-        key = ledger_key(self.backend.name, version, settings, text)
-        content = self.ledger.get(key)
-        if content is None and (other := self._other_name) is not None:
-            content = self.ledger.get(ledger_key(other, version, settings, text))
+        key = ledger_key(self.backend.name, version, self.backend.settings, text)
+        content = self._kept(key, version, text)
         with contextlib.suppress(ValueError):  # kept under older rules
             if content is not None:
                 self._known.append((tag, read(content)))
@@ -120,9 +121,19 @@ class Asking:
         elif self.offline:
             reason = f"an answer is not in {self.ledger.path}, and judge.offline = true asks nobody"
             self._arrived.put((key, None, reason))
+        elif not self.ledger.claim(key):
+            self.hits += 1
+            self._elsewhere[key] = read
         else:
             self.asked += 1
             self.backend.ask(Ask(kind=kind, text=text, check=check, done=done, posed=posed))
+
+    def _kept(self, key: str, version: str, text: str) -> str | None:
+        """What the ledger has."""
+        content = self.ledger.get(key)
+        if content is None and (other := self._other_name) is not None:
+            content = self.ledger.get(ledger_key(other, version, self.backend.settings, text))
+        return content
 
     @cached_property
     def _other_name(self) -> str | None:
@@ -135,10 +146,12 @@ class Asking:
         come, self._known = self._known, []
         while True:
             works = bool(self._waiting) and self.backend.work()
+            self._look_elsewhere()
             with contextlib.suppress(queue.Empty):
                 while True:
                     wait = bool(self._waiting) and not come and not works and timeout != 0
-                    key, answer, reason = self._arrived.get(wait, timeout)
+                    patience = LOOK_S if self._elsewhere and timeout is None else timeout
+                    key, answer, reason = self._arrived.get(wait, patience)
                     self.last_fault = reason or self.last_fault
                     self.failed += answer is None
                     for tag, since in self._waiting.pop(key):
@@ -146,6 +159,17 @@ class Asking:
                         self.answer_seconds += time.monotonic() - since
             if come or timeout is not None or not self._waiting:
                 return come
+
+    def _look_elsewhere(self) -> None:
+        """Whether others have found what they were asked in this process's place."""
+        for key, read in [*self._elsewhere.items()]:
+            content, reason = self.ledger.get(key), self.ledger.given_up(key)
+            answer = None
+            with contextlib.suppress(ValueError):
+                answer = None if content is None else read(content)
+            if answer is not None or reason is not None:
+                del self._elsewhere[key]
+                self._arrived.put((key, answer, reason or ""))
 
     @property
     def busy(self) -> bool:

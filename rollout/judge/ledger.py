@@ -97,6 +97,19 @@ class Ledger:
             row = (key, kind, judge, version, answer)
             self._run(f"INSERT OR REPLACE INTO answers ({COLUMNS}) VALUES (?, ?, ?, ?, ?)", *row)
 
+    def claim(self, key: str) -> bool:
+        """Whether it is for this process to ask. False: another one does, and its answer will be here, or
+        `given_up`.
+        """
+        return True
+
+    def give_up(self, key: str, reason: str) -> None:
+        """Tell those who wait for this process that it found no valid answer."""
+
+    def given_up(self, key: str) -> str | None:
+        """Why the process that asked has no answer; None where it has, or still waits."""
+        return None
+
     def _run(self, statement: str, *values: str | int) -> sqlite3.Cursor:
         try:
             return self._db.execute(statement, values)

@@ -64,40 +64,43 @@ class Arena:
         step: int = 0,
         first_group: int = 0,
         openers: Sequence[int] | None = None,
+        chosen: Sequence[int] | None = None,
     ) -> list[Group]:
         """One group of `group_size` dialogues per scenario, with an opponent on one side where `opponents`
         has one for the group.
 
         One first speaker per group, of `openers` or by the rules. All draws follow from `seed` and the
         group's number, which counts from `first_group`; `step` counts for alternating first speakers.
-        RuntimeError as soon as too many dialogues are unscored.
+        `chosen` are the places of those that are played here. RuntimeError as soon as too many dialogues of
+        all are unscored.
         """
         opponents = opponents or [None] * len(scenarios)
-        opened = [self._open(s, opponent) for s, opponent in zip(scenarios, opponents, strict=True)]
+        chosen = range(len(scenarios)) if chosen is None else chosen
+        opened = [self._open(scenarios[n], opponents[n]) for n in chosen]
         prefill([branch for pair in opened for branch in pair])  # forked, or found by later contexts
         talks: list[Talk] = []
-        for n, (scenario, opponent) in enumerate(zip(scenarios, opponents, strict=True)):
-            number = first_group + n
+        for n, contexts in zip(chosen, opened, strict=True):
+            number, opponent = first_group + n, opponents[n]
             first = self.rules.opener(seed, number, step) if openers is None else openers[n]
             talks += [
                 Talk(
                     self.contexts,
                     self.speakers,
-                    scenario,
+                    scenarios[n],
                     branches,
                     first=first,
                     seed=derive_seed(seed, number, i),
                     opponent=opponent,
                 )
-                for i, branches in enumerate(self._fork(opened[n], group_size))
+                for i, branches in enumerate(self._fork(contexts, group_size))
             ]
-        self._run(talks)
+        self._run(talks, group_size * len(scenarios), group_size * self._from_outside(opponents))
         for branch in (b for pair in opened for b in pair if b is not None):
             branch.close()
         ended = iter(talks)
         return [
-            Group(scenario=scenario, dialogues=[next(ended).dialogue for _ in range(group_size)])
-            for scenario in scenarios
+            Group(scenario=scenarios[n], dialogues=[next(ended).dialogue for _ in range(group_size)])
+            for n in chosen
         ]
 
     def _open(self, scenario: Scenario, opponent: Opponent | None) -> list[Branch | None]:
@@ -116,13 +119,15 @@ class Arena:
                 branch.close()
         return [list(pair) for pair in zip(*forks, strict=True)]
 
-    def _run(self, talks: Sequence[Talk]) -> None:
-        """Until all are through."""
+    def _run(self, talks: Sequence[Talk], total: int, outside: int) -> None:
+        """Until all are through. With those that others play there are `total`, so many with somebody
+        outside.
+        """
         protocol = PROTOCOLS[self.game.protocol]
         for talk in talks:
             talk.protocol = protocol(talk)
             self._go_on(talk)
-        outside, unanswered, unscored = self._from_outside(talks), 0, 0
+        unanswered, unscored = 0, 0
         while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
@@ -136,11 +141,11 @@ class Arena:
                 self._answered(question, answer)
                 if answer is None:
                     unscored += 1
-                    check_share(self.judge, unscored, len(talks))
+                    check_share(self.judge, unscored, total)
 
-    def _from_outside(self, talks: Sequence[Talk]) -> int:
-        """How many of them are with somebody who may fail to answer."""
-        guests = [self.speakers.of(t.opponent, t.opponent.role) for t in talks if t.opponent is not None]
+    def _from_outside(self, opponents: Sequence[Opponent | None]) -> int:
+        """How many of them may fail to answer."""
+        guests = [self.speakers.of(o, o.role) for o in opponents if o is not None]
         return sum(guest is self.speakers.outside for guest in guests)
 
     def _answered(self, request: Speak | Question, answer: Any) -> None:

@@ -1,0 +1,28 @@
+"""A whole optimizer on every rank: gradients are added up over the ranks, and all take the same step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.world import World
+from torch import Tensor, nn
+
+
+class ReplicatedOptimizer(Optimizer):
+    """What adapters are trained with, whose parameters are few."""
+
+    def __init__(self, model: nn.Module, *, world: World, **settings: Any) -> None:
+        super().__init__(model, **settings)
+        self.world = world
+
+    @torch.no_grad()
+    def squared_grad_norm(self) -> Tensor:
+        """[] fp64: this rank's part, as of one that is sharded, of the norm of the gradient of all."""
+        self.accumulate()
+        for master in self.masters.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        self.world.add_up(self.gradients())
+        return super().squared_grad_norm() / self.world.size

@@ -1,0 +1,212 @@
+"""Several ranks, each a process, are one run: the same dialogues and weights, one ledger, one end."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from duologue.grpo.distributed.ledger import SharedLedger
+from duologue.grpo.distributed.world import batches
+from duologue.grpo.run_dir import read_lines
+from duologue.rollout.judge.endpoint import Endpoint
+from duologue.rollout.judge.judge import FeedbackJudge
+from duologue.rollout.judge.questions import REQUIRED, SCORE, Case, load_prompt
+from judge_server import JudgeServer
+from safetensors.torch import load_file
+from tiny import RUN
+from torch.distributed import HashStore
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+SETTINGS = [*RUN, "imitation.steps=0", "train.steps=5", "train.kl_every=0", "grpo.groups_per_step=5"]
+LIMIT_S = 240
+
+
+def start(*argv: str, by: tuple[str, ...] = (), **more: Any) -> subprocess.Popen[str]:
+    command = [*by, "-m", "duologue.grpo.cli"] if by else [sys.executable, "-m", "duologue.grpo.cli"]
+    return subprocess.Popen(
+        [*command, "train", "deal", *SETTINGS, "train.threads=1", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **more,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    try:
+        out, err = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """The same run by 1, 2 and 4 ranks; that of 4 on two nodes, which meet by torchrun's rendezvous."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with_nodes = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=t"]
+    port = 29_000 + os.getpid() % 2_000
+    by = (*TORCHRUN, *with_nodes, f"--rdzv-endpoint=localhost:{port}")
+    waiting = [
+        start("--run-dir", str(folder / "1")),
+        start("--run-dir", str(folder / "2"), "--ranks", "2"),
+        *[start("--run-dir", str(folder / "4"), by=by) for _ in range(2)],
+    ]
+    for process in waiting:
+        code, _, err = ended(process)
+        assert code == 0, err
+    return {n: folder / str(n) for n in (1, 2, 4)}
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_run_is_the_same_for_any_number_of_ranks(runs: dict[int, Path], ranks: int) -> None:
+    one, many = runs[1], runs[ranks]
+    first = [[r for r in read_lines(run / "dialogues.jsonl") if r["step"] == 0] for run in (one, many)]
+    assert len(first[0]) >= 5 * 4
+    assert first[0] == first[1]
+    last = "checkpoints/step_000005/model.safetensors"
+    a, b = load_file(one / last), load_file(many / last)
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
+    for before, after in zip(
+        read_lines(one / "metrics.jsonl"), read_lines(many / "metrics.jsonl"), strict=True
+    ):
+        assert len(after.pop("idle_share")) == ranks
+        same = {k for k in before if not k.endswith(("seconds", "_per_s", "bytes")) and k != "stage"}
+        assert {k: after[k] for k in same} == pytest.approx({k: before[k] for k in same}, rel=1e-4, abs=1e-6)
+    summaries = [json.loads((run / "summary.json").read_text("utf-8"))["trained"] for run in (one, many)]
+    assert summaries[0] == pytest.approx(summaries[1])
+
+
+def ranks_of(process: subprocess.Popen[str], run: Path) -> list[int]:
+    """Of a run whose first steps are done."""
+    ends = time.monotonic() + LIMIT_S
+    while not (run / "checkpoints" / "step_000002").is_dir():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < ends
+        time.sleep(0.05)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii")
+    return [int(pid) for pid in children.split()]
+
+
+@pytest.fixture
+def long_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, list[int]]]:
+    """Two ranks with far to go."""
+    run = tmp_path / "run"
+    more = ["train.steps=100000", "train.rank_timeout_s=8", "train.keep_checkpoints=3"]
+    process = start("--run-dir", str(run), "--ranks", "2", *more)
+    pids: list[int] = []
+    try:
+        pids = ranks_of(process, run)
+        yield process, run, pids
+    finally:
+        for pid in (process.pid, *pids):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_dead_or_stuck_rank_ends_all_with_one_line(
+    long_run: tuple[subprocess.Popen[str], Path, list[int]], number: signal.Signals
+) -> None:
+    process, _, pids = long_run
+    os.kill(pids[1], number)
+    code, _, err = ended(process)
+    assert code == 1
+    why = "died" if number == signal.SIGKILL else "train.rank_timeout_s = 8"
+    (line,) = [line for line in err.splitlines() if line]
+    assert line.startswith("duologue: rank 1 (step ")
+    assert why in line
+    assert not any(Path(f"/proc/{pid}/stat").exists() for pid in pids)
+
+
+def test_a_signal_to_one_rank_saves_and_ends_all(
+    long_run: tuple[subprocess.Popen[str], Path, list[int]],
+) -> None:
+    process, run, pids = long_run
+    os.kill(pids[1], signal.SIGTERM)
+    code, out, err = ended(process)
+    assert (code, err) == (0, "")
+    assert "the state is saved" in out
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
+    saved = max((run / "checkpoints").glob("step_*"))
+    assert int(saved.name.removeprefix("step_")) == steps[-1] + 1
+
+
+def test_a_rank_that_raises_ends_all_with_its_error(tmp_path: Path) -> None:
+    process = start(
+        "--run-dir", str(tmp_path / "run"), "--ranks", "2", "grpo.learning_rate=1", "model.path=no"
+    )
+    code, _, err = ended(process)
+    assert code in (1, 2)
+    (line,) = [line for line in err.splitlines() if line]
+    assert line.startswith("duologue: ")
+    assert "no" in line
+
+
+def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
+    tool = Path(__file__).parent.parent / "bench" / "chaos.py"
+    words = ["--kills", "2", "--ranks", "2", "--steps", "6", "--seed", "3"]
+    done = subprocess.run(
+        [sys.executable, str(tool), *words], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["differ"] for row in rows if "differ" in row][-1] == []
+    assert sum("kill" in row for row in rows) == 2
+
+
+def test_no_question_is_asked_twice_on_a_node(judge_server: JudgeServer, tmp_path: Path) -> None:
+    """Two ranks ask the same at once: each is answered, whoever asked; what failed, failed for both."""
+    judge_server.delay = 0.1
+    judge_server.fault = lambda n, prompt: "malformed" if "Case 3" in prompt else None
+    store = HashStore()
+    store.set_timeout(datetime.timedelta(seconds=30))
+    cases = [Case(dilemma=f"Case {i}.", turns=(), completion=f"{i}") for i in range(6)]
+
+    def rank(number: int) -> list[Any]:
+        world: Any = SimpleNamespace(store=store, round=1)
+        judge = FeedbackJudge(
+            Endpoint(judge_server.url, "known", deadline_s=3.0, timeout_s=2.0),
+            SharedLedger(tmp_path / "judge.sqlite", world),
+            {kind: load_prompt(kind) for kind in REQUIRED},
+        )
+        for i in range(6) if number == 0 else reversed(range(6)):
+            judge.submit(SCORE, cases[i], i)
+        found: dict[int, Any] = {}
+        ends = time.monotonic() + 60
+        while len(found) < 6 and time.monotonic() < ends:
+            found |= dict(judge.answered(wait=True))
+        judge.close()
+        return [found[i] for i in range(6)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2))
+    assert first == second
+    assert [answer is None for answer in first] == [i == 3 for i in range(6)]
+    prompts = [body["messages"][0]["content"] for body in judge_server.requests]
+    asked = [prompt for prompt in prompts if "Case 3" not in prompt]
+    assert len(asked) == len(set(asked)) == 5
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+@pytest.mark.parametrize("n", [0, 1, 2, 5, 16, 33])
+def test_the_queue_has_every_group_once(n: int, size: int) -> None:
+    expected = torch.rand(n, generator=torch.Generator().manual_seed(n)).tolist()
+    queue = batches(expected, size)
+    assert sorted(number for batch in queue for number in batch) == [*range(n)]
+    singles = [expected[batch[0]] for batch in queue[size:]]
+    assert singles == sorted(singles, reverse=True)
