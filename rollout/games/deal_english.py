@@ -27,7 +27,9 @@ FRAMES = (  # of values: of each type with its number, of the first, of the othe
     ("{1} for a {0}", "{1} for a {0}"),
     ("every {0} is worth {1} points", "every {0} {1}"),
 )
-FILLERS = {*"a an the each every is are worth points point and at for apiece me to of count counts be".split()}
+FILLERS = {
+    *"a an the each every is are worth points point and at for apiece me to of count counts be".split()
+}
 ARTICLES = {"a": 1, "an": 1}
 ALL = "everything|all of it|all of them"
 REST = "the rest|the others|the remainder|whatever is left|what remains|everything else"
@@ -35,10 +37,10 @@ GET = "(?:would |will |can |could )?(?:take|get|keep|have|want|like|receive)"
 
 
 class DealWords:
-    """`package`: what stands between a number and an item that cannot be counted, "" for books and hats."""
+    """Of a game with these files of words. `ranked`: values are an order, and items come in packages."""
 
-    def __init__(self, files: tuple[str, ...], package: str, ranked: bool) -> None:
-        self.files, self.package, self.ranked = files, package, ranked
+    def __init__(self, files: tuple[str, ...], ranked: bool = False) -> None:
+        self.files, self.ranked = files, ranked
 
     # ---- speaking ------------------------------------------------------------------------------------------
 
@@ -71,7 +73,11 @@ class DealWords:
         return " ".join(said)
 
     def name(self, item: str, n: int) -> str:
-        return item if self.package or n == 1 else f"{item}s"
+        return item if self.ranked or n == 1 else f"{item}s"
+
+    def _packages(self, n: int, wanted: bool) -> str:
+        """Between a number and an item: people leave it out as often as not."""
+        return f"package{'s' * (n != 1)} of " if self.ranked and wanted else ""
 
     def _all(self, side: Any, k: int) -> str:
         return self.name(side.game.items[k], side.counts[k])
@@ -90,9 +96,9 @@ class DealWords:
     def _offer(self, side: Any, take: Vector, best: bool) -> str:
         words, rng = english.words_of(self.files), side.rng
         yours = less(side.counts, take)
-        kinds = ["joint"] if best else ["offer"]
-        if any(take) and any(yours):
-            kinds += () if best else ["mine" if sum(map(bool, take)) < 3 else "offer", "yours"]
+        both = any(take) and any(yours)
+        kinds = ["joint" if best and both else "offer"]
+        kinds += ["mine", "yours"] if both and not best else []
         as_words, whole = rng.random() < 0.5, rng.random() < 0.6
         shares = [self._share(side, share, as_words, whole) for share in (take, yours)]
         return pick(words, rng.choice(kinds), rng, *shares)
@@ -105,10 +111,12 @@ class DealWords:
         parts = []
         for n, count, item in zip(share, side.counts, side.game.items, strict=True):
             if n == count and whole:
-                the = "all the" if self.package else {1: "the", 2: "both"}.get(n, f"all {n}")
+                the = "all the" if self.ranked else {1: "the", 2: "both"}.get(n, f"all {n}")
                 parts.append(f"{the} {self.name(item, n)}")
             elif n:
-                parts.append(f"{UNITS[n] if as_words else n} {self.package}{self.name(item, n)}")
+                parts.append(
+                    f"{UNITS[n] if as_words else n} {self._packages(n, as_words)}{self.name(item, n)}"
+                )
         return listed(parts)
 
     # ---- reading -------------------------------------------------------------------------------------------
@@ -182,7 +190,7 @@ class DealWords:
         share = [0] * len(counts)
         for many, item in amount.findall(words):
             k = items.index(item.removesuffix("s") if item not in items else item)
-            n = _number(many, item, counts[k], bool(self.package))
+            n = _number(many, item, counts[k], self.ranked)
             if n is None or share[k]:
                 return None
             share[k] = n
@@ -243,7 +251,7 @@ class EnglishDealGame(ReadFinals, DealGame):
     """`deal` with another telling; the contexts and the scores are the same."""
 
     failures = DealGame.failures | KINDS
-    words: ClassVar[Any] = DealWords(("english", "deal_english"), "", ranked=False)
+    words: ClassVar[Any] = DealWords(("english", "deal_english"))
     final_prompt = "What is your final statement?"
 
     def private_text(self, deal: Deal, side: int) -> str:
@@ -255,7 +263,10 @@ class EnglishDealGame(ReadFinals, DealGame):
         return english.fill_prompt("deal", places)
 
     def _counted(self, n: int | str, item: str) -> str:
-        return f"{n} {self.words.package}{self.words.name(item, 1 if n == 1 else 2)}"
+        return f"{n} {self.words.name(item, 1 if n == 1 else 2)}"
+
+    def final_examples(self) -> list[str]:
+        return [self.statement([2] * len(self.items))]
 
     @property
     def _form(self) -> str:
@@ -301,9 +312,7 @@ class EnglishPrioritiesGame(EnglishDealGame, PrioritiesGame):
     name = "priorities"
     Settings = PrioritiesGame.Settings
     failures = PrioritiesGame.failures | KINDS
-    words: ClassVar[Any] = DealWords(
-        ("english", "deal_english", "priorities_english"), "packages of ", ranked=True
-    )
+    words: ClassVar[Any] = DealWords(("english", "deal_english", "priorities_english"), ranked=True)
 
     @property
     def selection_form(self) -> str:  # type: ignore[override]

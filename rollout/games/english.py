@@ -19,11 +19,10 @@ DONE = "[done]"  # ends an utterance that closes the talk
 LEFT = "I walk away."  # in place of a final statement
 CLOSED = re.compile(r"\[done\][\s.!?*\"']*$", re.IGNORECASE)
 PROMPTS = Path(__file__).parent / "prompts"
-UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-    "seventeen eighteen nineteen"
-).split()
-TENS = dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))  # noqa: B905
+UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+UNITS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+TENTHS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+TENS = {word: 10 * n for n, word in enumerate(TENTHS, 2)}
 WORDS = {word: str(n) for n, word in enumerate(UNITS)} | {word: str(n) for word, n in TENS.items()}
 SHORT = {
     "i would": "id", "i will": "ill", "you would": "youd", "you will": "youll", "do not": "dont",
@@ -37,7 +36,9 @@ YES = re.compile(
     r"(?:ok|okay|yes|yeah|deal|agreed|great|sure|fine|perfect|sounds (?:good|great|fair)|i (?:accept|agree)|"
     r"that works|its a deal|works for me)\b"
 )
-NOT_YES = re.compile(r"\b(?:but|not|no|if|cant|dont|wont|unless|\w+nt|except|instead|only|when|how|what)\b|\d")
+NOT_YES = re.compile(
+    r"\b(?:but|not|no|if|cant|dont|wont|unless|\w+nt|except|instead|only|when|how|what)\b|\d"
+)
 NO = re.compile(r"(?:no|nope|sorry|never|i cant|i dont|i wont|thats (?:too|not))\b")
 QUESTION = re.compile(r"\b(?:what|how|which|tell|where)\b.*\b(?:you|your|yours)\b|^(?:and )?you$")
 AWAY = re.compile(r"\b(?:no deal|walk away|im out|goodbye)\b")
@@ -89,7 +90,9 @@ def words_of(names: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
 
 
 @cache
-def patterns(names: tuple[str, ...], kinds: tuple[str, ...]) -> list[tuple[str, tuple[int, ...], re.Pattern[str]]]:
+def patterns(
+    names: tuple[str, ...], kinds: tuple[str, ...]
+) -> list[tuple[str, tuple[int, ...], re.Pattern[str]]]:
     """(kind, the numbers of its slots in their order, what a sentence of that form is); those with most words
     of their own come first.
     """

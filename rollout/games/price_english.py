@@ -97,6 +97,9 @@ class EnglishPriceGame(ReadFinals, PriceGame):
         places = {"task": task, "other": other, "better": better, "form": "The price is N."}
         return english.fill_prompt("price", places)
 
+    def final_examples(self) -> list[str]:
+        return [self.statement(29), english.LEFT]
+
     def statement(self, price: int) -> str:
         return f"The price is {price}."
 
