@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -13,7 +12,6 @@ from duologue.rollout.games import english
 from duologue.rollout.games.deal import Deal, DealGame, less
 from duologue.rollout.games.english import UNITS, listed, pick
 from duologue.rollout.games.finals import KINDS, ReadFinals, Unread
-from duologue.rollout.games.game import Scenario
 from duologue.rollout.games.priorities import ALONE, PrioritiesGame
 from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import Vector
@@ -27,12 +25,12 @@ FRAMES = (  # of values: of each type with its number, of the first, of the othe
     ("{1} for a {0}", "{1} for a {0}"),
     ("every {0} is worth {1} points", "every {0} {1}"),
 )
-FILLERS = {
-    *"a an the each every is are worth points point and at for apiece me to of count counts be".split()
-}
+FILLERS = {"a", "an", "the", "each", "every", "is", "are", "worth", "points", "point", "and", "at", "for"}
+FILLERS |= {"apiece", "me", "to", "of", "count", "counts", "be"}
 ARTICLES = {"a": 1, "an": 1}
 ALL = "everything|all of it|all of them"
 REST = "the rest|the others|the remainder|whatever is left|what remains|everything else"
+LEAD = "(?:how about|what about|so|ok|okay|then|maybe|i suggest|i propose|lets say|my offer)"
 GET = "(?:would |will |can |could )?(?:take|get|keep|have|want|like|receive)"
 
 
@@ -131,7 +129,7 @@ class DealWords:
         kinds = tuple(english.words_of(self.files))
         for kind, slots in english.matches(sentence, self.files, kinds):
             if not slots:
-                return Act(**{kind: True}) if kind in ("ask", "refuse") else english.simple(kind)
+                return english.simple(kind)
             if kind in OFFERS:
                 take = self.division(slots.get(0, "the rest"), slots.get(1, "the rest"), items, counts)
                 if take is not None:
@@ -200,8 +198,8 @@ class DealWords:
 FREE = (
     (rf"\b(?:i|id|ill|me) {GET} (.+?)(?: and| while| then| if)? (?:you|youd|youll) {GET} (.+)$", (1, 2)),
     (rf"\b(?:you|youd|youll) {GET} (.+?)(?: and| while| then| if)? (?:i|id|ill) {GET} (.+)$", (2, 1)),
-    (r"((?:\w+ ){1,12}?)for me (?:and )?(.+) for you$", (1, 2)),
-    (r"((?:\w+ ){1,12}?)for you (?:and )?(.+) for me$", (2, 1)),
+    (rf"^(?:{LEAD} )*(.+?) for me (?:and )?(.+?) for you$", (1, 2)),
+    (rf"^(?:{LEAD} )*(.+?) for you (?:and )?(.+?) for me$", (2, 1)),
 )
 
 

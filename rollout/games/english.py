@@ -20,7 +20,17 @@ LEFT = "I walk away."  # in place of a final statement
 CLOSED = re.compile(r"\[done\][\s.!?*\"']*$", re.IGNORECASE)
 PROMPTS = Path(__file__).parent / "prompts"
 UNITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-UNITS += ["eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen"]
+UNITS += [
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+]
 TENTHS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 TENS = {word: 10 * n for n, word in enumerate(TENTHS, 2)}
 WORDS = {word: str(n) for n, word in enumerate(UNITS)} | {word: str(n) for word, n in TENS.items()}

@@ -25,7 +25,7 @@ class Unread(ValueError):
 
 
 class ReadFinals(SelectionGame):
-    """A game that is told in English."""
+    """What a game gains when it is told in English; it stands before the game among the bases."""
 
     close = DONE
     left = LEFT
@@ -41,13 +41,13 @@ class ReadFinals(SelectionGame):
         """A final statement in the plain telling; `Unread` with the kind where it has not one reading."""
         spelled = normal(CLOSED.sub("", text[:LONGEST]))
         words = START.sub("", " ".join(spelled.rstrip(" .!").split()))
-        if len(text) > LONGEST or re.search("[.?!{}]", words):
+        if len(text) > LONGEST or re.search("[.?!{}]", words) or re.search(r"-\d", text):
             raise Unread("malformed")
         return WALK_AWAY if LEAVES.fullmatch(words) else self.read(words)
 
     def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
         if finals is None:
-            return super().judge(scenario, None)
+            return super().judge(scenario, None)  # type: ignore[safe-super]
         read, kinds = [], []
         for text in finals:
             try:
@@ -55,7 +55,7 @@ class ReadFinals(SelectionGame):
             except Unread as error:
                 read.append("")
                 kinds.append(str(error))
-        outcome = super().judge(scenario, (read[0], read[1]))
+        outcome = super().judge(scenario, (read[0], read[1]))  # type: ignore[safe-super]
         return replace(outcome, failure=kinds[0]) if outcome.failure == "malformed" and kinds else outcome
 
     def can_state(self, scenario: Scenario, text: str) -> bool:

@@ -151,7 +151,7 @@ class PriceGame(SelectionGame):
             "right_walks": _mean([o.metrics["right"] for o in outcomes if not o.metrics["zone"]]),
             "wrong_deals": _mean([o.metrics["wrong"] for o in outcomes if o.agreed]),
             **{key: _mean([o.metrics[key] for o in right]) for key in shares},
-            **failure_shares(outcomes, FAILURES),
+            **failure_shares(outcomes, self.failures),
         }
 
     def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:

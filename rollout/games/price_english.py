@@ -50,7 +50,7 @@ def _sentence(who: str, sentence: str, asks: bool) -> Act | None:
     for kind, slots in english.matches(sentence, FILES, ("compare", "middle", "ask", *own, *english.SHARED)):
         kind = kind.removeprefix(f"{who}_")
         if not slots:
-            return Act(**{kind: True}) if kind in ("ask", "refuse") else english.simple(kind)
+            return english.simple(kind)
         if all(re.fullmatch("[0-9]{1,2}", slot) for slot in slots.values()):
             number = {n: (int(slot),) for n, slot in slots.items()}
             if kind == "limit":
@@ -108,7 +108,7 @@ class EnglishPriceGame(ReadFinals, PriceGame):
         numbers = set(re.findall(r"\d+", words))
         if len(numbers) > 1:
             raise Unread("ambiguous")
-        said = r"(?:(?:the|our|my|we agreed on|we agree on|a|agreed|final)(?: agreed)? )?(?:price )?(\d{1,2})"
+        said = r"(?:(?:the|our|my|we agreed on|we agree on|a) )?(?:(?:agreed|final) )?(?:price )?(\d{1,2})"
         match = re.fullmatch(said, words)
         if match is None:
             raise Unread("malformed")
