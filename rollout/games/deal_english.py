@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 from typing import Any, ClassVar
 
 from duologue.rollout.games import english
@@ -205,7 +206,8 @@ FREE = (
 
 @cache
 def _amounts(items: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    many = r"(?:(?:the )?\d{1,3}(?: of the)?|all \d{1,3}|all the|all of the|all|both the|both of the|both|the|an?|no)"
+    many = r"(?:(?:the )?\d{1,3}(?: of the)?|all \d{1,3}|all the|all of the|all|"
+    many += r"both the|both of the|both|the|an?|no)"
     item = "|".join(f"{item}s?" for item in items)
     one = rf"({many})(?: (?:packages?|units?)(?: of)?| of)? ({item})\b"
     plain = rf"{many}(?: (?:packages?|units?)(?: of)?| of)? (?:{item})"
@@ -233,7 +235,7 @@ def values_in(words: Sequence[str], items: Sequence[str]) -> Vector | None:
             found.append((item in items, item if item in items else word))
         elif word not in FILLERS:
             return None
-    if len(found) != 2 * len(items) or any(a == b for (a, _), (b, _) in zip(found, found[1:], strict=False)):
+    if len(found) != 2 * len(items) or any(a[0] == b[0] for a, b in pairwise(found)):
         return None
     pairs = [sorted(found[n : n + 2], reverse=True) for n in range(0, len(found), 2)]
     values = {pair[0][1]: pair[1][1] for pair in pairs}
