@@ -199,7 +199,7 @@ LIE = 3  # by so much a liar's limit is off
 class Haggler(Side):
     """One side; its one value is its limit."""
 
-    game: PriceGame = field(kw_only=True)
+    game: PriceGame = field(kw_only=True, default_factory=PriceGame)
     buys: bool = field(kw_only=True)
 
     floor: ClassVar[float] = 0.1
