@@ -15,10 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo.build import build_game
-from duologue.grpo.config import load_config
 from duologue.model.atomic import write_file
-from duologue.rollout.games.catalogue import ENGLISH, corpus, partners
 from duologue.rollout.games.texts import NEEDS, SHIPPED, TIERS, Row, kind_of, likeness, read
 from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.endpoint import ChatEndpoint
@@ -54,7 +51,7 @@ def add_parser(commands: Any) -> Any:
     check = verbs.add_parser("check", help="validate files and measure how alike their texts are")
     check.add_argument("files", nargs="*", type=Path, help="(default: those that come with the package)")
     script = verbs.add_parser("script", help="print dialogues of a game's scripted negotiators")
-    script.add_argument("game", choices=list(ENGLISH))
+    script.add_argument("game", choices=("deal", "price", "priorities"))
     script.add_argument("-n", type=int, default=5, help="dialogues")
     script.add_argument("--telling", choices=("plain", "english"), default="english")
     script.add_argument("--seed", type=int, default=0)
@@ -107,6 +104,9 @@ def _list(options: argparse.Namespace) -> int:
 
 def _script(options: argparse.Namespace) -> int:
     """Scripted dialogues with what each side was told."""
+    from duologue.grpo.config import load_config
+    from duologue.rollout.games.catalogue import corpus, kind_of, partners
+
     if options.n < 1:
         raise ValueError(f"-n {options.n}: accepted is 1 or more")
     known = partners(options.game)
@@ -114,7 +114,7 @@ def _script(options: argparse.Namespace) -> int:
         if name not in known:
             raise ValueError(f"--characters {name}: accepted is {', '.join(known)}")
     config = load_config(options.game, [f"game.telling={options.telling}"])
-    game = build_game(config)
+    game = kind_of(config.game)(config.game)
     console = Console(highlight=False, markup=False)
     for n, dialogue in enumerate(corpus(game, options.n, options.seed, options.characters), 1):
         first, second = dialogue.temperaments
