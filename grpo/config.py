@@ -50,6 +50,7 @@ from duologue.rollout.games.texts import read_text
 from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
+ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
@@ -254,6 +255,8 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
             _override(table, name, Text(text.strip()))
     if _tells_english(raw, recipe_or_path):
         raw["game"] = {**raw.get("game", {}), "telling": "english"}
+    if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
+        raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
     return from_dict(raw)
 
 

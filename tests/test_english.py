@@ -279,3 +279,14 @@ def test_a_checkpoint_is_trained_in_english_and_goes_on_from_where_it_was(
     spoken = [t for d in dialogues(whole) for t in d["turns"] if t["logprobs"] is None]
     assert spoken
     assert all(t["text"][0].isupper() for t in spoken)
+
+
+def test_english_has_room_for_its_statements_where_nothing_is_said() -> None:
+    config = load_config("deal", ["model.path=x"])
+    assert config.dialogue.max_tokens_final == 32
+    assert (
+        load_config("deal", ["model.path=x", "dialogue.max_tokens_final=20"]).dialogue.max_tokens_final == 20
+    )
+    again = load_config("deal", ["model.path=x", "game.telling=english"])
+    assert again.to_toml() == config.to_toml()
+    assert load_config("deal").dialogue == load_config("deal", ["game.telling=plain"]).dialogue
