@@ -206,6 +206,14 @@ def check_context(engine: Engine, contexts: Contexts) -> None:
     that tells the sides, its first turn.
     """
     rules, longest = contexts.rules, contexts.longest()
+    finals = max(
+        (len(contexts.tokenizer.encode(text)) + 1 for text in contexts.game.final_examples()), default=0
+    )
+    if finals > rules.max_tokens_final:
+        accepted = (
+            f"{finals} or more, the tokens of a final statement in this telling of {contexts.game.name}"
+        )
+        raise ValueError(f"dialogue.max_tokens_final = {rules.max_tokens_final}: accepted is {accepted}")
     talk = "a first turn" if contexts.game.observed else f"a dialogue of {rules.max_rounds} rounds"
     limits = (
         ("model.max_position", engine.model.config.max_position_embeddings),

@@ -33,7 +33,15 @@ from duologue.grpo.sections import (
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
-from duologue.rollout.games.catalogue import ACCEPTED, GAMES, SCRIPTS, characters, game_kind, partners
+from duologue.rollout.games.catalogue import (
+    ACCEPTED,
+    ENGLISH,
+    GAMES,
+    SCRIPTS,
+    characters,
+    game_kind,
+    partners,
+)
 from duologue.rollout.games.deal import DealSettings
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import GameSettings
@@ -42,6 +50,8 @@ from duologue.rollout.games.texts import read_text
 from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
+ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
+RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,7 +253,22 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             _override(table, name, Text(text.strip()))
+    if _tells_english(raw, recipe_or_path):
+        raw["game"] = {**raw.get("game", {}), "telling": "english"}
+    if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
+        raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
     return from_dict(raw)
+
+
+def _tells_english(raw: dict[str, Any], path: str) -> bool:
+    """Whether the game is told in English, where nothing is said of it: to a checkpoint. A run's own file
+    says it, but for one of an older version, which knew the plain telling alone.
+    """
+    game, model = raw.get("game", {}), raw.get("model", {})
+    if not isinstance(game, dict) or not isinstance(model, dict) or Path(path).name == RUN_FILE:
+        return False
+    named = typed("game.name", game.get("name", "deal"), "")
+    return named in ENGLISH and "telling" not in game and bool(typed("model.path", model.get("path", ""), ""))
 
 
 def _override(table: dict[str, Any], name: str, text: Text) -> None:

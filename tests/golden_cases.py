@@ -1178,6 +1178,7 @@ def runs(threads: int) -> Iterator[Case]:
         save_checkpoint(*load_small_policy(), Path(temporary) / "policy")
         start = [
             f"model.path={temporary}/policy",
+            "game.telling=plain",
             *ONWARD,
             f"train.threads={threads}",
             f"train.seed={ONWARD_SEED}",

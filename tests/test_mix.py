@@ -87,7 +87,13 @@ def smaller(start: Path) -> Path:
 
 def overrides(start: Path, smaller: Path, *more: str, lora: bool = False) -> list[str]:
     adapter = ["lora.rank=4", "lora.alpha=64"] if lora else []
-    here = [f"model.path={start}", f"opponent.path={smaller}", "imitation.steps=0", *adapter]
+    here = [
+        f"model.path={start}",
+        "game.telling=plain",
+        f"opponent.path={smaller}",
+        "imitation.steps=0",
+        *adapter,
+    ]
     return [*RUN, *SOME, *here, *more]
 
 

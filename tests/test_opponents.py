@@ -67,7 +67,11 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def overrides(start: Path, lora: bool, *more: str) -> list[str]:
-    onto = [f"model.path={start}", "imitation.steps=0", "lora.rank=4", "lora.alpha=64"] if lora else []
+    onto = (
+        [f"model.path={start}", "game.telling=plain", "imitation.steps=0", "lora.rank=4", "lora.alpha=64"]
+        if lora
+        else []
+    )
     return [*RUN, *SOME, *onto, *more]
 
 

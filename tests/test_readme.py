@@ -31,7 +31,7 @@ SMALL = {  # what makes a command of a page small; the page's own settings stand
     "train": """imitation.steps=2 imitation.dialogues=40 imitation.dialogues_per_step=4 train.steps=2
         eval.dialogues=2 eval.partners=[] grpo.group_size=2 grpo.groups_per_step=1
         dialogue.max_tokens_per_turn=6
-        dialogue.max_tokens_final=6 dialogue.max_rounds=2 rollout.cache_tokens=65536""",
+        dialogue.max_tokens_final=24 dialogue.max_rounds=2 rollout.cache_tokens=65536""",
     "eval": """eval.dialogues=2 dialogue.max_tokens_per_turn=6 dialogue.max_tokens_final=6
         dialogue.max_rounds=1 rollout.cache_tokens=65536""",
     "judged": "judge.max_unscored_share=0.99 judge.deadline_s=20 imitation.steps=0",

@@ -11,6 +11,7 @@ import os
 import re
 from collections import Counter
 from concurrent.futures import Future
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ def add_parser(commands: Any) -> Any:
     show.add_argument("--json", action="store_true", help="the lines as they stand in the file")
     check = verbs.add_parser("check", help="validate files and measure how alike their texts are")
     check.add_argument("files", nargs="*", type=Path, help="(default: those that come with the package)")
+    script = verbs.add_parser("script", help="print dialogues of a game's scripted negotiators")
+    script.add_argument("game", choices=("deal", "price", "priorities"))
+    script.add_argument("-n", type=int, default=5, help="dialogues")
+    script.add_argument("--telling", choices=("plain", "english"), default="english")
+    script.add_argument("--seed", type=int, default=0)
+    script.add_argument(
+        "--characters", nargs="+", default=[], metavar="NAME", help="(default: the game's own)"
+    )
     write = verbs.add_parser("write", help="let a model write dilemmas through an OpenAI-compatible server")
     write.add_argument("--url", required=True, help="for example http://127.0.0.1:8000/v1")
     write.add_argument("--model", default="default")
@@ -62,7 +71,7 @@ def add_parser(commands: Any) -> Any:
 
 
 def run(options: argparse.Namespace) -> int:
-    return {"list": _list, "check": _check, "write": _write}[options.verb](options)
+    return {"list": _list, "check": _check, "script": _script, "write": _write}[options.verb](options)
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -90,6 +99,31 @@ def _list(options: argparse.Namespace) -> int:
         f"{len(shown)} of {len(rows)} {options.kind}"
         + ("" if len(shown) == len(rows) else "; --limit 0 shows all")
     )
+    return 0
+
+
+def _script(options: argparse.Namespace) -> int:
+    """Scripted dialogues with what each side was told."""
+    from duologue.grpo.config import load_config
+    from duologue.rollout.games.catalogue import corpus, kind_of, partners
+
+    if options.n < 1:
+        raise ValueError(f"-n {options.n}: accepted is 1 or more")
+    known = partners(options.game)
+    for name in options.characters:
+        if name not in known:
+            raise ValueError(f"--characters {name}: accepted is {', '.join(known)}")
+    config = load_config(options.game, [f"game.telling={options.telling}"])
+    game = kind_of(config.game)(config.game)
+    console = Console(highlight=False, markup=False)
+    for n, dialogue in enumerate(corpus(game, options.n, options.seed, options.characters), 1):
+        first, second = dialogue.temperaments
+        console.print(f"{n}. {dialogue.scenario.id}: {first} and {second}", style="bold")
+        for side, told in enumerate(dialogue.scenario.private_text, 1):
+            console.print(f"   told to side {side}: {told}", soft_wrap=True)
+        for side, text, kind in dialogue.turns:
+            console.print(f"   {side + 1}{'*' * (kind == 'final')}> {text}", soft_wrap=True)
+        console.print(f"   {game.verdict(asdict(dialogue.outcome))}", end="\n\n")
     return 0
 
 

@@ -12,9 +12,11 @@ from functools import partial
 from duologue.rollout.games import deal_scripts, price
 from duologue.rollout.games.characters import TACTICS
 from duologue.rollout.games.deal import DealGame
+from duologue.rollout.games.deal_english import EnglishDealGame, EnglishPrioritiesGame
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame
 from duologue.rollout.games.game import Game, GameSettings
 from duologue.rollout.games.price import PriceGame
+from duologue.rollout.games.price_english import EnglishPriceGame
 from duologue.rollout.games.priorities import Camper, PrioritiesGame
 from duologue.rollout.games.scripted import ScriptedDialogue, Side
 from duologue.rollout.games.text_game import TextGame
@@ -25,6 +27,9 @@ Script = Callable[..., ScriptedDialogue]
 
 GAMES: dict[str, type[Game]] = {
     kind.name: kind for kind in (DealGame, PriceGame, PrioritiesGame, DilemmaGame, AloneGame)
+}
+ENGLISH: dict[str, type[Game]] = {  # of those that have a second telling
+    kind.name: kind for kind in (EnglishDealGame, EnglishPriceGame, EnglishPrioritiesGame)
 }
 SCRIPTS: dict[str, Script] = {
     "deal": deal_scripts.scripted_dialogue,
@@ -67,7 +72,8 @@ def kind_of(settings: GameSettings) -> type[Game]:
     """Of the settings of a game."""
     kind = game_kind(settings.name)
     assert kind is not None, settings.name
-    return kind
+    english = getattr(settings, "telling", "plain") == "english"
+    return ENGLISH[settings.name] if english else kind
 
 
 def corpus(game: Game, n: int, seed: int, names: Sequence[str] = ()) -> list[ScriptedDialogue]:

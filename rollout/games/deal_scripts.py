@@ -39,6 +39,7 @@ class Negotiator(Side):
     spare: int | None = None
     hinted: bool = False
     lie: Vector | None = None
+    stated: bool = False  # its values, in English
     wanted: list[float] = field(init=False)  # by item type: how much of it the other has asked for
 
     floor: ClassVar[float] = 0.3
@@ -67,13 +68,18 @@ class Negotiator(Side):
         return less(self.counts, take)
 
     def say(self, act: Act) -> str:
+        if self.game.words:
+            return str(self.game.words.utter(self, act))
         return utter(
             act, self.counts, self.language, self.rng, told=self.theirs is not None, left=self.last.leave
         )
 
     def understand(self, text: str) -> Act:
         """Values that nobody can have are garbled ones."""
-        act = understood(text, self.counts, self.language)
+        if self.game.words:
+            act: Act = self.game.words.understood(self, text)
+        else:
+            act = understood(text, self.counts, self.language)
         credible = act.reveal is None or self.credible(act.reveal)
         return act if credible else replace(act, reveal=None, against=None)
 

@@ -148,6 +148,10 @@ class Game(ABC):
         """What the side that moves first hears, where a game tells the sides."""
         return ""
 
+    def final_examples(self) -> list[str]:
+        """Final statements as long as any that the game asks for, where it asks for a form of words."""
+        return []
+
     def longest(self, length: Callable[[str], int]) -> Scenario:
         """A scenario that is told in as many tokens as any."""
         return self.sample(random.Random(0), "train")

@@ -91,10 +91,18 @@ class PriceGame(SelectionGame):
         )
 
     def scenario(self, haggle: Haggle, split: str) -> Scenario:
-        told = (f"buy for {haggle.most} at most", f"sell for {haggle.least} at least")
         name = f"price-{haggle.most}-{haggle.least}-{haggle.buyer}"
-        texts = (told[haggle.buyer], told[1 - haggle.buyer])
+        texts = (self.private_text(haggle, 0), self.private_text(haggle, 1))
         return Scenario(game=self.name, id=name, split=split, private_text=texts, data=haggle)
+
+    def private_text(self, haggle: Haggle, side: int) -> str:
+        if side == haggle.buyer:
+            return f"buy for {haggle.most} at most"
+        return f"sell for {haggle.least} at least"
+
+    def statement(self, price: int) -> str:
+        """The final statement that names it."""
+        return f"price {price}"
 
     def parse(self, text: str) -> int | None:
         """The price that a final statement names, None when it is not exactly "price " and a number from 0
@@ -143,7 +151,7 @@ class PriceGame(SelectionGame):
             "right_walks": _mean([o.metrics["right"] for o in outcomes if not o.metrics["zone"]]),
             "wrong_deals": _mean([o.metrics["wrong"] for o in outcomes if o.agreed]),
             **{key: _mean([o.metrics[key] for o in right]) for key in shares},
-            **failure_shares(outcomes, FAILURES),
+            **failure_shares(outcomes, self.failures),
         }
 
     def seen_from(self, scenario: Scenario, outcome: Outcome, side: int) -> dict[str, float]:
@@ -191,6 +199,7 @@ LIE = 3  # by so much a liar's limit is off
 class Haggler(Side):
     """One side; its one value is its limit."""
 
+    game: PriceGame = field(kw_only=True, default_factory=PriceGame)
     buys: bool = field(kw_only=True)
 
     floor: ClassVar[float] = 0.1
@@ -218,7 +227,7 @@ class Haggler(Side):
     def state(self) -> str:
         """The price that was agreed; without one hasty hopes for its own, and the others walk away."""
         price = self.agreed or (self.offered if self.temperament == "hasty" else None)
-        return f"price {price[0]}" if price else WALK_AWAY
+        return self.game.statement(price[0]) if price else self.game.left
 
     def _at(self, gained: int) -> Vector:
         """The price that gains so much."""
@@ -259,9 +268,14 @@ class Haggler(Side):
         return Act(take=self._at(self.rng.randint(1 - LOSS, 5)), refuse=self.pending and self.chance(0.3))
 
     def say(self, act: Act) -> str:
+        if self.game.words:
+            return str(self.game.words.utter(self, act))
         return utter(act, self.buys, self.rng)
 
     def understand(self, text: str) -> Act:
+        if self.game.words:
+            act: Act = self.game.words.understood(self, text)
+            return act
         return understood(text, not self.buys)
 
     # ---- what characters go by -----------------------------------------------------------------------------
@@ -292,7 +306,7 @@ def make_side(
     haggle: Haggle = scenario.data
     buys = role == haggle.buyer
     limit = (haggle.most if buys else haggle.least,)
-    return Haggler(limit, temperament, rng, tactic=TACTICS.get(temperament), buys=buys)
+    return Haggler(limit, temperament, rng, game=game, tactic=TACTICS.get(temperament), buys=buys)
 
 
 def scripted_dialogue(

@@ -97,7 +97,7 @@ class Camper(Negotiator):
 
     def state(self) -> str:
         """What was agreed; without that hasty states what it would like, and the others walk away."""
-        return super().state() if self.agreed or self.temperament == "hasty" else WALK_AWAY
+        return super().state() if self.agreed or self.temperament == "hasty" else self.game.left
 
     def _joint_best(self, theirs: Vector) -> Vector:
         return self.fairest(self.values, theirs)

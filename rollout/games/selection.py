@@ -59,6 +59,12 @@ class SelectionSettings(GameSettings):
         """The weights of a reward's terms, which add up to 1."""
         return OBJECTIVES.get(self.objective, self.weights).parts
 
+    telling: str = setting(
+        "plain",
+        "how sides are told the game: 'english' in sentences, where nothing is said for a model.path",
+        one_of=("plain", "english"),
+    )
+
     def rules(self) -> None:
         if self.objective == MIXED and not self.weights:
             accepted = "a table of weights with game.objective = 'mixed'"
@@ -78,6 +84,8 @@ class SelectionGame(Game):
     cooperative: ClassVar[str]  # the measure of an outcome that is the reward under that objective
     total: int  # the most points of a side
     walk_away: float = 0.0  # points of a side without a deal
+    words: ClassVar[Any] = None  # of scripted negotiators, where they do not speak the plain telling's
+    left = WALK_AWAY  # the statement of a side that gives up
     close = CLOSE  # what an utterance that closes the talk ends with
 
     @cached_property

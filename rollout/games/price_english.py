@@ -1,0 +1,115 @@
+"""`price` told in English: prompts, final statements, and how scripted negotiators speak."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar
+
+from duologue.rollout.games import english
+from duologue.rollout.games.english import pick
+from duologue.rollout.games.finals import KINDS, ReadFinals, Unread
+from duologue.rollout.games.price import Haggle, PriceGame
+from duologue.rollout.games.scripted import Act
+
+FILES = ("english", "price_english")
+LIMIT = re.compile(r"\b(?:limit|most|least|maximum|minimum|max|min|budget|more than|less than|above|below)\b")
+SLOTTED = ("compare", "middle", "limit", "bid")
+
+
+class PriceWords:
+    """Of buyers and sellers."""
+
+    def utter(self, side: Any, act: Act) -> str:
+        words, rng, who = english.words_of(FILES), side.rng, "buyer" if side.buys else "seller"
+        fill = [str(vector[0] if vector else 0) for vector in (act.take, act.against, act.reveal)]
+        bid = "compare" if act.against else "middle" if act.best else f"{who}_bid"
+        lost = side.heard > 0 and side.last == Act() and not act.accept
+        parts = (
+            (act.accept, "agree"),
+            (act.confirm, "confirm"),
+            (lost and not act.close, "again"),
+            (act.refuse, f"{who}_refuse"),
+            (act.reveal and not act.against, f"{who}_limit"),
+            (act.take, bid),
+            (act.ask and not lost, "ask"),
+            (act.leave, "bye" if side.last.leave else "leave"),
+            (act == Act(close=True), "hurry"),
+        )
+        said = [pick(words, kind, rng, *fill) for wanted, kind in parts if wanted]
+        return " ".join([*said, english.DONE] if act.close else said)
+
+    def understood(self, side: Any, text: str) -> Act:
+        who = "seller" if side.buys else "buyer"
+        said = [_sentence(who, *one) for one in english.sentences(text[:4000].replace("$", " "))]
+        return english.together([act for act in said if act is not None], text)
+
+
+def _sentence(who: str, sentence: str, asks: bool) -> Act | None:
+    """What the other side says with it."""
+    own = tuple(f"{who}_{kind}" for kind in ("limit", "bid", "refuse"))
+    for kind, slots in english.matches(sentence, FILES, ("compare", "middle", "ask", *own, *english.SHARED)):
+        kind = kind.removeprefix(f"{who}_")
+        if not slots:
+            return english.simple(kind)
+        if all(re.fullmatch("[0-9]{1,2}", slot) for slot in slots.values()):
+            number = {n: (int(slot),) for n, slot in slots.items()}
+            if kind == "limit":
+                return Act(reveal=number[2])
+            if kind == "compare":
+                return Act(take=number[0], against=number[1], reveal=number[2])
+            return Act(take=number[0], best=kind == "middle")
+    return _free(sentence, asks)
+
+
+def _free(sentence: str, asks: bool) -> Act | None:
+    """Of nobody's form: a sentence with one number names a limit or a price, unless it denies it."""
+    numbers = re.findall(r"\b\d+\b", sentence)
+    if not numbers:
+        return english.small_talk(sentence, asks)
+    about_you = re.search(r"\byours?\b", sentence)
+    if len(numbers) > 1 or len(numbers[0]) > 2 or about_you:
+        return None
+    limit = LIMIT.search(sentence)
+    if limit and not asks and re.search(r"\b(?:i|im|id|ill|my|me|ive)\b", sentence):
+        return Act(reveal=(int(numbers[0]),))
+    denied = re.search(r"\b(?:no|not|never|cant|dont|wont|isnt|wouldnt|too)\b", sentence)
+    if limit or denied:
+        return Act(refuse=True) if denied and not limit else None
+    return Act(take=(int(numbers[0]),))
+
+
+class EnglishPriceGame(ReadFinals, PriceGame):
+    """`price` with another telling; the contexts and the scores are the same."""
+
+    failures = PriceGame.failures | KINDS
+    words: ClassVar[Any] = PriceWords()
+    final_prompt = "What is your final statement?"
+    selection_form = f"'The price is N.' with N from 0 to 99, or '{english.LEFT}'"
+
+    def private_text(self, haggle: Haggle, side: int) -> str:
+        buys = side == haggle.buyer
+        task = (
+            f"buy something for {haggle.most} at most"
+            if buys
+            else f"sell something for {haggle.least} at least"
+        )
+        other, better = ("seller", "below your limit") if buys else ("buyer", "above your limit")
+        places = {"task": task, "other": other, "better": better, "form": "The price is N."}
+        return english.fill_prompt("price", places)
+
+    def final_examples(self) -> list[str]:
+        return [self.statement(29), english.LEFT]
+
+    def statement(self, price: int) -> str:
+        return f"The price is {price}."
+
+    def read(self, words: str) -> str:
+        words = words.replace("$", "").replace(" is ", " ").replace(" of ", " ").strip()
+        numbers = set(re.findall(r"\d+", words))
+        if len(numbers) > 1:
+            raise Unread("ambiguous")
+        said = r"(?:(?:the|our|my|we agreed on|we agree on|a) )?(?:(?:agreed|final) )?(?:price )?(\d{1,2})"
+        match = re.fullmatch(said, words)
+        if match is None:
+            raise Unread("malformed")
+        return f"price {int(match[1])}"
