@@ -1,4 +1,4 @@
-"""The `duologue` command: train, config, eval, play, report, data, export, doctor.
+"""The `duologue` command: train, config, eval, play, report, data, export, doctor, plan.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
@@ -158,19 +158,33 @@ def _add_files(commands: Any) -> None:
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
 
-    _command(commands, "doctor", _doctor, "show the device, the back ends in use and a self-check")
+    examined = "show the device, the back ends in use and a self-check"
+    add = _command(commands, "doctor", _doctor, examined)
+    add("--ranks", type=int, metavar="N", help="check what a run of N ranks here would need")
+
+    add = _command(commands, "plan", _plan, "what a run would take of each rank's memory", settings=True)
+    add("recipe", help=RECIPE)
+    shape = "a checkpoint's folder, a config.json, or a well-known name such as Qwen3-8B"
+    add("--model", required=True, metavar="DIR|SHAPE", help=shape)
+    add("--ranks", type=int, default=1, metavar="N", help="processes, with a device each")
+    add("--gpu-memory", type=float, default=141.0, metavar="GB", help="of a device, in 10^9 bytes")
+    add("--cpu", action="store_true", help="by the kernels of the CPU, without graphs")
+    add("--json", action="store_true", help="print one line of JSON, in bytes")
 
 
 # ---- train -------------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> int:
+    from duologue.grpo.plan import check_memory
+
     shortcuts = {"model.path": options.model, "model.device": options.device}
     config = _resolved(options, shortcuts)
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
+    note = check_memory(config)
     if "TORCHELASTIC_RUN_ID" not in os.environ and options.ranks == 1:
-        return _train_run(options, config, _open_run(options, config))
+        return _train_run(options, config, _open_run(options, config), note)
     from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
 
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -178,11 +192,11 @@ def _train(options: argparse.Namespace) -> int:
     here = use_cores(config)
     with joined(here) as world:
         run = opened(world, lambda kind: _open_run(options, config, kind))
-        return _train_run(options, here, run, world)
+        return _train_run(options, here, run, note, world)
 
 
 def _train_run(
-    options: argparse.Namespace, config: Config, run: RunDir | None, world: World | None = None
+    options: argparse.Namespace, config: Config, run: RunDir | None, note: str, world: World | None = None
 ) -> int:
     from duologue.grpo.commands.report import check_lines, write_report
     from duologue.grpo.console import Progress
@@ -198,7 +212,7 @@ def _train_run(
             return 0
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
-    for line in (f"run directory: {run.path}", *run.notes):
+    for line in (f"run directory: {run.path}", *run.notes, *filter(None, [note])):
         progress.log(line)
     try:
         if options.resume and world.is_first:
@@ -347,9 +361,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.doctor import examine
+    if options.ranks is None:
+        from duologue.grpo.commands.doctor import examine
 
-    return examine()
+        return examine()
+    from duologue.grpo.commands.ranks import examine_ranks
+
+    return examine_ranks(options.ranks)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from duologue.grpo.commands.plan import run
+
+    return run(options)
 
 
 if __name__ == "__main__":

@@ -40,14 +40,14 @@ class Block:
         """[padded] fp32; a tensor that is None is zeros."""
         total = sum(self.sizes)
         flat = torch.zeros(-(-total // ranks) * ranks, device=like.device)
-        for name, part in zip(self.names, flat[:total].split(self.sizes), strict=True):
+        for name, part in zip(self.names, torch.split(flat[:total], self.sizes), strict=True):
             tensor = tensors[name]
             if tensor is not None:
                 part.copy_(tensor.reshape(-1))
         return flat
 
     def parts(self, flat: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self.names, flat[: sum(self.sizes)].split(self.sizes), strict=True))
+        return dict(zip(self.names, torch.split(flat[: sum(self.sizes)], self.sizes), strict=True))
 
 
 class ShardedOptimizer(Optimizer):

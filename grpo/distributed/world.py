@@ -131,7 +131,7 @@ class Ranks(World):
         """The shards of all ranks, one after the other."""
         flat = torch.empty(self.size * shard.numel(), dtype=shard.dtype, device=shard.device)
         with self.watch.waiting():
-            dist.all_gather_into_tensor(flat, shard, group=self.group)
+            dist.all_gather([*flat.chunk(self.size)], shard, group=self.group)
         return flat
 
     @property

@@ -1,0 +1,321 @@
+"""What a run takes of a device's memory, by kind, before anything is loaded.
+
+The sizes are counted on the decoder itself, on the meta device; what autograd keeps of a token is the list
+of `ctx.save_for_backward` in kernels/. With more ranks than one the update is sharded as ZeRO-2 does it
+(Rajbhandari et al. 2020, arXiv 1910.02054): masters, moments and summed gradients in parts, weights whole.
+
+Bytes, unless a name says otherwise. H hidden, I MLP, V vocabulary, A query heads, G key heads, D head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from duologue.grpo.config import Config
+from duologue.grpo.mix import START
+from duologue.kernels import backend
+from duologue.kernels.head import CPU_BYTES, GPU_BYTES, MIN_ROWS
+from duologue.model.checkpoint import parse_dtype, read_config
+from duologue.model.config import ModelConfig
+from duologue.model.decoder import empty_decoder
+from duologue.model.lora import linears
+from duologue.rollout.engine.pages import CACHE_TOKENS
+
+GB = 10**9
+GRAPHS = 2 * GB  # of a CUDA context, its libraries and captured graphs: an assumption, not measured
+POOL_SHARE = 0.85  # of what is free, with rollout.cache_tokens = 0 (rollout/engine/runner.py)
+NF4 = 0.5 + 4 / 64  # of a weight: four bits, and an fp32 scale for 64 of them
+# family, hidden, intermediate, layers, query heads, key heads, head dim, vocabulary, tied or not
+SHAPES = {
+    "SmolLM2-135M": ("llama", 576, 1536, 30, 9, 3, 64, 49_152, True),
+    "Qwen3-0.6B": ("qwen3", 1024, 3072, 28, 16, 8, 128, 151_936, True),
+    "Qwen3-1.7B": ("qwen3", 2048, 6144, 28, 16, 8, 128, 151_936, True),
+    "Qwen3-4B": ("qwen3", 2560, 9728, 36, 32, 8, 128, 151_936, True),
+    "Qwen3-8B": ("qwen3", 4096, 12_288, 36, 32, 8, 128, 151_936, False),
+    "Qwen3-14B": ("qwen3", 5120, 17_408, 40, 40, 8, 128, 151_936, False),
+    "Qwen3-32B": ("qwen3", 5120, 25_600, 64, 64, 8, 128, 151_936, False),
+    "Llama-3.1-8B": ("llama", 4096, 14_336, 32, 32, 8, 128, 128_256, False),
+}
+
+
+def shape(name: str) -> ModelConfig:
+    """Of a checkpoint's folder, a config.json or a well-known name."""
+    if name in SHAPES:
+        family, H, I, layers, A, G, D, V, tied = SHAPES[name]
+        return ModelConfig(
+            model_type=family,
+            hidden_size=H,
+            intermediate_size=I,
+            num_layers=layers,
+            num_heads=A,
+            num_kv_heads=G,
+            head_dim=D,
+            vocab_size=V,
+            tie_word_embeddings=tied,
+            max_position_embeddings=32_768,
+        )
+    path = Path(name)
+    folder = path.parent if path.name == "config.json" else path
+    if not (folder / "config.json").is_file():
+        known = ", ".join(SHAPES)
+        raise ValueError(f"--model {name!r}: accepted is a folder with a config.json, or one of {known}")
+    return read_config(folder)
+
+
+def shape_of(config: Config) -> ModelConfig | None:
+    """Of the model that a run starts from; None where its folder does not say (an adapter, or nothing)."""
+    m = config.model
+    if m.path:
+        return read_config(Path(m.path)) if Path(m.path, "config.json").is_file() else None
+    return ModelConfig(
+        model_type="qwen3",
+        hidden_size=m.hidden_size,
+        intermediate_size=m.intermediate_size,
+        num_layers=m.num_layers,
+        num_heads=m.num_heads,
+        num_kv_heads=m.num_kv_heads,
+        head_dim=m.head_dim or m.hidden_size // m.num_heads,
+        vocab_size=m.vocab_size,
+        max_position_embeddings=m.max_position,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Bytes of a rank by kind. `pool_tokens` is how many tokens the KV pool holds."""
+
+    weights: int
+    gradients: int  # fp32 sums
+    masters: int
+    moments: int
+    activations: int  # of a micro-batch
+    head: int
+    transit: int  # gradients that the backward has made and nobody has added up
+    pool: int
+    frozen: int  # other weights, with their pools
+    graphs: int
+    pool_tokens: int
+    released: bool  # whether the pool's memory is given back during an update
+    parameters: int
+    trained: int
+
+    @property
+    def sure(self) -> int:
+        """What an update cannot do without."""
+        return self.weights + self.gradients + self.masters + self.moments
+
+    @property
+    def update(self) -> int:
+        """At the peak of an update: either all activations and the head are there, or all gradients."""
+        pool = 0 if self.released else self.pool
+        return self.sure + max(self.activations + self.head, self.transit) + pool + self.frozen + self.graphs
+
+    @property
+    def rollout(self) -> int:
+        return self.weights + self.masters + self.moments + self.pool + self.frozen + self.graphs
+
+    @property
+    def peak(self) -> int:
+        return max(self.update, self.rollout)
+
+
+def activation_bytes(
+    shape: ModelConfig, *, nodes: int, tokens: int, itemsize: int, rank: int = 0, recompute: str = "none"
+) -> int:
+    """What a forward over `nodes` keeps for its backward, rows of `tokens` tokens in attention (as many
+    where no prefix is shared). `rank` is an adapter's, 0 for none.
+    """
+    H, I = shape.hidden_size, shape.intermediate_size
+    q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    node = 4 * H + 3 * I  # two sums and two norms; gate, up and their product
+    node += (q + kv) if shape.qk_norm else 0
+    shared = tokens != nodes
+    node += q if shared else 0  # attention's output, taken back from the rows
+    node += 7 * rank
+    row = 2 * q + 2 * kv  # query, output, key and value
+    layer = itemsize * (nodes * node + tokens * row) + tokens * shape.num_heads * 8
+    ends = itemsize * nodes * 2 * H  # the last sum and the last norm
+    if recompute == "layer":
+        return shape.num_layers * itemsize * nodes * 2 * H + layer + ends
+    return shape.num_layers * layer + ends
+
+
+def head_bytes(
+    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, step: int = 0
+) -> int:
+    """Of kernels/head.py over `rows` trained tokens; `step` rows at a time, 0 for its own choice."""
+    H, V = shape.hidden_size, shape.vocab_size
+    native = device == "cpu" and backend.available()
+    per_logit = 4 if native or (device != "cpu" and itemsize == 4) else 16 if device == "cpu" else 6
+    budget = max(CPU_BYTES if device == "cpu" else GPU_BYTES, MIN_ROWS * V * per_logit)
+    chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
+    weight = V * H * 4 if trained else 0
+    cast = V * H * itemsize if trained and itemsize < 4 else 0
+    wide = V * H * 4 if native and itemsize < 4 else 0
+    return chunk + weight + max(cast, 0) + wide + 2 * rows * H * itemsize
+
+
+def make_plan(
+    config: Config, shape: ModelConfig, *, ranks: int = 1, memory: int = 0, device: str | None = None
+) -> Plan:
+    """Of each of `ranks`; `memory` of the device says how large a pool is that takes what is free."""
+    r, lora = config.rollout, config.lora
+    device = device or config.model.device.partition(":")[0]
+    model = empty_decoder(shape)
+    itemsize = parse_dtype(config.model.dtype).itemsize
+    parameters = sum(p.numel() for p in model.parameters())
+    weights = parameters * itemsize
+    trained, largest = parameters, max(p.numel() for p in model.parameters())
+    if lora.rank:
+        own = {n: w for n, w in linears(model).items() if n.rpartition(".")[2] in lora.targets}
+        sizes = [lora.rank * sum(w.shape) for w in own.values()]
+        trained, largest = sum(sizes), max(sizes)
+        if lora.quantize:
+            packed = sum(w.numel() for w in linears(model).values())
+            weights -= int(packed * (itemsize - NF4))
+        weights += trained * itemsize
+    parts = ranks if not lora.rank else 1  # an adapter is whole on every rank
+    offload = getattr(config.train, "offload_moments", False)
+    tokens = config.train.tokens_per_microbatch
+    kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
+    recompute = getattr(config.train, "recompute", "none")
+    activations = activation_bytes(
+        shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=recompute
+    )
+    transit = trained * itemsize if itemsize < 4 and parts == 1 else 2 * largest * 4
+    plan = Plan(
+        weights=weights,
+        gradients=trained * 4 // parts,
+        masters=trained * 4 // parts if itemsize < 4 else 0,
+        moments=0 if offload else trained * 8 // parts,
+        activations=activations,
+        head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),
+        transit=transit,
+        pool=r.cache_tokens * kv,
+        frozen=_frozen(config, parameters * itemsize, kv),
+        graphs=GRAPHS if device != "cpu" else 0,
+        pool_tokens=r.cache_tokens,
+        released=r.released,
+        parameters=parameters,
+        trained=trained,
+    )
+    if r.cache_tokens:
+        return plan
+    free = int(POOL_SHARE * max(memory - plan.rollout, 0))
+    most = free // kv // r.page_size * r.page_size if device != "cpu" else CACHE_TOKENS
+    return dataclasses.replace(plan, pool=most * kv, pool_tokens=most)
+
+
+def _frozen(config: Config, weights: int, kv: int) -> int:
+    """The reference of a KL, and weights of opponents and a judge: an adapter's base serves as its start."""
+    o, adapters = config.opponent, config.lora.rank > 0
+    pool = (config.rollout.cache_tokens or CACHE_TOKENS) * kv
+    sets = o.held or o.sets(adapters)
+    sets += config.judge.backend == "policy"
+    reference = bool(config.grpo.kl_coef or config.train.kl_every) and not adapters
+    shared = START in o.parts and bool(sets)
+    return sets * (weights + pool) + (weights if reference and not shared else 0)
+
+
+def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: str) -> list[str]:
+    """The settings of which each alone makes the run fit; otherwise all of them together, or what is left."""
+
+    def fits(changed: Config, n: int = ranks) -> bool:
+        return make_plan(changed, shape, ranks=n, memory=memory, device=device).peak <= memory
+
+    found: list[str] = []
+    all_of_them = config
+    for words, changes in _changes(config):
+        changed = _with(config, changes)
+        all_of_them = _with(all_of_them, changes)
+        name = words.partition("=")[0]
+        if fits(changed) and not any(other.startswith(name) for other in found):  # the least change
+            found.append(words)
+    more = [n for n in (2, 4, 8, 16, 32, 64) if n > ranks and not config.lora.rank and fits(config, n)]
+    found += [f"--ranks {more[0]}"] if more else []
+    if found:
+        return found
+    names = ", ".join({words.partition("=")[0]: words for words, _ in _changes(config)}.values())
+    if fits(all_of_them):
+        return [f"all of {names}"]
+    short = make_plan(all_of_them, shape, ranks=ranks, memory=memory, device=device).peak - memory
+    with_all = [n for n in (2, 4, 8, 16, 32, 64) if n > ranks and fits(all_of_them, n)]
+    ways = [f"{names} and --ranks {with_all[0]}"] if with_all and not config.lora.rank else []
+    if not config.lora.rank:
+        ways.append("lora.rank=16")
+    return ways or [f"a device with {short / GB:,.1f} GB more, {names} included"]
+
+
+def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Settings that take less, in words and as they are made."""
+    train = {field.name for field in dataclasses.fields(config.train)}
+    if config.rollout.cache_tokens:
+        yield "rollout.cache_tokens=0", {"rollout.cache_tokens": 0}
+    if config.train.kl_every and not config.grpo.kl_coef and not config.lora.rank:
+        yield "train.kl_every=0", {"train.kl_every": 0}
+    if "recompute" in train and config.value("train.recompute") != "layer":
+        yield "train.recompute=layer", {"train.recompute": "layer"}
+    if "offload_moments" in train and not config.value("train.offload_moments"):
+        yield "train.offload_moments=true", {"train.offload_moments": True}
+    for tokens in (8192, 4096, 2048):
+        if config.train.tokens_per_microbatch > tokens:
+            yield f"train.tokens_per_microbatch={tokens}", {"train.tokens_per_microbatch": tokens}
+
+
+def _with(config: Config, changes: dict[str, Any]) -> Config:
+    for key, value in changes.items():
+        section, name = key.split(".")
+        part = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+# ---- before a run ------------------------------------------------------------------------------------------
+
+
+def memory_limits(device: str) -> tuple[int, int]:
+    """(bytes that a process can ever have, bytes that are free now) of a device; 0 where nobody says."""
+    if device.startswith("cuda"):
+        free, total = torch.cuda.mem_get_info(torch.device(device))
+        return total, free
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+    except OSError:
+        return 0, 0
+    sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
+    total, free = sizes["MemTotal"] + sizes.get("SwapTotal", 0), sizes.get("MemAvailable", 0)
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        file = Path("/sys/fs/cgroup", name)
+        text = file.read_text("ascii").strip() if file.is_file() and os.access(file, os.R_OK) else ""
+        if text.isdigit():
+            total, free = min(total, int(text)), min(free, int(text))
+    return total, free
+
+
+def check_memory(config: Config, limits: tuple[int, int] | None = None) -> str:
+    """A note where a run may not fit, "" otherwise. MemoryError where what it surely needs is more than
+    there is: weights, gradients, masters and moments.
+    """
+    own = shape_of(config)
+    if own is None:
+        return ""
+    limit, free = limits or memory_limits(config.model.device)
+    plan = make_plan(config, own, memory=limit)
+    if limit and plan.sure > limit:
+        raise MemoryError(
+            f"the run needs {plan.sure / GB:.2f} GB on {config.model.device} at least (weights "
+            f"{plan.weights / GB:.2f}, gradients {plan.gradients / GB:.2f}, masters {plan.masters / GB:.2f}, "
+            f"moments {plan.moments / GB:.2f}), accepted is {limit / GB:.2f}: see duologue plan"
+        )
+    if free and plan.peak > free:
+        return (
+            f"the run may take {plan.peak / GB:.2f} GB on {config.model.device}, of which {free / GB:.2f} "
+            "are free: see duologue plan"
+        )
+    return ""

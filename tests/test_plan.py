@@ -1,0 +1,170 @@
+"""What `duologue plan` predicts is what a model takes: saved tensors, optimizer state, the pool."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from duologue.grpo.cli import main
+from duologue.grpo.commands.ranks import devices, loopback, reduction, space
+from duologue.grpo.config import load_config
+from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.packing import Row, hidden_nodes, pack
+from duologue.grpo.plan import activation_bytes, check_memory, make_plan, shape
+from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
+from duologue.rollout.engine.runner import Runner
+from tiny import MODEL, model_config
+
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
+
+
+def saved_bytes(model: Decoder, rows: list[Row]) -> int:
+    """Of all that a forward keeps for its backward, each storage once, without the parameters."""
+    kept: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    alive = []
+
+    def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    batch = pack(rows)
+    model.rotary_tables(batch.positions)
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+        hidden = hidden_nodes(model, batch)
+    assert hidden.requires_grad
+    tables = {t.untyped_storage().data_ptr() for t in model.rotary_tables(batch.positions)}
+    return sum(size for address, size in kept.items() if address not in tables)
+
+
+def row(start: int, length: int, same: int) -> Row:
+    """`same` tokens that every row begins with, and then its own."""
+    ids = [*range(1, same + 1), *[start + i % 7 for i in range(length - same)]]
+    mask = [i >= same and i > 0 for i in range(length)]
+    return Row(token_ids=ids, loss_mask=mask, logprobs=[0.0] * length, advantage=1.0, dialogue_id=0, role=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 8])
+@pytest.mark.parametrize("same", [0, 20])
+def test_activations_are_what_autograd_saves(dtype: torch.dtype, rank: int, same: int) -> None:
+    config = model_config(**SIZES)
+    model = Decoder(config)
+    model.init_weights(0)
+    model.to(dtype)
+    if rank:
+        model = LoraDecoder(model, new_adapter(model, LoraSettings(rank=rank), 0))
+    rows = [row(21 + 2 * i, 64, same) for i in range(6)]
+    batch = pack(rows)
+    predicted = activation_bytes(
+        config, nodes=len(batch.first), tokens=len(batch.nodes), itemsize=dtype.itemsize, rank=rank
+    )
+    assert predicted == pytest.approx(saved_bytes(model, rows), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [0, 4])
+def test_state_is_what_the_optimizer_and_the_engine_hold(dtype: str, rank: int) -> None:
+    config = load_config("deal", [*MODEL, f"model.dtype={dtype}", *lora(rank)])
+    sizes = model_config(**SIZES)
+    model = Decoder(sizes)
+    model.to(getattr(torch, dtype))
+    if rank:
+        model = LoraDecoder(model, new_adapter(model, LoraSettings(rank=rank), 0))
+    plan = make_plan(config, sizes, device="cpu")
+    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0)
+    state = optimizer.state_dict()
+    moments = sum(t.nbytes for name, t in state.items() if name.startswith("exp_avg"))
+    masters = sum(t.nbytes for name, t in state.items() if name.startswith("master"))
+    assert plan.weights == sum(p.nbytes for p in model.parameters())
+    assert plan.moments == moments
+    assert plan.masters == masters
+    assert plan.gradients == sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    runner = Runner(model, [None], config.rollout.cache_tokens // 16, 16, 1)
+    assert plan.pool == runner.kv.nbytes
+
+
+def lora(rank: int) -> list[str]:
+    return [f"lora.rank={rank}", "model.path=x", "grpo.kl_coef=0"] if rank else []
+
+
+def test_what_surely_does_not_fit_is_refused_before_anything_is_loaded() -> None:
+    config = load_config("deal", MODEL)
+    own: dict[str, Any] = {"limits": (10**12, 10**12)}
+    assert check_memory(config, **own) == ""
+    with pytest.raises(MemoryError, match=r"needs .* GB on cpu at least"):
+        check_memory(config, (10**4, 10**4))
+    plan = make_plan(config, shape("Qwen3-0.6B"))
+    assert plan.sure < plan.peak
+    assert "may take" in check_memory(config, (10**12, 10**6))  # never refused for what is free just now
+
+
+def test_ranks_share_the_state_and_keep_the_weights() -> None:
+    config = load_config("deal", [*MODEL, "model.dtype=bfloat16"])
+    one, four = (make_plan(config, shape("Qwen3-4B"), ranks=n, device="cuda") for n in (1, 4))
+    assert four.weights == one.weights
+    assert four.masters == one.masters // 4
+    assert four.moments == one.moments // 4
+    assert one.parameters == 4_022_468_096  # as Hugging Face counts Qwen3-4B
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def bench(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_the_readme_is_the_plans() -> None:
+    assert bench("plan_table").table() in (ROOT / "README.md").read_text("utf-8")
+
+
+def test_plan_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "collective-agency", "--model", "Qwen3-8B", "--json", "model.dtype=bfloat16"]
+    assert main(words) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["fits"]
+    assert told["change"]
+    assert main([*words, "--ranks", "8", "train.tokens_per_microbatch=8192"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert main([*words[:3], "nobody"]) == 2
+    assert "Qwen3-8B" in capsys.readouterr().err
+
+
+def test_a_queue_keeps_the_work_and_the_bound_of_list_scheduling() -> None:
+    model, draws = bench("ranks_model"), random.Random(0)
+    for _ in range(200):
+        ranks = draws.randint(1, 8)
+        lengths = [draws.randint(1, 1000) for _ in range(draws.randint(1, 40))]
+        for busy in (model.queue(lengths, ranks), model.fixed(lengths, ranks)):
+            assert sum(busy) == sum(lengths)
+            assert max(busy) >= max(max(lengths), sum(lengths) / ranks)
+        # Graham 1966: no list order ends later than the mean load and a share of the longest job
+        most = sum(lengths) / ranks + (1 - 1 / ranks) * max(lengths)
+        assert max(model.queue(lengths, ranks)) <= most + 1e-9
+
+
+def test_ranks_add_up_and_what_lacks_is_said() -> None:
+    answers, port = loopback()
+    assert answers.ok
+    assert reduction(2, port, "gloo").ok
+    assert not devices(4, 0, 2).ok
+    assert not devices(4, 2, 64).ok
+    assert devices(2, 2, 1).ok
+    lacking = space("disk", " here", 10, 100, "free some")
+    assert not lacking.ok
+    assert lacking.advice == "free some"
