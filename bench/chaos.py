@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-STEPS = 63
+IMITATION = 3  # steps
 LIMIT_S = 600  # of one start
 TIMES = ("seconds", "peak_memory_bytes", "idle_share", "rollout_tokens_per_s", "update_tokens_per_s")
 RUN = [
@@ -36,10 +36,9 @@ RUN = [
     "model.num_heads=2",
     "model.num_kv_heads=1",
     "model.num_layers=2",
-    "imitation.steps=3",
+    f"imitation.steps={IMITATION}",
     "imitation.dialogues=200",
     "imitation.dialogues_per_step=6",
-    "train.steps=60",
     "train.save_every=2",
     "train.kl_every=2",
     "train.threads=1",
@@ -150,9 +149,10 @@ def step_of(run: Path) -> int:
     return int(found[-1].name.removeprefix("step_")) if found else -1
 
 
-def chaos(folder: Path, kills: int, ranks: int, seed: int, settings: Sequence[str]) -> bool:
+def chaos(folder: Path, kills: int, ranks: int, seed: int, steps: int, more: Sequence[str] = ()) -> bool:
     """Whether the run that was killed came to the same."""
-    rng, began, each = random.Random(seed), time.monotonic(), max(STEPS // max(kills, 1), 1)
+    settings = [*more, f"train.steps={steps}"]
+    rng, began, each = random.Random(seed), time.monotonic(), (IMITATION + steps) // max(kills, 1)
     whole = folder / "whole"
     if code := finish(started(whole, ranks, settings)):
         raise SystemExit(f"the run ends with {code} even when nobody kills it")
@@ -191,10 +191,12 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=60, help="of self-play")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: nowhere)")
     options, settings = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
-        chaos(options.folder or Path(folder), options.kills, options.ranks, options.seed, settings)
+        where = options.folder or Path(folder)
+        chaos(where, options.kills, options.ranks, options.seed, options.steps, settings)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import signal
@@ -9,15 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.distributed.ledger import SharedLedger
 from duologue.grpo.distributed.world import batches
 from duologue.grpo.run_dir import read_lines
+from duologue.rollout.judge.endpoint import Endpoint
+from duologue.rollout.judge.judge import FeedbackJudge
+from duologue.rollout.judge.questions import REQUIRED, SCORE, Case, load_prompt
+from judge_server import JudgeServer
 from safetensors.torch import load_file
 from tiny import RUN
+from torch.distributed import HashStore
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 SETTINGS = [*RUN, "imitation.steps=0", "train.steps=5", "train.kl_every=0", "grpo.groups_per_step=5"]
@@ -146,6 +155,51 @@ def test_a_rank_that_raises_ends_all_with_its_error(tmp_path: Path) -> None:
     (line,) = [line for line in err.splitlines() if line]
     assert line.startswith("duologue: ")
     assert "no" in line
+
+
+def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
+    tool = Path(__file__).parent.parent / "bench" / "chaos.py"
+    words = ["--kills", "2", "--ranks", "2", "--steps", "6", "--seed", "3"]
+    done = subprocess.run(
+        [sys.executable, str(tool), *words], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["differ"] for row in rows if "differ" in row][-1] == []
+    assert sum("kill" in row for row in rows) == 2
+
+
+def test_no_question_is_asked_twice_on_a_node(judge_server: JudgeServer, tmp_path: Path) -> None:
+    """Two ranks ask the same at once: each is answered, whoever asked; what failed, failed for both."""
+    judge_server.delay = 0.1
+    judge_server.fault = lambda n, prompt: "malformed" if "Case 3" in prompt else None
+    store = HashStore()
+    store.set_timeout(datetime.timedelta(seconds=30))
+    cases = [Case(dilemma=f"Case {i}.", turns=(), completion=f"{i}") for i in range(6)]
+
+    def rank(number: int) -> list[Any]:
+        world: Any = SimpleNamespace(store=store, round=1)
+        judge = FeedbackJudge(
+            Endpoint(judge_server.url, "known", deadline_s=3.0, timeout_s=2.0),
+            SharedLedger(tmp_path / "judge.sqlite", world),
+            {kind: load_prompt(kind) for kind in REQUIRED},
+        )
+        for i in range(6) if number == 0 else reversed(range(6)):
+            judge.submit(SCORE, cases[i], i)
+        found: dict[int, Any] = {}
+        ends = time.monotonic() + 60
+        while len(found) < 6 and time.monotonic() < ends:
+            found |= dict(judge.answered(wait=True))
+        judge.close()
+        return [found[i] for i in range(6)]
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(rank, range(2))
+    assert first == second
+    assert [answer is None for answer in first] == [i == 3 for i in range(6)]
+    prompts = [body["messages"][0]["content"] for body in judge_server.requests]
+    asked = [prompt for prompt in prompts if "Case 3" not in prompt]
+    assert len(asked) == len(set(asked)) == 5
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

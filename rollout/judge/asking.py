@@ -107,11 +107,8 @@ class Asking:
                 self.ledger.give_up(key, reason)
             self._arrived.put((key, None if content is None else answer, reason))
 
-        settings = self.backend.settings
-        key = ledger_key(self.backend.name, version, settings, text)
-        content = self.ledger.get(key)
-        if content is None and (other := self._other_name) is not None:
-            content = self.ledger.get(ledger_key(other, version, settings, text))
+        key = ledger_key(self.backend.name, version, self.backend.settings, text)
+        content = self._kept(key, version, text)
         with contextlib.suppress(ValueError):  # kept under older rules
             if content is not None:
                 self._known.append((tag, read(content)))
@@ -130,6 +127,13 @@ class Asking:
         else:
             self.asked += 1
             self.backend.ask(Ask(kind=kind, text=text, check=check, done=done, posed=posed))
+
+    def _kept(self, key: str, version: str, text: str) -> str | None:
+        """What the ledger has."""
+        content = self.ledger.get(key)
+        if content is None and (other := self._other_name) is not None:
+            content = self.ledger.get(ledger_key(other, version, self.backend.settings, text))
+        return content
 
     @cached_property
     def _other_name(self) -> str | None:
