@@ -162,6 +162,17 @@ class RunDir:
             if (self.path / name).is_file():
                 os.truncate(self.path / name, end)
 
+    def drop_trained(self, step: int) -> None:
+        """Cut off the last evaluation's dialogues after `step` where a kill came between the checkpoint,
+        which has seen them, and the summary: they are played again.
+        """
+        path, whole = self.path / "dialogues.jsonl", 0
+        for row, end in _rows(path):
+            if (row.get("step"), row.get("stage"), row.get("policy")) == (step, "eval", "trained"):
+                os.truncate(path, whole)
+                return
+            whole = end
+
     def _lines_before(self, step: int) -> dict[str, int]:
         """Bytes of the whole lines of each file that the checkpoint of `step` had seen."""
         if step not in self._seen:

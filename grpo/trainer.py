@@ -156,6 +156,7 @@ class Trainer(Steps):
         return metrics
 
     def _finish(self) -> dict[str, Any]:
+        self.run_dir.drop_trained(self.step)
         trained = self._evaluate("trained")
         summary = {
             "warm_start": self.warm_start,

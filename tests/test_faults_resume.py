@@ -93,6 +93,14 @@ def test_the_checkpoint_before_has_all_that_it_needs(lagged: Path, run: Path) ->
     assert lines(run) == lines(lagged)
 
 
+def test_a_kill_before_the_summary_doubles_no_dialogue(run: Path) -> None:
+    before = read_lines(run / "dialogues.jsonl")
+    (run / "summary.json").unlink()
+    assert train(run, "opponent.kind=lagged:2", "--resume", "train.steps=3") == 0
+    assert read_lines(run / "dialogues.jsonl") == before
+    assert (run / "summary.json").is_file()
+
+
 def test_a_checkpoint_without_checksums_is_accepted(run: Path) -> None:
     for file in run.rglob("checksums.json"):
         file.unlink()

@@ -32,6 +32,9 @@ class FollowerDir(RunDir):
     def go_on_from(self, step: int) -> None:
         self.world.agree(False)
 
+    def drop_trained(self, step: int) -> None:
+        return
+
     def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
         self.world.agree(False)
         return self.path / "checkpoints" / name
