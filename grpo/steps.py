@@ -57,15 +57,8 @@ class Steps:
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
-        self.opponents = Opponents(
-            config,
-            run.path / "opponents",
-            self.model,
-            self.tokenizer,
-            engine,
-            world,
-            longest=self.arena.contexts.longest(),
-        )
+        folder, longest = run.path / "opponents", self.arena.contexts.longest()
+        self.opponents = Opponents(config, folder, self.model, self.tokenizer, engine, world, longest=longest)
         self.baseline = RunningBaseline()
         self.reference: Decoder | None = None  # the policy that self-play began with, where it is needed
         self.step = 0
