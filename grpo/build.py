@@ -91,9 +91,7 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
         return Optimizer(model, **settings)
     from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
     from duologue.grpo.distributed.sharded import ShardedOptimizer
-    from duologue.grpo.distributed.world import Ranks
 
-    assert isinstance(world, Ranks)
     kind = ReplicatedOptimizer if isinstance(model, LoraDecoder) else ShardedOptimizer
     return kind(model, world=world, **settings)
 

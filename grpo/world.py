@@ -66,6 +66,14 @@ class World:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes its sum over the ranks."""
 
+    def scatter_sum(self, flat: Tensor) -> Tensor:
+        """This rank's part of the sum of the ranks' tensors, of which each has one of equal size."""
+        return flat
+
+    def join(self, part: Tensor) -> Tensor:
+        """The parts of all ranks, one after the other."""
+        return part
+
     def at_step(self, step: int) -> None:
         """Note how far this rank is, for whoever waits for it."""
 

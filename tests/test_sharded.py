@@ -11,6 +11,7 @@ import pytest
 import torch
 from duologue.grpo.distributed.sharded import ShardedOptimizer
 from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.world import World
 from torch import Tensor, nn
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -26,7 +27,7 @@ class Meeting:
         self.barrier = threading.Barrier(size, timeout=60)
 
 
-class Rank:
+class Rank(World):
     """A rank of several, as `ShardedOptimizer` sees it."""
 
     def __init__(self, meeting: Meeting, rank: int) -> None:
@@ -48,8 +49,8 @@ class Rank:
     def scatter_sum(self, flat: Tensor) -> Tensor:
         return sum(part.chunk(self.size)[self.rank] for part in self.each(flat.clone()))
 
-    def join(self, shard: Tensor) -> Tensor:
-        return torch.cat(self.each(shard.clone()))
+    def join(self, part: Tensor) -> Tensor:
+        return torch.cat(self.each(part.clone()))
 
 
 def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:

@@ -10,23 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import torch
 from duologue.grpo.optimizer import MOMENTS, Optimizer, adamw, check_state
+from duologue.grpo.world import World
 from torch import Tensor, nn
-
-
-class Exchange(Protocol):
-    """What the optimizer needs of a `World` of several ranks."""
-
-    rank: int
-    size: int
-
-    def sum(self, numbers: Any) -> Any: ...
-    def agree(self, flag: bool) -> bool: ...
-    def scatter_sum(self, flat: Tensor) -> Tensor: ...
-    def join(self, shard: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -57,7 +45,7 @@ class ShardedOptimizer(Optimizer):
         self,
         model: nn.Module,
         *,
-        world: Exchange,
+        world: World,
         betas: tuple[float, float],
         weight_decay: float,
         max_grad_norm: float,

@@ -127,11 +127,10 @@ class Ranks(World):
             total += other
         return total
 
-    def join(self, shard: Tensor) -> Tensor:
-        """The shards of all ranks, one after the other."""
-        flat = torch.empty(self.size * shard.numel(), dtype=shard.dtype, device=shard.device)
+    def join(self, part: Tensor) -> Tensor:
+                flat = torch.empty(self.size * part.numel(), dtype=part.dtype, device=part.device)
         with self.watch.waiting():
-            dist.all_gather([*flat.chunk(self.size)], shard, group=self.group)
+            dist.all_gather([*flat.chunk(self.size)], part, group=self.group)
         return flat
 
     @property
