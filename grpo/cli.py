@@ -252,15 +252,16 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    second = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    def restore(ignored: bool = True) -> None:
+        for number, handler in before.items():  # SIGINT is ignored from the start in a shell's background job
+            signal.signal(number, second[number] if handler is signal.SIG_IGN and not ignored else handler)
 
     def ask_to_stop(*_: Any) -> None:
         stop.set()
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
-        restore()
+        restore(ignored=False)
 
     try:
         for number in before:

@@ -185,18 +185,25 @@ def test_a_signal_stops_after_the_step_saves_and_resume_finishes(
     assert read_lines(path / "dialogues.jsonl") == read_lines(run / "dialogues.jsonl")
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("usual", [signal.default_int_handler, signal.SIG_IGN])
+def test_a_second_signal_stops_at_once(usual: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a shell has started it in the background, with SIGINT ignored."""
 
     def twice(self: Progress, step: int, metrics: Any) -> None:
+        asks = signal.getsignal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
-        while signal.getsignal(signal.SIGINT) is not usual:  # until it is heard: two at once are one
+        while signal.getsignal(signal.SIGINT) is asks:  # until it is heard: two at once are one
             time.sleep(0.001)
         signal.raise_signal(signal.SIGINT)
         time.sleep(60)  # which the second one ends
 
     monkeypatch.setattr(Progress, "update", twice)
-    assert main(train(tmp_path / "run")) == 130
+    before = signal.signal(signal.SIGINT, usual)
+    try:
+        assert main(train(tmp_path / "run")) == 130
+        assert signal.getsignal(signal.SIGINT) is usual
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
