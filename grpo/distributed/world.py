@@ -128,7 +128,7 @@ class Ranks(World):
         return total
 
     def join(self, part: Tensor) -> Tensor:
-                flat = torch.empty(self.size * part.numel(), dtype=part.dtype, device=part.device)
+        flat = torch.empty(self.size * part.numel(), dtype=part.dtype, device=part.device)
         with self.watch.waiting():
             dist.all_gather([*flat.chunk(self.size)], part, group=self.group)
         return flat
