@@ -1,4 +1,4 @@
-"""The `duologue` command: train, config, eval, play, report, data, export, doctor.
+"""The `duologue` command: train, config, eval, play, report, data, export, doctor, plan.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from duologue.grpo.config import Config
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import RunDir
+    from duologue.grpo.world import World
 
 INTERRUPTED = 130
 RECIPE = "a recipe's name (deal, collective-agency and so on) or the path of a .toml file"
@@ -43,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
         options = _parser().parse_args(rest)
         options.overrides = overrides
+        options.argv = [*(sys.argv[1:] if argv is None else argv)]
         if overrides and not options.takes_settings:
             raise ValueError(f"{options.command} takes no settings, got {overrides[0]}")
         return int(options.run(options))
@@ -113,6 +115,7 @@ def _add_runs(commands: Any) -> None:
     add("--resume", action="store_true", help=resume)
     add("--device", help=DEVICE)
     add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
+    add("--ranks", type=int, default=1, metavar="N", help="processes here that train together (torchrun)")
 
     every = "print every setting with its meaning, as TOML to edit"
     add = _command(commands, "config", _config, every, settings=True)
@@ -155,43 +158,80 @@ def _add_files(commands: Any) -> None:
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
 
-    _command(commands, "doctor", _doctor, "show the device, the back ends in use and a self-check")
+    examined = "show the device, the back ends in use and a self-check"
+    add = _command(commands, "doctor", _doctor, examined)
+    add("--ranks", type=int, metavar="N", help="check what a run of N ranks here would need")
+
+    add = _command(commands, "plan", _plan, "what a run would take of each rank's memory", settings=True)
+    add("recipe", help=RECIPE)
+    shape = "a checkpoint's folder, a config.json, or a well-known name such as Qwen3-8B"
+    add("--model", required=True, metavar="DIR|SHAPE", help=shape)
+    add("--ranks", type=int, default=1, metavar="N", help="processes, with a device each")
+    add("--gpu-memory", type=float, default=141.0, metavar="GB", help="of a device, in 10^9 bytes")
+    add("--cpu", action="store_true", help="by the kernels of the CPU, without graphs")
+    add("--json", action="store_true", help="print one line of JSON, in bytes")
 
 
 # ---- train -------------------------------------------------------------------------------------------------
 
 
 def _train(options: argparse.Namespace) -> int:
+    from duologue.grpo.plan import check_memory
+
     shortcuts = {"model.path": options.model, "model.device": options.device}
     config = _resolved(options, shortcuts)
+    if options.ranks < 1:
+        raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
+    note = check_memory(config)
+    if "TORCHELASTIC_RUN_ID" not in os.environ and options.ranks == 1:
+        return _train_run(options, config, _open_run(options, config), note)
+    from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
+
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return launch(options.ranks, options.argv, config.train.rank_timeout_s)
+    here = use_cores(config)
+    with joined(here) as world:
+        note = check_memory(here)
+        run = opened(world, lambda kind: _open_run(options, config, kind))
+        return _train_run(options, here, run, note, world)
+
+
+def _train_run(
+    options: argparse.Namespace, config: Config, run: RunDir | None, note: str, world: World | None = None
+) -> int:
     from duologue.grpo.commands.report import check_lines, write_report
     from duologue.grpo.console import Progress
     from duologue.grpo.run_dir import Interrupted
     from duologue.grpo.trainer import train
+    from duologue.grpo.world import ALONE
     from duologue.rollout.games.catalogue import kind_of
 
-    run = _open_run(options, config)
-    progress = Progress(measures=kind_of(config.game).measures)
+    world = world or ALONE
+    progress = Progress(quiet=not world.is_first, measures=kind_of(config.game).measures)
     if run is None:
+        if not world.is_first:
+            return 0
         progress.log(f"{options.run_dir} is finished already; a longer run goes on with a larger train.steps")
         return _show_results(options.run_dir, config, progress)
-    for line in (f"run directory: {run.path}", *run.notes):
+    for line in (f"run directory: {run.path}", *run.notes, *filter(None, [note])):
         progress.log(line)
     try:
-        if options.resume:
+        if options.resume and world.is_first:
             check_lines(run.path)
-        with _stop_on_signals() as stop:
-            train(config, run, progress, stop)
+        with _stop_on_signals(world.size > 1) as stop:
+            train(config, run, progress, stop, world)
     except (ValueError, OSError, RuntimeError, MemoryError):
         run.forget_if_new()
         raise
     except Interrupted as pause:
         progress.close()
         progress.log(f"{pause}. Go on with the same command and --run-dir {run.path} --resume")
-        return INTERRUPTED
+        return INTERRUPTED if world.size == 1 else 0
     finally:
         progress.close()
         run.close()
+    if not world.is_first:
+        return 0
     write_report(run.path)
     return _show_results(run.path, config, progress)
 
@@ -200,8 +240,11 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
     import torch
     from duologue.grpo.config import load_config
+    from duologue.grpo.resume import telling_of
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    if getattr(options, "resume", False) and options.run_dir is not None:
+        chosen += telling_of(options.run_dir, options.overrides)
     config = load_config(options.recipe, [*options.overrides, *chosen])
     device, count = torch.device(config.model.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -211,19 +254,20 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     return config
 
 
-def _open_run(options: argparse.Namespace, config: Config) -> RunDir | None:
+def _open_run(options: argparse.Namespace, config: Config, kind: type[RunDir] | None = None) -> RunDir | None:
     """The run to work on; None when it is finished already."""
     from duologue.grpo.run_dir import RunDir, finished
 
+    kind = kind or RunDir
     path, toml = options.run_dir, config.to_toml()
     if options.resume:
         if path is None:
             raise ValueError("--resume needs --run-dir DIR, the run to go on with")
-        return None if finished(path, toml) else RunDir.resume(path, toml)
+        return None if finished(path, toml) else kind.resume(path, toml)
     if path is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"
-    return RunDir.create(path, toml)
+    return kind.create(path, toml)
 
 
 def _show_results(path: Path, config: Config, progress: Progress) -> int:
@@ -243,16 +287,16 @@ def _show_results(path: Path, config: Config, progress: Progress) -> int:
 
 
 @contextlib.contextmanager
-def _stop_on_signals() -> Iterator[threading.Event]:
+def _stop_on_signals(of_ranks: bool = False) -> Iterator[threading.Event]:
     """The first SIGINT or SIGTERM asks for a stop after the step at hand; the second does what it does by
-    default.
+    default, but to one of many ranks, which hears it from the terminal and from torchrun.
     """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    second = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    second: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def restore(ignored: bool = True) -> None:
         for number, handler in before.items():  # SIGINT is ignored from the start in a shell's background job
@@ -260,6 +304,8 @@ def _stop_on_signals() -> Iterator[threading.Event]:
 
     def ask_to_stop(*_: Any) -> None:
         stop.set()
+        if of_ranks:
+            return
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
         restore(ignored=False)
 
@@ -320,9 +366,19 @@ def _export(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.doctor import examine
+    if options.ranks is None:
+        from duologue.grpo.commands.doctor import examine
 
-    return examine()
+        return examine()
+    from duologue.grpo.commands.ranks import examine_ranks
+
+    return examine_ranks(options.ranks)
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from duologue.grpo.commands.plan import run
+
+    return run(options)
 
 
 if __name__ == "__main__":
