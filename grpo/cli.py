@@ -252,7 +252,7 @@ def _stop_on_signals() -> Iterator[threading.Event]:
         yield stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    second = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    second: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
     def restore(ignored: bool = True) -> None:
         for number, handler in before.items():  # SIGINT is ignored from the start in a shell's background job
