@@ -15,6 +15,7 @@ from duologue.grpo.policy import load_policy
 from duologue.grpo.sections import JudgeSection, OpponentSection
 from duologue.grpo.world import ALONE, World
 from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -89,8 +90,12 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
     if world.size == 1:
         return Optimizer(model, **settings)
     from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
+    from duologue.grpo.distributed.sharded import ShardedOptimizer
+    from duologue.grpo.distributed.world import Ranks
 
-    return ReplicatedOptimizer(model, world=world, **settings)
+    assert isinstance(world, Ranks)
+    kind = ReplicatedOptimizer if isinstance(model, LoraDecoder) else ShardedOptimizer
+    return kind(model, world=world, **settings)
 
 
 def _endpoint(config: Config, own: bool) -> Backend:

@@ -176,14 +176,14 @@ def _add_files(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    shortcuts = {"model.path": options.model, "model.device": options.device}
-    config = _resolved(options, shortcuts)
     from duologue.grpo.plan import check_memory
 
+    shortcuts = {"model.path": options.model, "model.device": options.device}
+    config = _resolved(options, shortcuts)
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
+    note = check_memory(config)
     if "TORCHELASTIC_RUN_ID" not in os.environ and options.ranks == 1:
-        note = check_memory(config)
         return _train_run(options, config, _open_run(options, config), note)
     from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
 

@@ -47,17 +47,8 @@ class Optimizer:
             n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()
         }
         self.max_grad_norm = max_grad_norm  # 0 = no clipping
-        groups = [
-            {"params": [m for m in self.masters.values() if m.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [m for m in self.masters.values() if m.dim() < 2], "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True
-        )
-        for master in self.masters.values():
-            moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
-            step = torch.zeros((), device=master.device)
-            self._adamw.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
+        matrices, vectors = ([m for m in self.masters.values() if (m.dim() >= 2) == f] for f in (True, False))
+        self._adamw = adamw(matrices, vectors, betas, weight_decay)
 
     def accumulate(self) -> None:
         """After a micro-batch: move low-precision gradients into fp32 sums; autograd sums the others well
@@ -125,14 +116,7 @@ class Optimizer:
         shape.
         """
         present = self.state_dict()
-        if wrong := sorted(present.keys() ^ state.keys()):
-            problem = "is missing" if wrong[0] in present else "belongs to no parameter here"
-            raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
-        for key, tensor in present.items():
-            if state[key].shape != tensor.shape:
-                raise ValueError(
-                    f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*tensor.shape]}"
-                )
+        check_state({key: tensor.shape for key, tensor in present.items()}, state)
         for key, tensor in present.items():
             tensor.copy_(state[key])
         self._write_back()
@@ -141,3 +125,31 @@ class Optimizer:
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
+
+
+def adamw(
+    matrices: list[Tensor], vectors: list[Tensor], betas: tuple[float, float], weight_decay: float
+) -> torch.optim.AdamW:
+    """With its state in place, and weight decay on `matrices` alone."""
+    groups = [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True
+    )
+    for master in (*matrices, *vectors):
+        moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
+        step = torch.zeros((), device=master.device)
+        optimizer.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
+    return optimizer
+
+
+def check_state(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:
+    """ValueError names a tensor of `state` that is missing, surplus or of another shape."""
+    if wrong := sorted(shapes.keys() ^ state.keys()):
+        problem = "is missing" if wrong[0] in shapes else "belongs to no parameter here"
+        raise ValueError(f"optimizer state: {wrong[0]} {problem} ({len(wrong)} such tensors)")
+    for key, shape in shapes.items():
+        if state[key].shape != shape:
+            raise ValueError(f"optimizer state: {key} has shape {[*state[key].shape]}, expected {[*shape]}")

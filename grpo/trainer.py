@@ -33,6 +33,7 @@ from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype, write_checkpoint
+from torch import Tensor
 
 
 class Trainer(Steps):
@@ -193,11 +194,12 @@ class Trainer(Steps):
 
     def _save(self) -> None:
         keep = self.config.train.keep_checkpoints
-        self.run_dir.save_checkpoint(step_name(self.step), self._write, keep)
+        optimizer = self.optimizer.state_dict()  # world
+        self.run_dir.save_checkpoint(step_name(self.step), lambda to: self._write(to, optimizer), keep)
         oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
         self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
 
-    def _write(self, folder: Path) -> None:
+    def _write(self, folder: Path, optimizer: dict[str, Tensor]) -> None:
         write_checkpoint(self.model, self.tokenizer, folder)
         state = {
             "step": self.step,
@@ -207,7 +209,7 @@ class Trainer(Steps):
             "opponents": self.opponents.state_dict(),
             "instruction_set": self._instruction_set(),
         }
-        write_state(folder, state, self.optimizer.state_dict())
+        write_state(folder, state, optimizer)
 
     def _instruction_set(self) -> str:
         m = self.config.model

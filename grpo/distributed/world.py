@@ -116,6 +116,24 @@ class Ranks(World):
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
+    def scatter_sum(self, flat: Tensor) -> Tensor:
+        """This rank's shard of the sum over the ranks, added in their order: it is the same every time."""
+        parts = torch.empty_like(flat)
+        with self.watch.waiting():
+            dist.all_to_all_single(parts, flat, group=self.group)
+        shard, *others = parts.chunk(self.size)
+        total = shard.clone()
+        for other in others:
+            total += other
+        return total
+
+    def join(self, shard: Tensor) -> Tensor:
+        """The shards of all ranks, one after the other."""
+        flat = torch.empty(self.size * shard.numel(), dtype=shard.dtype, device=shard.device)
+        with self.watch.waiting():
+            dist.all_gather([*flat.chunk(self.size)], shard, group=self.group)
+        return flat
+
     @property
     def round(self) -> int:
         """Which of its rounds of handing out groups the run is in."""
