@@ -5,7 +5,8 @@
 Runs alternate, so that what else the machine does falls on both alike; a row holds the median of the pairs'
 ratios and their spread. The first step of a run is left out. An entropy term has every row trained, for this
 policy, which is near chance, earns nothing that advantages could be made of. Both take 64 dialogues at once:
-the rollout of a rank alone is a sixth slower with all of its 128, and two would seem better than twice as fast.
+with all of its 128 the rollout of a rank alone is a sixth slower, and two would seem better than twice as
+fast.
 """
 
 from __future__ import annotations
