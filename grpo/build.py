@@ -93,9 +93,9 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
     from duologue.grpo.distributed.sharded import ShardedOptimizer
     from duologue.grpo.distributed.world import Ranks
 
-    assert isinstance(world, Ranks)
-    kind = ReplicatedOptimizer if isinstance(model, LoraDecoder) else ShardedOptimizer
-    return kind(model, world=world, **settings)
+    if isinstance(world, Ranks) and not isinstance(model, LoraDecoder):
+        return ShardedOptimizer(model, world=world, **settings)
+    return ReplicatedOptimizer(model, world=world, **settings)
 
 
 def _endpoint(config: Config, own: bool) -> Backend:
