@@ -91,9 +91,11 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
         return Optimizer(model, **settings)
     from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
     from duologue.grpo.distributed.sharded import ShardedOptimizer
+    from duologue.grpo.distributed.world import Ranks
 
-    kind = ReplicatedOptimizer if isinstance(model, LoraDecoder) else ShardedOptimizer
-    return kind(model, world=world, **settings)
+    if isinstance(world, Ranks) and not isinstance(model, LoraDecoder):
+        return ShardedOptimizer(model, world=world, **settings)
+    return ReplicatedOptimizer(model, world=world, **settings)
 
 
 def _endpoint(config: Config, own: bool) -> Backend:
