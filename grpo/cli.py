@@ -295,26 +295,26 @@ def _stop_on_signals(of_ranks: bool = False) -> Iterator[threading.Event]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread hears signals
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    second: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in usual}
 
-    def restore(ignored: bool = True) -> None:
-        for number, handler in before.items():  # SIGINT is ignored from the start in a shell's background job
-            signal.signal(number, second[number] if handler is signal.SIG_IGN and not ignored else handler)
+    def listen(handlers: dict[signal.Signals, Any]) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def ask_to_stop(*_: Any) -> None:
         stop.set()
         if of_ranks:
             return
         os.write(2, b"\nstopping after this step, then saving; once more to stop at once\n")
-        restore(ignored=False)
+        # A shell starts a background job with SIGINT ignored.
+        listen({n: usual[n] if handler is signal.SIG_IGN else handler for n, handler in before.items()})
 
     try:
-        for number in before:
-            signal.signal(number, ask_to_stop)
+        listen(dict.fromkeys(before, ask_to_stop))
         yield stop
     finally:
-        restore()
+        listen(before)
 
 
 # ---- config and eval ---------------------------------------------------------------------------------------

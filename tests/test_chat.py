@@ -157,8 +157,6 @@ FROM_MODELS = {
 @pytest.mark.parametrize("name", FROM_MODELS)
 def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pair: Make) -> None:
     """With the templates of real models, thinking off: every context that a turn can be sampled from."""
-    if not (REAL / f"{name}.jinja").is_file():
-        pytest.skip("not in this version of trl")
     special, settings = FROM_MODELS[name]
     tokenizer, theirs = tokenizer_pair(
         [*special, "<think>", "</think>"], (REAL / f"{name}.jinja").read_text(), **settings
