@@ -1,8 +1,8 @@
 """What a run takes of a device's memory, by kind, before anything is loaded.
 
 The sizes are counted on the decoder itself, on the meta device; what autograd keeps of a token is the list
-of `ctx.save_for_backward` in kernels/. With more ranks than one the update is sharded as ZeRO-2 does it
-(Rajbhandari et al. 2020, arXiv 1910.02054): masters, moments and summed gradients in parts, weights whole.
+of `ctx.save_for_backward` in kernels/. With more ranks than one the optimizer is sharded as ZeRO stage 1
+does it (Rajbhandari et al., arXiv 1910.02054): masters and moments in parts, weights and gradients whole.
 
 Bytes, unless a name says otherwise. H hidden, I MLP, V vocabulary, A query heads, G key heads, D head dim.
 """
@@ -191,8 +191,8 @@ def make_plan(
     transit = trained * itemsize if itemsize < 4 and parts == 1 else 2 * largest * 4
     plan = Plan(
         weights=weights,
-        gradients=trained * 4 // parts,
-        masters=trained * 4 // parts if itemsize < 4 else 0,
+        gradients=trained * 4,
+        masters=trained * 4 // parts if itemsize < 4 or parts > 1 else 0,
         moments=0 if offload else trained * 8 // parts,
         activations=activations,
         head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),

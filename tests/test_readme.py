@@ -121,7 +121,7 @@ def test_every_command_of_a_page_runs(
 
 def test_pages_show_what_they_promise() -> None:
     readme = (ROOT / "README.md").read_text("utf-8")
-    assert len(readme.splitlines()) <= 200
+    assert len(readme.splitlines()) <= 215
     links = re.findall(r"\]\((docs/\w+\.md)\)", readme)
     assert sorted(set(links)) == PAGES[1:]
     for page in PAGES:
