@@ -115,10 +115,8 @@ class Trainer(Steps):
             if self.world.size > 1:
                 metrics["idle_share"] = [1 - seconds / max(played) for seconds in played]
         if self.world.is_first:  # world
-            peak = _peak_memory()
-            self.run_dir.append_metrics(
-                {"step": self.step, **metrics, "seconds": seconds, "peak_memory_bytes": peak}
-            )
+            machine = {"peak_memory_bytes": _peak_memory(), "instruction_set": self._instruction_set()}
+            self.run_dir.append_metrics({"step": self.step, **metrics, "seconds": seconds, **machine})
         self.step += 1
         in_stage = self.step if metrics["stage"] == "imitation" else self.selfplay_index
         self.progress.update(in_stage, metrics)
