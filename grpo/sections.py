@@ -78,6 +78,9 @@ class TrainSection:
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
     )
+    max_bad_updates: int = setting(
+        3, "updates in a row that are skipped as not finite before the run ends", least=1
+    )
     kl_every: int = setting(
         10, "steps from one measurement of the KL to the start to the next; 0: none", least=0
     )

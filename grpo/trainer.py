@@ -104,10 +104,13 @@ class Trainer(Steps):
         """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl."""
         began = time.monotonic()
         self.world.at_step(self.step)
+        self.bad.new_step()
         metrics = step()
         seconds = time.monotonic() - began
         self.seconds += seconds
         self._record()
+        if self.bad.of_step:
+            metrics["bad_updates"] = self.bad.of_step
         metrics["update_tokens_per_s"] = metrics.pop("tokens") / self.clock.pop("optimise", seconds)
         if "sampled_tokens" in metrics:
             played = self.world.each(self.clock.pop("play"))  # world
@@ -120,6 +123,9 @@ class Trainer(Steps):
         self.step += 1
         in_stage = self.step if metrics["stage"] == "imitation" else self.selfplay_index
         self.progress.update(in_stage, metrics)
+        for line in self.bad.lines:
+            self.progress.log(line)
+        self.bad.check()
 
     def _record(self) -> None:
         """The dialogues of this step, in the order of the groups of all ranks."""
@@ -208,6 +214,8 @@ class Trainer(Steps):
             "opponents": self.opponents.state_dict(),
             "instruction_set": self._instruction_set(),
         }
+        if self.bad.in_a_row:
+            state["bad_updates"] = self.bad.in_a_row
         write_state(folder, state, optimizer)
 
     def _instruction_set(self) -> str:
@@ -218,6 +226,7 @@ class Trainer(Steps):
         state, optimizer = read_state(folder, self.config.model.device)
         self.step = state["step"]
         self.seconds = state["seconds"]
+        self.bad.in_a_row = state.get("bad_updates", 0)
         self.warm_start = state["warm_start"]
         self.baseline.load_state_dict(state["baseline"])
         self.opponents.load_state_dict(state["opponents"])

@@ -148,6 +148,7 @@ def accumulate_policy_gradient(
     reference: Decoder | None = None,
     budget: int = 0,
     after_part: Callable[[], None] | None = None,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
     dropout_seed: int = 0,
     world: World = ALONE,
 ) -> UpdateStats:
@@ -173,7 +174,7 @@ def accumulate_policy_gradient(
         loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
         hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, temperature, level)
-        torch.autograd.backward(result.loss)
+        backward(result.loss)
         if after_part is not None:
             after_part()
         stats.add(batch, result)
