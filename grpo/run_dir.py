@@ -38,6 +38,7 @@ from duologue.grpo.resume import (
     settings_of,
 )
 from duologue.grpo.sources import write_sources
+from duologue.grpo.space import check_space
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
 from duologue.model.files import write_checksums
 from safetensors import SafetensorError
@@ -184,14 +185,17 @@ class RunDir:
 
     # ---- checkpoints and summary ---------------------------------------------------------------------------
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
-        """Have `write` fill `checkpoints/<name>`, then prune the oldest `step_*` beyond `keep` (0 = keep
-        all).
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], keep: int = 0, needed: int = 0
+    ) -> Path:
+        """Have `write` fill `checkpoints/<name>` with about `needed` bytes, then prune the oldest `step_*`
+        beyond `keep` (0 = keep all).
 
         When the disk is full nothing that was there is touched, and the OSError says so.
         """
         path = self.path / "checkpoints" / name
         try:
+            check_space(path.parent, needed, "it")
             write_folder(path, lambda folder: self._write_with_lengths(folder, write))
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors name a full disk so
             previous = self.latest_checkpoint()
