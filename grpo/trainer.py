@@ -54,7 +54,8 @@ class Trainer(Steps):
                 self._restore(checkpoint)
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+                reason = f"trainer_state.json or optimizer.pt: {what}"
+                raise damaged(checkpoint, reason, seen_at_once=False) from error
         self._check_frozen()
         if world.is_first:
             self._check_space()

@@ -1,4 +1,4 @@
-"""What is written of a run: room for it is looked for first."""
+"""What is written of a run: room for it is looked for first, and what became damaged is gone behind."""
 
 from __future__ import annotations
 
@@ -97,3 +97,57 @@ def test_a_save_that_has_no_room_leaves_what_was_there(
     assert not damage(second)
     assert train(run, "--resume") == 0
     assert read_lines(run / "dialogues.jsonl") == read_lines(whole / "dialogues.jsonl")
+
+
+# ---- a damaged checkpoint ----------------------------------------------------------------------------------
+
+
+def flip(file: Path) -> None:
+    """One bit, in the middle."""
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_a_run_goes_on_from_before_a_damaged_checkpoint(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    second, third = (run / "checkpoints" / f"step_00000{step}" for step in (2, 3))
+    (run / "summary.json").unlink()
+    flip(third / "optimizer.pt")
+    damaged = (third / "optimizer.pt").read_bytes()
+    assert train(run, "--resume") == 2
+    error = said(capsys)
+    assert f"the checkpoint {third} is damaged (optimizer.pt: " in error
+    assert "or use --from-previous" in error
+    assert train(run, "--resume", "--from-previous") == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert f"{third} is damaged (optimizer.pt: " in shown
+    assert f"the run goes on from {second}" in shown
+    assert (third.with_name("damaged_step_000003") / "optimizer.pt").read_bytes() == damaged
+    for name in ("model.safetensors", "optimizer.pt"):
+        assert (third / name).read_bytes() == (whole / "checkpoints" / third.name / name).read_bytes()
+    assert read_lines(run / "dialogues.jsonl") == read_lines(whole / "dialogues.jsonl")
+    assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+    flip(third / "model.safetensors")
+    assert train(run, "--resume", "--from-previous", "train.steps=3") == 0
+    assert {path.name for path in third.parent.glob("damaged_*")} == {
+        "damaged_step_000003",
+        "damaged_step_000003.1",
+    }
+
+
+def test_without_a_whole_checkpoint_nothing_is_put_aside(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    for folder in (run / "checkpoints").glob("step_*"):
+        flip(folder / "model.safetensors")
+    before = sorted(run.rglob("*"))
+    assert train(run, "--resume", "--from-previous", "train.steps=3") == 2
+    assert "step_000003 is damaged (model.safetensors: " in (error := said(capsys))
+    assert "no checkpoint before it is whole" in error
+    assert sorted(run.rglob("*")) == before
+    assert train(run.with_name("other"), "--from-previous") == 2
+    assert said(capsys) == "duologue: --from-previous goes with --resume\n"
