@@ -113,6 +113,8 @@ def _add_runs(commands: Any) -> None:
     add("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     resume = "go on with the run in --run-dir from its last checkpoint"
     add("--resume", action="store_true", help=resume)
+    previous = "with --resume: put a damaged checkpoint aside and go on from the last whole one before it"
+    add("--from-previous", action="store_true", help=previous)
     add("--device", help=DEVICE)
     add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
     add("--ranks", type=int, default=1, metavar="N", help="processes here that train together (torchrun)")
@@ -260,10 +262,12 @@ def _open_run(options: argparse.Namespace, config: Config, kind: type[RunDir] | 
 
     kind = kind or RunDir
     path, toml = options.run_dir, config.to_toml()
+    if options.from_previous and not options.resume:
+        raise ValueError("--from-previous goes with --resume")
     if options.resume:
         if path is None:
             raise ValueError("--resume needs --run-dir DIR, the run to go on with")
-        return None if finished(path, toml) else kind.resume(path, toml)
+        return None if finished(path, toml) else kind.resume(path, toml, options.from_previous)
     if path is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"

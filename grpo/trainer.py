@@ -29,6 +29,7 @@ from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir
+from duologue.grpo.space import check_space, checkpoint_bytes, weight_bytes
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
@@ -53,8 +54,11 @@ class Trainer(Steps):
                 self._restore(checkpoint)
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+                reason = f"trainer_state.json or optimizer.pt: {what}"
+                raise damaged(checkpoint, reason, seen_at_once=False) from error
         self._check_frozen()
+        if world.is_first:
+            self._check_space()
         run.go_on_from(self.step)
 
     def _check_frozen(self) -> None:
@@ -63,6 +67,19 @@ class Trainer(Steps):
             if reason := spoiled(folder):
                 way = "put a copy of it back, or start another run"
                 raise ValueError(f"{folder}, which {user} needs, is damaged ({reason}): {way}")
+
+    def _check_space(self) -> None:
+        """The disk has room for all that the run is going to keep at once."""
+        t, path = self.config.train, self.run_dir.path
+        there = len(checkpoints(path))
+        saves = 1 + (self.config.imitation.steps + t.steps - self.step) // t.save_every
+        # A new one is whole before the oldest goes.
+        more = max(min(t.keep_checkpoints + 1, there + saves) - there, 1)
+        snapshots = self.opponents.kept(t.steps, t.keep_checkpoints * t.save_every)
+        snapshots = max(snapshots - len([*self.opponents.folder.glob("step_*")]), 0)
+        others = snapshots + (self.warm_start is None)
+        needed = more * checkpoint_bytes(self.model) + others * weight_bytes(self.model)
+        check_space(path, needed, f"the run, which keeps {t.keep_checkpoints} checkpoints,")
 
     def _frozen(self) -> Iterator[tuple[Path, str]]:
         """Folders, and the setting on whose account each will be loaded."""
@@ -142,7 +159,9 @@ class Trainer(Steps):
     def _end_of_imitation(self) -> None:
         """Keep the policy as `warm_start`, measure it, and begin self-play with a fresh optimizer."""
         self.run_dir.save_checkpoint(
-            "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
+            "warm_start",
+            lambda folder: write_checkpoint(self.model, self.tokenizer, folder),
+            needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
         self.optimizer = self.new_optimizer()
@@ -200,7 +219,12 @@ class Trainer(Steps):
     def _save(self) -> None:
         keep = self.config.train.keep_checkpoints
         optimizer = self.optimizer.state_dict()  # world
-        self.run_dir.save_checkpoint(step_name(self.step), lambda to: self._write(to, optimizer), keep)
+        self.run_dir.save_checkpoint(
+            step_name(self.step),
+            lambda to: self._write(to, optimizer),
+            keep=keep,
+            needed=checkpoint_bytes(self.model),
+        )
         oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
         self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
 
