@@ -242,12 +242,14 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
     import torch
     from duologue.grpo.config import load_config
-    from duologue.grpo.resume import telling_of
+    from duologue.grpo.telling import knows_english, telling_of
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     if getattr(options, "resume", False) and options.run_dir is not None:
         chosen += telling_of(options.run_dir, options.overrides)
-    config = load_config(options.recipe, [*options.overrides, *chosen])
+    players = getattr(options, "players", [])
+    pretrained = bool(players) and knows_english(players[0])
+    config = load_config(options.recipe, [*options.overrides, *chosen], pretrained)
     device, count = torch.device(config.model.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(

@@ -239,8 +239,9 @@ def _partner_rules(c: Config) -> Iterator[Rule]:
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides.
+def load_config(recipe_or_path: str, overrides: Sequence[str] = (), pretrained: bool = False) -> Config:
+    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides. `pretrained`:
+    whether it is for a checkpoint that knows English, which no setting names.
 
     ValueError names an unknown recipe, section, key or value, and what is accepted.
     """
@@ -253,14 +254,14 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             _override(table, name, Text(text.strip()))
-    if _tells_english(raw, recipe_or_path):
+    if _tells_english(raw, recipe_or_path, pretrained):
         raw["game"] = {**raw.get("game", {}), "telling": "english"}
     if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
         raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
     return from_dict(raw)
 
 
-def _tells_english(raw: dict[str, Any], path: str) -> bool:
+def _tells_english(raw: dict[str, Any], path: str, pretrained: bool) -> bool:
     """Whether the game is told in English, where nothing is said of it: to a checkpoint. A run's own file
     says it, but for one of an older version, which knew the plain telling alone.
     """
@@ -268,7 +269,9 @@ def _tells_english(raw: dict[str, Any], path: str) -> bool:
     if not isinstance(game, dict) or not isinstance(model, dict) or Path(path).name == RUN_FILE:
         return False
     named = typed("game.name", game.get("name", "deal"), "")
-    return named in ENGLISH and "telling" not in game and bool(typed("model.path", model.get("path", ""), ""))
+    if named not in ENGLISH or "telling" in game:
+        return False
+    return pretrained or bool(typed("model.path", model.get("path", ""), ""))
 
 
 def _override(table: dict[str, Any], name: str, text: Text) -> None:

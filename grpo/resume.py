@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +32,6 @@ def settings(config_toml: str) -> Settings:
     """
     sections = tomllib.loads(from_dict(tomllib.loads(config_toml)).to_toml())
     return {(section, key): value for section, keys in sections.items() for key, value in keys.items()}
-
-
-def telling_of(run: Path, overrides: Sequence[str]) -> list[str]:
-    """The override that tells the game as the run in this folder did, where `overrides` do not say how: one
-    of an older version did not write it and told all plainly.
-    """
-    path = run / "config.toml"
-    if not path.is_file() or any(said.startswith("game.telling=") for said in overrides):
-        return []
-    telling = settings_of(path).get(("game", "telling"))
-    return [f"game.telling={telling}"] if telling else []
 
 
 def settings_of(path: Path) -> Settings:
