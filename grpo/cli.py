@@ -240,8 +240,8 @@ def _train_run(
 
 def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
-    import torch
     from duologue.grpo.config import load_config
+    from duologue.grpo.policy import check_device
     from duologue.grpo.telling import knows_english, telling_of
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
@@ -250,11 +250,7 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     players = getattr(options, "players", [])
     pretrained = bool(players) and knows_english(players[0])
     config = load_config(options.recipe, [*options.overrides, *chosen], pretrained)
-    device, count = torch.device(config.model.device), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
-        )
+    check_device(config)
     return config
 
 

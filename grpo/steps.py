@@ -43,7 +43,7 @@ class Steps:
     """What a step works on, and the steps. `step` counts those that are done, of both kinds together."""
 
     def __init__(self, config: Config, run: RunDir, world: World) -> None:
-        policy.use_threads(config)
+        policy.use_device(config)
         self.config = config
         self.run_dir = run
         self.world = world
