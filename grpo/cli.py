@@ -156,6 +156,7 @@ def _add_files(commands: Any) -> None:
     add("source", type=Path, help="a checkpoint, or a run directory for its last one")
     add("out", type=Path, help="a new folder")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    add("--best", action="store_true", help="of a run the best checkpoint (eval.every), not the last")
     merge = "an adapter into its base, so that transformers loads it without peft"
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")

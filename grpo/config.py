@@ -40,6 +40,7 @@ from duologue.rollout.games.catalogue import (
     SCRIPTS,
     characters,
     game_kind,
+    kind_of,
     partners,
 )
 from duologue.rollout.games.deal import DealSettings
@@ -51,6 +52,7 @@ from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
 ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
+PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
@@ -108,6 +110,7 @@ def rules(config: Config) -> Iterator[Rule]:
         _opponent_rules,
         _update_rules,
         _partner_rules,
+        _best_rules,
     )
     for subject in subjects:
         yield from subject(config)
@@ -234,6 +237,23 @@ def _partner_rules(c: Config) -> Iterator[Rule]:
     named = {name for name in e.partners if ":" in name}
     accepted = f"a list of 'start', 'scripted' and {', '.join(map(repr, known))}"
     yield "eval.partners", accepted, named <= {*known}
+
+
+def _best_rules(c: Config) -> Iterator[Rule]:
+    off = "its default without eval.every, the evaluations that it counts"
+    for key, default in (
+        ("train.best_by", TrainSection().best_by),
+        ("train.patience", 0),
+        ("eval.every_dialogues", EvalSection().every_dialogues),
+    ):
+        yield key, off, bool(c.eval.every) or c.value(key) == default
+    whom, _, name = c.train.best_by.lstrip("-").rpartition(":")
+    alone, text_game = c.game.name == "dilemma_alone", isinstance(c.game, TextGameSettings)
+    names = PAYOFFS if whom else ("reward", *kind_of(c.game).measures)
+    known = text_game and not whom  # such a game's own measures show at its first evaluation
+    accepted = f"one of {', '.join(names)}, '-' before it for the least"
+    yield "train.best_by", accepted, name in names or known
+    yield "train.best_by", "a measure with itself where one answers alone", not (whom and alone)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, pl
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype
 
-LENGTH = "steps max_seconds"
+LENGTH = "steps max_seconds patience"
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
     "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s "
