@@ -156,6 +156,7 @@ def _add_files(commands: Any) -> None:
     add("source", type=Path, help="a checkpoint, or a run directory for its last one")
     add("out", type=Path, help="a new folder")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    add("--best", action="store_true", help="of a run the best checkpoint (eval.every), not the last")
     merge = "an adapter into its base, so that transformers loads it without peft"
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
@@ -240,19 +241,17 @@ def _train_run(
 
 def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
-    import torch
     from duologue.grpo.config import load_config
-    from duologue.grpo.resume import telling_of
+    from duologue.grpo.policy import check_device
+    from duologue.grpo.telling import knows_english, telling_of
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     if getattr(options, "resume", False) and options.run_dir is not None:
         chosen += telling_of(options.run_dir, options.overrides)
-    config = load_config(options.recipe, [*options.overrides, *chosen])
-    device, count = torch.device(config.model.device), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
-        )
+    players = getattr(options, "players", [])
+    pretrained = bool(players) and knows_english(players[0])
+    config = load_config(options.recipe, [*options.overrides, *chosen], pretrained)
+    check_device(config)
     return config
 
 

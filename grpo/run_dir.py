@@ -31,6 +31,7 @@ from duologue.grpo.checkpoints import (
     whole_before,
 )
 from duologue.grpo.resume import (
+    LENGTH,
     Settings,
     check_instruction_set,
     check_same,
@@ -272,7 +273,7 @@ def finished(path: Path, config_toml: str) -> bool:
     except ValueError:
         return False
     before, after = settings_of(saved), settings(config_toml)
-    length = {("train", "steps"), ("train", "max_seconds")}
+    length = {("train", key) for key in LENGTH.split()}
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= (
         may_differ() - length
     )

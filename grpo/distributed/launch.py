@@ -29,8 +29,9 @@ def launch(ranks: int, argv: Sequence[str], grace_s: float) -> int:
     """Start the command line `argv` as so many processes here, and return the exit code of them together. A
     signal to this process is one to all, which have `grace_s` to save.
     """
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     settings: dict[str, Any] = {"shutdown_timeout": int(grace_s)}
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # of older versions: it has 30 s
     config = LaunchConfig(
