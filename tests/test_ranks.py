@@ -285,10 +285,18 @@ def test_a_disk_that_is_full_ends_all_with_one_line(tmp_path: Path) -> None:
     assert not [*(run / "checkpoints").glob("*step*")]
 
 
-def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
-    words = ["--kills", "3", "--ranks", "2", "--steps", "6", "--seed", "4", "--forked"]
+@pytest.mark.parametrize(
+    ("words", "phases"),
+    [
+        (["--ranks", "2", "--seed", "2"], ["reduction", "gathering", "lines", "saving"]),
+        (["--judged", "--seed", "7"], ["judging", "any"]),
+    ],
+    ids=["ranks", "judged"],
+)
+def test_a_run_that_was_killed_comes_to_the_same(words: list[str], phases: list[str]) -> None:
+    sizes = ["--kills", str(len(phases)), "--steps", "6", "--forked"]
     done = subprocess.run(
-        [sys.executable, str(TOOLS / "chaos.py"), *words],
+        [sys.executable, str(TOOLS / "chaos.py"), *words, *sizes],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -297,7 +305,7 @@ def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["differ"] for row in rows if "differ" in row][-1] == []
-    assert sum("kill" in row for row in rows) == 3
+    assert [row["phase"] for row in rows if "kill" in row] == phases
 
 
 def test_no_question_is_asked_twice_on_a_node(judge_server: JudgeServer, tmp_path: Path) -> None:
