@@ -28,7 +28,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,12 +95,12 @@ def aim(kill: Kill) -> None:
     """Have this process killed so, once it trains."""
     taken, timed = 0, Trainer._timed
 
-    def counted(self: Trainer, step: Callable[[], Any]) -> None:
+    def counted(self: Trainer, *given: Any) -> None:
         nonlocal taken
         if taken == kill.after:
             arm(kill, self)
         taken += 1
-        timed(self, step)
+        timed(self, *given)
 
     Trainer._timed = counted  # type: ignore[method-assign]
 
@@ -146,6 +147,8 @@ def rank(argv: Sequence[str], number: int, ranks: int, port: int, kill: Kill | N
         if kill is not None and kill.victim in (None, number):
             aim(kill)
         code = duologue(argv)
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(code)
 
