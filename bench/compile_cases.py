@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels.gpu import attention, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import attention, gather, linear, rows, sampler, softmax, sparse
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -19,7 +19,7 @@ NAMES = {  # what arguments of these names are, wherever a case does not say oth
     "i32": "M O K N S R V H D Hq Hk size limit max_position max_pages n_chunks",
     "fp32": "eps sign scale temperature softcap",
     "*i32": "table cu_seqlens context_lens shared top_ks ids sizes",
-    "*i64": "targets positions slots tokens seeds source order rows starts offsets",
+    "*i64": "targets positions slots tokens seeds source order rows starts offsets places",
     "*fp32": "stats delta parts part_stats partial numbers cos sin cuts temperatures top_ps min_ps logprobs "
     "entropies grad_logprobs grad_entropies",
 }
@@ -101,7 +101,13 @@ def sparse_cases() -> Iterator[Case]:
         yield case(kernel, element, flags, logits="*fp32", grad="*fp32")
 
 
+def gather_cases() -> Iterator[Case]:
+    for element, K in product(("*fp32", "*bf16"), (1, 1024)):
+        yield case(gather.sum_rows_kernel, element, {"BLOCK": gather.block(K), "num_warps": 4})
+
+
 FAMILIES = (
+    gather_cases,
     linear_cases,
     rows_cases,
     attention_cases,

@@ -113,6 +113,8 @@ def _add_runs(commands: Any) -> None:
     add("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     resume = "go on with the run in --run-dir from its last checkpoint"
     add("--resume", action="store_true", help=resume)
+    previous = "with --resume: put a damaged checkpoint aside and go on from the last whole one before it"
+    add("--from-previous", action="store_true", help=previous)
     add("--device", help=DEVICE)
     add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
     add("--ranks", type=int, default=1, metavar="N", help="processes here that train together (torchrun)")
@@ -159,6 +161,7 @@ def _add_files(commands: Any) -> None:
     add("source", type=Path, help="a checkpoint, or a run directory for its last one")
     add("out", type=Path, help="a new folder")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    add("--best", action="store_true", help="of a run the best checkpoint (eval.every), not the last")
     merge = "an adapter into its base, so that transformers loads it without peft"
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
@@ -243,19 +246,17 @@ def _train_run(
 
 def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
-    import torch
     from duologue.grpo.config import load_config
-    from duologue.grpo.resume import telling_of
+    from duologue.grpo.policy import check_device
+    from duologue.grpo.telling import knows_english, telling_of
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     if getattr(options, "resume", False) and options.run_dir is not None:
         chosen += telling_of(options.run_dir, options.overrides)
-    config = load_config(options.recipe, [*options.overrides, *chosen])
-    device, count = torch.device(config.model.device), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
-        )
+    players = getattr(options, "players", [])
+    pretrained = bool(players) and knows_english(players[0])
+    config = load_config(options.recipe, [*options.overrides, *chosen], pretrained)
+    check_device(config)
     return config
 
 
@@ -265,10 +266,12 @@ def _open_run(options: argparse.Namespace, config: Config, kind: type[RunDir] | 
 
     kind = kind or RunDir
     path, toml = options.run_dir, config.to_toml()
+    if options.from_previous and not options.resume:
+        raise ValueError("--from-previous goes with --resume")
     if options.resume:
         if path is None:
             raise ValueError("--resume needs --run-dir DIR, the run to go on with")
-        return None if finished(path, toml) else kind.resume(path, toml)
+        return None if finished(path, toml) else kind.resume(path, toml, options.from_previous)
     if path is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"

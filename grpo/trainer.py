@@ -16,6 +16,7 @@ from typing import Any
 
 from duologue.grpo.ability.measure import at_end
 from duologue.grpo.ability.prompts import read_prompts
+from duologue.grpo.best import BEST, Best, measured
 from duologue.grpo.checkpoints import (
     checkpoints,
     damaged,
@@ -31,10 +32,12 @@ from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir
+from duologue.grpo.space import check_space, checkpoint_bytes, weight_bytes
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype, write_checkpoint
+from duologue.rollout.selfplay.dialogue import POLICY
 from torch import Tensor
 
 
@@ -51,14 +54,18 @@ class Trainer(Steps):
         self.warm_start: dict[str, float] | None = None
         if config.eval.ifeval:
             read_prompts(Path(config.eval.ifeval))  # refused now, not at the end
+        self.best = Best(config.train.best_by)
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
             try:
                 self._restore(checkpoint)
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+                reason = f"trainer_state.json or optimizer.pt: {what}"
+                raise damaged(checkpoint, reason, seen_at_once=False) from error
         self._check_frozen()
+        if world.is_first:
+            self._check_space()
         run.go_on_from(self.step)
 
     def _check_frozen(self) -> None:
@@ -67,6 +74,19 @@ class Trainer(Steps):
             if reason := spoiled(folder):
                 way = "put a copy of it back, or start another run"
                 raise ValueError(f"{folder}, which {user} needs, is damaged ({reason}): {way}")
+
+    def _check_space(self) -> None:
+        """The disk has room for all that the run is going to keep at once."""
+        t, path = self.config.train, self.run_dir.path
+        there = len(checkpoints(path))
+        saves = 1 + (self.config.imitation.steps + t.steps - self.step) // t.save_every
+        # A new one is whole before the oldest goes.
+        more = max(min(t.keep_checkpoints + 1, there + saves) - there, 1)
+        snapshots = self.opponents.kept(t.steps, t.keep_checkpoints * t.save_every)
+        snapshots = max(snapshots - len([*self.opponents.folder.glob("step_*")]), 0)
+        others = snapshots + (self.warm_start is None)
+        needed = more * checkpoint_bytes(self.model) + others * weight_bytes(self.model)
+        check_space(path, needed, f"the run, which keeps {t.keep_checkpoints} checkpoints,")
 
     def _frozen(self) -> Iterator[tuple[Path, str]]:
         """Folders, and the setting on whose account each will be loaded."""
@@ -97,35 +117,43 @@ class Trainer(Steps):
         for note in self.opponents.notes():
             self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
-        while self.step < imitation + selfplay and not self._out_of_time():
-            self._timed(self.selfplay_step)
+        self._keep_best()
+        while self.step < imitation + selfplay and not self._out_of_time() and not self.stopped:
+            before = self._measure() if self.selfplay_index == 0 else None
+            self._timed(self.selfplay_step, before)
             self._save_if_due(imitation + selfplay)
         return self._finish()
 
     # ---- stages, time, state -------------------------------------------------------------------------------
 
-    def _timed(self, step: Callable[[], Metrics]) -> None:
-        """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl."""
+    def _timed(self, step: Callable[[], Metrics], before: Metrics | None = None) -> None:
+        """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl; `before` goes there too."""
         began = time.monotonic()
         self.world.at_step(self.step)
+        self.bad.new_step()
         metrics = step()
         seconds = time.monotonic() - began
         self.seconds += seconds
         self._record()
+        if self.bad.of_step:
+            metrics["bad_updates"] = self.bad.of_step
         metrics["update_tokens_per_s"] = metrics.pop("tokens") / self.clock.pop("optimise", seconds)
         if "sampled_tokens" in metrics:
             played = self.world.each(self.clock.pop("play"))  # world
             metrics["rollout_tokens_per_s"] = metrics["sampled_tokens"] / max(played)
             if self.world.size > 1:
                 metrics["idle_share"] = [1 - seconds / max(played) for seconds in played]
-        if self.world.is_first:  # world
-            peak = _peak_memory()
-            self.run_dir.append_metrics(
-                {"step": self.step, **metrics, "seconds": seconds, "peak_memory_bytes": peak}
-            )
         self.step += 1
+        metrics |= {"seconds": seconds, **{f"start_{key}": value for key, value in (before or {}).items()}}
+        metrics |= self._measure() if metrics["stage"] == "selfplay" else {}
+        if self.world.is_first:  # world
+            machine = {"peak_memory_bytes": _peak_memory(), "instruction_set": self._instruction_set()}
+            self.run_dir.append_metrics({"step": self.step - 1, **metrics, **machine})
         in_stage = self.step if metrics["stage"] == "imitation" else self.selfplay_index
         self.progress.update(in_stage, metrics)
+        for line in self.bad.lines:
+            self.progress.log(line)
+        self.bad.check()
 
     def _record(self) -> None:
         """The dialogues of this step, in the order of the groups of all ranks."""
@@ -142,7 +170,9 @@ class Trainer(Steps):
     def _end_of_imitation(self) -> None:
         """Keep the policy as `warm_start`, measure it, and begin self-play with a fresh optimizer."""
         self.run_dir.save_checkpoint(
-            "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
+            "warm_start",
+            lambda folder: write_checkpoint(self.model, self.tokenizer, folder),
+            needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
         self.optimizer = self.new_optimizer()
@@ -159,6 +189,50 @@ class Trainer(Steps):
         )
         return metrics
 
+    def _measure(self) -> Metrics:
+        """The small evaluation of the policy as it is, where one is due, and what share of the run's time all
+        of them took.
+        """
+        c = self.config
+        if not c.eval.every or self.selfplay_index % c.eval.every:
+            return {}
+        began = time.monotonic()
+        policy, start = Player(name=POLICY, engine=self.opponents.engine, tokenizer=self.tokenizer), None
+        if not self.game.alone:
+            start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
+        measures = measured(policy, start, self.game, c, self.judge, self.world)
+        if self.judge is not None:
+            self.judge.costs()  # are those of steps
+        self.best.note(self.step, measures)
+        seconds = time.monotonic() - began
+        self.best.seconds += seconds
+        share = self.best.seconds / (self.best.seconds + self.seconds)
+        if self.selfplay_index == 0:
+            self._keep_best()
+        return {"eval": measures, "eval_seconds": seconds, "eval_share": share}
+
+    def _keep_best(self) -> None:
+        """Write the policy as it is as the best one where the last evaluation says so, or a kill came between
+        that and the checkpoint.
+        """
+        written = self.best.written(self.run_dir.path / "checkpoints" / BEST)
+        if self.world.agree(self.world.is_first and self.best.step == self.step and not written):  # world
+            self.run_dir.save_checkpoint(BEST, self._write_best)
+
+    def _write_best(self, folder: Path) -> None:
+        write_checkpoint(self.model, self.tokenizer, folder)
+        self.best.write_note(folder)
+
+    @property
+    def stopped(self) -> str:
+        """Why self-play ends before its last step; "" while it does not."""
+        patience = self.config.train.patience
+        if patience and self.best.waited >= patience:
+            return (
+                f"no better evaluation than that after step {self.best.step} in {self.best.waited} in a row"
+            )
+        return ""
+
     def _finish(self) -> dict[str, Any]:
         self.run_dir.drop_trained(self.step)
         trained = self._evaluate("trained")
@@ -173,6 +247,11 @@ class Trainer(Steps):
             "instruction_set": self._instruction_set(),
             "peak_memory_bytes": _peak_memory(),
         }
+        if self.best.step >= 0:
+            summary["best"] = self.best.summary()
+        if self.stopped:
+            self.progress.log(f"self-play ended after step {self.step}: {self.stopped}")
+            summary["stopped"] = self.stopped
         if self.game.compared and self.config.eval.partners:
             summary["partners"] = self._with_partners()
         if self.config.model.path and self.config.eval.ability:
@@ -200,13 +279,21 @@ class Trainer(Steps):
         if self.world.agree(self.stop.is_set()):  # world
             self._save()
             raise Interrupted(f"stopped after step {self.step}; the state is saved")
-        if self.step % self.config.train.save_every == 0 and self.step < last:
-            self._save()
+        is_best = self.best.step == self.step
+        if is_best or (self.step % self.config.train.save_every == 0 and self.step < last):
+            self._save()  # before the best, which its state names
+        if is_best:
+            self._keep_best()
 
     def _save(self) -> None:
         keep = self.config.train.keep_checkpoints
         optimizer = self.optimizer.state_dict()  # world
-        self.run_dir.save_checkpoint(step_name(self.step), lambda to: self._write(to, optimizer), keep)
+        self.run_dir.save_checkpoint(
+            step_name(self.step),
+            lambda to: self._write(to, optimizer),
+            keep=keep,
+            needed=checkpoint_bytes(self.model),
+        )
         oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
         self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
 
@@ -218,8 +305,11 @@ class Trainer(Steps):
             "warm_start": self.warm_start,
             "baseline": self.baseline.state_dict(),
             "opponents": self.opponents.state_dict(),
+            "best": self.best.state_dict(),
             "instruction_set": self._instruction_set(),
         }
+        if self.bad.in_a_row:
+            state["bad_updates"] = self.bad.in_a_row
         write_state(folder, state, optimizer)
 
     def _instruction_set(self) -> str:
@@ -230,9 +320,11 @@ class Trainer(Steps):
         state, optimizer = read_state(folder, self.config.model.device)
         self.step = state["step"]
         self.seconds = state["seconds"]
+        self.bad.in_a_row = state.get("bad_updates", 0)
         self.warm_start = state["warm_start"]
         self.baseline.load_state_dict(state["baseline"])
         self.opponents.load_state_dict(state["opponents"])
+        self.best.load_state_dict(state.get("best", {}))
         self.optimizer.load_state_dict(optimizer)
 
 
