@@ -20,7 +20,7 @@ MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
     "rollout": "cache_tokens max_batch release_memory",
-    "eval": "judge_url partners partner_dialogues",
+    "eval": "judge_url partners partner_dialogues ability ability_prompts ability_tokens ifeval",
 }
 
 Settings = dict[tuple[str, str], Any]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from duologue.grpo.ability.prompts import OWN
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.mix import FROZEN, LAGGED, PARTNER, PARTNERS, POOL, START
 from duologue.grpo.optimizer import SCHEDULES
@@ -295,6 +296,14 @@ class EvalSection:
     partner_dialogues: int = setting(
         50, "dialogues with each of them, as either side and with either side first", least=1
     )
+    ability: bool = setting(
+        True, "whether a run that began from a checkpoint measures at its end what its language has lost"
+    )
+    ability_prompts: int = setting(
+        OWN, "instructions that can be checked, of the package's", least=1, most=OWN
+    )
+    ability_tokens: int = setting(256, "of the answer to one of them, at most", least=1)
+    ifeval: str = setting("", "a .jsonl file of prompts in IFEval's format in place of the package's")
     every: int = setting(
         0,
         "steps of self-play from one small evaluation, with itself and with its start, to the next; 0: none",

@@ -234,6 +234,7 @@ SMALL = [
     "train.save_every=1",
     "eval.dialogues=1",
     "eval.partners=[]",
+    "eval.ability=false",
     "imitation.steps=0",
 ]
 
