@@ -19,7 +19,7 @@ MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is
     "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
-    "rollout": "cache_tokens max_batch release_memory",
+    "rollout": "cache_tokens max_batch max_step_tokens release_memory",
     "eval": "judge_url partners partner_dialogues",
 }
 
