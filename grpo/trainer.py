@@ -334,7 +334,7 @@ class Trainer(Steps):
         return backend.instruction_set(m.device.partition(":")[0], parse_dtype(m.dtype))
 
     def _restore(self, folder: Path) -> None:
-        state, optimizer = read_state(folder, self.config.model.device)
+        state, optimizer = read_state(folder)
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.bad.in_a_row = state.get("bad_updates", 0)
