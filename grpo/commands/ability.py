@@ -14,7 +14,7 @@ from duologue.grpo.build import MEMORY, build_game, build_judge
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import Config
 from duologue.grpo.partners import START, start_of
-from duologue.grpo.policy import load_policy, use_threads
+from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.run_dir import finite
 from duologue.model.atomic import write_file
 from rich import box
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace, resolve: Callable[[], Config]) -> int:
     recipe = options.recipe or _recipe_beside(path)
     options.recipe = recipe or "deal"  # whose defaults serve where no game is named
     config = resolve()
-    use_threads(config)
+    use_device(config)
     began = time.monotonic()
     policy = _loaded(latest_checkpoint(path) or path, config)
     base = _base(options.against, path, config)
