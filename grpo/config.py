@@ -32,6 +32,7 @@ from duologue.grpo.sections import (
     TrainSection,
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
+from duologue.model.checkpoint import read_config
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import (
     ACCEPTED,
@@ -40,6 +41,7 @@ from duologue.rollout.games.catalogue import (
     SCRIPTS,
     characters,
     game_kind,
+    kind_of,
     partners,
 )
 from duologue.rollout.games.deal import DealSettings
@@ -51,6 +53,10 @@ from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
 ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
+PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
+# Of rollouts on a GPU: a page is a tile of its attention, and more prefill tokens fill it. The pool stays, as
+# graphs know its address.
+ON_CUDA = {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192}
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
@@ -108,6 +114,7 @@ def rules(config: Config) -> Iterator[Rule]:
         _opponent_rules,
         _update_rules,
         _partner_rules,
+        _best_rules,
     )
     for subject in subjects:
         yield from subject(config)
@@ -236,11 +243,29 @@ def _partner_rules(c: Config) -> Iterator[Rule]:
     yield "eval.partners", accepted, named <= {*known}
 
 
+def _best_rules(c: Config) -> Iterator[Rule]:
+    off = "its default without eval.every, the evaluations that it counts"
+    for key, default in (
+        ("train.best_by", TrainSection().best_by),
+        ("train.patience", 0),
+        ("eval.every_dialogues", EvalSection().every_dialogues),
+    ):
+        yield key, off, bool(c.eval.every) or c.value(key) == default
+    whom, _, name = c.train.best_by.lstrip("-").rpartition(":")
+    alone, text_game = c.game.name == "dilemma_alone", isinstance(c.game, TextGameSettings)
+    names = PAYOFFS if whom else ("reward", *kind_of(c.game).measures)
+    known = text_game and not whom  # such a game's own measures show at its first evaluation
+    accepted = f"one of {', '.join(names)}, '-' before it for the least"
+    yield "train.best_by", accepted, name in names or known
+    yield "train.best_by", "a measure with itself where one answers alone", not (whom and alone)
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides.
+def load_config(recipe_or_path: str, overrides: Sequence[str] = (), pretrained: bool = False) -> Config:
+    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides. `pretrained`:
+    whether it is for a checkpoint that knows English, which no setting names.
 
     ValueError names an unknown recipe, section, key or value, and what is accepted.
     """
@@ -253,14 +278,29 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             _override(table, name, Text(text.strip()))
-    if _tells_english(raw, recipe_or_path):
+    if _tells_english(raw, recipe_or_path, pretrained):
         raw["game"] = {**raw.get("game", {}), "telling": "english"}
     if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
         raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
+    if Path(recipe_or_path).name != RUN_FILE:
+        _suit_cuda(raw)
     return from_dict(raw)
 
 
-def _tells_english(raw: dict[str, Any], path: str) -> bool:
+def _suit_cuda(raw: dict[str, Any]) -> None:
+    """Of a run on a GPU: what is said of nothing but suits a CPU by default. A run's own file says all."""
+    model, rollout = raw.get("model", {}), raw.setdefault("rollout", {})
+    if not isinstance(model, dict) or not isinstance(rollout, dict):
+        return
+    if not typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
+        return
+    raw["rollout"] = ON_CUDA | rollout
+    path = Path(typed("model.path", model.get("path", ""), ""))
+    if "dtype" not in model and (path / "config.json").is_file():
+        model["dtype"] = read_config(path).dtype
+
+
+def _tells_english(raw: dict[str, Any], path: str, pretrained: bool) -> bool:
     """Whether the game is told in English, where nothing is said of it: to a checkpoint. A run's own file
     says it, but for one of an older version, which knew the plain telling alone.
     """
@@ -268,7 +308,9 @@ def _tells_english(raw: dict[str, Any], path: str) -> bool:
     if not isinstance(game, dict) or not isinstance(model, dict) or Path(path).name == RUN_FILE:
         return False
     named = typed("game.name", game.get("name", "deal"), "")
-    return named in ENGLISH and "telling" not in game and bool(typed("model.path", model.get("path", ""), ""))
+    if named not in ENGLISH or "telling" in game:
+        return False
+    return pretrained or bool(typed("model.path", model.get("path", ""), ""))
 
 
 def _override(table: dict[str, Any], name: str, text: Text) -> None:
