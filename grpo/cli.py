@@ -190,16 +190,17 @@ def _train(options: argparse.Namespace) -> int:
     config = _resolved(options, shortcuts)
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
-    note = check_memory(config)
-    if "TORCHELASTIC_RUN_ID" not in os.environ and options.ranks == 1:
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # as a rank, which looks for itself
+    note = "" if started else check_memory(config, ranks=options.ranks)
+    if not started and options.ranks == 1:
         return _train_run(options, config, _open_run(options, config), note)
     from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started:
         return launch(options.ranks, options.argv, config.train.rank_timeout_s)
     here = use_cores(config)
     with joined(here) as world:
-        note = check_memory(here)
+        note = check_memory(here, ranks=world.size)
         run = opened(world, lambda kind: _open_run(options, config, kind))
         return _train_run(options, here, run, note, world)
 

@@ -179,6 +179,7 @@ class Trainer(Steps):
             needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
+        self.optimizer.close()
         self.optimizer = self.new_optimizer()
         self._save()
 
