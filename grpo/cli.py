@@ -129,11 +129,16 @@ def _add_measures(commands: Any) -> None:
     measured = "hold dialogues with a checkpoint, or between players, measured"
     add = _command(commands, "eval", _eval, measured, settings=True)
     add("players", nargs="+", metavar="PLAYER", help=f"{PLAYER}; of several, each meets each")
-    add("--recipe", required=True, help="the recipe or TOML file that names the game")
+    named = "the recipe or TOML file that names the game; --ability takes that of the checkpoint's run"
+    add("--recipe", help=named)
     add("--dialogues", type=int, help="how many (default: eval.dialogues)")
     add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     against = f"whom the player meets in both seats: {PLAYER}; with dilemmas whose answers are compared"
     add("--against", metavar="PLAYER", help=against)
+    kept = "measure what the checkpoint has kept of the language of its base, which --against names"
+    add("--ability", action="store_true", help=kept)
+    ifeval = "with --ability: prompts in IFEval's format in place of the package's (eval.ifeval)"
+    add("--ifeval", metavar="FILE", help=ifeval)
     add("--json", type=Path, metavar="FILE", help="write the measures there")
     add("--device", help=DEVICE)
 
@@ -285,6 +290,8 @@ def _show_results(path: Path, config: Config, progress: Progress) -> int:
     progress.results(columns, conditions(config))
     if "partners" in summary:
         progress.console.print(partners_table(summary["partners"], kind.compared))
+    if "ability" in summary:
+        progress.log(summary["ability"]["line"])
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 
@@ -334,16 +341,20 @@ def _config(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     shortcuts = {
         "model.device": options.device,
+        "eval.ifeval": options.ifeval,
         "eval.dialogues": options.dialogues,
         "eval.temperature": 0.0 if options.greedy else None,
     }
+    from duologue.grpo.commands import ability, players
+
+    if options.ability:
+        return ability.run(options, lambda: _resolved(options, shortcuts))
+    if not options.recipe or options.ifeval:
+        raise ValueError("eval without --ability: accepted is --recipe RECIPE, and no --ifeval FILE")
     server = next((name for name in (*options.players, options.against or "") if "://" in name), None)
     if server is not None:
         shortcuts |= {"opponent.kind": "endpoint", "opponent.url": server}
-    config = _resolved(options, shortcuts)
-    from duologue.grpo.commands.players import run
-
-    return run(options, config)
+    return players.run(options, _resolved(options, shortcuts))
 
 
 # ---- the others --------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from duologue.grpo.ability.prompts import OWN
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.mix import FROZEN, LAGGED, PARTNER, PARTNERS, POOL, START
 from duologue.grpo.optimizer import SCHEDULES
@@ -34,7 +35,9 @@ class ModelSection:
 
     path: str = setting("", "folder of a Hugging Face checkpoint; '' starts from nothing")
     device: str = setting("cpu", "where the model is", form=r"cpu|cuda(:\d+)?", words="cpu, cuda or cuda:N")
-    dtype: str = setting("float32", "of the weights", one_of=DTYPES)
+    dtype: str = setting(
+        "float32", "of the weights; on CUDA those of model.path, where nothing is said", one_of=DTYPES
+    )
     hidden_size: int = setting(128, "width of the residual stream", least=1)
     intermediate_size: int = setting(384, "width of an MLP", least=1)
     num_layers: int = setting(4, "decoder layers", least=1)
@@ -267,6 +270,7 @@ class RolloutSection:
         least=0,
     )
     max_batch: int = setting(256, "dialogues in an engine step", least=1)
+    max_step_tokens: int = setting(1_024, "tokens of an engine step, prefill and decode together", least=1)
     exact: bool = setting(True, "whether sampling and training give the same log-probs to the last bit")
     release_memory: bool = setting(False, "give the KV pool's memory back during each update")
 
@@ -295,6 +299,14 @@ class EvalSection:
     partner_dialogues: int = setting(
         50, "dialogues with each of them, as either side and with either side first", least=1
     )
+    ability: bool = setting(
+        True, "whether a run that began from a checkpoint measures at its end what its language has lost"
+    )
+    ability_prompts: int = setting(
+        OWN, "instructions that can be checked, of the package's", least=1, most=OWN
+    )
+    ability_tokens: int = setting(256, "of the answer to one of them, at most", least=1)
+    ifeval: str = setting("", "a .jsonl file of prompts in IFEval's format in place of the package's")
     every: int = setting(
         0,
         "steps of self-play from one small evaluation, with itself and with its start, to the next; 0: none",

@@ -16,6 +16,8 @@ from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
+from duologue.grpo.ability.measure import at_end
+from duologue.grpo.ability.prompts import read_prompts
 from duologue.grpo.best import BEST, Best, measured
 from duologue.grpo.checkpoints import (
     checkpoints,
@@ -53,6 +55,8 @@ class Trainer(Steps):
         self.saver = Saver()
         self.seconds = 0.0  # of training, evaluation not counted
         self.warm_start: dict[str, float] | None = None
+        if config.eval.ifeval:
+            read_prompts(Path(config.eval.ifeval))  # refused now, not at the end
         self.best = Best(config.train.best_by)
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
@@ -237,7 +241,7 @@ class Trainer(Steps):
     def _finish(self) -> dict[str, Any]:
         self.run_dir.drop_trained(self.step)
         trained = self._evaluate("trained")
-        summary = {
+        summary: dict[str, Any] = {
             "warm_start": self.warm_start,
             "trained": trained,
             "train_seconds": self.seconds,
@@ -255,6 +259,12 @@ class Trainer(Steps):
             summary["stopped"] = self.stopped
         if self.game.compared and self.config.eval.partners:
             summary["partners"] = self._with_partners()
+        if self.config.model.path and self.config.eval.ability:
+            self.progress.log(f"measuring what is kept of the language of {self.config.model.path}")
+            engine = self.opponents.engine
+            summary["ability"] = at_end(
+                self.config, engine, self.tokenizer, self.game, self.judge, self.world
+            )
         self._save()
         self.saver.wait()
         self.run_dir.write_summary(summary)
@@ -325,7 +335,7 @@ class Trainer(Steps):
         return backend.instruction_set(m.device.partition(":")[0], parse_dtype(m.dtype))
 
     def _restore(self, folder: Path) -> None:
-        state, optimizer = read_state(folder, self.config.model.device)
+        state, optimizer = read_state(folder)
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.bad.in_a_row = state.get("bad_updates", 0)

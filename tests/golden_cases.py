@@ -1180,6 +1180,7 @@ def runs(threads: int) -> Iterator[Case]:
         start = [
             f"model.path={temporary}/policy",
             "game.telling=plain",
+            "eval.ability=false",
             *ONWARD,
             f"train.threads={threads}",
             f"train.seed={ONWARD_SEED}",

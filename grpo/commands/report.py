@@ -118,6 +118,7 @@ def gather(run_dir: Path, ended: bool = True) -> Record:
         "results": _results(game, config, summary),
         "failures": _failures(game, summary),
         "crossplay": _crossplay(game, summary),
+        "language": summary.get("ability", {}).get("line", ""),
         "partners": partners.table(metrics),
         "charts": [*_charts(game, metrics), *best.charts(metrics)],
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
