@@ -173,6 +173,7 @@ class Trainer(Steps):
 
     def _end_of_imitation(self) -> None:
         """Keep the policy as `warm_start`, measure it, and begin self-play with a fresh optimizer."""
+        self.saver.wait()
         self.run_dir.save_checkpoint(
             "warm_start",
             lambda folder: write_checkpoint(self.model, self.tokenizer, folder),
