@@ -114,7 +114,8 @@ def _add_runs(commands: Any) -> None:
     resume = "go on with the run in --run-dir from its last checkpoint"
     add("--resume", action="store_true", help=resume)
     add("--device", help=DEVICE)
-    add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
+    start = "the checkpoint to start from (model.path): a folder, or its name in the Hugging Face Hub"
+    add("--model", metavar="DIR|ORG/NAME", help=start)
     add("--ranks", type=int, default=1, metavar="N", help="processes here that train together (torchrun)")
 
     every = "print every setting with its meaning, as TOML to edit"
@@ -240,14 +241,19 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
     import torch
     from duologue.grpo.config import load_config
-    from duologue.grpo.telling import knows_english, telling_of
+    from duologue.grpo.unsaid import kept_of, pinned_of, unsaid
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    left: dict[str, str] = {}
     if getattr(options, "resume", False) and options.run_dir is not None:
-        chosen += telling_of(options.run_dir, options.overrides)
-    players = getattr(options, "players", [])
-    pretrained = bool(players) and knows_english(players[0])
-    config = load_config(options.recipe, [*options.overrides, *chosen], pretrained)
+        left = kept_of(options.run_dir)
+    elif players := getattr(options, "players", []):
+        left = unsaid(players[0], options.device or "cpu")
+    config = load_config(options.recipe, [*options.overrides, *chosen], left)
+    path = config.model.path
+    if (pinned := pinned_of(path, options.run_dir if getattr(options, "resume", False) else None)) != path:
+        chosen.append(f"model.path={pinned}")
+        config = load_config(options.recipe, [*options.overrides, *chosen], left)
     device, count = torch.device(config.model.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise ValueError(
