@@ -116,7 +116,8 @@ def _add_runs(commands: Any) -> None:
     previous = "with --resume: put a damaged checkpoint aside and go on from the last whole one before it"
     add("--from-previous", action="store_true", help=previous)
     add("--device", help=DEVICE)
-    add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
+    start = "the checkpoint to start from (model.path): a folder, or its name in the Hugging Face Hub"
+    add("--model", metavar="DIR|ORG/NAME", help=start)
     add("--ranks", type=int, default=1, metavar="N", help="processes here that train together (torchrun)")
 
     every = "print every setting with its meaning, as TOML to edit"
@@ -247,16 +248,13 @@ def _train_run(
 
 def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
-    from duologue.grpo.config import load_config
     from duologue.grpo.policy import check_device
-    from duologue.grpo.telling import knows_english, telling_of
+    from duologue.grpo.unsaid import resolved
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-    if getattr(options, "resume", False) and options.run_dir is not None:
-        chosen += telling_of(options.run_dir, options.overrides)
-    players = getattr(options, "players", [])
-    pretrained = bool(players) and knows_english(players[0])
-    config = load_config(options.recipe, [*options.overrides, *chosen], pretrained)
+    run = options.run_dir if getattr(options, "resume", False) else None
+    player = next(iter(getattr(options, "players", [])), "")
+    config = resolved(options.recipe, [*options.overrides, *chosen], run, player, options.device or "cpu")
     check_device(config)
     return config
 
