@@ -189,7 +189,7 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch(start: Path) -> None:
 # ---- the command and the end of a run ----------------------------------------------------------------------
 
 FEW = ["eval.ability_prompts=25", "eval.ability_tokens=8", "eval.dialogues=2", "rollout.cache_tokens=16384"]
-TALK = ["dialogue.max_rounds=1", "dialogue.max_tokens_per_turn=4", "dialogue.max_tokens_final=40"]
+TALK = ["dialogue.max_rounds=1", "dialogue.max_tokens_per_turn=4", "dialogue.max_tokens_final=80"]
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +237,8 @@ def test_another_checkpoint_is_at_a_distance(start: Path, moved: Path, tmp_path:
     assert text["perplexity_change"] == pytest.approx(text["perplexity"] / text["base_perplexity"] - 1)
     assert "dialogues" not in found  # no game was named
     assert found["prompts"] == "p.jsonl"
+    assert [row["key"] for row in found["answers"]] == [*range(8)]
+    assert all({"base", "policy"} < {*row} for row in found["answers"])
     assert found["line"].startswith("language: IFEval strict ")
     alone = evaluated(tmp_path, str(moved), *asked)
     assert alone["plain_text"]["perplexity"] == text["perplexity"]
@@ -263,17 +265,29 @@ def test_what_eval_does_not_take_is_refused(
     assert error.count("\n") == 1
 
 
+def trained(start: Path, run: Path, *more: str) -> int:
+    """The exit code of a run from `start` with no step in it."""
+    tiny = [word for word in TINY_DEAL if not word.startswith(("model.", "eval.", "imitation.", "dialogue."))]
+    words = [*tiny, *FEW, *TALK, "eval.partners=[]", "imitation.steps=0", "grpo.imitation_coef=0"]
+    train = ["train", "deal", "--model", str(start), "--run-dir", str(run)]
+    return main([*train, *words, "train.steps=0", *more])
+
+
+def test_a_run_refuses_prompts_that_are_not_there_before_it_trains(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained(start, tmp_path / "run", "eval.ifeval=nowhere.jsonl") == 2
+    assert "eval.ifeval = 'nowhere.jsonl': accepted is a .jsonl file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_from_a_checkpoint_says_what_it_has_kept(rank: int, start: Path, tmp_path: Path) -> None:
     """At its end, and again from its directory: the base is what it began from, the adapter's frozen weights
     among them.
     """
     run = tmp_path / "run"
-    kept = [word for word in TINY_DEAL if not word.startswith(("model.", "eval.", "imitation.", "dialogue."))]
-    words = [*kept, *FEW, *TALK, "eval.partners=[]", "imitation.steps=0", f"lora.rank={rank}"]
-    words += ["grpo.imitation_coef=0", "dialogue.max_tokens_final=40"]
-    train = ["train", "deal", "--model", str(start), "--run-dir", str(run)]
-    assert main([*train, *words, "train.steps=0"]) == 0
+    assert trained(start, run, f"lora.rank={rank}") == 0
     summary = json.loads((run / "summary.json").read_text())["ability"]
     assert summary["plain_text"]["kl_base_policy"] == summary["dialogues"]["kl_base_policy"] == 0
     assert summary["line"] in (run / "report.html").read_text().replace("&gt;", ">")
