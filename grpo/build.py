@@ -181,6 +181,7 @@ def build_engine(
         page_size=r.page_size,
         cache_tokens=r.cache_tokens or cache_tokens,
         max_batch=r.max_batch,
+        max_step_tokens=r.max_step_tokens,
         decode_steps=decode_steps,
     )
 

@@ -57,10 +57,10 @@ def write_state(folder: Path, state: dict[str, Any], optimizer: dict[str, Tensor
     (folder / STATE).write_text(json.dumps(state), "utf-8")
 
 
-def read_state(folder: Path, device: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write_state` wrote."""
+def read_state(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write_state` wrote, on the host: on a GPU it would lie beside the optimizer that takes it."""
     state = json.loads((folder / STATE).read_text("utf-8"))
-    return state, torch.load(folder / OPTIMIZER, map_location=device, weights_only=True)
+    return state, torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
 
 
 def damage(folder: Path) -> str:

@@ -32,6 +32,7 @@ from duologue.grpo.sections import (
     TrainSection,
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
+from duologue.model.checkpoint import read_config
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import (
     ACCEPTED,
@@ -53,6 +54,9 @@ from duologue.rollout.selfplay.rules import Rules
 RECIPES = Path(__file__).parent / "recipes"
 ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
 PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
+# Of rollouts on a GPU: a page is a tile of its attention, and more prefill tokens fill it. The pool stays, as
+# graphs know its address.
+ON_CUDA = {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192}
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
@@ -278,7 +282,22 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = (), pretrained: 
         raw["game"] = {**raw.get("game", {}), "telling": "english"}
     if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
         raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
+    if Path(recipe_or_path).name != RUN_FILE:
+        _suit_cuda(raw)
     return from_dict(raw)
+
+
+def _suit_cuda(raw: dict[str, Any]) -> None:
+    """Of a run on a GPU: what is said of nothing but suits a CPU by default. A run's own file says all."""
+    model, rollout = raw.get("model", {}), raw.setdefault("rollout", {})
+    if not isinstance(model, dict) or not isinstance(rollout, dict):
+        return
+    if not typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
+        return
+    raw["rollout"] = ON_CUDA | rollout
+    path = Path(typed("model.path", model.get("path", ""), ""))
+    if "dtype" not in model and (path / "config.json").is_file():
+        model["dtype"] = read_config(path).dtype
 
 
 def _tells_english(raw: dict[str, Any], path: str, pretrained: bool) -> bool:

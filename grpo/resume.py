@@ -19,7 +19,7 @@ MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is
     "max_bad_updates",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
-    "rollout": "cache_tokens max_batch release_memory",
+    "rollout": "cache_tokens max_batch max_step_tokens release_memory",
     "eval": "judge_url partners partner_dialogues ability ability_prompts ability_tokens ifeval",
 }
 

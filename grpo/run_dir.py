@@ -198,15 +198,26 @@ class RunDir:
     def save_checkpoint(
         self, name: str, write: Callable[[Path], None], keep: int = 0, needed: int = 0
     ) -> Path:
+        """`put_checkpoint` here and now. Every rank calls it, and goes on when the first has written."""
+        return self.put_checkpoint(name, write, self.lengths(), keep, needed)
+
+    def put_checkpoint(
+        self,
+        name: str,
+        write: Callable[[Path], None],
+        lengths: dict[str, int],
+        keep: int = 0,
+        needed: int = 0,
+    ) -> Path:
         """Have `write` fill `checkpoints/<name>` with about `needed` bytes, then prune the oldest `step_*`
-        beyond `keep` (0 = keep all).
+        beyond `keep` (0 = keep all). `lengths` are those of the lines when it was begun.
 
         When the disk is full nothing that was there is touched, and the OSError says so.
         """
         path = self.path / "checkpoints" / name
         try:
             check_space(path.parent, needed, "it")
-            write_folder(path, lambda folder: self._write_with_lengths(folder, write))
+            write_folder(path, lambda folder: self._write_with_lengths(folder, write, lengths))
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors name a full disk so
             previous = self.latest_checkpoint()
             whole = f"the previous one, {previous}, is whole" if previous else "there is none before it"
@@ -216,14 +227,20 @@ class RunDir:
                 shutil.rmtree(old)
         return path
 
-    def _write_with_lengths(self, folder: Path, write: Callable[[Path], None]) -> None:
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each of LINES, for a checkpoint that is begun now."""
+        paths = (self.path / name for name in LINES)
+        return {path.name: path.stat().st_size if path.is_file() else 0 for path in paths}
+
+    def _write_with_lengths(
+        self, folder: Path, write: Callable[[Path], None], lengths: dict[str, int]
+    ) -> None:
         write(folder)
-        lines = [self.path / name for name in LINES if (self.path / name).is_file()]
-        for path in lines:
-            fsync_path(path)
-        sizes = dict.fromkeys(LINES, 0)
-        sizes |= {path.name: path.stat().st_size for path in (*lines, *folder.iterdir()) if path.is_file()}
-        (folder / LENGTHS).write_text(json.dumps(sizes), "utf-8")
+        for name in LINES:
+            if (self.path / name).is_file():
+                fsync_path(self.path / name)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        (folder / LENGTHS).write_text(json.dumps({**lengths, **sizes}), "utf-8")
         write_checksums(folder)
 
     def latest_checkpoint(self) -> Path | None:

@@ -35,7 +35,9 @@ class ModelSection:
 
     path: str = setting("", "folder of a Hugging Face checkpoint; '' starts from nothing")
     device: str = setting("cpu", "where the model is", form=r"cpu|cuda(:\d+)?", words="cpu, cuda or cuda:N")
-    dtype: str = setting("float32", "of the weights", one_of=DTYPES)
+    dtype: str = setting(
+        "float32", "of the weights; on CUDA those of model.path, where nothing is said", one_of=DTYPES
+    )
     hidden_size: int = setting(128, "width of the residual stream", least=1)
     intermediate_size: int = setting(384, "width of an MLP", least=1)
     num_layers: int = setting(4, "decoder layers", least=1)
@@ -268,6 +270,7 @@ class RolloutSection:
         least=0,
     )
     max_batch: int = setting(256, "dialogues in an engine step", least=1)
+    max_step_tokens: int = setting(1_024, "tokens of an engine step, prefill and decode together", least=1)
     exact: bool = setting(True, "whether sampling and training give the same log-probs to the last bit")
     release_memory: bool = setting(False, "give the KV pool's memory back during each update")
 

@@ -148,14 +148,14 @@ class Steps:
         metrics: Metrics = {}
         t, temperature = self.config.train, self.config.dialogue.temperature
         rows = dealt_rows(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
+        if self.config.rollout.released:
+            for engine in self.opponents.engines:
+                engine.release_memory()
         if self.reference is not None and t.kl_every and self.selfplay_index % t.kl_every == 0:
             limit = t.tokens_per_microbatch
             metrics["kl_start"] = kl_to_reference(
                 self.reference, rows, temperature=temperature, max_tokens=limit, world=self.world
             )
-        if self.config.rollout.released:
-            for engine in self.opponents.engines:
-                engine.release_memory()
         with self.timing("optimise"):
             return metrics | self.optimise(rows)
 

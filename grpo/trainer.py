@@ -6,6 +6,8 @@ The steps themselves are in grpo/steps.py. A checkpoint needs no generator state
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import resource
 import threading
 import time
@@ -32,13 +34,13 @@ from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir
+from duologue.grpo.saving import Saver
 from duologue.grpo.space import check_space, checkpoint_bytes, weight_bytes
 from duologue.grpo.steps import Metrics, Steps
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
-from duologue.model.checkpoint import parse_dtype, write_checkpoint
+from duologue.model.checkpoint import host_copy, on_host, parse_dtype, write_checkpoint
 from duologue.rollout.selfplay.dialogue import POLICY
-from torch import Tensor
 
 
 class Trainer(Steps):
@@ -50,6 +52,7 @@ class Trainer(Steps):
         super().__init__(config, run, world)
         self.progress = progress
         self.stop = stop
+        self.saver = Saver()
         self.seconds = 0.0  # of training, evaluation not counted
         self.warm_start: dict[str, float] | None = None
         if config.eval.ifeval:
@@ -84,7 +87,7 @@ class Trainer(Steps):
         more = max(min(t.keep_checkpoints + 1, there + saves) - there, 1)
         snapshots = self.opponents.kept(t.steps, t.keep_checkpoints * t.save_every)
         snapshots = max(snapshots - len([*self.opponents.folder.glob("step_*")]), 0)
-        others = snapshots + (self.warm_start is None)
+        others = snapshots + (self.warm_start is None) + bool(self.config.eval.every)
         needed = more * checkpoint_bytes(self.model) + others * weight_bytes(self.model)
         check_space(path, needed, f"the run, which keeps {t.keep_checkpoints} checkpoints,")
 
@@ -128,6 +131,7 @@ class Trainer(Steps):
 
     def _timed(self, step: Callable[[], Metrics], before: Metrics | None = None) -> None:
         """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl; `before` goes there too."""
+        self.saver.check()
         began = time.monotonic()
         self.world.at_step(self.step)
         self.bad.new_step()
@@ -217,7 +221,7 @@ class Trainer(Steps):
         """
         written = self.best.written(self.run_dir.path / "checkpoints" / BEST)
         if self.world.agree(self.world.is_first and self.best.step == self.step and not written):  # world
-            self.run_dir.save_checkpoint(BEST, self._write_best)
+            self.run_dir.save_checkpoint(BEST, self._write_best, needed=weight_bytes(self.model))
 
     def _write_best(self, folder: Path) -> None:
         write_checkpoint(self.model, self.tokenizer, folder)
@@ -261,6 +265,7 @@ class Trainer(Steps):
                 self.config, engine, self.tokenizer, self.game, self.judge, self.world
             )
         self._save()
+        self.saver.wait()
         self.run_dir.write_summary(summary)
         return summary
 
@@ -278,28 +283,40 @@ class Trainer(Steps):
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world
             self._save()
+            self.saver.wait()
             raise Interrupted(f"stopped after step {self.step}; the state is saved")
         is_best = self.best.step == self.step
         if is_best or (self.step % self.config.train.save_every == 0 and self.step < last):
             self._save()  # before the best, which its state names
         if is_best:
+            self.saver.wait()
             self._keep_best()
 
     def _save(self) -> None:
-        keep = self.config.train.keep_checkpoints
+        """Copy what the run goes on with, and begin to write the copy."""
         optimizer = self.optimizer.state_dict()  # world
-        self.run_dir.save_checkpoint(
-            step_name(self.step),
-            lambda to: self._write(to, optimizer),
-            keep=keep,
-            needed=checkpoint_bytes(self.model),
-        )
+        if not self.world.is_first:  # world
+            return
+        self.saver.wait()  # before there is a second copy
+        model, lengths, name = on_host(self.model), self.run_dir.lengths(), step_name(self.step)
+        optimizer = {key: host_copy(optimizer.pop(key)) for key in [*optimizer]}
+        state = copy.deepcopy(self._state())
+
+        def write(folder: Path) -> None:
+            write_checkpoint(model, self.tokenizer, folder)
+            write_state(folder, state, optimizer)
+
+        self.saver.start(lambda: self._put(name, write, lengths))
+
+    def _put(self, name: str, write: Callable[[Path], None], lengths: dict[str, int]) -> None:
+        """In the saver's thread: a checkpoint more, and what only those needed that go for it."""
+        keep, needed = self.config.train.keep_checkpoints, checkpoint_bytes(self.model)
+        self.run_dir.put_checkpoint(name, write, lengths, keep, needed)
         oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
         self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
 
-    def _write(self, folder: Path, optimizer: dict[str, Tensor]) -> None:
-        write_checkpoint(self.model, self.tokenizer, folder)
-        state = {
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "warm_start": self.warm_start,
@@ -310,14 +327,14 @@ class Trainer(Steps):
         }
         if self.bad.in_a_row:
             state["bad_updates"] = self.bad.in_a_row
-        write_state(folder, state, optimizer)
+        return state
 
     def _instruction_set(self) -> str:
         m = self.config.model
         return backend.instruction_set(m.device.partition(":")[0], parse_dtype(m.dtype))
 
     def _restore(self, folder: Path) -> None:
-        state, optimizer = read_state(folder, self.config.model.device)
+        state, optimizer = read_state(folder)
         self.step = state["step"]
         self.seconds = state["seconds"]
         self.bad.in_a_row = state.get("bad_updates", 0)
@@ -340,6 +357,10 @@ def train(
     trainer = Trainer(config, run, progress, stop, world)
     try:
         return trainer.run()
+    except Exception:
+        with contextlib.suppress(Exception):
+            trainer.saver.wait()
+        raise
     finally:
         if trainer.judge is not None:
             trainer.judge.close()

@@ -224,6 +224,7 @@ def test_an_export_keeps_what_it_does_not_change(settled: Path, tmp_path: Path) 
 
 
 SMALL = [
+    "game.telling=plain",
     "dialogue.max_rounds=1",
     "dialogue.max_tokens_per_turn=4",
     "dialogue.max_tokens_final=4",

@@ -7,7 +7,9 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -18,12 +20,20 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.build import build_engine
+from duologue.grpo.checkpoints import read_state, write_state
 from duologue.grpo.cli import main
+from duologue.grpo.config import load_config
+from duologue.grpo.opponents import Opponents
+from duologue.grpo.policy import load_beside
 from duologue.kernels import libraries
 from duologue.kernels.gpu import launcher
 from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
+from duologue.model.peft import write_adapter
 from duologue.rollout.engine.decode_gpu import DeviceLoop
 from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.runner import Runner
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 from tiny import TINY_DEAL, decoder
 
@@ -144,6 +154,109 @@ def test_a_command_makes_its_gpu_the_current_one(
                 ),
             ]
         )
+
+
+def test_a_run_on_a_gpu_has_settings_that_suit_one(checkpoint: Any, tmp_path: Path) -> None:
+    """Where nothing is said; what is said stays, and a run's own file is taken as it is."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3")[0], folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), "utf-8")
+    cpu, gpu = (
+        load_config("collective-agency", [f"model.device={device}", f"model.path={folder}"])
+        for device in ("cpu", "cuda")
+    )
+    assert (cpu.model.dtype, gpu.model.dtype) == ("float32", "bfloat16")
+    assert (cpu.rollout.page_size, cpu.rollout.max_step_tokens) == (16, 1024)
+    assert (gpu.rollout.page_size, gpu.rollout.max_step_tokens) == (64, 8192)
+    assert gpu.rollout.cache_tokens > cpu.rollout.cache_tokens
+    assert not gpu.rollout.released
+    said = ["model.device=cuda:1", f"model.path={folder}", "model.dtype=float16", "rollout.page_size=32"]
+    chosen = load_config("collective-agency", said)
+    assert (chosen.model.dtype, chosen.rollout.page_size) == ("float16", 32)
+    assert load_config("deal", ["model.device=cuda"]).model.dtype == "float32"
+    (tmp_path / "config.toml").write_text('[model]\ndevice = "cuda"\n', "utf-8")
+    assert load_config(str(tmp_path / "config.toml")).rollout.page_size == 16
+
+
+def test_max_step_tokens_reaches_the_engine() -> None:
+    engine = build_engine(load_config("deal", ["rollout.max_step_tokens=77", *TINY_DEAL]), decoder())
+    assert engine._scheduler.max_step_tokens == 77
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_on_a_gpu_the_pool_is_taken_by_the_first_request(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that imitation, and a resumed optimizer's state, have the memory. On CPU it is taken at once."""
+    taken: list[Any] = []
+    weight = SimpleNamespace(device=SimpleNamespace(type=kind), dtype=torch.float32, element_size=lambda: 4)
+    model: Any = SimpleNamespace(
+        config=decoder().config,
+        model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)),
+        paged_layers=lambda: None,
+        head_weight=weight,
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: taken.append(shape) or torch.zeros(1))
+    runner = Runner(model, [None], 4, 16, 1)
+    assert len(taken) == (kind == "cpu")
+    assert runner.kv is runner.kv
+    assert len(taken) == 1
+
+
+def test_the_state_of_a_resume_is_read_to_the_host(tmp_path: Path) -> None:
+    state: Any = {"step": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        places: list[Any] = []
+        load = torch.load
+        patch.setattr(torch, "load", lambda *a, **k: places.append(k["map_location"]) or load(*a, **k))
+        write_state(tmp_path, state, {"exp_avg.x": torch.ones(3)})
+        assert read_state(tmp_path)[0] == state
+        assert places == ["cpu"]
+
+
+def test_snapshots_take_slots_that_stay_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = decoder(vocab_size=70)
+    settings = LoraSettings(rank=2, base=str(tmp_path / "base"))
+    policy = LoraDecoder(base, new_adapter(base, settings, 0))
+    for step in (1, 2, 3, 4):
+        adapter = new_adapter(base, settings, step)
+        for _, b in adapter.pairs.values():
+            b.data.normal_() if step != 3 else b.data.zero_()
+        (tmp_path / str(step)).mkdir()
+        write_adapter(adapter, tmp_path / str(step))
+    engine, forgotten = Engine(policy), []
+    monkeypatch.setattr(engine._runner, "forget_graphs", lambda: forgotten.append(1))
+    opponents: Any = SimpleNamespace(model=policy, engine=engine, _slots=[], _present={})
+    opponents._path = lambda step: tmp_path / str(step)
+
+    def addresses() -> list[int]:
+        return [p.data_ptr() for slot in opponents._slots for p in slot.parameters()]
+
+    def use(*steps: int) -> None:
+        Opponents._use_adapters(opponents, [*steps])
+        assert {*opponents._present} == {*steps}
+        for step, at in opponents._present.items():
+            expected = load_beside(policy, tmp_path / str(step))
+            held = engine.adapters[at]
+            if isinstance(expected, LoraDecoder):
+                assert held is not None
+                assert all(map(torch.equal, held.parameters(), expected.adapter.parameters()))
+            else:
+                assert held is None
+
+    use(1, 2)
+    before, place = addresses(), opponents._present[2]
+    use(2, 4)
+    assert opponents._present[2] == place
+    use(3, 4)
+    use(1)
+    assert addresses() == before
+    assert len(forgotten) == 1
+    use(1, 2, 4)
+    assert addresses()[: len(before)] == before
+    assert len(forgotten) == 2
 
 
 # ---- libraries ---------------------------------------------------------------------------------------------
