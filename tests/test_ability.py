@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from duologue.grpo.ability.measure import Subject, answers
 from duologue.grpo.ability.paired import mcnemar, paired
 from duologue.grpo.ability.prompts import Prompt, own_prompts, read_prompts
 from duologue.grpo.cli import main
+from duologue.grpo.world import World
 from duologue.model.checkpoint import load_model
 from duologue.rollout.engine.engine import Engine
 from safetensors.torch import load_file, save_file
@@ -184,6 +186,27 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch(start: Path) -> None:
     assert together[0] == tokenizer.decode(ids[start:])
     longest = max(len(tokenizer.encode(p.text)) for p in prompts)
     assert None in answers(one, prompts, 5, longest)
+
+
+class OutOfOrder(World):
+    """Hands out the last first, two at a time, as ranks that take turns at a queue may."""
+
+    def hand_out(self, expected: Sequence[float]) -> Iterator[Sequence[int]]:
+        numbers = [*range(len(expected))][::-1]
+        self.dealt = numbers
+        yield from (numbers[start : start + 2] for start in range(0, len(numbers), 2))
+
+    def gather(self, items: Sequence[Any]) -> Sequence[Any]:
+        return [items[self.dealt.index(number)] for number in range(len(items))]
+
+
+def test_who_measures_what_does_not_matter(start: Path) -> None:
+    model, tokenizer = load_model(start)
+    one = Subject(engine=Engine(model, cache_tokens=8192), tokenizer=tokenizer)
+    prompts = own_prompts(5)
+    assert answers(one, prompts, 4, 10_000, OutOfOrder()) == answers(one, prompts, 4, 10_000)
+    texts = [Passage(token_ids=ids, places=[1, 2, 3]) for ids in (*IDS, IDS[0][::-1])]
+    assert distance(decoder(0), decoder(1), texts, OutOfOrder()) == distance(decoder(0), decoder(1), texts)
 
 
 # ---- the command and the end of a run ----------------------------------------------------------------------
