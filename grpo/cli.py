@@ -130,16 +130,13 @@ def _add_measures(commands: Any) -> None:
     measured = "hold dialogues with a checkpoint, or between players, measured"
     add = _command(commands, "eval", _eval, measured, settings=True)
     add("players", nargs="+", metavar="PLAYER", help=f"{PLAYER}; of several, each meets each")
-    named = "the recipe or TOML file that names the game; --ability takes that of the checkpoint's run"
-    add("--recipe", help=named)
+    add("--recipe", help="the recipe or TOML file that names the game; --ability can do without")
     add("--dialogues", type=int, help="how many (default: eval.dialogues)")
     add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     against = f"whom the player meets in both seats: {PLAYER}; with dilemmas whose answers are compared"
     add("--against", metavar="PLAYER", help=against)
-    kept = "measure what the checkpoint has kept of the language of its base, which --against names"
-    add("--ability", action="store_true", help=kept)
-    ifeval = "with --ability: prompts in IFEval's format in place of the package's (eval.ifeval)"
-    add("--ifeval", metavar="FILE", help=ifeval)
+    add("--ability", action="store_true", help="measure what is kept of the language of its base")
+    add("--ifeval", metavar="FILE", help="with --ability: prompts in IFEval's format, in place of ours")
     add("--json", type=Path, metavar="FILE", help="write the measures there")
     add("--device", help=DEVICE)
 
