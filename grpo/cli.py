@@ -1,4 +1,4 @@
-"""The `duologue` command: train, config, eval, play, report, data, export, doctor, plan.
+"""The `duologue` command: train, config, eval, play, report, watch, data, export, doctor, plan.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
@@ -139,6 +139,9 @@ def _add_measures(commands: Any) -> None:
 
     add = _command(commands, "report", _report, "write report.html of a run, finished or not")
     add("run_dir", type=Path)
+    add = _command(commands, "watch", _watch, "show a run that is under way, from its files")
+    add("run_dir", type=Path)
+    add("--once", action="store_true", help="print what there is and leave")
     data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
 
     add = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
@@ -354,6 +357,12 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run_dir))
     return 0
+
+
+def _watch(options: argparse.Namespace) -> int:
+    from duologue.grpo.commands.watch import run
+
+    return run(options)
 
 
 def _play(options: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from duologue.grpo.sections import (
     OpponentSection,
     RolloutSection,
     TrainSection,
+    WatchSection,
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.settings import check, keys
@@ -71,6 +72,7 @@ class Config:
     opponent: OpponentSection = OpponentSection()
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
+    watch: WatchSection = WatchSection()
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -248,6 +250,8 @@ def _best_rules(c: Config) -> Iterator[Rule]:
     ):
         yield key, off, bool(c.eval.every) or c.value(key) == default
     whom, _, name = c.train.best_by.lstrip("-").rpartition(":")
+    both = "rules that are not in watch.stop as well"
+    yield "watch.rollback", both, not {*c.watch.stop} & {*c.watch.rollback}
     alone, text_game = c.game.name == "dilemma_alone", isinstance(c.game, TextGameSettings)
     names = PAYOFFS if whom else ("reward", *kind_of(c.game).measures)
     known = text_game and not whom  # such a game's own measures show at its first evaluation

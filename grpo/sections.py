@@ -25,6 +25,11 @@ from duologue.rollout.judge.model import EXPECTED, LIKELIEST
 SERVED = ("temperature", "max_tokens")  # keys of [judge] that only a server's answers depend on,
 HELD = ("threshold", "score", "readings")  # and only those of a model in this process
 NOBODY = Shares()
+IDLE = "idle"
+WATCHED = (  # rules of [watch]
+    *("reward", "one_sided", "no_variance", "distinct", "echo", "length", "malformed"),
+    *("entropy", "kl", "start_score", IDLE),
+)
 HTTP_ADDRESS = "an address that begins with http:// or https://"
 
 
@@ -86,6 +91,8 @@ class TrainSection:
         0, "evaluations of eval.every in a row without a better one, at which self-play ends; 0: any", least=0
     )
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
+    tensorboard: bool = setting(False, "whether RUN_DIR/tensorboard gets the metrics as event files")
+    wandb: str = setting("", "the project of Weights & Biases that gets the metrics; '': none")
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
     )
@@ -306,3 +313,59 @@ class EvalSection:
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")
     judge_model: str = setting("", "the server's name of its model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchSection:
+    """How a run watches itself for a collapse. Each rule is named by its threshold; 0 turns it off. A rule
+    that holds warns, once as it begins; those in `stop` end the run; those in `rollback` go back to the last
+    good weights and their optimizer, with a lower rate, and on to the next step, whose draws are others.
+
+    A mean over fast_steps is compared with one over slow_steps, or with the first fast_steps of the run;
+    nothing but `idle` is said before the run, or the rollback, is twice as old. "Good" weights are kept every
+    train.save_every steps while no rule holds; a rollback goes to the older of the latest two.
+    """
+
+    enabled: bool = setting(True, "whether it does")
+    fast_steps: int = setting(5, "steps that the fast mean of a metric looks back on", least=1)
+    slow_steps: int = setting(50, "steps that the slow mean looks back on", least=1)
+    reward: float = setting(
+        0.5, "a side's fast mean of the reward lies below its slow one by more than this part of it", least=0
+    )
+    one_sided: float = setting(
+        0.95, "one side wins more than this share of the dialogues of the policy with itself", least=0, most=1
+    )
+    no_variance: float = setting(
+        0.95, "more than this share of groups has no variance in a side's rewards", least=0, most=1
+    )
+    distinct: float = setting(
+        0.3, "different pairs of tokens, by all pairs of a group, are below this part of the first", least=0
+    )
+    echo: float = setting(
+        0.8, "more than this share of what is said repeats what the other side has just said", least=0, most=1
+    )
+    length: float = setting(
+        4.0, "tokens of a turn are more than this many times the first, or fewer by as much", least=0
+    )
+    malformed: float = setting(
+        0.3,
+        "the share of malformed dialogues, or of turns cut at the limit, is above the first by this",
+        least=0,
+    )
+    entropy: float = setting(
+        10.0, "the entropy is more than this many times the first, or less by as much", least=0
+    )
+    kl: float = setting(5.0, "the KL to the start, in nats per token, is above this", least=0)
+    start_score: float = setting(
+        0.3,
+        "the score against the start (a win 1, a draw 0.5) is below this in an evaluation",
+        least=0,
+        most=1,
+    )
+    idle: int = setting(50, "steps in a row in which no group had variance, or no parameter changed", least=0)
+    stop: tuple[str, ...] = setting((IDLE,), "rules that end self-play", one_of=WATCHED)
+    rollback: tuple[str, ...] = setting((), "rules that go back", one_of=WATCHED)
+    rollback_rate: float = setting(
+        0.5, "what each rollback multiplies the learning rate with", above=0, most=1
+    )
+    max_rollbacks: int = setting(2, "rollbacks of a run; a rule that asks for one more stops it", least=0)

@@ -14,7 +14,6 @@ from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
-from duologue.grpo.best import BEST, Best, measured
 from duologue.grpo.checkpoints import (
     checkpoints,
     damaged,
@@ -31,15 +30,16 @@ from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.space import check_space, checkpoint_bytes, weight_bytes
-from duologue.grpo.steps import Metrics, Steps
+from duologue.grpo.steps import Metrics
+from duologue.grpo.trackers import Trackers
+from duologue.grpo.watched import Watched
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype, write_checkpoint
-from duologue.rollout.selfplay.dialogue import POLICY
 from torch import Tensor
 
 
-class Trainer(Steps):
+class Trainer(Watched):
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(
@@ -48,9 +48,8 @@ class Trainer(Steps):
         super().__init__(config, run, world)
         self.progress = progress
         self.stop = stop
-        self.seconds = 0.0  # of training, evaluation not counted
+        self.trackers = Trackers(config, run.path, world.is_first)
         self.warm_start: dict[str, float] | None = None
-        self.best = Best(config.train.best_by)
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
             try:
@@ -113,9 +112,10 @@ class Trainer(Steps):
         for note in self.opponents.notes():
             self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
-        self._keep_best()
+        self.keep_best()
+        self.remember()
         while self.step < imitation + selfplay and not self._out_of_time() and not self.stopped:
-            before = self._measure() if self.selfplay_index == 0 else None
+            before = self.measure() if self.selfplay_index == 0 else None
             self._timed(self.selfplay_step, before)
             self._save_if_due(imitation + selfplay)
         return self._finish()
@@ -130,7 +130,8 @@ class Trainer(Steps):
         metrics = step()
         seconds = time.monotonic() - began
         self.seconds += seconds
-        self._record()
+        metrics |= self.look() if metrics["stage"] == "selfplay" else {}
+        sample = self._record()
         if self.bad.of_step:
             metrics["bad_updates"] = self.bad.of_step
         metrics["update_tokens_per_s"] = metrics.pop("tokens") / self.clock.pop("optimise", seconds)
@@ -141,23 +142,36 @@ class Trainer(Steps):
                 metrics["idle_share"] = [1 - seconds / max(played) for seconds in played]
         self.step += 1
         metrics |= {"seconds": seconds, **{f"start_{key}": value for key, value in (before or {}).items()}}
-        metrics |= self._measure() if metrics["stage"] == "selfplay" else {}
+        metrics |= self.measure() if metrics["stage"] == "selfplay" else {}
+        said = self.note(metrics) if "watch" in metrics else []
         if self.world.is_first:  # world
             machine = {"peak_memory_bytes": _peak_memory(), "instruction_set": self._instruction_set()}
-            self.run_dir.append_metrics({"step": self.step - 1, **metrics, **machine})
+            row = {"step": self.step - 1, **metrics, **machine}
+            self.run_dir.append_metrics(row)
+            self.trackers.log(row, sample)
         in_stage = self.step if metrics["stage"] == "imitation" else self.selfplay_index
         self.progress.update(in_stage, metrics)
-        for line in self.bad.lines:
+        for line in (*self.bad.lines, *said):
             self.progress.log(line)
         self.bad.check()
+        if rollback := metrics.get("watch", {}).get("rollback"):
+            self._go_back(rollback)
 
-    def _record(self) -> None:
-        """The dialogues of this step, in the order of the groups of all ranks."""
+    def _go_back(self, rollback: Metrics) -> None:
+        if self.best.step == self.step:
+            self.keep_best()
+        self.go_back(rollback)
+        self._save()
+        self.forget_since(rollback["to"])
+
+    def _record(self) -> Metrics | None:
+        """The dialogues of this step, in the order of the groups of all ranks. The first is returned."""
         records = [[d.record(step=self.step, stage="selfplay") for d in g.dialogues] for g in self.played]
         self.played = ()
         of_all = self.world.gather(records)  # world
         if self.world.is_first:
             self.run_dir.append_dialogues(record for of_group in of_all for record in of_group)
+        return of_all[0][0] if of_all else None
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.max_seconds
@@ -184,50 +198,6 @@ class Trainer(Steps):
             d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
         )
         return metrics
-
-    def _measure(self) -> Metrics:
-        """The small evaluation of the policy as it is, where one is due, and what share of the run's time all
-        of them took.
-        """
-        c = self.config
-        if not c.eval.every or self.selfplay_index % c.eval.every:
-            return {}
-        began = time.monotonic()
-        policy, start = Player(name=POLICY, engine=self.opponents.engine, tokenizer=self.tokenizer), None
-        if not self.game.alone:
-            start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
-        measures = measured(policy, start, self.game, c, self.judge, self.world)
-        if self.judge is not None:
-            self.judge.costs()  # are those of steps
-        self.best.note(self.step, measures)
-        seconds = time.monotonic() - began
-        self.best.seconds += seconds
-        share = self.best.seconds / (self.best.seconds + self.seconds)
-        if self.selfplay_index == 0:
-            self._keep_best()
-        return {"eval": measures, "eval_seconds": seconds, "eval_share": share}
-
-    def _keep_best(self) -> None:
-        """Write the policy as it is as the best one where the last evaluation says so, or a kill came between
-        that and the checkpoint.
-        """
-        written = self.best.written(self.run_dir.path / "checkpoints" / BEST)
-        if self.world.agree(self.world.is_first and self.best.step == self.step and not written):  # world
-            self.run_dir.save_checkpoint(BEST, self._write_best)
-
-    def _write_best(self, folder: Path) -> None:
-        write_checkpoint(self.model, self.tokenizer, folder)
-        self.best.write_note(folder)
-
-    @property
-    def stopped(self) -> str:
-        """Why self-play ends before its last step; "" while it does not."""
-        patience = self.config.train.patience
-        if patience and self.best.waited >= patience:
-            return (
-                f"no better evaluation than that after step {self.best.step} in {self.best.waited} in a row"
-            )
-        return ""
 
     def _finish(self) -> dict[str, Any]:
         self.run_dir.drop_trained(self.step)
@@ -273,16 +243,19 @@ class Trainer(Steps):
         if is_best or (self.step % self.config.train.save_every == 0 and self.step < last):
             self._save()  # before the best, which its state names
         if is_best:
-            self._keep_best()
+            self.keep_best()
+        self.keep_good(self._save)
 
-    def _save(self) -> None:
+    def _save(self, name: str = "") -> None:
+        """The checkpoint of this step, or the state as it is under another name."""
         keep = self.config.train.keep_checkpoints
         optimizer = self.optimizer.state_dict()  # world
+        size = checkpoint_bytes(self.model)
+        if name:
+            self.run_dir.save_checkpoint(name, lambda to: self._write(to, optimizer), needed=size)
+            return
         self.run_dir.save_checkpoint(
-            step_name(self.step),
-            lambda to: self._write(to, optimizer),
-            keep=keep,
-            needed=checkpoint_bytes(self.model),
+            step_name(self.step), lambda to: self._write(to, optimizer), keep=keep, needed=size
         )
         oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
         self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
@@ -331,6 +304,7 @@ def train(
     try:
         return trainer.run()
     finally:
+        trainer.trackers.close()
         if trainer.judge is not None:
             trainer.judge.close()
         trainer.arena.speakers.close()
