@@ -1,4 +1,4 @@
-"""The `duologue` command: train, config, eval, play, report, data, export, doctor, plan.
+"""The `duologue` command: train, config, eval, play, report, watch, data, export, doctor, plan.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -142,9 +143,14 @@ def _add_measures(commands: Any) -> None:
 
     add = _command(commands, "report", _report, "write report.html of a run, finished or not")
     add("run_dir", type=Path)
+    add = _command(commands, "watch", _later("watch"), "show a run that is under way, from its files")
+    add("run_dir", type=Path)
+    add("--once", action="store_true", help="print what there is and leave")
     data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
 
-    add = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
+    add = _command(
+        commands, "play", _later("play"), "negotiate with a checkpoint in the terminal", settings=True
+    )
     add("checkpoint", type=Path, help=f"{CHECKPOINT}, or a run directory for its last one")
     game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
     add("--game", metavar="RECIPE", help=game)
@@ -155,7 +161,7 @@ def _add_measures(commands: Any) -> None:
 
 
 def _add_files(commands: Any) -> None:
-    add = _command(commands, "export", _export, "write a checkpoint of a run for other programs")
+    add = _command(commands, "export", _later("export"), "write a checkpoint of a run for other programs")
     add("source", type=Path, help="a checkpoint, or a run directory for its last one")
     add("out", type=Path, help="a new folder")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
@@ -168,7 +174,9 @@ def _add_files(commands: Any) -> None:
     add = _command(commands, "doctor", _doctor, examined)
     add("--ranks", type=int, metavar="N", help="check what a run of N ranks here would need")
 
-    add = _command(commands, "plan", _plan, "what a run would take of each rank's memory", settings=True)
+    add = _command(
+        commands, "plan", _later("plan"), "what a run would take of each rank's memory", settings=True
+    )
     add("recipe", help=RECIPE)
     shape = "a checkpoint's folder, a config.json, or a well-known name such as Qwen3-8B"
     add("--model", required=True, metavar="DIR|SHAPE", help=shape)
@@ -356,23 +364,20 @@ def _eval(options: argparse.Namespace) -> int:
 # ---- the others --------------------------------------------------------------------------------------------
 
 
+def _later(module: str) -> Callable[[argparse.Namespace], int]:
+    """A command of grpo/commands that is imported when it is given."""
+
+    def run(options: argparse.Namespace) -> int:
+        return int(importlib.import_module(f"duologue.grpo.commands.{module}").run(options))
+
+    return run
+
+
 def _report(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.report import write_report
 
     print(write_report(options.run_dir))
     return 0
-
-
-def _play(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.play import run
-
-    return run(options)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.export import run
-
-    return run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -383,12 +388,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.ranks import examine_ranks
 
     return examine_ranks(options.ranks)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.plan import run
-
-    return run(options)
 
 
 if __name__ == "__main__":

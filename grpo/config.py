@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from duologue.grpo.collapse import WatchSection
 from duologue.grpo.mix import ENDPOINT, FROZEN, POOL, SCRIPTED
 from duologue.grpo.sections import (
     HELD,
@@ -76,6 +77,7 @@ class Config:
     opponent: OpponentSection = OpponentSection()
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
+    watch: WatchSection = WatchSection()
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -253,6 +255,8 @@ def _best_rules(c: Config) -> Iterator[Rule]:
     ):
         yield key, off, bool(c.eval.every) or c.value(key) == default
     whom, _, name = c.train.best_by.lstrip("-").rpartition(":")
+    both = "rules that are not in watch.stop as well"
+    yield "watch.rollback", both, not {*c.watch.stop} & {*c.watch.rollback}
     alone, text_game = c.game.name == "dilemma_alone", isinstance(c.game, TextGameSettings)
     names = PAYOFFS if whom else ("reward", *kind_of(c.game).measures)
     known = text_game and not whom  # such a game's own measures show at its first evaluation

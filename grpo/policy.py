@@ -121,6 +121,20 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
             )
 
 
+@torch.no_grad()
+def restore_weights(model: Decoder, folder: Path) -> None:
+    """What of `model` is trained becomes what is in `folder`, in place."""
+    if isinstance(model, LoraDecoder):
+        mine = model.adapter.parameters()
+        saved = read_adapter(folder, model.adapter_off).parameters()
+    else:
+        other = empty_decoder(model.config)
+        load_weights(other, folder, "cpu", model.head_weight.dtype)
+        mine, saved = model.parameters(), other.parameters()
+    for parameter, value in zip(mine, saved, strict=True):
+        parameter.copy_(value)
+
+
 def load_beside(model: Decoder, folder: Path) -> Decoder:
     """The weights in `folder`, without gradient, for use beside `model`: a KL term's reference, or an
     opponent.

@@ -100,6 +100,8 @@ class TrainSection:
         0, "evaluations of eval.every in a row without a better one, at which self-play ends; 0: any", least=0
     )
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
+    tensorboard: bool = setting(False, "whether RUN_DIR/tensorboard gets the metrics as event files")
+    wandb: str = setting("", "the project of Weights & Biases that gets the metrics; '': none")
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
     )

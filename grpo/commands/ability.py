@@ -16,7 +16,7 @@ from duologue.grpo.config import Config
 from duologue.grpo.partners import START, start_of
 from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.run_dir import finite
-from duologue.grpo.telling import run_of
+from duologue.grpo.unsaid import run_of
 from duologue.model.atomic import write_file
 from rich import box
 from rich.console import Console
