@@ -120,7 +120,7 @@ def test_the_last_override_wins() -> None:
             "grpo.advantage=running",
             r"grpo\.per_role = false: accepted is true with grpo\.advantage = 'running'",
         ),
-        ("game.walk_away=20", r"game\.walk_away = 20\.0: accepted is 0 to the total value 10"),
+        ("game.walk_away=20", r"game\.walk_away = 20\.0: accepted is 0, or with .* up to the total 10"),
         ("dialogue.top_p=0.0", r"dialogue\.top_p = 0\.0: accepted is above 0 and up to 1"),
         ("dialogue.temperature=0", r"dialogue\.temperature = 0\.0: accepted is above 0"),
         ("rollout.page_size=24", r"rollout\.page_size = 24: accepted is a multiple of 16"),
@@ -135,7 +135,9 @@ def test_what_is_wrong_is_named(override: str, message: str) -> None:
 def test_what_depends_on_other_keys_is_accepted_with_them() -> None:
     load_config("deal", ["model.device=cuda:1", "rollout.exact=false", "grpo.tis_cap=2"])
     load_config("deal", ["game.objective=selfish", "game.walk_away=2"])
-    load_config("deal", ["game.walk_away=2"])  # a part of its reward is a side's own
+    load_config("deal", ["game.weights={own = 1, nash = 1}", "game.walk_away=2"])
+    with pytest.raises(ValueError, match=r"game\.walk_away = 20\.0: accepted is 0 to the total value 10"):
+        load_config("deal", ["game.objective=selfish", "game.walk_away=20"])
     refused = r"game\.walk_away = 2\.0: accepted is 0, or with game\.objective = 'selfish'"
     with pytest.raises(ValueError, match=refused):
         load_config("deal", ["game.objective=cooperative", "game.walk_away=2"])
