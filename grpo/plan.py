@@ -75,7 +75,7 @@ def shape_of(config: Config) -> ModelConfig | None:
     """Of the model that a run starts from; None where its folder does not say (an adapter, or nothing)."""
     m = config.model
     if m.path:
-        return read_config(Path(m.path)) if Path(m.path, "config.json").is_file() else None
+        return read_config(m.folder) if (m.folder / "config.json").is_file() else None
     return ModelConfig(
         model_type="qwen3",
         hidden_size=m.hidden_size,

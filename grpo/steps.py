@@ -66,7 +66,7 @@ class Steps:
         self.baseline = RunningBaseline()
         self.bad = BadUpdates(config.train.max_bad_updates)
         self.reference: Decoder | None = None  # the policy that self-play began with, where it is needed
-        self.step = 0
+        self.step, self.rate_scale = 0, 1.0
         self.clock: dict[str, float] = {}  # seconds of the parts of this step
         self.scores: Metrics = {}  # of this step: the judge's costs, how the policy fared against opponents
         self.played: Sequence[Group] = ()  # by this step
@@ -166,9 +166,8 @@ class Steps:
         """
         c = self.config.grpo
         at, total = self.selfplay_index, self.config.train.steps
-        lr = learning_rate(
-            at, peak=c.learning_rate, warmup_steps=c.warmup_steps, total_steps=total, schedule=c.schedule
-        )
+        peak = c.learning_rate * self.rate_scale
+        lr = learning_rate(at, peak=peak, warmup_steps=c.warmup_steps, total_steps=total, schedule=c.schedule)
         every = []
         for epoch in range(c.updates_per_rollout):
             every.append(self._policy_gradient(rows, epoch))
