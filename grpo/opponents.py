@@ -255,6 +255,15 @@ class Opponents:
         gone = {*map(_name, range(1, oldest))}
         self.ratings = {name: rating for name, rating in self.ratings.items() if name not in gone}
 
+    def go_back(self, step: int) -> None:
+        """The policy is what it was before `step` again, and so are the snapshots of it since."""
+        taken = [path for path in self.folder.glob("step_*") if step_of(path) > step]
+        for path in taken if self.world.is_first else ():
+            write_folder(path, self._write)
+        self.world.agree(False)  # world: nobody reads what is not whole
+        self.held.forget_after(step)
+        self._present = {}
+
     def needed(self, steps: Sequence[int]) -> list[Path]:
         """The snapshots that one of these steps can meet and that are taken before the first of them."""
         o = self.config.opponent

@@ -274,6 +274,7 @@ def finished(path: Path, config_toml: str) -> bool:
         return False
     before, after = settings_of(saved), settings(config_toml)
     length = {("train", key) for key in LENGTH.split()}
+    length |= {key for key in may_differ() if key[0] == "watch"}  # by which it may have ended
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= (
         may_differ() - length
     )

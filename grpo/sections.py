@@ -8,12 +8,14 @@ Rules between keys stand in `config.py`. Sections of a lower layer are that laye
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from duologue.grpo.ability.prompts import OWN
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.mix import FROZEN, LAGGED, PARTNER, PARTNERS, POOL, START
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
+from duologue.model.hub import local
 from duologue.model.lora import LoraSettings
 from duologue.model.settings import Shares, keys, like, setting
 from duologue.model.tokenizer import LEAST_IDS
@@ -33,10 +35,14 @@ HTTP_ADDRESS = "an address that begins with http:// or https://"
 class ModelSection:
     """The policy: a checkpoint, or a Qwen3 decoder of the sizes below that starts from nothing."""
 
-    path: str = setting("", "folder of a Hugging Face checkpoint; '' starts from nothing")
+    path: str = setting(
+        "", "folder of a Hugging Face checkpoint, or its name in the Hub; '' starts from nothing"
+    )
     device: str = setting("cpu", "where the model is", form=r"cpu|cuda(:\d+)?", words="cpu, cuda or cuda:N")
     dtype: str = setting(
-        "float32", "of the weights; on CUDA those of model.path, where nothing is said", one_of=DTYPES
+        "float32",
+        "of the weights; where nothing is said with a path, that of the checkpoint, where the device has it",
+        one_of=DTYPES,
     )
     hidden_size: int = setting(128, "width of the residual stream", least=1)
     intermediate_size: int = setting(384, "width of an MLP", least=1)
@@ -46,6 +52,11 @@ class ModelSection:
     head_dim: int = setting(0, "an even number; 0 is hidden_size / num_heads", least=0, most=256)
     vocab_size: int = setting(512, "ids of the tokenizer that is trained, at most", least=LEAST_IDS)
     max_position: int = setting(512, "tokens of the longest context", least=32)
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint at `path`, fetched from the Hub where that names one."""
+        return local(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +100,23 @@ class TrainSection:
         0, "evaluations of eval.every in a row without a better one, at which self-play ends; 0: any", least=0
     )
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
+    tensorboard: bool = setting(False, "whether RUN_DIR/tensorboard gets the metrics as event files")
+    wandb: str = setting("", "the project of Weights & Biases that gets the metrics; '': none")
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
+    )
+    recompute: str = setting(
+        "none",
+        "what a backward computes a second time, to keep less: 'layer', all but the inputs of layers",
+        one_of=("none", "layer"),
+    )
+    offload_moments: bool = setting(False, "keep the moments of AdamW in the host's memory; of a run on CUDA")
+    shares: int = setting(
+        0,
+        "fixed shares of a step's rows, a multiple of the ranks: the same bits for any number of them; 0: as "
+        "many as there are ranks",
+        least=0,
+        most=4096,
     )
     max_bad_updates: int = setting(
         3, "updates in a row that are skipped as not finite before the run ends", least=1

@@ -18,7 +18,6 @@ from typing import Any
 
 from duologue.grpo.ability.measure import at_end
 from duologue.grpo.ability.prompts import read_prompts
-from duologue.grpo.best import BEST, Best, measured
 from duologue.grpo.checkpoints import (
     checkpoints,
     damaged,
@@ -36,14 +35,16 @@ from duologue.grpo.partners import START, in_full, policy_player, scripted_playe
 from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.saving import Saver
 from duologue.grpo.space import check_space, checkpoint_bytes, weight_bytes
-from duologue.grpo.steps import Metrics, Steps
+from duologue.grpo.steps import Metrics
+from duologue.grpo.trackers import Trackers
+from duologue.grpo.watched import Watched
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
 from duologue.model.checkpoint import host_copy, on_host, parse_dtype, write_checkpoint
-from duologue.rollout.selfplay.dialogue import POLICY
+from torch import Tensor
 
 
-class Trainer(Steps):
+class Trainer(Watched):
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(
@@ -53,11 +54,10 @@ class Trainer(Steps):
         self.progress = progress
         self.stop = stop
         self.saver = Saver()
-        self.seconds = 0.0  # of training, evaluation not counted
+        self.trackers = Trackers(config, run.path, world.is_first)
         self.warm_start: dict[str, float] | None = None
         if config.eval.ifeval:
             read_prompts(Path(config.eval.ifeval))  # refused now, not at the end
-        self.best = Best(config.train.best_by)
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
             try:
@@ -120,9 +120,10 @@ class Trainer(Steps):
         for note in self.opponents.notes():
             self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
-        self._keep_best()
+        self.keep_best()
+        self.remember()
         while self.step < imitation + selfplay and not self._out_of_time() and not self.stopped:
-            before = self._measure() if self.selfplay_index == 0 else None
+            before = self.measure() if self.selfplay_index == 0 else None
             self._timed(self.selfplay_step, before)
             self._save_if_due(imitation + selfplay)
         return self._finish()
@@ -138,7 +139,8 @@ class Trainer(Steps):
         metrics = step()
         seconds = time.monotonic() - began
         self.seconds += seconds
-        self._record()
+        metrics |= self.look() if metrics["stage"] == "selfplay" else {}
+        sample = self._record()
         if self.bad.of_step:
             metrics["bad_updates"] = self.bad.of_step
         metrics["update_tokens_per_s"] = metrics.pop("tokens") / self.clock.pop("optimise", seconds)
@@ -149,23 +151,36 @@ class Trainer(Steps):
                 metrics["idle_share"] = [1 - seconds / max(played) for seconds in played]
         self.step += 1
         metrics |= {"seconds": seconds, **{f"start_{key}": value for key, value in (before or {}).items()}}
-        metrics |= self._measure() if metrics["stage"] == "selfplay" else {}
+        metrics |= self.measure() if metrics["stage"] == "selfplay" else {}
+        said = self.note(metrics) if "watch" in metrics else []
         if self.world.is_first:  # world
             machine = {"peak_memory_bytes": _peak_memory(), "instruction_set": self._instruction_set()}
-            self.run_dir.append_metrics({"step": self.step - 1, **metrics, **machine})
+            row = {"step": self.step - 1, **metrics, **machine}
+            self.run_dir.append_metrics(row)
+            self.trackers.log(row, sample)
         in_stage = self.step if metrics["stage"] == "imitation" else self.selfplay_index
         self.progress.update(in_stage, metrics)
-        for line in self.bad.lines:
+        for line in (*self.bad.lines, *said):
             self.progress.log(line)
         self.bad.check()
+        if rollback := metrics.get("watch", {}).get("rollback"):
+            self._go_back(rollback)
 
-    def _record(self) -> None:
-        """The dialogues of this step, in the order of the groups of all ranks."""
+    def _go_back(self, rollback: Metrics) -> None:
+        if self.best.step == self.step:
+            self.keep_best()
+        self.go_back(rollback)
+        self._save()
+        self.forget_since(rollback["to"])
+
+    def _record(self) -> Metrics | None:
+        """The dialogues of this step, in the order of the groups of all ranks. The first is returned."""
         records = [[d.record(step=self.step, stage="selfplay") for d in g.dialogues] for g in self.played]
         self.played = ()
         of_all = self.world.gather(records)  # world
         if self.world.is_first:
             self.run_dir.append_dialogues(record for of_group in of_all for record in of_group)
+        return of_all[0][0] if of_all else None
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.max_seconds
@@ -180,6 +195,7 @@ class Trainer(Steps):
             needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
+        self.optimizer.close()
         self.optimizer = self.new_optimizer()
         self._save()
 
@@ -193,50 +209,6 @@ class Trainer(Steps):
             d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
         )
         return metrics
-
-    def _measure(self) -> Metrics:
-        """The small evaluation of the policy as it is, where one is due, and what share of the run's time all
-        of them took.
-        """
-        c = self.config
-        if not c.eval.every or self.selfplay_index % c.eval.every:
-            return {}
-        began = time.monotonic()
-        policy, start = Player(name=POLICY, engine=self.opponents.engine, tokenizer=self.tokenizer), None
-        if not self.game.alone:
-            start = policy_player(START, self.reference or self.start_weights(), self.tokenizer, c)
-        measures = measured(policy, start, self.game, c, self.judge, self.world)
-        if self.judge is not None:
-            self.judge.costs()  # are those of steps
-        self.best.note(self.step, measures)
-        seconds = time.monotonic() - began
-        self.best.seconds += seconds
-        share = self.best.seconds / (self.best.seconds + self.seconds)
-        if self.selfplay_index == 0:
-            self._keep_best()
-        return {"eval": measures, "eval_seconds": seconds, "eval_share": share}
-
-    def _keep_best(self) -> None:
-        """Write the policy as it is as the best one where the last evaluation says so, or a kill came between
-        that and the checkpoint.
-        """
-        written = self.best.written(self.run_dir.path / "checkpoints" / BEST)
-        if self.world.agree(self.world.is_first and self.best.step == self.step and not written):  # world
-            self.run_dir.save_checkpoint(BEST, self._write_best, needed=weight_bytes(self.model))
-
-    def _write_best(self, folder: Path) -> None:
-        write_checkpoint(self.model, self.tokenizer, folder)
-        self.best.write_note(folder)
-
-    @property
-    def stopped(self) -> str:
-        """Why self-play ends before its last step; "" while it does not."""
-        patience = self.config.train.patience
-        if patience and self.best.waited >= patience:
-            return (
-                f"no better evaluation than that after step {self.best.step} in {self.best.waited} in a row"
-            )
-        return ""
 
     def _finish(self) -> dict[str, Any]:
         self.run_dir.drop_trained(self.step)
@@ -291,11 +263,17 @@ class Trainer(Steps):
             self._save()  # before the best, which its state names
         if is_best:
             self.saver.wait()
-            self._keep_best()
+            self.keep_best()
+        self.keep_good(self._save)
 
-    def _save(self) -> None:
-        """Copy what the run goes on with, and begin to write the copy."""
+    def _save(self, name: str = "") -> None:
+        """Copy what the run goes on with, and begin to write it; under another name it is written now."""
         optimizer = self.optimizer.state_dict()  # world
+        if name:
+            self.saver.wait()
+            size = checkpoint_bytes(self.model)
+            self.run_dir.save_checkpoint(name, lambda to: self._write(to, optimizer), needed=size)
+            return
         if not self.world.is_first:  # world
             return
         self.saver.wait()  # before there is a second copy
@@ -308,6 +286,10 @@ class Trainer(Steps):
             write_state(folder, state, optimizer)
 
         self.saver.start(lambda: self._put(name, write, lengths))
+
+    def _write(self, folder: Path, optimizer: dict[str, Tensor]) -> None:
+        write_checkpoint(self.model, self.tokenizer, folder)
+        write_state(folder, self._state(), optimizer)
 
     def _put(self, name: str, write: Callable[[Path], None], lengths: dict[str, int]) -> None:
         """In the saver's thread: a checkpoint more, and what only those needed that go for it."""
@@ -363,6 +345,7 @@ def train(
             trainer.saver.wait()
         raise
     finally:
+        trainer.trackers.close()
         if trainer.judge is not None:
             trainer.judge.close()
         trainer.arena.speakers.close()

@@ -18,8 +18,8 @@ from duologue.grpo.cli import main
 from duologue.grpo.config import from_dict, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.run_dir import RunDir
-from duologue.grpo.telling import knows_english, telling_of
 from duologue.grpo.trainer import Trainer
+from duologue.grpo.unsaid import kept_of, knows_english, unsaid
 from duologue.rollout.games import catalogue, english
 from duologue.rollout.games.catalogue import SIDES, characters, kind_of, partners
 from duologue.rollout.games.deal import Deal, DealSettings
@@ -190,7 +190,7 @@ def garbled(rng: random.Random, words: list[str]) -> str:
 
 @pytest.mark.parametrize("name", GAMES)
 def test_nothing_that_is_said_breaks_a_negotiator_or_its_principles(name: str) -> None:
-    """Some 10,000 garbled utterances over the games; no offer below what a character takes is accepted."""
+    """10,000 garbled utterances of each game; no offer below what a character takes is accepted."""
     game, rng = made(name), random.Random(4)
     forms = [form for forms in english.words_of(FILES[name]).values() for form in forms]
     words = [word for form in forms for word in form.split()] + [
@@ -202,7 +202,7 @@ def test_nothing_that_is_said_breaks_a_negotiator_or_its_principles(name: str) -
         "book",
         "[done]",
     ]
-    for n in range(840):
+    for n in range(2500):
         scenario, character = game.sample(rng, "train"), characters(name)[n % 6]
         side = SIDES[name](game, scenario, n % 2, character, random.Random(n))
         for _ in range(4):
@@ -250,8 +250,10 @@ def test_the_telling_follows_the_checkpoint_and_older_runs_keep_theirs(tmp_path:
     path.write_text(old.replace('telling = "plain"\n', ""), "utf-8")
     assert from_dict({"model": {"path": "x"}}).value("game.telling") == "plain"
     assert load_config(str(path)).value("game.telling") == "plain"
-    assert telling_of(tmp_path, []) == ["game.telling=plain"]
-    assert telling_of(tmp_path, ["game.telling=english"]) == []
+    assert kept_of(tmp_path) == {"game.telling": "plain", "model.dtype": "float32"}
+    assert load_config("deal", ["model.path=x"], kept_of(tmp_path)).value("game.telling") == "plain"
+    said = ["model.path=x", "game.telling=english"]
+    assert load_config("deal", said, kept_of(tmp_path)).value("game.telling") == "english"
     with pytest.raises(ValueError, match=r"game\.telling = 'dutch'"):
         load_config("deal", ["game.telling=dutch"])
 
@@ -284,7 +286,7 @@ def test_a_checkpoint_that_no_setting_names_is_told_what_it_knows(
         (tmp_path / "config.toml").write_text(toml.replace('telling = "english"', line), "utf-8")
         assert knows_english(outside) == told
     (tmp_path / "config.toml").write_text("[game", "utf-8")
-    assert not knows_english(outside) and not knows_english("scripted:honest")
+    assert not knows_english(outside) and unsaid("scripted:honest") == {}
 
 
 def test_a_checkpoint_is_trained_in_english_and_goes_on_from_where_it_was(

@@ -1,4 +1,6 @@
-"""`duologue export`: a checkpoint of a run as a folder that transformers (or, unmerged, peft) loads."""
+"""`duologue export`: a checkpoint of a run as a folder that transformers (or, unmerged, peft) loads, with a
+model card.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ from pathlib import Path
 
 from duologue.grpo.best import BEST, NOTE
 from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.commands.card import card
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
 from duologue.model.lora import LoraDecoder, merged
@@ -49,8 +52,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{option}: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0"
         )
+    adapter_of = model.adapter.settings.base if isinstance(model, LoraDecoder) else ""
+    text = card(source, out, adapter_of)
+
+    def write(folder: Path) -> None:
+        write_checkpoint(model, tokenizer, folder)
+        (folder / "README.md").write_text(text, "utf-8")
+
     try:
-        write_folder(out, lambda folder: write_checkpoint(model, tokenizer, folder))
+        write_folder(out, write)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{out} could not be written: {error}") from error
     size = sum(file.stat().st_size for file in out.rglob("*"))

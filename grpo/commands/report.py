@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 from duologue.grpo.checkpoints import STATE, latest_checkpoint
-from duologue.grpo.commands import best, partners
+from duologue.grpo.commands import partners, watched
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.run_dir import iter_lines, read_lines
@@ -120,7 +120,7 @@ def gather(run_dir: Path, ended: bool = True) -> Record:
         "crossplay": _crossplay(game, summary),
         "language": summary.get("ability", {}).get("line", ""),
         "partners": partners.table(metrics),
-        "charts": [*_charts(game, metrics), *best.charts(metrics)],
+        "charts": [*_charts(game, metrics), *watched.charts(metrics)],
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         "sections": sections,
         "coloured": tokenizer is not None,
@@ -185,10 +185,7 @@ def _facts(config: Record, metrics: Sequence[Record], summary: Record) -> list[t
     peak = max((row.get("peak_memory_bytes") or 0 for row in metrics), default=0)
     if peak:
         facts.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
-    if summary.get("best"):
-        facts.append(("best checkpoint", best.in_words(summary["best"])))
-    if summary.get("stopped"):
-        facts.append(("ended early", summary["stopped"]))
+    facts += watched.facts(metrics, summary)
     if metrics:
         facts.append(("reported", time.strftime("%Y-%m-%d %H:%M")))
     return facts
