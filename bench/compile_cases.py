@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels.gpu import attention, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import attention, gather, linear, rows, sampler, softmax, sparse
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -19,7 +19,7 @@ NAMES = {  # what arguments of these names are, wherever a case does not say oth
     "i32": "M O K N S R V H D Hq Hk size limit max_position max_pages n_chunks",
     "fp32": "eps sign scale temperature softcap",
     "*i32": "table cu_seqlens context_lens shared top_ks ids sizes",
-    "*i64": "targets positions slots tokens seeds source order rows starts offsets",
+    "*i64": "targets positions slots tokens seeds source order rows starts offsets places",
     "*fp32": "stats delta parts part_stats partial numbers cos sin cuts temperatures top_ps min_ps logprobs "
     "entropies grad_logprobs grad_entropies",
 }
@@ -101,7 +101,37 @@ def sparse_cases() -> Iterator[Case]:
         yield case(kernel, element, flags, logits="*fp32", grad="*fp32")
 
 
+def gather_cases() -> Iterator[Case]:
+    for element in ("*fp32", "*bf16"):
+        yield case(gather.sum_rows_kernel, element, {"BLOCK": gather.block(4096), "num_warps": 4})
+
+
+def one_cases() -> Iterator[Case]:
+    """Triton makes a constant of a size that is 1 and compiles another kernel: of one key head, one query
+    head, one id of a support, one number per row; and sizes beyond 2^31 are 64 bits wide.
+    """
+    tile = {**attention.tile(128, True), "CHUNK": attention.CHUNK}
+    for heads in ({"Hk": 1}, {"Hk": 1, "Hq": 1}):
+        packed = {"PAGE": 0, "SPLIT": False, "PREFIX": 0, **tile, **heads}
+        yield case(attention.attention_kernel, "*bf16", packed)
+        yield case(attention.attention_kernel, "*bf16", {**packed, "PAGE": 64})
+        for prefix in (0, 1, 2):
+            split = {**packed, "PAGE": 64, "SPLIT": True, "PREFIX": prefix}
+            yield case(attention.attention_kernel, "*bf16", split, out="*fp32")
+        yield case(attention.grad_query_kernel, "*bf16", {**tile, **heads})
+        yield case(attention.grad_key_kernel, "*bf16", {**tile, **heads})
+    yield case(rows.rotate_kernel, "*bf16", {"H": 1, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4})
+    yield case(softmax.support_kernel, "*fp32", {"limit": 1, **softmax.LAUNCH})
+    yield case(linear.linear_kernel, "*bf16", {"O": 1, "HAS_BIAS": True, **linear.tile(True, 1, True)})
+    yield case(gather.sum_rows_kernel, "*fp32", {"K": 1, "BLOCK": 1, "num_warps": 4})
+    for on in (False, True):
+        gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4}
+        yield case(rows.silu_mul_kernel, "*bf16", gate, size="i64")
+
+
 FAMILIES = (
+    gather_cases,
+    one_cases,
     linear_cases,
     rows_cases,
     attention_cases,

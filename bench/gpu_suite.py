@@ -3,59 +3,42 @@ and the roofline, then the engine.
 
     python bench/gpu_suite.py [--seconds 440] [--save] [--dry]      from the root; no installation needed
 
-Prints a table and one JSON line last; --save appends the rows to bench/results/gpu.csv. What does not fit in
---seconds is named as left out. --dry runs all of it on the CPU with tiny sizes, to see that it works. Exits 1
-when a test or a measurement fails.
+Prints a table and one JSON line last; --out FILE has each row at once, --save appends them to
+bench/results/gpu.csv. What does not fit in --seconds is named as left out. --dry runs all of it on the CPU
+with tiny sizes, to see that it works. Exits 1 when a test or a measurement fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def find_package() -> None:
-    """Make `duologue` importable from a bare checkout, here and in child processes: its name exists only in
-    an installation."""
-    if importlib.util.find_spec("duologue"):
-        return
-    package = Path(tempfile.mkdtemp()) / "duologue"
-    package.mkdir()
-    (package / "__init__.py").write_text('__version__ = "0"\n')
-    for layer in ("kernels", "model", "rollout", "grpo"):
-        (package / layer).symlink_to(ROOT / layer)
-    sys.path.insert(0, str(package.parent))
-    os.environ["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(package.parent), os.environ.get("PYTHONPATH")])
-    )
-
-
 sys.path.insert(0, str(ROOT))
+
+from bench.bare import find_package  # noqa: E402
+
 find_package()
 
 import torch  # noqa: E402
 
 from bench.common import append_rows, calls, ceilings, quantiles  # noqa: E402
 from bench.gpu_cases import DRY, SHAPES, Work, works  # noqa: E402
+from bench.gpu_driver import Rows  # noqa: E402
 
 MEASURED = ("p20_us", "p50_us", "p80_us", "share_of_roofline", "extra_mb", "error", "failed")
 
 
 def run_tests(seconds: float, dry: bool) -> dict[str, Any]:
     """The GPU tests in a process of their own; with `dry` they are only collected."""
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "tests"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_gpu.py"]
     command += ["--collect-only"] if dry else []
     began = time.perf_counter()
     try:
@@ -143,7 +126,9 @@ def main() -> int:
     seconds = "for tests and kernels; what does not fit is left out and named"
     parser.add_argument("--seconds", type=float, default=440, help=seconds)
     parser.add_argument("--save", action="store_true", help="append to bench/results/gpu.csv")
+    parser.add_argument("--out", type=Path, help="append each row to this file at once, as JSON")
     parser.add_argument("--no-tests", action="store_true", help="benches only")
+    parser.add_argument("--no-engine", action="store_true", help="kernels only")
     parser.add_argument("--only", default="", help="works whose op holds this")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on the CPU")
     args = parser.parse_args()
@@ -168,6 +153,8 @@ def main() -> int:
             if args.only in work.op:
                 measured = measure(work, device, bandwidth, rate, 0.01 if args.dry else 0.5)
                 show(measured, work.missing)
+                for row in measured if args.out else ():
+                    Rows(args.out).add("peers", **row, missing=work.missing)
                 rows += measured
             del work
             gc.collect()
@@ -179,7 +166,7 @@ def main() -> int:
     if args.save and rows:
         append_rows("gpu", rows)
     broken = [row for row in rows if row["failed"] and row["provider"].startswith("ours")]
-    engine = run_engine(args.dry, ends + 60) if not args.only else []
+    engine = [] if args.only or args.no_engine else run_engine(args.dry, ends + 60)
     summary = {"bench": "gpu_suite", "tests": tests, "bytes_per_s": bandwidth, "flops_per_s": rate}
     print(json.dumps({**summary, "left_out": len(left_out), "rows": rows, "rollout": engine}))
     return int(bool(broken or tests.get("failed") or any("failed" in row for row in engine)))

@@ -28,7 +28,7 @@ from duologue.grpo.config import from_dict
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row
-from duologue.grpo.policy import use_threads
+from duologue.grpo.policy import use_device
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.model.checkpoint import parse_dtype
 from duologue.model.config import ModelConfig
@@ -96,7 +96,7 @@ def build(name: str, device: str) -> Decoder:
 
 
 def measure(name: str, rank: int, trains: str, partner: bool, device: str) -> dict[str, Any]:
-    use_threads(from_dict({"model": {"device": device}}))
+    use_device(from_dict({"model": {"device": device}}))
     before = memory(device, peak=False)
     model = build(name, device)
     if trains == "adapter":

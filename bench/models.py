@@ -44,6 +44,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 QWEN3 = {  # name: hidden, inner, layers, heads
     "0.6B": (1024, 3072, 28, 16),
     "1.7B": (2048, 6144, 28, 16),
+    "4B": (2560, 9728, 36, 32),
     "8B": (4096, 12_288, 36, 32),
 }
 
@@ -80,20 +81,41 @@ def make_checkpoint(shape: dict[str, Any], folder: Path, max_positions: int = 51
 def qwen3(name: str, device: str) -> Decoder:
     """Random weights in one of Qwen3's shapes, bf16."""
     hidden, inner, layers, heads = QWEN3[name]
+    tied = name != "8B"
+    return random_qwen3(
+        device, torch.bfloat16, hidden=hidden, inner=inner, layers=layers, heads=heads, tied=tied
+    )
+
+
+def random_qwen3(
+    device: str,
+    dtype: torch.dtype,
+    *,
+    hidden: int,
+    inner: int,
+    layers: int,
+    heads: int,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    vocab: int = 151_936,
+    tied: bool = True,
+) -> Decoder:
+    """Random weights, made on the device."""
     config = ModelConfig(
         model_type="qwen3",
-        vocab_size=151_936,
+        vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=inner,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
         max_position_embeddings=4096,
-        tie_word_embeddings=name != "8B",
+        tie_word_embeddings=tied,
     )
+    torch.manual_seed(0)
     with torch.device(device):
-        model = Decoder(config).bfloat16()
+        model = Decoder(config).to(dtype)
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             parameter.fill_(1.0) if "norm" in parameter_name else parameter.normal_(std=0.02)

@@ -20,7 +20,7 @@ from duologue.grpo.build import build_game
 from duologue.grpo.config import load_config
 from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.partners import START, in_full, load_player, start_of
-from duologue.grpo.policy import use_threads
+from duologue.grpo.policy import use_device
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.games.game import Measure
 
@@ -48,7 +48,7 @@ def pairings(players: dict[str, Player], partners: Sequence[Player]) -> Iterator
 def rows_of(path: Path, names: Sequence[str], dialogues: int) -> list[Row]:
     """Of one run."""
     config = load_config(str(path / "config.toml"))
-    use_threads(config)
+    use_device(config)
     game, first = build_game(config), start_of(path)
     others = [name for name in in_full(names, game) if Path(name).resolve() != path.resolve()]
     players = {"trained": load_player(str(path), config, game, first)}

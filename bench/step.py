@@ -27,7 +27,7 @@ from duologue.grpo.config import from_dict
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row
-from duologue.grpo.policy import use_threads
+from duologue.grpo.policy import use_device
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.model.checkpoint import load_model
 from duologue.rollout.engine.engine import Engine
@@ -77,7 +77,7 @@ def reward(token_ids: list[int]) -> float:
 def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
     """Seconds of each step, and of its rollout and update."""
     threads = torch.get_num_threads()
-    use_threads(from_dict({"model": {"device": device}}))  # as `duologue train` does
+    use_device(from_dict({"model": {"device": device}}))  # as `duologue train` does
     model, _ = load_model(folder, device)
     engine = Engine(model)
     optimizer = Optimizer(model, betas=BETAS, weight_decay=0.0, max_grad_norm=1.0)

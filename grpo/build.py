@@ -24,7 +24,6 @@ from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.games.text_game import TextGame
 from duologue.rollout.judge.asking import Backend
-from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.model import ModelJudge
@@ -100,6 +99,8 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
 
 def _endpoint(config: Config, own: bool) -> Backend:
     """`own`: whether nobody else's answers are in its ledger."""
+    from duologue.rollout.judge.endpoint import Endpoint  # whoever asks no server needs no HTTP client
+
     j = config.judge
     if not j.url:
         accepted = "an OpenAI-compatible server, e.g. --judge.url http://127.0.0.1:8000/v1"
@@ -180,6 +181,7 @@ def build_engine(
         page_size=r.page_size,
         cache_tokens=r.cache_tokens or cache_tokens,
         max_batch=r.max_batch,
+        max_step_tokens=r.max_step_tokens,
         decode_steps=decode_steps,
     )
 

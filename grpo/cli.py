@@ -113,6 +113,8 @@ def _add_runs(commands: Any) -> None:
     add("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     resume = "go on with the run in --run-dir from its last checkpoint"
     add("--resume", action="store_true", help=resume)
+    previous = "with --resume: put a damaged checkpoint aside and go on from the last whole one before it"
+    add("--from-previous", action="store_true", help=previous)
     add("--device", help=DEVICE)
     start = "the checkpoint to start from (model.path): a folder, or its name in the Hugging Face Hub"
     add("--model", metavar="DIR|ORG/NAME", help=start)
@@ -128,11 +130,16 @@ def _add_measures(commands: Any) -> None:
     measured = "hold dialogues with a checkpoint, or between players, measured"
     add = _command(commands, "eval", _eval, measured, settings=True)
     add("players", nargs="+", metavar="PLAYER", help=f"{PLAYER}; of several, each meets each")
-    add("--recipe", required=True, help="the recipe or TOML file that names the game")
+    named = "the recipe or TOML file that names the game; --ability takes that of the checkpoint's run"
+    add("--recipe", help=named)
     add("--dialogues", type=int, help="how many (default: eval.dialogues)")
     add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     against = f"whom the player meets in both seats: {PLAYER}; with dilemmas whose answers are compared"
     add("--against", metavar="PLAYER", help=against)
+    kept = "measure what the checkpoint has kept of the language of its base, which --against names"
+    add("--ability", action="store_true", help=kept)
+    ifeval = "with --ability: prompts in IFEval's format in place of the package's (eval.ifeval)"
+    add("--ifeval", metavar="FILE", help=ifeval)
     add("--json", type=Path, metavar="FILE", help="write the measures there")
     add("--device", help=DEVICE)
 
@@ -155,6 +162,7 @@ def _add_files(commands: Any) -> None:
     add("source", type=Path, help="a checkpoint, or a run directory for its last one")
     add("out", type=Path, help="a new folder")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    add("--best", action="store_true", help="of a run the best checkpoint (eval.every), not the last")
     merge = "an adapter into its base, so that transformers loads it without peft"
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
@@ -239,26 +247,14 @@ def _train_run(
 
 def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
-    import torch
-    from duologue.grpo.config import load_config
-    from duologue.grpo.unsaid import kept_of, pinned_of, unsaid
+    from duologue.grpo.policy import check_device
+    from duologue.grpo.unsaid import resolved
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-    left: dict[str, str] = {}
-    if getattr(options, "resume", False) and options.run_dir is not None:
-        left = kept_of(options.run_dir)
-    elif players := getattr(options, "players", []):
-        left = unsaid(players[0], options.device or "cpu")
-    config = load_config(options.recipe, [*options.overrides, *chosen], left)
-    path = config.model.path
-    if (pinned := pinned_of(path, options.run_dir if getattr(options, "resume", False) else None)) != path:
-        chosen.append(f"model.path={pinned}")
-        config = load_config(options.recipe, [*options.overrides, *chosen], left)
-    device, count = torch.device(config.model.device), torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
-        )
+    resumed = options.run_dir if getattr(options, "resume", False) else None
+    player = next(iter(getattr(options, "players", [])), None)
+    config = resolved(options.recipe, [*options.overrides, *chosen], resumed, player)
+    check_device(config)
     return config
 
 
@@ -268,10 +264,12 @@ def _open_run(options: argparse.Namespace, config: Config, kind: type[RunDir] | 
 
     kind = kind or RunDir
     path, toml = options.run_dir, config.to_toml()
+    if options.from_previous and not options.resume:
+        raise ValueError("--from-previous goes with --resume")
     if options.resume:
         if path is None:
             raise ValueError("--resume needs --run-dir DIR, the run to go on with")
-        return None if finished(path, toml) else kind.resume(path, toml)
+        return None if finished(path, toml) else kind.resume(path, toml, options.from_previous)
     if path is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"
@@ -290,6 +288,8 @@ def _show_results(path: Path, config: Config, progress: Progress) -> int:
     progress.results(columns, conditions(config))
     if "partners" in summary:
         progress.console.print(partners_table(summary["partners"], kind.compared))
+    if "ability" in summary:
+        progress.log(summary["ability"]["line"])
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 
@@ -339,16 +339,20 @@ def _config(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     shortcuts = {
         "model.device": options.device,
+        "eval.ifeval": options.ifeval,
         "eval.dialogues": options.dialogues,
         "eval.temperature": 0.0 if options.greedy else None,
     }
+    from duologue.grpo.commands import ability, players
+
+    if options.ability:
+        return ability.run(options, lambda: _resolved(options, shortcuts))
+    if not options.recipe or options.ifeval:
+        raise ValueError("eval without --ability: accepted is --recipe RECIPE, and no --ifeval FILE")
     server = next((name for name in (*options.players, options.against or "") if "://" in name), None)
     if server is not None:
         shortcuts |= {"opponent.kind": "endpoint", "opponent.url": server}
-    config = _resolved(options, shortcuts)
-    from duologue.grpo.commands.players import run
-
-    return run(options, config)
+    return players.run(options, _resolved(options, shortcuts))
 
 
 # ---- the others --------------------------------------------------------------------------------------------

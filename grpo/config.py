@@ -42,6 +42,7 @@ from duologue.rollout.games.catalogue import (
     SCRIPTS,
     characters,
     game_kind,
+    kind_of,
     partners,
 )
 from duologue.rollout.games.deal import DealSettings
@@ -53,6 +54,10 @@ from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
 ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
+PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
+# Of rollouts on a GPU: a page is a tile of its attention, and more prefill tokens fill it. The pool stays, as
+# graphs know its address.
+ON_CUDA = {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192}
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
@@ -110,6 +115,7 @@ def rules(config: Config) -> Iterator[Rule]:
         _opponent_rules,
         _update_rules,
         _partner_rules,
+        _best_rules,
     )
     for subject in subjects:
         yield from subject(config)
@@ -238,6 +244,23 @@ def _partner_rules(c: Config) -> Iterator[Rule]:
     yield "eval.partners", accepted, named <= {*known}
 
 
+def _best_rules(c: Config) -> Iterator[Rule]:
+    off = "its default without eval.every, the evaluations that it counts"
+    for key, default in (
+        ("train.best_by", TrainSection().best_by),
+        ("train.patience", 0),
+        ("eval.every_dialogues", EvalSection().every_dialogues),
+    ):
+        yield key, off, bool(c.eval.every) or c.value(key) == default
+    whom, _, name = c.train.best_by.lstrip("-").rpartition(":")
+    alone, text_game = c.game.name == "dilemma_alone", isinstance(c.game, TextGameSettings)
+    names = PAYOFFS if whom else ("reward", *kind_of(c.game).measures)
+    known = text_game and not whom  # such a game's own measures show at its first evaluation
+    accepted = f"one of {', '.join(names)}, '-' before it for the least"
+    yield "train.best_by", accepted, name in names or known
+    yield "train.best_by", "a measure with itself where one answers alone", not (whom and alone)
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
@@ -262,7 +285,18 @@ def load_config(
         _leave_to_checkpoint(raw, unsaid or {})
     if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
         raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
+    if Path(recipe_or_path).name != RUN_FILE:
+        _suit_cuda(raw)
     return from_dict(raw)
+
+
+def _suit_cuda(raw: dict[str, Any]) -> None:
+    """Of a run on a GPU: what is said of nothing but suits a CPU by default. A run's own file says all."""
+    model, rollout = raw.get("model", {}), raw.setdefault("rollout", {})
+    if not isinstance(model, dict) or not isinstance(rollout, dict):
+        return
+    if typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
+        raw["rollout"] = ON_CUDA | rollout
 
 
 def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, str]) -> None:

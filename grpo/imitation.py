@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -69,11 +69,14 @@ def accumulate_imitation_gradient(
     *,
     max_tokens: int,
     coefficient: float = 1.0,
+    after_part: Callable[[], None] | None = None,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
     dropout_seed: int = 0,
     world: World = ALONE,
 ) -> UpdateStats:
     """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, by their weights,
-    times `coefficient`."""
+    times `coefficient`;
+    `after_part` is called after each micro-batch."""
     (total,) = world.sum([sum(_imitated(row) for row in rows)])  # world
     stats = UpdateStats()
     for i, part in enumerate(split_rows(rows, max_tokens)):
@@ -85,7 +88,9 @@ def accumulate_imitation_gradient(
 
         hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, 1.0)
-        torch.autograd.backward(result.loss * coefficient)
+        backward(result.loss * coefficient)
+        if after_part is not None:
+            after_part()
         stats.add(batch, result)
     return stats.over(world)  # world
 

@@ -27,6 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from duologue.kernels import gather
 from duologue.model.settings import check, setting
 from torch import Tensor
 
@@ -90,7 +91,7 @@ def kl_estimate(logp: Tensor, ref_logp: Tensor, estimator: str) -> Tensor:
 
 
 def segment_sum(x: Tensor, segment_ids: Tensor, n_segments: int) -> Tensor:
-    return x.new_zeros(n_segments).index_add(0, segment_ids, x)
+    return gather.Index(segment_ids, n_segments).sum(x)
 
 
 def token_weights(

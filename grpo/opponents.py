@@ -20,12 +20,13 @@ from duologue.grpo.config import Config
 from duologue.grpo.held import HeldWeights, memory
 from duologue.grpo.mix import FROZEN, LAGGED, POOL, SCRIPTED, SELF, START, Place, chosen, places, side
 from duologue.grpo.policy import load_beside, load_policy
+from duologue.grpo.space import check_space, weight_bytes
 from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import write_checkpoint
 from duologue.model.decoder import Decoder
 from duologue.model.files import write_checksums
-from duologue.model.lora import LoraDecoder
+from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -127,7 +128,8 @@ class Opponents:
     world: World = ALONE
     longest: int = 0  # tokens that a dialogue can take
     ratings: dict[str, float] = field(default_factory=lambda: {POLICY: START_RATING})
-    _present: list[int] = field(default_factory=list)  # whose adapters the engine has
+    _slots: list[Adapter] = field(default_factory=list)  # of the snapshots' adapters
+    _present: dict[int, int] = field(default_factory=dict)  # the engine's number of a snapshot's adapter
     _met: list[str] = field(default_factory=list)  # the partner of each group of the step
 
     def __post_init__(self) -> None:
@@ -174,7 +176,7 @@ class Opponents:
             elif snapshot is None:
                 met.append(self._other(place, role))
             else:
-                adapter = 1 + self._present.index(snapshot) if self._present else 0
+                adapter = self._present.get(snapshot, 0)
                 name = _name(snapshot)
                 met.append(Opponent(role=role, name=name, engine=engines[snapshot], adapter=adapter))
         self._met = [place.partner for place in at]
@@ -245,6 +247,7 @@ class Opponents:
         o = self.config.opponent
         if o.lags or (POOL in o.parts and step % o.pool_every == 0):
             if self.world.is_first:
+                check_space(self.folder, weight_bytes(self.model), f"the opponent {_name(step)}")
                 write_folder(self._path(step), self._write)
             self.world.agree(False)  # world: nobody reads what is not whole
             self.ratings[_name(step)] = self.ratings[POLICY]
@@ -259,6 +262,15 @@ class Opponents:
             return []
         met = {member for step in steps for member in self.members(step) if member <= steps[0]}
         return [self._path(member) for member in sorted(met)]
+
+    def kept(self, steps: int, behind: int) -> int:
+        """Snapshots on disk at once, at most, of a run of so many steps that may be taken up `behind` steps
+        ago.
+        """
+        o = self.config.opponent
+        of_lags = min(max(o.lags) + behind, steps) if o.lags else 0
+        of_pool = o.pool_size + (0 if o.lags else behind // o.pool_every) if POOL in o.parts else 0
+        return of_lags + min(of_pool, steps // o.pool_every)
 
     def forget_before(self, step: int) -> None:
         """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the
@@ -287,11 +299,26 @@ class Opponents:
         return self.folder / _name(step) if step else self.folder.parent / "checkpoints" / "warm_start"
 
     def _use_adapters(self, steps: list[int]) -> None:
-        """Have the snapshots' adapters beside the policy's in its engine."""
-        if steps != self._present:
-            beside = [load_beside(self.model, self._path(step)) for step in steps]
-            self.engine.use_adapters([getattr(other, "adapter", None) for other in beside])
-            self._present = steps
+        """Have the snapshots' adapters beside the policy's in its engine. They are written into slots that
+        stay where they are, for CUDA graphs know addresses; adapter 1 is the base with none.
+        """
+        kept = {step: at for step, at in self._present.items() if step in steps}
+        free = [at for at in range(2, 2 + len(self._slots)) if at not in kept.values()]
+        self._present = kept
+        for step in steps:
+            if step in kept:
+                continue
+            beside = load_beside(self.model, self._path(step))
+            if not isinstance(beside, LoraDecoder):
+                self._present[step] = 1
+            elif free:
+                self._present[step] = free.pop(0)
+                self._slots[self._present[step] - 2].write_over(beside.adapter)
+            else:
+                self._slots.append(beside.adapter)
+                self._present[step] = 1 + len(self._slots)
+        if steps and len(self.engine.adapters) != 2 + len(self._slots):
+            self.engine.use_adapters([None, *self._slots])
 
     def _load_frozen(self, path: Path) -> Engine:
         """The checkpoint that opponent.path names, which must speak in the policy's tokens."""

@@ -66,6 +66,12 @@ class Optimizer:
         self.accumulate()
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
+    def drop_gradients(self) -> None:
+        """Of an update that is not to be taken."""
+        self.accumulate()
+        for master in self.masters.values():
+            master.grad = None
+
     @torch.no_grad()
     def squared_grad_norm(self) -> Tensor:
         """[] fp64, 0 without gradients; where parameters are sharded, add it up over ranks and hand it to

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
-from duologue.kernels import ops
+from duologue.kernels import gather, ops
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.sequence import Supports
 from torch import Tensor
@@ -149,10 +149,11 @@ def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
 def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
     """The hidden state of every node, [U, H]; position t's is row `batch.nodes[t]`."""
     shared = len(batch.first) < len(batch.nodes)
+    nodes = gather.Index(batch.nodes, len(batch.first))
 
     def attention(layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """Lays out rows of the nodes (here T = U), and takes the nodes' outputs back."""
-        q, k, v = (x.index_select(0, batch.nodes) if shared else x for x in (q_TAD, k_TGD, v_TGD))
+        q, k, v = (nodes.take(x) if shared else x for x in (q_TAD, k_TGD, v_TGD))
         out = ops.packed_attention(q, k, v, batch.cu_seqlens, model.scale, model.exact)
         return out.index_select(0, batch.first) if shared else out
 

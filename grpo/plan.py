@@ -100,6 +100,7 @@ class Plan:
     pool: int
     frozen: int  # other weights, with their pools
     graphs: int
+    copy: int  # of a checkpoint in host memory while it is written, where that is the device's
     pool_tokens: int
     released: bool  # whether the pool's memory is given back during an update
     parameters: int
@@ -114,11 +115,13 @@ class Plan:
     def update(self) -> int:
         """At the peak of an update: either all activations and the head are there, or all gradients."""
         pool = 0 if self.released else self.pool
-        return self.sure + max(self.activations + self.head, self.transit) + pool + self.frozen + self.graphs
+        beside = pool + self.frozen + self.graphs + self.copy
+        return self.sure + max(self.activations + self.head, self.transit) + beside
 
     @property
     def rollout(self) -> int:
-        return self.weights + self.masters + self.moments + self.pool + self.frozen + self.graphs
+        state = self.weights + self.masters + self.moments
+        return state + self.pool + self.frozen + self.graphs + self.copy
 
     @property
     def peak(self) -> int:
@@ -200,6 +203,7 @@ def make_plan(
         pool=r.cache_tokens * kv,
         frozen=_frozen(config, parameters * itemsize, kv),
         graphs=GRAPHS if device != "cpu" else 0,
+        copy=trained * (itemsize + (12 if itemsize < 4 else 8)) if device == "cpu" else 0,
         pool_tokens=r.cache_tokens,
         released=r.released,
         parameters=parameters,

@@ -20,10 +20,22 @@ from duologue.rollout.seeds import derive_seed
 SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads")
 
 
-def use_threads(config: Config) -> None:
-    """Give the cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve
-    them.
+def check_device(config: Config) -> None:
+    """Raise ValueError for a GPU that is not here."""
+    device, count = torch.device(config.model.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
+        )
+
+
+def use_device(config: Config) -> None:
+    """Make the GPU that is named the current one, which library kernels, streams and events go to. Give the
+    cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve them.
     """
+    check_device(config)
+    if config.model.device != "cpu":
+        torch.cuda.set_device(config.model.device)
     if config.model.device == "cpu" and backend.available():
         backend.lib().set_threads(config.train.threads)
         torch.set_num_threads(1)

@@ -12,14 +12,15 @@ from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, pl
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype
 
-LENGTH = "steps max_seconds"
+LENGTH = "steps max_seconds patience"
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
-    "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s",
+    "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s "
+    "max_bad_updates",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
-    "rollout": "cache_tokens max_batch release_memory",
-    "eval": "judge_url partners partner_dialogues",
+    "rollout": "cache_tokens max_batch max_step_tokens release_memory",
+    "eval": "judge_url partners partner_dialogues ability ability_prompts ability_tokens ifeval",
 }
 
 Settings = dict[tuple[str, str], Any]

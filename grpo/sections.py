@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from duologue.grpo.ability.prompts import OWN
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.mix import FROZEN, LAGGED, PARTNER, PARTNERS, POOL, START
 from duologue.grpo.optimizer import SCHEDULES
@@ -87,9 +88,23 @@ class TrainSection:
     max_seconds: float = setting(
         0.0, "of training time; self-play ends after the step that passes it; 0 is no limit", least=0
     )
+    best_by: str = setting(
+        "reward",
+        "of which measure checkpoints/best has the most in the evaluations of eval.every: with itself, after "
+        "'start:' with its start; after '-' the least",
+        form=r"-?(start:)?\w+",
+        words="a measure of the game, 'reward', or 'start:' and one of "
+        "agreement, policy, opponent, policy_points, opponent_points, score",
+    )
+    patience: int = setting(
+        0, "evaluations of eval.every in a row without a better one, at which self-play ends; 0: any", least=0
+    )
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
+    )
+    max_bad_updates: int = setting(
+        3, "updates in a row that are skipped as not finite before the run ends", least=1
     )
     kl_every: int = setting(
         10, "steps from one measurement of the KL to the start to the next; 0: none", least=0
@@ -266,6 +281,7 @@ class RolloutSection:
         least=0,
     )
     max_batch: int = setting(256, "dialogues in an engine step", least=1)
+    max_step_tokens: int = setting(1_024, "tokens of an engine step, prefill and decode together", least=1)
     exact: bool = setting(True, "whether sampling and training give the same log-probs to the last bit")
     release_memory: bool = setting(False, "give the KV pool's memory back during each update")
 
@@ -293,6 +309,22 @@ class EvalSection:
     )
     partner_dialogues: int = setting(
         50, "dialogues with each of them, as either side and with either side first", least=1
+    )
+    ability: bool = setting(
+        True, "whether a run that began from a checkpoint measures at its end what its language has lost"
+    )
+    ability_prompts: int = setting(
+        OWN, "instructions that can be checked, of the package's", least=1, most=OWN
+    )
+    ability_tokens: int = setting(256, "of the answer to one of them, at most", least=1)
+    ifeval: str = setting("", "a .jsonl file of prompts in IFEval's format in place of the package's")
+    every: int = setting(
+        0,
+        "steps of self-play from one small evaluation, with itself and with its start, to the next; 0: none",
+        least=0,
+    )
+    every_dialogues: int = setting(
+        32, "contexts of such an evaluation: a dialogue with itself, two with its start", least=1
     )
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")

@@ -15,10 +15,12 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
+from duologue.grpo.bad_updates import BadUpdates, Gradient
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import check_finite
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
@@ -41,7 +43,7 @@ class Steps:
     """What a step works on, and the steps. `step` counts those that are done, of both kinds together."""
 
     def __init__(self, config: Config, run: RunDir, world: World) -> None:
-        policy.use_threads(config)
+        policy.use_device(config)
         self.config = config
         self.run_dir = run
         self.world = world
@@ -60,6 +62,7 @@ class Steps:
         folder, longest = run.path / "opponents", self.arena.contexts.longest()
         self.opponents = Opponents(config, folder, self.model, self.tokenizer, engine, world, longest=longest)
         self.baseline = RunningBaseline()
+        self.bad = BadUpdates(config.train.max_bad_updates)
         self.reference: Decoder | None = None  # the policy that self-play began with, where it is needed
         self.step = 0
         self.clock: dict[str, float] = {}  # seconds of the parts of this step
@@ -145,14 +148,14 @@ class Steps:
         metrics: Metrics = {}
         t, temperature = self.config.train, self.config.dialogue.temperature
         rows = dealt_rows(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
+        if self.config.rollout.released:
+            for engine in self.opponents.engines:
+                engine.release_memory()
         if self.reference is not None and t.kl_every and self.selfplay_index % t.kl_every == 0:
             limit = t.tokens_per_microbatch
             metrics["kl_start"] = kl_to_reference(
                 self.reference, rows, temperature=temperature, max_tokens=limit, world=self.world
             )
-        if self.config.rollout.released:
-            for engine in self.opponents.engines:
-                engine.release_memory()
         with self.timing("optimise"):
             return metrics | self.optimise(rows)
 
@@ -179,36 +182,33 @@ class Steps:
 
     def _policy_gradient(self, rows: Sequence[Row], epoch: int) -> UpdateStats:
         d = self.config.dialogue
-        stats = accumulate_policy_gradient(
+        gradient = partial(
+            accumulate_policy_gradient,
             self.model,
-            rows,
-            self.config.grpo.loss_config,
+            config=self.config.grpo.loss_config,
             temperature=d.temperature,
             max_tokens=self.config.train.tokens_per_microbatch,
             reference=self.reference,
-            after_part=self.optimizer.accumulate,
             budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final,
             dropout_seed=self._seed("dropout", epoch),
-            world=self.world,
         )
-        self._check(stats)
+        return self._accumulate("dialogues", gradient, rows)
+
+    def _accumulate(self, what: str, gradient: Gradient, rows: Sequence[Row]) -> UpdateStats:
+        stats = gradient(rows=rows, after_part=self.optimizer.accumulate, world=self.world)
+        self.bad.note(what, gradient, rows, stats)
         return stats
 
     def _optimizer_step(self, lr: float) -> float:
-        """The gradient norm."""
+        """The gradient norm; where anything is not finite the weights stay as they are."""
         (squared,) = self.world.sum([float(self.optimizer.squared_grad_norm())])  # world
-        if not math.isfinite(squared):
-            norm = math.sqrt(squared)
-            raise RuntimeError(
-                f"step {self.step}: grad_norm is {norm}; the weights are as before this update"
-            )
-        return self.optimizer.step(lr, squared)
-
-    def _check(self, stats: UpdateStats) -> None:
-        """Of an update, before the weights have it: RuntimeError when a sum is NaN or infinite."""
-        for name, value in stats.metrics().items():
-            if not math.isfinite(value):
-                raise RuntimeError(f"step {self.step}: {name} is {value}; the weights are as before the step")
+        if reason := self.bad.reason(math.sqrt(squared)):
+            self.optimizer.drop_gradients()
+            self.bad.skip(self.step, reason, self.model, self.world)
+        else:
+            self.optimizer.step(lr, squared)
+            self.bad.taken()
+        return math.sqrt(squared)
 
     # ---- a step of imitation -------------------------------------------------------------------------------
 
@@ -235,13 +235,12 @@ class Steps:
         demonstrations = demonstration_batch(
             self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight
         )
-        stats = accumulate_imitation_gradient(
+        gradient = partial(
+            accumulate_imitation_gradient,
             self.model,
-            self.world.deal(demonstrations, lambda row: len(row.token_ids)),  # world
             max_tokens=self.config.train.tokens_per_microbatch,
             coefficient=coefficient,
             dropout_seed=dropout_seed,
-            world=self.world,
         )
-        self._check(stats)
-        return stats
+        rows = self.world.deal(demonstrations, lambda row: len(row.token_ids))  # world
+        return self._accumulate("demonstrations", gradient, rows)

@@ -5,10 +5,11 @@ A run's checkpoint is told what its run was, another one English when it was pre
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 
 from duologue.grpo.checkpoints import latest_checkpoint
-from duologue.grpo.config import RUN_FILE
+from duologue.grpo.config import RUN_FILE, Config, load_config
 from duologue.grpo.resume import settings_of
 from duologue.model.checkpoint import CONFIGS, natural_dtype
 from duologue.model.hub import is_pinned, pinned
@@ -24,6 +25,22 @@ def run_of(checkpoint: Path) -> Path | None:
         if (folder / RUN_FILE).is_file():
             return folder / RUN_FILE
     return None
+
+
+def resolved(
+    recipe: str, overrides: Sequence[str], resumed: Path | None = None, player: str | None = None
+) -> Config:
+    """The configuration of a command: of a run that is `resumed`, or of one that measures `player`."""
+    left: dict[str, str] = {}
+    if resumed is not None:
+        left = kept_of(resumed)
+    elif player is not None:
+        left = unsaid(player, dict(o.split("=", 1) for o in overrides).get("model.device", "cpu"))
+    config = load_config(recipe, overrides, left)
+    path = pinned_of(config.model.path, resumed)
+    return (
+        config if path == config.model.path else load_config(recipe, [*overrides, f"model.path={path}"], left)
+    )
 
 
 def kept_of(run: Path) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 from duologue.grpo.loss import LossConfig, Normaliser, kl_estimate, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.world import ALONE, World
-from duologue.kernels import ops
+from duologue.kernels import gather, ops
 from duologue.kernels.policy_loss import LossFn, PolicyLoss
 from duologue.model.decoder import Decoder
 from torch import Tensor
@@ -53,7 +53,8 @@ class UpdateStats:
 
 def trained_hidden(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:
     """Hidden states [N, H] before the batch's trained tokens: the head runs on these positions only."""
-    return hidden_nodes(model, batch, dropout_seed).index_select(0, batch.nodes[batch.targets - 1])
+    before = gather.Index(batch.nodes[batch.targets - 1], len(batch.first))
+    return before.take(hidden_nodes(model, batch, dropout_seed))
 
 
 def truncated_logprobs(
@@ -148,6 +149,7 @@ def accumulate_policy_gradient(
     reference: Decoder | None = None,
     budget: int = 0,
     after_part: Callable[[], None] | None = None,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
     dropout_seed: int = 0,
     world: World = ALONE,
 ) -> UpdateStats:
@@ -173,7 +175,7 @@ def accumulate_policy_gradient(
         loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
         hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, temperature, level)
-        torch.autograd.backward(result.loss)
+        backward(result.loss)
         if after_part is not None:
             after_part()
         stats.add(batch, result)

@@ -125,7 +125,7 @@ class Compaction:
         if k.is_cuda:
             self._k = torch.empty((), dtype=k.dtype, pin_memory=True).copy_(k, non_blocking=True)
             self._sent = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._sent.record()
+            self._sent.record(torch.cuda.current_stream(k.device))
 
     def count(self) -> int:
         if self._sent is not None:

@@ -4,6 +4,7 @@ own variable-length attention, serves 16-bit attention."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import inspect
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from duologue.kernels import backend
 from torch import Tensor
 
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
+HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
 def liger(x: Tensor, exact: bool) -> bool:
@@ -48,14 +50,35 @@ def attention(q: Tensor, exact: bool) -> Callable[..., Tensor] | None:
     none does."""
     if exact or not q.is_cuda or q.dtype not in (torch.float16, torch.bfloat16) or q.shape[-1] > 256:
         return None
-    if importlib.util.find_spec("flash_attn"):
+    if HAS_FLASH_ATTN:
         return _flash_attn
+    return _torch_varlen if varlen_options() is not None else None
+
+
+def describe_attention() -> str:
+    """One line on what serves 16-bit attention on CUDA without exact."""
+    if HAS_FLASH_ATTN:
+        return "flash-attn"
+    options = varlen_options()
+    if options is None:
+        return f"Triton (torch {torch.__version__} has no varlen_attn with scale and window_size)"
+    told = "" if "enable_gqa" in options else " (without enable_gqa)"
+    return f"torch's varlen_attn{told}"
+
+
+@functools.cache
+def varlen_options() -> dict[str, Any] | None:
+    """What makes torch's own attention causal, with fewer key heads than query heads; None where it is absent
+    or takes no scale. Before 2.12 it has no enable_gqa: its kernel takes fewer key heads without being told.
+    """
     if not importlib.util.find_spec("torch.nn.attention.varlen"):
         return None
     from torch.nn.attention.varlen import varlen_attn
 
     accepted = inspect.signature(varlen_attn).parameters.keys()
-    return _torch_varlen if {"scale", "window_size", "enable_gqa"} <= accepted else None
+    if not {"scale", "window_size"} <= accepted:
+        return None
+    return {"window_size": (-1, 0), **({"enable_gqa": True} if "enable_gqa" in accepted else {})}
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, max_seqlen: int) -> Tensor:
@@ -71,7 +94,7 @@ def _torch_varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    causal: dict[str, Any] = {"window_size": (-1, 0), "enable_gqa": True}
+    causal = varlen_options() or {}
     lengths = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
     attend: Any = varlen_attn
     out: Tensor = attend(q, k, v, *lengths, scale=scale, **causal)

@@ -355,15 +355,7 @@ def sparse_linear_logprob(
     """
     sparse.check_head("sparse_linear_logprob", hidden, weight, bias, softcap)
     run = _form(reference.sparse_linear_logprob, sparse.logprob, sparse.logprob, hidden)
-    out = run(hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap)
-    if not backend.triton(hidden):
-        return out
-    whole = (kept_offsets.diff() == 0).nonzero()[:, 0]  # rows that Triton leaves alone
-    if len(whole) == 0:
-        return out
-    logits = head(hidden[whole], weight, bias, softcap)
-    full = logprob(logits, targets[whole], sparse.per_row(temperature, hidden)[whole])
-    return out[0].index_put((whole,), full[0]), out[1].index_put((whole,), full[1])
+    return run(hidden, weight, targets, kept_ids, kept_offsets, temperature, bias, softcap)
 
 
 # ---- rewards -----------------------------------------------------------------------------------------------

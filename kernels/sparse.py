@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from duologue.kernels import head as fused_head
 from duologue.kernels import linear, reference, softmax
 from duologue.kernels.backend import DTYPES, check, check_softcap, lib, library_op, pointers, triton
 from torch import Tensor
@@ -51,7 +52,7 @@ def logprob(
     bias: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(log-prob [N], entropy [N]); on Triton unwritten for rows without a support."""
+    """(log-prob [N], entropy [N]). On Triton rows without a support take the head in chunks."""
     op = "sparse_linear_logprob"
     N = len(hidden)
     temperature = per_row(temperature, hidden)
@@ -65,7 +66,13 @@ def logprob(
     )
     support = (targets, kept_ids, kept_offsets, temperature)
     out: tuple[Tensor, ...] = logprob_op(hidden, weight, bias, *support, softcap or 0.0)
-    return out[0], out[1]
+    whole = (kept_offsets.diff() == 0).nonzero()[:, 0] if triton(hidden) else targets[:0]
+    if len(whole) == 0:
+        return out[0], out[1]
+    of_whole = (hidden.index_select(0, whole), weight, targets[whole], temperature[whole])
+    inputs = fused_head.prepare(op, *of_whole, bias, softcap, None, exact=True, chunk_bytes=None)
+    full: tuple[Tensor, ...] = fused_head.linear_logprob_op(*inputs)
+    return out[0].index_put((whole,), full[0]), out[1].index_put((whole,), full[1])
 
 
 def _sizes(inputs: Sequence[Tensor]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
 from duologue.model.files import CHECKSUMS, OF_TRAINERS, altered, read_json
-from duologue.model.lora import LoraDecoder
+from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
 from duologue.model.tokenizer import TOKENIZER_FILES, Tokenizer
@@ -201,6 +201,21 @@ def write_checkpoint(
     _write_tensors(
         {k: v.detach().cpu().contiguous() for k, v in model.named_parameters()}, folder, max_shard_bytes
     )
+
+
+def on_host(model: Decoder) -> Decoder:
+    """A copy, in host memory, of what `write_checkpoint` writes of `model`."""
+    if isinstance(model, LoraDecoder):
+        pairs = {name: (host_copy(a), host_copy(b)) for name, (a, b) in model.adapter.pairs.items()}
+        return LoraDecoder(model.adapter_off, Adapter(model.adapter.settings, pairs))
+    copy = empty_decoder(model.config)
+    for name, parameter in model.named_parameters():
+        _set(copy, name, host_copy(parameter))
+    return copy
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:

@@ -472,6 +472,7 @@ def run_record(path: Path) -> Plain:
     }  # what a row of payoffs has got since, beside its sums by partner
     for step in metrics:
         step.pop("partners", None)
+        step.pop("instruction_set", None)  # of the machine, not of the run
     for row in (row for step in metrics for row in step.get("payoff", {}).values()):
         for key in later:
             row.pop(key, None)
@@ -1179,6 +1180,7 @@ def runs(threads: int) -> Iterator[Case]:
         start = [
             f"model.path={temporary}/policy",
             "game.telling=plain",
+            "eval.ability=false",
             *ONWARD,
             f"train.threads={threads}",
             f"train.seed={ONWARD_SEED}",

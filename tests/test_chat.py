@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trl
 from duologue.model.chat import Chat
 from duologue.model.tokenizer import Tokenizer
 from tiny import all_text
@@ -144,7 +143,13 @@ def test_ids_equal_apply_chat_template(name: str, tokenizer_pair: Make) -> None:
     assert n > 25
 
 
-REAL = Path(trl.__file__).parent / "chat_templates"  # copies of the models' own
+def real_template(name: str) -> str:
+    """The model's own, of which trl has a copy. Imported here: without trl the other tests still run."""
+    import trl
+
+    return (Path(trl.__file__).parent / "chat_templates" / f"{name}.jinja").read_text("utf-8")
+
+
 FROM_MODELS = {
     "qwen3": (CHATML, {"eos_token": "<|im_end|>"}),
     "qwen3_instruct_2507": (CHATML, {"eos_token": "<|im_end|>"}),
@@ -158,9 +163,7 @@ FROM_MODELS = {
 def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pair: Make) -> None:
     """With the templates of real models, thinking off: every context that a turn can be sampled from."""
     special, settings = FROM_MODELS[name]
-    tokenizer, theirs = tokenizer_pair(
-        [*special, "<think>", "</think>"], (REAL / f"{name}.jinja").read_text(), **settings
-    )
+    tokenizer, theirs = tokenizer_pair([*special, "<think>", "</think>"], real_template(name), **settings)
     chat, n = tokenizer.turn_chat, 0
     for conversation in conversations():
         if conversation[-1][0] == "assistant":
@@ -175,6 +178,10 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
         assert ids + chat.reply() == expected
         n += 1
     assert n > 10
+    alone = [{"role": "user", "content": "Good morning."}]  # whose system turn is the template's own
+    assert chat.question(tokenizer.encode("Good morning.")) == theirs.apply_chat_template(
+        alone, add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
     if name == "qwen3":
         assert all_text(tokenizer, chat.reply()).endswith("<think>\n\n</think>\n\n")
         with pytest.raises(ValueError, match=r"rewrites turn 2: .*think.*append-only"):

@@ -300,7 +300,7 @@ def test_a_checkpoint_is_trained_in_english_and_goes_on_from_where_it_was(
         f"model.path={folder}", "imitation.steps=1", "imitation.dialogues=20",
         "imitation.dialogues_per_step=2", "imitation.characters=[]", "grpo.group_size=2", "grpo.groups_per_step=2", "train.save_every=1",
         "dialogue.max_rounds=2", "dialogue.max_tokens_per_turn=12", "dialogue.max_tokens_final=80", "eval.dialogues=2",
-        "eval.partners=[]", "rollout.cache_tokens=32768", "opponent.kind=scripted:honest", "train.threads=1",
+        "eval.ability=false", "eval.partners=[]", "rollout.cache_tokens=32768", "opponent.kind=scripted:honest", "train.threads=1",
     ]  # fmt: skip
     whole, half = tmp_path / "whole", tmp_path / "half"
     config = load_config("deal", [*settings, "train.steps=2"])

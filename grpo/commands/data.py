@@ -13,15 +13,17 @@ from collections import Counter
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from duologue.model.atomic import write_file
 from duologue.rollout.games.texts import NEEDS, SHIPPED, TIERS, Row, kind_of, likeness, read
 from duologue.rollout.judge.asking import Ask
-from duologue.rollout.judge.endpoint import ChatEndpoint
 from duologue.rollout.judge.wording import spoken
 from rich.console import Console
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from duologue.rollout.judge.endpoint import ChatEndpoint
 
 MOST_ALIKE = 0.3  # above this two texts count as one
 WORDS = (20, 120)  # of a dilemma that a model wrote
@@ -203,6 +205,8 @@ def _extend(rows: list[Row], known: list[Row], options: argparse.Namespace, endp
 
 
 def _endpoint(options: argparse.Namespace) -> ChatEndpoint:
+    from duologue.rollout.judge.endpoint import ChatEndpoint  # the other commands need no HTTP client
+
     key = os.environ.get(options.key_env, "").strip()
     limits: dict[str, Any] = {"concurrency": 1, "attempts": 6, "timeout_s": 120.0, "deadline_s": 720.0}
     return ChatEndpoint(options.url, options.model, api_key=key, **limits)

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 
 import torch
-from duologue.kernels import backend, cores
+from duologue.kernels import backend, cores, libraries
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
 from duologue.rollout.engine.engine import Engine
@@ -65,6 +65,7 @@ def examine() -> int:
     table.add_row("cores", cores.describe())
     table.add_row("CPU tensors", backend.describe())
     table.add_row("CUDA tensors", backend.describe("cuda") if cuda else "no CUDA device")
+    table.add_row("CUDA attention, exact = false", libraries.describe_attention())
     mismatch = largest_mismatch("cpu")
     broken = backend.available() and mismatch != 0.0
     verdict = "exact" if mismatch == 0.0 else "NOT EXACT" if broken else "approximate, as PyTorch is"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from duologue.grpo.best import BEST, NOTE
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.commands.card import card
 from duologue.model.atomic import write_folder
@@ -15,8 +16,13 @@ from duologue.model.lora import LoraDecoder, merged
 from safetensors import SafetensorError
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The folder itself when it is a checkpoint, or the last one of a run directory."""
+def find_checkpoint(path: Path, best: bool = False) -> Path:
+    """The folder itself when it is a checkpoint, or the last one of a run directory, or its best one."""
+    if best:
+        kept = path / "checkpoints" / BEST
+        if not (kept / NOTE).is_file():
+            raise ValueError(f"--best: there is no {kept}; accepted is a run with eval.every above 0")
+        return kept
     if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
         return path
     latest = latest_checkpoint(path)
@@ -31,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty; accepted is a new folder")
-    source = find_checkpoint(options.source)
+    source = find_checkpoint(options.source, options.best)
     model, tokenizer = load_model(
         source, "cpu", parse_dtype(options.dtype) if options.dtype else None, options.base or ""
     )

@@ -26,6 +26,7 @@ KINDS = {
     "pool": "KV pool",
     "frozen": "frozen copies",
     "graphs": "graphs and context (assumed)",
+    "copy": "a checkpoint that is written",
 }
 
 

@@ -19,7 +19,7 @@ from duologue.grpo.build import build_engine, build_game
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.commands.aloud import Aloud, Wrapped
 from duologue.grpo.config import RECIPES, Config, load_config
-from duologue.grpo.policy import load_policy, use_threads
+from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.unsaid import run_of, unsaid
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Scenario
@@ -89,7 +89,7 @@ def shown(text: str) -> str:
 def run(options: argparse.Namespace) -> int:
     config = load_config(find_recipe(options), options.overrides, unsaid(options.checkpoint))
     rules = rules_of(config, options.temperature)
-    use_threads(config)
+    use_device(config)
     game = build_game(config)
     if game.alone:
         raise ValueError(

@@ -20,7 +20,7 @@ from duologue.grpo.console import Progress, formatted
 from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import SCRIPTED, in_full, load_player, start_of
-from duologue.grpo.policy import load_policy, use_threads
+from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.run_dir import finite
 from duologue.model.atomic import write_file
 from duologue.rollout.games.dilemma import DilemmaSettings
@@ -34,7 +34,7 @@ SUMMARISED = ("trained", "start")
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
-    use_threads(config)
+    use_device(config)
     if isinstance(config.game, DilemmaSettings):
         return _dilemmas(options, config)
     if options.against is None and len(options.players) == 1:

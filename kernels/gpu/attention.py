@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from duologue.kernels.gpu.launcher import launch
 from torch import Tensor
 
 CHUNK = 256  # keys
@@ -333,8 +334,8 @@ def forward(
         page = k.shape[1]
         max_pages = table.shape[1]
         n_chunks = triton.cdiv(max_pages * page, CHUNK)
-    launch = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
-    blocks = T * Hq // Hk // launch["ROWS"] + 1  # of rows, but for one more per sequence
+    tiles = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
+    blocks = T * Hq // Hk // tiles["ROWS"] + 1  # of rows, but for one more per sequence
     if split is None:
         split = groups is not None or (n_chunks > 1 and (blocks + S) * Hk < FILL)
 
@@ -343,7 +344,7 @@ def forward(
         tensors = (q, k, v, *out, table, cu_seqlens, context_lens, shared)
         sizes = (scale * LOG2_E.value, n, Hq, Hk, D, max_pages, n_chunks)
         grid = (blocks + n, Hk, n_chunks if split else 1)
-        attention_kernel[grid](*tensors, *sizes, SPLIT=split, PREFIX=prefix, **launch)
+        launch(attention_kernel, grid, *tensors, *sizes, SPLIT=split, PREFIX=prefix, **tiles)
 
     if T == 0:
         return out
@@ -362,8 +363,8 @@ def forward(
         run(firsts, cu_seqlens[starts], shared, 1, parts, part_stats)
         shared = torch.repeat_interleave(shared, starts.diff(), output_size=S)
         run(table, cu_seqlens, shared, 2, parts, part_stats)
-    merge = {"BLOCK": launch["BLOCK"], "num_warps": 1, "enable_fp_fusion": False}
-    merge_kernel[(T * Hq,)](parts, part_stats, out, D, n_chunks, **merge)
+    merge = {"BLOCK": tiles["BLOCK"], "num_warps": 1, "enable_fp_fusion": False}
+    launch(merge_kernel, (T * Hq,), parts, part_stats, out, D, n_chunks, **merge)
     return out
 
 
@@ -382,12 +383,12 @@ def backward(
     T, Hq, D = q.shape
     Hk = k.shape[1]
     S = len(cu_seqlens) - 1
-    launch = tile(D, q.element_size() == 2)
+    tiles = tile(D, q.element_size() == 2)
     inputs = (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens)
     sizes = (scale, S, Hq, Hk, D)
     if T:
-        of_rows = (triton.cdiv(T * Hq // Hk, launch["ROWS"]) + S, Hk)
-        grad_query_kernel[of_rows](*inputs, grads[0], *sizes, **launch)
-        of_keys = (triton.cdiv(T, launch["KEYS"]) + S, Hk)
-        grad_key_kernel[of_keys](*inputs, *grads[1:], *sizes, **launch)
+        of_rows = (triton.cdiv(T * Hq // Hk, tiles["ROWS"]) + S, Hk)
+        launch(grad_query_kernel, of_rows, *inputs, grads[0], *sizes, **tiles)
+        of_keys = (triton.cdiv(T, tiles["KEYS"]) + S, Hk)
+        launch(grad_key_kernel, of_keys, *inputs, *grads[1:], *sizes, **tiles)
     return grads

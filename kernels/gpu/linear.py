@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from duologue.kernels.gpu.launcher import launch
 from torch import Tensor
 
 
@@ -69,8 +70,8 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, exact: 
         product = torch.mm(x, weight.t(), out_dtype=out.dtype) if wider else torch.mm(x, weight.t())
         return out.copy_((product if bias is None else product + bias).view(out.shape))
     if M * O:
-        launch = tile(M <= 64, O, x.element_size() == 2)
-        grid = (triton.cdiv(M, launch["ROWS"]) * triton.cdiv(O, launch["COLUMNS"]),)
+        tiles = tile(M <= 64, O, x.element_size() == 2)
+        grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         tensors = (x, weight, x if bias is None else bias, out)
-        linear_kernel[grid](*tensors, M, O, K, HAS_BIAS=bias is not None, **launch)
+        launch(linear_kernel, grid, *tensors, M, O, K, HAS_BIAS=bias is not None, **tiles)
     return out

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from duologue.kernels.gpu.launcher import launch
 from torch import Tensor
 
 STEPS = 8  # row tiles that share a partial sum
@@ -143,7 +144,7 @@ def rms_norm(
     if N := x.numel() // max(K, 1):
         tensors = (x, x if residual is None else residual, weight, out, total)
         grid = (triton.cdiv(N, tile["ROWS"]),)
-        rms_norm_kernel[grid](*tensors, N, K, eps, HAS_RESIDUAL=residual is not None, **tile)
+        launch(rms_norm_kernel, grid, *tensors, N, K, eps, HAS_RESIDUAL=residual is not None, **tile)
     return out, total
 
 
@@ -157,7 +158,7 @@ def rms_norm_backward(
     if N:
         tensors = (total, weight, grad, grad if grad_total is None else grad_total, grad_x, partial)
         flags = {"HAS_TOTAL": grad_total is not None, "STEPS": STEPS}
-        rms_norm_backward_kernel[(len(partial),)](*tensors, N, K, eps, **flags, **tile)
+        launch(rms_norm_backward_kernel, (len(partial),), *tensors, N, K, eps, **flags, **tile)
     return grad_x, partial.sum(0).to(weight.dtype)
 
 
@@ -167,7 +168,7 @@ def silu_mul(
     if size := gate.numel():
         tensors = (gate, up, gate if grad is None else grad, out, grad_up)
         grid = (triton.cdiv(size, GATE),)
-        silu_mul_kernel[grid](*tensors, size, BACKWARD=grad is not None, BLOCK=GATE, num_warps=4)
+        launch(silu_mul_kernel, grid, *tensors, size, BACKWARD=grad is not None, BLOCK=GATE, num_warps=4)
     return out, grad_up
 
 
@@ -177,7 +178,7 @@ def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, 
     if T * H:
         tile = {"HALF": triton.next_power_of_2(triton.cdiv(D, 2)), "HEADS": HEADS}
         grid = (T, triton.cdiv(H, HEADS))
-        rotate_kernel[grid](x, out, cos, sin, positions, H, D, len(cos), sign, **tile, num_warps=4)
+        launch(rotate_kernel, grid, x, out, cos, sin, positions, H, D, len(cos), sign, **tile, num_warps=4)
     return out
 
 
@@ -186,4 +187,4 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
     if k.numel():
         size = k[0].numel()
         grid = (len(k), triton.cdiv(size, KV))
-        write_kv_kernel[grid](k, v, k_pages, v_pages, slots, size, BLOCK=KV, num_warps=4)
+        launch(write_kv_kernel, grid, k, v, k_pages, v_pages, slots, size, BLOCK=KV, num_warps=4)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from duologue.kernels.gpu.launcher import launch
 from duologue.kernels.gpu.softmax import LOWEST, capped, noise
 from torch import Tensor
 
@@ -121,16 +122,16 @@ def linear_sample(
     """(token [N] int64, log-prob [N], entropy [N]); all contiguous, checked by the caller. Nothing here waits
     for the device."""
     (N, K), V = hidden.shape, len(weight)
-    launch = tile(N, hidden.element_size() == 2)
-    parts = triton.cdiv(V, launch["COLUMNS"] * TILES)
+    tiles = tile(N, hidden.element_size() == 2)
+    parts = triton.cdiv(V, tiles["COLUMNS"] * TILES)
     numbers = hidden.new_empty((5, N, parts), dtype=torch.float32)
     ids = hidden.new_empty((N, parts), dtype=torch.int32)
     if N:
-        grid = (triton.cdiv(N, launch["ROWS"]), parts)
+        grid = (triton.cdiv(N, tiles["ROWS"]), parts)
         head = (hidden, weight, hidden if bias is None else bias)
         flags = {"HAS_BIAS": bias is not None, "CAPPED": softcap > 0}
-        settings = (temperature, seed, position)
-        linear_sample_kernel[grid](*head, *settings, numbers, ids, softcap or 1.0, N, V, K, **flags, **launch)
+        tensors = (*head, temperature, seed, position, numbers, ids)
+        launch(linear_sample_kernel, grid, *tensors, softcap or 1.0, N, V, K, **flags, **tiles)
     return _merge(numbers, ids, V)
 
 

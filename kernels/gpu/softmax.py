@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from duologue.kernels.gpu.launcher import launch
 from torch import Tensor
 
 # Without fusion, which differs by kernel.
@@ -268,7 +269,7 @@ def logprob(
     tensors = (logits, targets, by_row, temperature, *outputs)
     if len(logits):
         grid = (len(logits),)
-        logprob_kernel[grid](*tensors, logits.shape[1], BY_ROW=temperatures is not None, **LAUNCH)
+        launch(logprob_kernel, grid, *tensors, logits.shape[1], BY_ROW=temperatures is not None, **LAUNCH)
 
 
 def logprob_backward(
@@ -292,7 +293,7 @@ def logprob_backward(
     if len(grad):
         V = logits.shape[1]
         grid = (len(grad), triton.cdiv(V, LAUNCH["BLOCK"]))
-        logprob_backward_kernel[grid](*tensors, V, **flags, **LAUNCH)
+        launch(logprob_backward_kernel, grid, *tensors, V, **flags, **LAUNCH)
 
 
 def sample(logits: Tensor, settings: tuple[Tensor, ...], *outputs: Tensor) -> Tensor:
@@ -300,11 +301,12 @@ def sample(logits: Tensor, settings: tuple[Tensor, ...], *outputs: Tensor) -> Te
     `ops.sample`, in order."""
     cuts = torch.empty_like(outputs[1])
     if len(logits):
-        sample_kernel[(len(logits),)](logits, *settings, *outputs, cuts, logits.shape[1], **LAUNCH)
+        launch(sample_kernel, (len(logits),), logits, *settings, *outputs, cuts, logits.shape[1], **LAUNCH)
     return cuts
 
 
 def keep(logits: Tensor, cuts: Tensor, ids: Tensor, sizes: Tensor) -> None:
     """Writes the supports' ids [N, limit] int32 and sizes [N] int32 from the cuts of `sample`."""
     if len(logits):
-        support_kernel[(len(logits),)](logits, cuts, ids, sizes, logits.shape[1], ids.shape[1], **LAUNCH)
+        tensors = (logits, cuts, ids, sizes)
+        launch(support_kernel, (len(logits),), *tensors, logits.shape[1], ids.shape[1], **LAUNCH)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 import triton
 import triton.language as tl
+from duologue.kernels.gpu.launcher import launch
 from duologue.kernels.gpu.softmax import capped
 from torch import Tensor
 
@@ -191,7 +192,7 @@ def forward(inputs: Inputs, softcap: float) -> tuple[Tensor, Tensor, Tensor, Ten
         head = (hidden, weight, hidden if bias is None else bias)
         flags = {"HAS_BIAS": bias is not None, "HAS_CAP": softcap > 0}
         out = (logprob, entropy, logits, stats)
-        sparse_forward[(N,)](*head, *support, softcap or 1.0, *out, H, **flags, **LAUNCH)
+        launch(sparse_forward, (N,), *head, *support, softcap or 1.0, *out, H, **flags, **LAUNCH)
     return logprob, entropy, logits, stats
 
 
@@ -215,7 +216,7 @@ def backward(
     blocks = triton.cdiv(H, LAUNCH["HIDDEN"])
     grad = torch.empty_like(saved[1])  # of the support's logits
     tensors = (weight, *support, softcap or 1.0, *saved, grad, grad_hidden)
-    sparse_backward[(N, blocks)](*tensors, H, HAS_CAP=softcap > 0, **LAUNCH)
+    launch(sparse_backward, (N, blocks), *tensors, H, HAS_CAP=softcap > 0, **LAUNCH)
     if grad_weight is not None:
         ranked, order = ids.long().sort(stable=True)
         starts = torch.searchsorted(ranked, torch.arange(len(weight) + 1, device=ids.device))
@@ -223,4 +224,5 @@ def backward(
         rows = torch.repeat_interleave(every_row, offsets.diff(), output_size=len(ids))
         entries = (hidden, order, rows, starts, grad)
         out = (grad_weight, grad if grad_bias is None else grad_bias)
-        sparse_weight[(len(weight), blocks)](*entries, *out, H, HAS_BIAS=grad_bias is not None, **LAUNCH)
+        grid, flags = (len(weight), blocks), {"HAS_BIAS": grad_bias is not None}
+        launch(sparse_weight, grid, *entries, *out, H, **flags, **LAUNCH)

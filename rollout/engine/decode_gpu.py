@@ -81,7 +81,8 @@ class _Bucket:
         f32, i32 = torch.float32, torch.int32
         B = len(rows.token)
         self.support_limit = SUPPORT_IDS if truncated else 1
-        self.rows = _Rows(*(torch.empty_like(x, device=device) for x in rows))
+        # Zeros, for a graph's warm-up runs before they are filled, and reads the embedding of `token`.
+        self.rows = _Rows(*(torch.zeros_like(x, device=device) for x in rows))
         self.cu_seqlens = torch.arange(B + 1, dtype=i32, device=device)
         self.groups = (self.cu_seqlens.clone(), zeros(B, dtype=i32)) if grouped else None
         self.step_index = zeros(1)
@@ -112,6 +113,10 @@ class DeviceLoop(DecodeLoop):
         self._address = 0
         self._buckets: dict[tuple[torch.Size, bool, int, bool], _Bucket] = {}
         self._memory: Any = None  # one pool for all graphs: they never run at the same time
+        # Of warm-up and capture both. On another stream than its warm-up's, a capture takes cuBLAS' workspace
+        # anew, inside the pool, and pins it there after the last graph is gone. On a stream of two loops, the
+        # end of one frees the workspace under the graphs of the other.
+        self._stream: Any = None
 
     def use(self, kv: Tensor) -> None:
         """Graphs know addresses: they stay good only where the memory came back to the same place."""
@@ -122,7 +127,9 @@ class DeviceLoop(DecodeLoop):
         self.page_size = kv.shape[3]
 
     def forget(self) -> None:
+        """The pool goes with its graphs: a dead one may not be captured into."""
         self._buckets.clear()
+        self._memory = None
 
     def takes(self, requests: Sequence[Request]) -> bool:
         return (
@@ -228,19 +235,20 @@ class DeviceLoop(DecodeLoop):
         return step
 
     def _captured(self, bucket: _Bucket, step: Callable[[], None]) -> Callable[[], None]:
-        """The step as a graph. It runs before on another stream, as capture asks for, all rows stopped."""
+        """The step as a graph. It runs before on the stream of the capture, all rows stopped."""
         bucket.rows.done.fill_(True)
         bucket.rows.table.fill_(self.scratch)
         limit = self.model.config.max_position_embeddings
         self.model.rotary_tables(torch.tensor([limit - 1], device=self.device))  # whole: no step makes them
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
             for _ in range(2):
                 step()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(self.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
             step()
         self._memory = self._memory or graph.pool()
         return graph.replay

@@ -94,13 +94,16 @@ class Runner:
             self.loop = NativeLoop(model, self.layers, adapters, decode_steps)
         elif decode_steps > 1:
             self.loop = DeviceLoop(model, adapters, scratch, decode_steps, on_cuda)
-        assert self.kv is not None  # what does not fit is said at once
+        if not on_cuda:  # where it is taken by the first request, for imitation and updates come before it
+            assert self.kv is not None  # what does not fit is said at once
 
     @property
     def kv(self) -> Tensor:
         """[L, 2, P, B, Hk, D]. MemoryError says what the pool takes."""
         if self._kv is None:
             dtype = self.model.model.embed_tokens.weight.dtype
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()  # of an update, whose blocks are not the size of a pool
             try:
                 self._kv = torch.empty(self.shape, dtype=dtype, device=self.device)
             except RuntimeError as error:  # what torch raises when memory runs out, on every device

@@ -18,7 +18,6 @@ from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import Completion, Request, SamplingParams
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.judge.asking import Asking
-from duologue.rollout.judge.endpoint import ChatEndpoint
 from duologue.rollout.judge.ledger import Ledger
 from duologue.rollout.judge.wording import spoken
 from duologue.rollout.selfplay.dialogue import Turn, View
@@ -128,6 +127,9 @@ class Server(Asking, Speaker):
         **limits: Any,
     ) -> None:
         """`limits` and the key are those of `judge.endpoint.Endpoint`."""
+        # Here, so that whoever asks no server needs no HTTP client.
+        from duologue.rollout.judge.endpoint import ChatEndpoint
+
         self.max_unscored_share = max_unscored_share
         super().__init__(ChatEndpoint(url, model, **limits), ledger)
         self._tokenizer = tokenizer

@@ -1,0 +1,73 @@
+"""Rows of a tensor by an index, and sums over them, whose bits are the same in every run.
+
+PyTorch adds rows of one number on CUDA (`index_add`, the backward of `index_select`) by atomics, in any
+order, and in bf16 with a rounding each time. On Triton they are summed here in the order of the index, in
+fp32, and rounded once. Elsewhere PyTorch serves, which adds in order on CPU.
+
+Shapes: T rows by an index, U numbers in it.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import torch
+from duologue.kernels.backend import triton
+from torch import Tensor
+
+
+class Index:
+    """`numbers` [T] int64, from 0 to U - 1."""
+
+    def __init__(self, numbers: Tensor, size: int) -> None:
+        self.numbers, self.size = numbers, size
+
+    @cached_property
+    def order(self) -> tuple[Tensor, Tensor]:
+        """(places [T] int64: those of number 0 in order, then those of 1; starts [U + 1] int64 of each)."""
+        ranked, places = self.numbers.sort(stable=True)
+        return places, torch.searchsorted(ranked, torch.arange(self.size + 1, device=ranked.device))
+
+    def take(self, x: Tensor) -> Tensor:
+        """x [U, ...] -> [T, ...], row t being x[numbers[t]]. Differentiable."""
+        if torch.is_grad_enabled() and x.requires_grad and triton(x):
+            taken: Tensor = _Take.apply(x, self)  # type: ignore[no-untyped-call]
+            return taken
+        return x.index_select(0, self.numbers)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """x [T, ...] -> [U, ...], row u being the sum of the rows of number u. Differentiable."""
+        if triton(x):
+            added: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]
+            return added
+        return x.new_zeros(self.size, *x.shape[1:]).index_add(0, self.numbers, x)
+
+
+def _sum(x: Tensor, index: Index) -> Tensor:
+    from duologue.kernels.gpu import gather as gpu_gather
+
+    out = x.new_empty(index.size, *x.shape[1:])
+    return gpu_gather.sum_rows(x.contiguous(), *index.order, out)
+
+
+class _Take(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Index) -> Tensor:
+        ctx.index = index
+        return x.index_select(0, index.numbers)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _sum(grad, ctx.index), None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Index) -> Tensor:
+        ctx.index = index
+        return _sum(x, index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.index_select(0, ctx.index.numbers), None

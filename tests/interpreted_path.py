@@ -1,0 +1,107 @@
+"""Sums in order, an update, and the head of untruncated rows, in the interpreter: see test_gpu_path.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from duologue.grpo.loss import LossConfig
+from duologue.grpo.packing import Row
+from duologue.grpo.update import accumulate_policy_gradient
+from duologue.kernels import backend, gather, head, ops
+from duologue.kernels.gpu import gather as gpu_gather
+from tiny import decoder
+from torch import Tensor
+
+assert backend.triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
+NUMBERS = torch.tensor([3, 0, 3, 5, 0, 3, 1, 1, 6, 3])  # of 0 to 7: some many times, 2, 4 and 7 never
+
+
+def grads(x: Tensor) -> Tensor:
+    return torch.randn(len(NUMBERS), *x.shape[1:], generator=torch.Generator().manual_seed(1)).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(), (5,), (3, 1100)])
+def test_sums_are_in_the_order_of_the_index(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """As PyTorch adds them on CPU in fp32, rounded once; both as a backward and as a forward."""
+    x = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    index, grad = gather.Index(NUMBERS, 8), grads(x)
+    taken = index.take(x)
+    assert torch.equal(taken, x[NUMBERS])
+    ordered = torch.zeros(8, *shape).index_add(0, NUMBERS, grad.float()).to(dtype)
+    assert torch.equal(*torch.autograd.grad(taken, x, grad), ordered)
+    rows = grad.clone().requires_grad_()
+    assert torch.equal(index.sum(rows), ordered)
+    back = torch.randn(8, *shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    assert torch.equal(*torch.autograd.grad(index.sum(rows), rows, back), back[NUMBERS])
+
+
+def one_update(variant: str) -> list[Tensor]:
+    """The gradients of rows that begin alike."""
+    model = decoder(vocab_size=20, num_layers=1)
+    rows = [
+        Row(
+            token_ids=[5, 6, 7 + i, 11],
+            loss_mask=[False, False, True, True],
+            logprobs=[0.0, 0.0, -3.0, -3.0],
+            advantage=1.0 if i % 2 else -0.7,
+            dialogue_id=i,
+            role=0,
+        )
+        for i in range(3)
+    ]
+    accumulate_policy_gradient(model, rows, LossConfig(variant=variant), temperature=1.0, max_tokens=1000)
+    return [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def test_an_update_sums_shared_prefixes_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the same bits, by the kernel: for q, k and v of each layer and the last hidden states."""
+    launched: list[Any] = []
+    launch = gpu_gather.launch
+
+    def recorded(kernel: Any, grid: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(arguments[0].shape)
+        launch(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(gpu_gather, "launch", recorded)
+    first = one_update("gspo")
+    # A layer's q, k and v, the last hidden states; gspo's lengths, twice, and its sum of log-ratios.
+    assert len(launched) == 3 + 1 + 3
+    second = one_update("gspo")
+    assert len(first) > 10
+    assert all(map(torch.equal, first, second))
+
+
+def test_untruncated_rows_of_a_sparse_batch_take_the_head_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    N, H, V = 9, 12, 50
+    hidden, weight = (torch.randn(n, H, generator=generator).requires_grad_() for n in (N, V))
+    targets = torch.arange(N) * 3
+    sizes = torch.tensor([0, 2, 0, 0, 2, 0, 0, 0, 0])
+    offsets = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    ids = torch.cat([torch.stack([t, t + 1]) for t in targets[sizes > 0]]).int()
+    chunks: list[int] = []
+    project = head.Head.project
+
+    def recorded(self: head.Head, rows: Any) -> Tensor:
+        logits = project(self, rows)
+        chunks.append(len(logits))
+        return logits
+
+    monkeypatch.setattr(head, "MIN_ROWS", 1)
+    monkeypatch.setattr(head, "CPU_BYTES", 3 * V * 4)
+    monkeypatch.setattr(head.Head, "project", recorded)
+    logprob, entropy = ops.sparse_linear_logprob(hidden, weight, targets, ids, offsets, 0.8)
+    found = torch.autograd.grad((logprob - 0.1 * entropy).sum(), (hidden, weight))
+    assert chunks == [3, 3, 1] * 2  # of seven rows, forward and backward
+    whole = torch.log_softmax(hidden @ weight.T / 0.8, 1)
+    among = torch.log_softmax((hidden @ weight.T / 0.8).gather(1, torch.stack([targets, targets + 1], 1)), 1)
+    kept = sizes > 0
+    expected = torch.where(kept, among[:, 0], whole[torch.arange(N), targets])
+    spread = torch.where(kept, -(among.exp() * among).sum(1), -(whole.exp() * whole).sum(1))
+    torch.testing.assert_close(logprob, expected)
+    torch.testing.assert_close(entropy, spread)
+    theirs = torch.autograd.grad((expected - 0.1 * spread).sum(), (hidden, weight))
+    torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)

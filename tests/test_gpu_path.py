@@ -1,0 +1,405 @@
+"""The path of a GPU, as far as it can be walked without one: what is imported there, which device is used,
+how a loop owns its graphs, what an update sums in which order.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import gc
+import json
+import os
+import shutil
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from duologue.grpo.build import build_engine
+from duologue.grpo.checkpoints import read_state, write_state
+from duologue.grpo.cli import main
+from duologue.grpo.config import load_config
+from duologue.grpo.opponents import Opponents
+from duologue.grpo.policy import load_beside
+from duologue.kernels import libraries
+from duologue.kernels.gpu import launcher
+from duologue.model.decoder import Decoder
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
+from duologue.model.peft import write_adapter
+from duologue.rollout.engine.decode_gpu import DeviceLoop
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.runner import Runner
+from duologue.rollout.engine.sequence import Completion, SamplingParams
+from tiny import TINY_DEAL, decoder
+
+ROOT = Path(__file__).parent.parent
+ABSENT = ("trl", "liger_kernel", "flash_attn", "bitsandbytes", "tenacity", "textarena", "openai")  # may be
+HIDE = f"""
+from importlib.machinery import PathFinder
+find = PathFinder.find_spec
+def without(cls, name, *rest):
+    return None if name.partition(".")[0] in {ABSENT} else find(name, *rest)
+PathFinder.find_spec = classmethod(without)
+"""
+
+
+def test_tests_are_collected_where_other_trainers_are_not_installed() -> None:
+    """Of the GPU tests, and those that once imported trl at their head, with the trainer itself."""
+    code = f"""{HIDE}
+import sys, pytest
+import duologue.grpo.cli, duologue.grpo.trainer
+files = ["tests/test_gpu.py", "tests/test_chat.py"]
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", *files]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "tests/test_gpu.py::" in done.stdout
+    assert "tests/test_chat.py::" in done.stdout
+
+
+def test_no_test_imports_what_may_be_absent_at_its_head() -> None:
+    for path in (ROOT / "tests").glob("*.py"):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.partition(".")[0] for name in names} & {*ABSENT}, path.name
+
+
+def test_sums_and_heads_in_the_interpreter() -> None:
+    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "-p",
+        "no:cacheprovider",
+        "tests/interpreted_path.py",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+# ---- the device --------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_launched_on_the_gpu_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, launches = [0], []
+
+    @contextlib.contextmanager
+    def device(index: int) -> Iterator[None]:
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *arguments, **constants: launches.append((current[0], grid, arguments, constants))
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    for index in (0, 3):
+        x: Any = SimpleNamespace(is_cuda=True, get_device=lambda index=index: index)
+        launcher.launch(Kernel(), (2, 5), x, 7, BLOCK=16)
+        assert launches.pop() == (index, (2, 5), (x, 7), {"BLOCK": 16})
+        assert current == [0]
+
+
+def test_no_kernel_is_launched_elsewhere() -> None:
+    """A call of a subscript is a launch: kernel[grid](...)."""
+    files = sorted((ROOT / "kernels/gpu").glob("*.py"))
+    assert len(files) > 5
+    launching = [
+        path.stem
+        for path in files
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+    ]
+    assert launching == ["launcher", "launcher"]
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "play"])
+def test_a_command_makes_its_gpu_the_current_one(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Chosen(BaseException):
+        pass
+
+    def set_device(device: str) -> None:
+        raise Chosen(device)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", set_device)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
+    checkpoint, settings = str(tmp_path / "model"), [*TINY_DEAL, "model.device=cuda:1"]
+    words = {
+        "train": ["train", "deal", "--run-dir", str(tmp_path / "run")],
+        "eval": ["eval", checkpoint, "--recipe", "deal"],
+        "play": ["play", checkpoint, "--game", "deal"],
+    }[command]
+    with pytest.raises(Chosen, match="cuda:1"):
+        main(
+            [
+                *words,
+                *(
+                    word
+                    for setting in settings
+                    for word in (f"--{setting.replace('=', ' ', 1)}".split(" ", 1))
+                ),
+            ]
+        )
+
+
+def test_a_run_on_a_gpu_has_settings_that_suit_one(checkpoint: Any, tmp_path: Path) -> None:
+    """Where nothing is said; what is said stays, and a run's own file is taken as it is."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint("qwen3")[0], folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}), "utf-8")
+    cpu, gpu = (
+        load_config("collective-agency", [f"model.device={device}", f"model.path={folder}"])
+        for device in ("cpu", "cuda")
+    )
+    assert (cpu.model.dtype, gpu.model.dtype) == ("float32", "bfloat16")
+    assert (cpu.rollout.page_size, cpu.rollout.max_step_tokens) == (16, 1024)
+    assert (gpu.rollout.page_size, gpu.rollout.max_step_tokens) == (64, 8192)
+    assert gpu.rollout.cache_tokens > cpu.rollout.cache_tokens
+    assert not gpu.rollout.released
+    said = ["model.device=cuda:1", f"model.path={folder}", "model.dtype=float16", "rollout.page_size=32"]
+    chosen = load_config("collective-agency", said)
+    assert (chosen.model.dtype, chosen.rollout.page_size) == ("float16", 32)
+    assert load_config("deal", ["model.device=cuda"]).model.dtype == "float32"
+    (tmp_path / "config.toml").write_text('[model]\ndevice = "cuda"\n', "utf-8")
+    assert load_config(str(tmp_path / "config.toml")).rollout.page_size == 16
+
+
+def test_max_step_tokens_reaches_the_engine() -> None:
+    engine = build_engine(load_config("deal", ["rollout.max_step_tokens=77", *TINY_DEAL]), decoder())
+    assert engine._scheduler.max_step_tokens == 77
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_on_a_gpu_the_pool_is_taken_by_the_first_request(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that imitation, and a resumed optimizer's state, have the memory. On CPU it is taken at once."""
+    taken: list[Any] = []
+    weight = SimpleNamespace(device=SimpleNamespace(type=kind), dtype=torch.float32, element_size=lambda: 4)
+    model: Any = SimpleNamespace(
+        config=decoder().config,
+        model=SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight)),
+        paged_layers=lambda: None,
+        head_weight=weight,
+    )
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: taken.append(shape) or torch.zeros(1))
+    runner = Runner(model, [None], 4, 16, 1)
+    assert len(taken) == (kind == "cpu")
+    assert runner.kv is runner.kv
+    assert len(taken) == 1
+
+
+def test_the_state_of_a_resume_is_read_to_the_host(tmp_path: Path) -> None:
+    state: Any = {"step": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        places: list[Any] = []
+        load = torch.load
+        patch.setattr(torch, "load", lambda *a, **k: places.append(k["map_location"]) or load(*a, **k))
+        write_state(tmp_path, state, {"exp_avg.x": torch.ones(3)})
+        assert read_state(tmp_path)[0] == state
+        assert places == ["cpu"]
+
+
+def test_snapshots_take_slots_that_stay_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = decoder(vocab_size=70)
+    settings = LoraSettings(rank=2, base=str(tmp_path / "base"))
+    policy = LoraDecoder(base, new_adapter(base, settings, 0))
+    for step in (1, 2, 3, 4):
+        adapter = new_adapter(base, settings, step)
+        for _, b in adapter.pairs.values():
+            b.data.normal_() if step != 3 else b.data.zero_()
+        (tmp_path / str(step)).mkdir()
+        write_adapter(adapter, tmp_path / str(step))
+    engine, forgotten = Engine(policy), []
+    monkeypatch.setattr(engine._runner, "forget_graphs", lambda: forgotten.append(1))
+    opponents: Any = SimpleNamespace(model=policy, engine=engine, _slots=[], _present={})
+    opponents._path = lambda step: tmp_path / str(step)
+
+    def addresses() -> list[int]:
+        return [p.data_ptr() for slot in opponents._slots for p in slot.parameters()]
+
+    def use(*steps: int) -> None:
+        Opponents._use_adapters(opponents, [*steps])
+        assert {*opponents._present} == {*steps}
+        for step, at in opponents._present.items():
+            expected = load_beside(policy, tmp_path / str(step))
+            held = engine.adapters[at]
+            if isinstance(expected, LoraDecoder):
+                assert held is not None
+                assert all(map(torch.equal, held.parameters(), expected.adapter.parameters()))
+            else:
+                assert held is None
+
+    use(1, 2)
+    before, place = addresses(), opponents._present[2]
+    use(2, 4)
+    assert opponents._present[2] == place
+    use(3, 4)
+    use(1)
+    assert addresses() == before
+    assert len(forgotten) == 1
+    use(1, 2, 4)
+    assert addresses()[: len(before)] == before
+    assert len(forgotten) == 2
+
+
+# ---- libraries ---------------------------------------------------------------------------------------------
+
+
+def old_varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_q: Any,
+    cu_k: Any,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    **rest: Any,
+) -> Any:
+    """The arguments up to torch 2.9: no scale."""
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_enable_gqa_is_passed_where_the_signature_has_it(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch 2.11's has none, and takes fewer key heads without."""
+    from torch.nn.attention import varlen
+
+    given: dict[str, Any] = {}
+
+    def before(q: Any, k: Any, v: Any, *lengths: Any, scale: Any = None, window_size: Any = (-1, -1)) -> Any:
+        given.update(scale=scale, window_size=window_size)
+        return q
+
+    def now(
+        q: Any, k: Any, v: Any, *lengths: Any, scale: Any = None, window_size: Any = 0, enable_gqa: Any = 0
+    ) -> Any:
+        given.update(scale=scale, window_size=window_size, enable_gqa=enable_gqa)
+        return q
+
+    monkeypatch.setattr(libraries, "HAS_FLASH_ATTN", False)
+    monkeypatch.setattr(varlen, "varlen_attn", now if told else before)
+    libraries.varlen_options.cache_clear()
+    try:
+        q: Any = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, shape=(5, 4, 64))
+        serving = libraries.attention(q, exact=False)
+        assert serving is not None
+        assert serving(q, q, q, torch.tensor([0, 5]), 0.1, 5) is q
+        assert given == {"scale": 0.1, "window_size": (-1, 0), **({"enable_gqa": True} if told else {})}
+        assert "varlen_attn" in libraries.describe_attention()
+        assert ("without enable_gqa" in libraries.describe_attention()) is not told
+        libraries.varlen_options.cache_clear()
+        monkeypatch.setattr(varlen, "varlen_attn", old_varlen)
+        assert libraries.attention(q, exact=False) is None
+        assert libraries.describe_attention().startswith("Triton")
+    finally:
+        libraries.varlen_options.cache_clear()
+
+
+# ---- graphs ------------------------------------------------------------------------------------------------
+
+
+class Graphs:
+    """Stands in for CUDA's streams and graphs: a replay runs the step that was captured. As CUDA does, it
+    refuses to capture into a pool whose graphs are all gone.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.streams: list[Any] = [None]  # the current one is the last
+        self.captures: list[tuple[Any, Any, Any]] = []  # stream of the warm-up, of the capture, pool
+        self.alive: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.warm: Any = None
+        self.step: Any = None
+        graphs, step_of = self, DeviceLoop._step_of
+
+        def recorded(loop: DeviceLoop, *arguments: Any) -> Any:
+            step = step_of(loop, *arguments)
+
+            def run() -> None:
+                graphs.warm, graphs.step = graphs.streams[-1], step
+                step()
+
+            return run
+
+        class Graph:
+            def __init__(self) -> None:
+                graphs.alive.add(self)
+
+            def pool(self) -> Any:
+                return self.memory
+
+            def replay(self) -> None:
+                self.step()
+
+        monkeypatch.setattr(DeviceLoop, "_step_of", recorded)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", self.graph)
+        monkeypatch.setattr(torch.cuda, "stream", self.stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+
+    @contextlib.contextmanager
+    def stream(self, stream: Any) -> Iterator[None]:
+        self.streams.append(stream)
+        yield
+        self.streams.pop()
+
+    @contextlib.contextmanager
+    def graph(self, graph: Any, pool: Any = None, stream: Any = None) -> Iterator[None]:
+        gc.collect()
+        assert pool is None or any(pool is getattr(g, "memory", None) for g in self.alive), "a dead pool"
+        self.captures.append((self.warm, stream, pool))
+        graph.memory = pool or object()
+        yield
+        graph.step = self.step
+
+
+class Stream:
+    def wait_stream(self, other: Any) -> None:
+        assert isinstance(other, Stream)
+
+
+def drawn(completions: list[Completion]) -> list[tuple[Any, ...]]:
+    return [(c.token_ids, c.logprobs, c.finish_reason) for c in completions]
+
+
+def test_a_loop_owns_its_stream_and_the_pool_of_its_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two loops; one forgets its graphs, the other replays its own, and the first captures again."""
+    monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
+    graphs, model = Graphs(monkeypatch), decoder(vocab_size=70)
+    prompts = [[1, 2, 3], [4], [5, 6]]
+    params = [SamplingParams(max_new_tokens=12 - i, seed=i) for i in range(3)]
+    plain = drawn(Engine(model, decode_steps=1).generate(prompts, params))
+    engines = [Engine(model, decode_steps=4) for _ in range(2)]
+    loops: list[Any] = [engine._runner.loop for engine in engines]
+    for loop in loops:
+        loop.capture = True
+    assert all(drawn(engine.generate(prompts, params)) == plain for engine in engines)
+    assert all(warm is captured is not None for warm, captured, _ in graphs.captures)
+    assert len({id(captured) for _, captured, _ in graphs.captures}) == 2
+    before = len(graphs.captures)
+    loops[0].forget()
+    assert drawn(engines[1].generate(prompts, params)) == plain
+    assert len(graphs.captures) == before
+    assert drawn(engines[0].generate(prompts, params)) == plain
+    again = graphs.captures[before:]
+    assert again[0][2] is None
+    assert all(pool is not None for *_, pool in again[1:])
+    assert {id(captured) for _, captured, _ in again} == {id(graphs.captures[0][1])}
