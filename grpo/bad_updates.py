@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from duologue.grpo.packing import Row
 from duologue.grpo.update import UpdateStats
-from duologue.grpo.world import ALONE, World
+from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from torch import Tensor
 
-Gradient = Callable[..., UpdateStats]  # of rows; takes `world`, `after_part` and `backward` too
+Gradient = Callable[..., UpdateStats]  # of rows; takes `backward` and more
 
 
 class BadUpdates:
@@ -74,7 +74,7 @@ def suspects(model: Decoder, rows: Sequence[Row], gradient: Gradient) -> list[in
             bad.append(row.dialogue_id)
 
     for row in rows:
-        stats = gradient(rows=[row], world=ALONE, after_part=None, backward=look)
+        stats = gradient(rows=[row], backward=look)
         if not all(map(math.isfinite, stats.metrics().values())):
             bad.append(row.dialogue_id)
     return bad

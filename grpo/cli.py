@@ -130,16 +130,13 @@ def _add_measures(commands: Any) -> None:
     measured = "hold dialogues with a checkpoint, or between players, measured"
     add = _command(commands, "eval", _eval, measured, settings=True)
     add("players", nargs="+", metavar="PLAYER", help=f"{PLAYER}; of several, each meets each")
-    named = "the recipe or TOML file that names the game; --ability takes that of the checkpoint's run"
-    add("--recipe", help=named)
+    add("--recipe", help="the recipe or TOML file that names the game; --ability can do without")
     add("--dialogues", type=int, help="how many (default: eval.dialogues)")
     add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     against = f"whom the player meets in both seats: {PLAYER}; with dilemmas whose answers are compared"
     add("--against", metavar="PLAYER", help=against)
-    kept = "measure what the checkpoint has kept of the language of its base, which --against names"
-    add("--ability", action="store_true", help=kept)
-    ifeval = "with --ability: prompts in IFEval's format in place of the package's (eval.ifeval)"
-    add("--ifeval", metavar="FILE", help=ifeval)
+    add("--ability", action="store_true", help="measure what is kept of the language of its base")
+    add("--ifeval", metavar="FILE", help="with --ability: prompts in IFEval's format, in place of ours")
     add("--json", type=Path, metavar="FILE", help="write the measures there")
     add("--device", help=DEVICE)
 
@@ -191,16 +188,17 @@ def _train(options: argparse.Namespace) -> int:
     config = _resolved(options, shortcuts)
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
-    note = check_memory(config)
-    if "TORCHELASTIC_RUN_ID" not in os.environ and options.ranks == 1:
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # as a rank, which looks for itself
+    note = "" if started else check_memory(config, ranks=options.ranks)
+    if not started and options.ranks == 1:
         return _train_run(options, config, _open_run(options, config), note)
     from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started:
         return launch(options.ranks, options.argv, config.train.rank_timeout_s)
     here = use_cores(config)
     with joined(here) as world:
-        note = check_memory(here)
+        note = check_memory(here, ranks=world.size)
         run = opened(world, lambda kind: _open_run(options, config, kind))
         return _train_run(options, here, run, note, world)
 
@@ -251,9 +249,9 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     from duologue.grpo.unsaid import resolved
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-    resumed = options.run_dir if getattr(options, "resume", False) else None
-    player = next(iter(getattr(options, "players", [])), None)
-    config = resolved(options.recipe, [*options.overrides, *chosen], resumed, player)
+    run = options.run_dir if getattr(options, "resume", False) else None
+    player = next(iter(getattr(options, "players", [])), "")
+    config = resolved(options.recipe, [*options.overrides, *chosen], run, player, options.device or "cpu")
     check_device(config)
     return config
 

@@ -295,8 +295,9 @@ def _suit_cuda(raw: dict[str, Any]) -> None:
     model, rollout = raw.get("model", {}), raw.setdefault("rollout", {})
     if not isinstance(model, dict) or not isinstance(rollout, dict):
         return
-    if typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
-        raw["rollout"] = ON_CUDA | rollout
+    if not typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
+        return
+    raw["rollout"] = ON_CUDA | rollout
 
 
 def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, str]) -> None:

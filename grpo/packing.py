@@ -19,13 +19,14 @@ position 10 is predicted from position 9, which is node 3, as the target "want" 
 
 from __future__ import annotations
 
-from array import array
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
-from duologue.kernels import gather, ops
+from duologue.kernels import gather, ops, transfer
 from duologue.model.decoder import Decoder
 from duologue.rollout.engine.sequence import Supports
 from torch import Tensor
@@ -43,6 +44,7 @@ class Row:
     role: int
     supports: Supports | None = None  # [t] supports of truncated draws; None: all were from the full softmax
     weights: list[float] | None = None  # [t] of the tokens in an imitation loss; None: all count alike
+    share: int = 0  # of the rows of a step, where these are dealt out
 
     @property
     def n_trained(self) -> int:
@@ -63,12 +65,8 @@ class Batch:
     first: Tensor  # [U] int64: where in T each node occurs first
     support_ids: Tensor  # int32: supports of the trained tokens whose draw was truncated, one after the other
     support_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
+    targets: Tensor  # [N] int64: where trained tokens are; the head runs on the positions before them only
     weights: Tensor | None = None  # [T] fp32, in an imitation loss
-
-    @property
-    def targets(self) -> Tensor:
-        """Indices [N] of the trained tokens; the head runs on the positions before them only."""
-        return torch.nonzero(self.loss_mask).squeeze(1)
 
     @property
     def target_ids(self) -> Tensor:
@@ -90,60 +88,103 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
                 f"dialogue {row.dialogue_id}, role {row.role}: its first token is marked for training"
             )
         assert len(row.token_ids) == len(row.loss_mask) == len(row.logprobs)
-
-    def tensor(values: Sequence[float] | Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    lengths = [len(row.token_ids) for row in rows]
-    nodes, first = _prefix_tree(rows)
-    support_ids, sizes = _supports(rows)
-    weights = [w for row in rows for w in row.weights or ()]
-    return Batch(
-        token_ids=tensor([t for row in rows for t in row.token_ids], torch.int64),
-        positions=tensor([p for n in lengths for p in range(n)], torch.int64),
-        cu_seqlens=tensor([0, *accumulate(lengths)], torch.int32),
-        loss_mask=tensor([m for row in rows for m in row.loss_mask], torch.bool),
-        behaviour_logprobs=tensor([x for row in rows for x in row.logprobs], torch.float32),
-        advantages=tensor([row.advantage for row in rows for _ in row.token_ids], torch.float32),
-        nodes=tensor(nodes, torch.int64),
-        first=tensor(first, torch.int64),
-        support_ids=tensor(support_ids, torch.int32),
-        support_offsets=tensor([0, *accumulate(sizes)], torch.int64),
-        weights=tensor(weights, torch.float32) if weights else None,
-    )
-
-
-def _supports(rows: Sequence[Row]) -> tuple[array[int], list[int]]:
-    """(ids of the supports of trained tokens, one after the other; the size of each token's, 0 of a
-    token without)."""
-    ids: array[int] = array("i")
-    sizes: list[int] = []
-    for row in rows:
-        if row.supports is None:
-            sizes += [0] * len(row.token_ids)
-            continue
-        start = 0
-        for size, trained in zip(row.supports.sizes, row.loss_mask, strict=True):
-            if trained:
-                ids += row.supports.ids[start : start + size]
-            sizes.append(size if trained else 0)
-            start += size
-    return ids, sizes
+    lengths = np.array([len(row.token_ids) for row in rows], dtype=np.int64)
+    starts = np.concatenate(([0], np.cumsum(lengths)))
+    token_ids = _joined([row.token_ids for row in rows], np.int64)
+    loss_mask = _joined([row.loss_mask for row in rows], np.bool_)
+    nodes, first = _prefix_tree(rows, token_ids, starts)
+    support_ids, sizes = _supports(rows, loss_mask, starts)
+    arrays = {
+        "token_ids": token_ids,
+        "positions": np.arange(len(token_ids)) - np.repeat(starts[:-1], lengths),
+        "cu_seqlens": starts.astype(np.int32),
+        "loss_mask": loss_mask,
+        "behaviour_logprobs": _joined([row.logprobs for row in rows], np.float32),
+        "advantages": np.repeat(np.array([row.advantage for row in rows], dtype=np.float32), lengths),
+        "nodes": nodes,
+        "first": first,
+        "support_ids": support_ids,
+        "support_offsets": np.concatenate(([0], np.cumsum(sizes))),
+        "targets": np.flatnonzero(loss_mask),
+    }
+    if any(row.weights for row in rows):
+        arrays["weights"] = _joined([row.weights or [] for row in rows], np.float32)
+    return Batch(**transfer.to_device(arrays, torch.device(device)))
 
 
-def _prefix_tree(rows: Sequence[Row]) -> tuple[list[int], list[int]]:
-    """(`nodes`, `first`)"""
-    children: dict[tuple[int, int], int] = {}  # (parent node, token id) -> node
-    nodes: list[int] = []
-    first: list[int] = []
-    for row in rows:
-        node = -1
-        for token in row.token_ids:
-            node = children.setdefault((node, token), len(first))
-            if node == len(first):
-                first.append(len(nodes))
-            nodes.append(node)
-    return nodes, first
+def _joined(lists: Sequence[Sequence[float]], dtype: Any) -> np.ndarray:
+    """One after the other."""
+    return np.concatenate([np.array(values, dtype=dtype) for values in lists] or [np.empty(0, dtype)])
+
+
+def _supports(
+    rows: Sequence[Row], loss_mask: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids of the supports of trained tokens, one after the other; the size of each token's, 0 of a token
+    without).
+    """
+    sizes = np.zeros(len(loss_mask), dtype=np.int64)
+    ids = [np.empty(0, dtype=np.int32)]
+    for row, start, end in zip(rows, starts, starts[1:], strict=False):
+        if row.supports is not None:
+            given = np.array(row.supports.sizes, dtype=np.int64)
+            trained = loss_mask[start:end]
+            ids.append(np.frombuffer(row.supports.ids, dtype=np.int32)[np.repeat(trained, given)])
+            sizes[start:end] = given * trained
+    return np.concatenate(ids), sizes
+
+
+def _prefix_tree(
+    rows: Sequence[Row], token_ids: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(`nodes`, `first`): a row has the nodes of the earlier row with which it agrees longest, as far as they
+    agree, and then new ones.
+    """
+    nodes = np.empty(len(token_ids), dtype=np.int64)
+    first: list[np.ndarray] = [np.empty(0, dtype=np.int64)]
+    n_nodes = 0
+    for row, (other, shared) in enumerate(_longest_agreements(rows, token_ids, starts)):
+        begin, new, end = starts[row], starts[row] + shared, starts[row + 1]
+        nodes[begin:new] = nodes[starts[other] : starts[other] + shared]
+        nodes[new:end] = np.arange(n_nodes, n_nodes + end - new)
+        first.append(np.arange(new, end))
+        n_nodes += end - new
+    return nodes, np.concatenate(first)
+
+
+def _longest_agreements(
+    rows: Sequence[Row], token_ids: np.ndarray, starts: np.ndarray
+) -> list[tuple[int, int]]:
+    """For each row an earlier one, and the tokens that both begin with: no earlier row shares more.
+
+    In the order of a dictionary a row agrees most with its neighbours. Rows are taken out of that order from
+    the last to the first, so that the neighbours of each are those of the earlier rows.
+    """
+    n = len(rows)
+    order = sorted(range(n), key=lambda row: rows[row].token_ids)
+    before, after = [-1] * n, [-1] * n  # neighbours, and how much the row and the one before it agree
+    agrees = [0] * n
+    for a, b in itertools.pairwise(order):
+        before[b], after[a] = a, b
+        agrees[b] = _agreement(token_ids[starts[a] : starts[a + 1]], token_ids[starts[b] : starts[b + 1]])
+    found = [(0, 0)] * n
+    for row in reversed(range(n)):
+        low, high = before[row], after[row]
+        found[row] = (low, agrees[row]) if low >= 0 else (0, 0)
+        if high >= 0:
+            found[row] = max(found[row], (high, agrees[high]), key=lambda pair: pair[1])
+            before[high], agrees[high] = low, min(agrees[row], agrees[high]) if low >= 0 else 0
+        if low >= 0:
+            after[low] = high
+    return found
+
+
+def _agreement(a: np.ndarray, b: np.ndarray) -> int:
+    """How many tokens two rows begin with alike."""
+    n = min(len(a), len(b))
+    differs = a[:n] != b[:n]
+    at = int(differs.argmax()) if n else 0
+    return at if n and differs[at] else n
 
 
 def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) -> Tensor:

@@ -16,7 +16,7 @@ LENGTH = "steps max_seconds patience"
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
     "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s "
-    "max_bad_updates",
+    "max_bad_updates recompute offload_moments",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
     "rollout": "cache_tokens max_batch max_step_tokens release_memory",

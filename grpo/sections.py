@@ -103,6 +103,19 @@ class TrainSection:
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
     )
+    recompute: str = setting(
+        "none",
+        "what a backward computes a second time, to keep less: 'layer', all but the inputs of layers",
+        one_of=("none", "layer"),
+    )
+    offload_moments: bool = setting(False, "keep the moments of AdamW in the host's memory; of a run on CUDA")
+    shares: int = setting(
+        0,
+        "fixed shares of a step's rows, a multiple of the ranks: the same bits for any number of them; 0: as "
+        "many as there are ranks",
+        least=0,
+        most=4096,
+    )
     max_bad_updates: int = setting(
         3, "updates in a row that are skipped as not finite before the run ends", least=1
     )

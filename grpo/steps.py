@@ -23,14 +23,15 @@ from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.bad_updates import BadUpdates, Gradient
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import check_finite
-from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
+from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch, imitated
+from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.packing import Row
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import RunDir
-from duologue.grpo.shares import Lengths, dealt_rows, joint_costs, sampled_tokens
-from duologue.grpo.update import UpdateStats, accumulate_policy_gradient, kl_to_reference
+from duologue.grpo.shares import Lengths, dealt, joint_costs, rows_of_all, sampled_tokens
+from duologue.grpo.update import UpdateStats, accumulate_policy_gradient
 from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed
@@ -55,6 +56,7 @@ class Steps:
         latest = run.latest_checkpoint()
         texts = self.corpus or ([] if latest else build.first_texts(config, self.game))
         self.model, self.tokenizer = policy.build_policy(config, texts, latest)
+        self.model.recompute = config.train.recompute == "layer"
         self.optimizer = self.new_optimizer()
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
@@ -147,15 +149,14 @@ class Steps:
         """All updates of this step, in place, and how far the policy is from where it started."""
         metrics: Metrics = {}
         t, temperature = self.config.train, self.config.dialogue.temperature
-        rows = dealt_rows(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
+        rows = rows_of_all(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
+        rows = dealt(rows, self.world, t.shares)  # world
         if self.config.rollout.released:
             for engine in self.opponents.engines:
                 engine.release_memory()
         if self.reference is not None and t.kl_every and self.selfplay_index % t.kl_every == 0:
-            limit = t.tokens_per_microbatch
-            metrics["kl_start"] = kl_to_reference(
-                self.reference, rows, temperature=temperature, max_tokens=limit, world=self.world
-            )
+            how: Any = {"max_tokens": t.tokens_per_microbatch, "world": self.world, "shares": t.shares}
+            metrics["kl_start"] = kl_to_reference(self.reference, rows, temperature=temperature, **how)
         with self.timing("optimise"):
             return metrics | self.optimise(rows)
 
@@ -195,13 +196,14 @@ class Steps:
         return self._accumulate("dialogues", gradient, rows)
 
     def _accumulate(self, what: str, gradient: Gradient, rows: Sequence[Row]) -> UpdateStats:
-        stats = gradient(rows=rows, after_part=self.optimizer.accumulate, world=self.world)
+        where = {"world": self.world, "shares": self.config.train.shares}
+        stats = gradient(rows=rows, after_part=self.optimizer.accumulate, **where)
         self.bad.note(what, gradient, rows, stats)
         return stats
 
     def _optimizer_step(self, lr: float) -> float:
         """The gradient norm; where anything is not finite the weights stay as they are."""
-        (squared,) = self.world.sum([float(self.optimizer.squared_grad_norm())])  # world
+        squared = float(self.optimizer.squared_grad_norm())
         if reason := self.bad.reason(math.sqrt(squared)):
             self.optimizer.drop_gradients()
             self.bad.skip(self.step, reason, self.model, self.world)
@@ -241,6 +243,7 @@ class Steps:
             max_tokens=self.config.train.tokens_per_microbatch,
             coefficient=coefficient,
             dropout_seed=dropout_seed,
+            total=imitated(demonstrations),
         )
-        rows = self.world.deal(demonstrations, lambda row: len(row.token_ids))  # world
+        rows = dealt(demonstrations, self.world, self.config.train.shares)  # world
         return self._accumulate("demonstrations", gradient, rows)

@@ -173,12 +173,14 @@ class Trainer(Steps):
 
     def _end_of_imitation(self) -> None:
         """Keep the policy as `warm_start`, measure it, and begin self-play with a fresh optimizer."""
+        self.saver.wait()
         self.run_dir.save_checkpoint(
             "warm_start",
             lambda folder: write_checkpoint(self.model, self.tokenizer, folder),
             needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
+        self.optimizer.close()
         self.optimizer = self.new_optimizer()
         self._save()
 

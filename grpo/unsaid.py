@@ -5,7 +5,6 @@ A run's checkpoint is told what its run was, another one English when it was pre
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
 
 from duologue.grpo.checkpoints import latest_checkpoint
@@ -19,28 +18,24 @@ KEPT = ("game.telling", "model.dtype")
 UP = 3  # folders, from a checkpoint to its run
 
 
+def resolved(recipe: str, settings: list[str], run: Path | None, player: str, device: str) -> Config:
+    """The configuration, with what a resumed run or else a player decides, and a checkpoint of the Hub
+    by its commit.
+    """
+    left = kept_of(run) if run is not None else unsaid(player, device) if player else {}
+    config = load_config(recipe, settings, left)
+    path = config.model.path
+    if (name := pinned_of(path, run)) == path:
+        return config
+    return load_config(recipe, [*settings, f"model.path={name}"], left)
+
+
 def run_of(checkpoint: Path) -> Path | None:
     """The configuration of the run that a checkpoint, or a run directory, lies in."""
     for folder in (checkpoint, *checkpoint.resolve().parents[:UP]):
         if (folder / RUN_FILE).is_file():
             return folder / RUN_FILE
     return None
-
-
-def resolved(
-    recipe: str, overrides: Sequence[str], resumed: Path | None = None, player: str | None = None
-) -> Config:
-    """The configuration of a command: of a run that is `resumed`, or of one that measures `player`."""
-    left: dict[str, str] = {}
-    if resumed is not None:
-        left = kept_of(resumed)
-    elif player is not None:
-        left = unsaid(player, dict(o.split("=", 1) for o in overrides).get("model.device", "cpu"))
-    config = load_config(recipe, overrides, left)
-    path = pinned_of(config.model.path, resumed)
-    return (
-        config if path == config.model.path else load_config(recipe, [*overrides, f"model.path={path}"], left)
-    )
 
 
 def kept_of(run: Path) -> dict[str, str]:

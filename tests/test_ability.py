@@ -9,6 +9,7 @@ import json
 import math
 import shutil
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from duologue.grpo.ability.measure import Subject, answers
 from duologue.grpo.ability.paired import mcnemar, paired
 from duologue.grpo.ability.prompts import Prompt, own_prompts, read_prompts
 from duologue.grpo.cli import main
+from duologue.grpo.world import World
 from duologue.model.checkpoint import load_model
 from duologue.rollout.engine.engine import Engine
 from safetensors.torch import load_file, save_file
@@ -186,10 +188,31 @@ def test_answers_are_greedy_and_do_not_depend_on_the_batch(start: Path) -> None:
     assert None in answers(one, prompts, 5, longest)
 
 
+class OutOfOrder(World):
+    """Hands out the last first, two at a time, as ranks that take turns at a queue may."""
+
+    def hand_out(self, expected: Sequence[float]) -> Iterator[Sequence[int]]:
+        numbers = [*range(len(expected))][::-1]
+        self.dealt = numbers
+        yield from (numbers[start : start + 2] for start in range(0, len(numbers), 2))
+
+    def gather(self, items: Sequence[Any]) -> Sequence[Any]:
+        return [items[self.dealt.index(number)] for number in range(len(items))]
+
+
+def test_who_measures_what_does_not_matter(start: Path) -> None:
+    model, tokenizer = load_model(start)
+    one = Subject(engine=Engine(model, cache_tokens=8192), tokenizer=tokenizer)
+    prompts = own_prompts(5)
+    assert answers(one, prompts, 4, 10_000, OutOfOrder()) == answers(one, prompts, 4, 10_000)
+    texts = [Passage(token_ids=ids, places=[1, 2, 3]) for ids in (*IDS, IDS[0][::-1])]
+    assert distance(decoder(0), decoder(1), texts, OutOfOrder()) == distance(decoder(0), decoder(1), texts)
+
+
 # ---- the command and the end of a run ----------------------------------------------------------------------
 
 FEW = ["eval.ability_prompts=25", "eval.ability_tokens=8", "eval.dialogues=2", "rollout.cache_tokens=16384"]
-TALK = ["dialogue.max_rounds=1", "dialogue.max_tokens_per_turn=4", "dialogue.max_tokens_final=40"]
+TALK = ["dialogue.max_rounds=1", "dialogue.max_tokens_per_turn=4", "dialogue.max_tokens_final=80"]
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +260,8 @@ def test_another_checkpoint_is_at_a_distance(start: Path, moved: Path, tmp_path:
     assert text["perplexity_change"] == pytest.approx(text["perplexity"] / text["base_perplexity"] - 1)
     assert "dialogues" not in found  # no game was named
     assert found["prompts"] == "p.jsonl"
+    assert [row["key"] for row in found["answers"]] == [*range(8)]
+    assert all({"base", "policy"} < {*row} for row in found["answers"])
     assert found["line"].startswith("language: IFEval strict ")
     alone = evaluated(tmp_path, str(moved), *asked)
     assert alone["plain_text"]["perplexity"] == text["perplexity"]
@@ -263,17 +288,29 @@ def test_what_eval_does_not_take_is_refused(
     assert error.count("\n") == 1
 
 
+def trained(start: Path, run: Path, *more: str) -> int:
+    """The exit code of a run from `start` with no step in it."""
+    tiny = [word for word in TINY_DEAL if not word.startswith(("model.", "eval.", "imitation.", "dialogue."))]
+    words = [*tiny, *FEW, *TALK, "eval.partners=[]", "imitation.steps=0", "grpo.imitation_coef=0"]
+    train = ["train", "deal", "--model", str(start), "--run-dir", str(run)]
+    return main([*train, *words, "train.steps=0", *more])
+
+
+def test_a_run_refuses_prompts_that_are_not_there_before_it_trains(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert trained(start, tmp_path / "run", "eval.ifeval=nowhere.jsonl") == 2
+    assert "eval.ifeval = 'nowhere.jsonl': accepted is a .jsonl file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_a_run_from_a_checkpoint_says_what_it_has_kept(rank: int, start: Path, tmp_path: Path) -> None:
     """At its end, and again from its directory: the base is what it began from, the adapter's frozen weights
     among them.
     """
     run = tmp_path / "run"
-    kept = [word for word in TINY_DEAL if not word.startswith(("model.", "eval.", "imitation.", "dialogue."))]
-    words = [*kept, *FEW, *TALK, "eval.partners=[]", "imitation.steps=0", f"lora.rank={rank}"]
-    words += ["grpo.imitation_coef=0", "dialogue.max_tokens_final=40"]
-    train = ["train", "deal", "--model", str(start), "--run-dir", str(run)]
-    assert main([*train, *words, "train.steps=0"]) == 0
+    assert trained(start, run, f"lora.rank={rank}") == 0
     summary = json.loads((run / "summary.json").read_text())["ability"]
     assert summary["plain_text"]["kl_base_policy"] == summary["dialogues"]["kl_base_policy"] == 0
     assert summary["line"] in (run / "report.html").read_text().replace("&gt;", ">")

@@ -33,6 +33,7 @@ SETTINGS = [
     "grpo.advantage=running",
     "dialogue.max_tokens_per_turn=10",
     "eval.dialogues=2",
+    "eval.partners=[]",
 ]
 Poison = Callable[[Row], Row]
 
@@ -58,8 +59,9 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, at: Sequence[int], poison: Poison)
     updates = [0]
 
     def accumulate(model: Any, *, rows: Sequence[Row], **how: Any) -> UpdateStats:
-        bad = (updates[0] if how["after_part"] else updates[0] - 1) in at  # a look at one row is no update
-        updates[0] += how["after_part"] is not None
+        whole = "after_part" in how  # otherwise it is a look at one row
+        bad = (updates[0] if whole else updates[0] - 1) in at
+        updates[0] += whole
         rows = [poison(row) if bad and row.dialogue_id == 5 else row for row in rows]
         return accumulate_policy_gradient(model, rows, **how)
 

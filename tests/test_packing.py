@@ -8,12 +8,13 @@ import random
 from array import array
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.update import trained_logprobs
-from duologue.kernels import ops
+from duologue.kernels import ops, transfer
 from duologue.model.decoder import score
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams, Supports
@@ -246,3 +247,59 @@ def test_restricted_draws_are_scored_as_training_scores_them(given: dict[str, fl
     batch = pack(rows)
     scored = trained_logprobs(model, batch, given.get("temperature", 1.0) or 1.0)
     assert scored.tolist() == [x for c in completions for x in c.logprobs]
+
+
+def tree_by_dictionary(rows: list[Row]) -> tuple[list[int], list[int]]:
+    """`nodes` and `first`, a token at a time: a node is its parent and its token."""
+    children: dict[tuple[int, int], int] = {}
+    nodes: list[int] = []
+    first: list[int] = []
+    for row in rows:
+        node = -1
+        for token in row.token_ids:
+            node = children.setdefault((node, token), len(first))
+            if node == len(first):
+                first.append(len(nodes))
+            nodes.append(node)
+    return nodes, first
+
+
+@pytest.mark.parametrize("letters", [1, 2, 3])
+def test_the_tree_is_that_of_a_dictionary(letters: int) -> None:
+    """Rows of few letters agree in many ways: some are beginnings of others, some are equal."""
+    for seed in range(60):
+        rng = random.Random(seed)
+        texts = [
+            [rng.randrange(letters) for _ in range(rng.randint(1, 9))] for _ in range(rng.randint(1, 12))
+        ]
+        rows = [
+            Row(
+                token_ids=ids,
+                loss_mask=[False] * len(ids),
+                logprobs=[0.0] * len(ids),
+                advantage=0.0,
+                dialogue_id=i,
+                role=0,
+            )
+            for i, ids in enumerate(texts)
+        ]
+        batch = pack(rows)
+        assert (batch.nodes.tolist(), batch.first.tolist()) == tree_by_dictionary(rows), texts
+
+
+def test_arrays_arrive_in_one_copy_as_they_were() -> None:
+    """What a GPU gets: one buffer, and views of it; here without a GPU."""
+    rng = np.random.default_rng(0)
+    arrays = {
+        "ids": rng.integers(0, 99, 7),
+        "mask": rng.random(13) < 0.5,
+        "empty": np.empty(0, np.int32),
+        "table": rng.random((3, 5)).astype(np.float32),
+        "last": np.array([2**40]),
+    }
+    buffer = transfer.joined(arrays, pin=False)
+    for name, tensor in transfer.parts(buffer, arrays).items():
+        assert tensor.dtype == torch.from_numpy(arrays[name]).dtype
+        assert torch.equal(tensor, torch.from_numpy(arrays[name]))
+        assert tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    assert {**transfer.to_device(arrays, torch.device("cpu"))}.keys() == arrays.keys()

@@ -121,7 +121,9 @@ def test_a_run_is_the_same_for_any_number_of_ranks(runs: dict[int, Path], ranks:
             for name, row in before.pop(table).items():
                 assert after[table][name] == pytest.approx(row, rel=1e-4)
         assert after["elo"] == pytest.approx(before.pop("elo"))
-        same = {k for k in before if not k.endswith(("seconds", "_per_s", "bytes")) and k != "stage"}
+        words = [key for key, value in before.items() if isinstance(value, str)]  # of stage, instruction set
+        assert [after[key] for key in words] == [before.pop(key) for key in words]
+        same = {k for k in before if not k.endswith(("seconds", "_per_s", "bytes"))}
         assert {k: after[k] for k in same} == pytest.approx({k: before[k] for k in same}, rel=1e-4, abs=1e-6)
     summaries = [json.loads((run / "summary.json").read_text("utf-8"))["trained"] for run in (one, many)]
     assert summaries[0] == pytest.approx(summaries[1])

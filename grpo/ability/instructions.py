@@ -169,27 +169,35 @@ def _capital_word_frequency(capital_relation: str, capital_frequency: int) -> Ch
 
 # A sentence ends with a mark, closing quotes and brackets after it, and a gap
 SENTENCE_END = re.compile(r"(?<=[.!?])[\"'”’)\]*_]*\s+(?=\S)")
+INITIAL = re.compile(r"(?:^|[\s(\"“])[A-Z]\.$")
 ABBREVIATION = re.compile(
-    r"(?:^|[\s(\"“])(?:[A-Za-z]\.(?:[A-Za-z]\.)*|(?:mr|mrs|ms|dr|prof|st|jr|sr|vs|etc|inc|ltd|co|no|fig|vol"
-    r"|jan|feb|mar|apr|jun|jul|aug|sept?|oct|nov|dec)\.)$",
+    r"(?:^|[\s(\"“])(?:mr|mrs|ms|dr|prof|st|jr|sr|vs|inc|ltd|co|fig|vol"
+    r"|jan|feb|mar|apr|aug|sept?|oct|nov|dec)\.$",
     re.IGNORECASE,
 )
 
 
 def sentences(text: str) -> list[str]:
-    """Cut after a full stop, question or exclamation mark that a gap follows; not after an initial or a
-    common abbreviation, nor before a small letter.
+    """Cut after a full stop, question or exclamation mark that a gap follows; after a stop not before a small
+    letter, nor where it ends an initial or a common abbreviation, after dots only before a capital.
     """
     parts = []
     start = 0
     for gap in SENTENCE_END.finditer(text):
         before, after = text[start : gap.start()], text[gap.end()]
-        if before.endswith(".") and (after.islower() or ABBREVIATION.search(before)):
+        if before.endswith(".") and (after.islower() or _is_short(before, after)):
             continue
         parts.append(text[start : gap.end()].strip())
         start = gap.end()
     rest = text[start:].strip()
     return [*parts, rest] if rest else parts
+
+
+def _is_short(before: str, after: str) -> bool:
+    """Whether the stop at the end of `before` belongs to a shortened word, or to dots that go on."""
+    if before.endswith(".."):
+        return not after.isupper()
+    return INITIAL.search(before) is not None or ABBREVIATION.search(before) is not None
 
 
 def _number_sentences(relation: str, num_sentences: int) -> Check:

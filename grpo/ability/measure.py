@@ -85,6 +85,10 @@ def measure(
     scored = {name: scores(kept, [of[i] or "" for i in asked]) for name, of in said.items()}
     if kept:
         row |= _shares(scored, config.train.seed)
+    row["answers"] = [
+        {"key": checked[i].key, "prompt": checked[i].text, **{name: of[i] for name, of in said.items()}}
+        for i in asked
+    ]
     text = passages(policy.tokenizer, PLAIN.read_text("utf-8"), limit)
     row["plain_text"] = _distance(policy, base, text, world)
     if base is not None and game is not None:
@@ -104,7 +108,9 @@ def at_end(
 ) -> Row:
     """Of a run that began from `model.path`, which is the base."""
     policy = Subject(engine=engine, tokenizer=tokenizer)
-    return measure(config, policy, base_of(config, policy), game, judge, world)
+    found = measure(config, policy, base_of(config, policy), game, judge, world)
+    del found["answers"]  # a summary has no room for them
+    return found
 
 
 def base_of(config: Config, policy: Subject) -> Subject:

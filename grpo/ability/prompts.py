@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.ability.instructions import KINDS, Check, can_check, check_for
+from duologue.rollout.games.texts import read_text
 
 OWN = 150
 Arguments = Mapping[str, Any]
@@ -39,8 +40,10 @@ class Prompt:
 
 def read_prompts(path: Path) -> list[Prompt]:
     """All of a file. ValueError names the line that is not in the format."""
+    if not path.is_file():
+        raise ValueError(f"eval.ifeval = {str(path)!r}: accepted is a .jsonl file in IFEval's format")
     prompts = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:

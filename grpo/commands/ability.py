@@ -16,12 +16,13 @@ from duologue.grpo.config import Config
 from duologue.grpo.partners import START, start_of
 from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.run_dir import finite
+from duologue.grpo.telling import run_of
 from duologue.model.atomic import write_file
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-UNITS = {"prompt": "of prompts", "instruction": "of instructions"}
+UNITS = ("prompt", "instruction")
 
 
 def run(options: argparse.Namespace, resolve: Callable[[], Config]) -> int:
@@ -30,8 +31,8 @@ def run(options: argparse.Namespace, resolve: Callable[[], Config]) -> int:
         names = " ".join(options.players)
         raise ValueError(f"{names}: accepted is one checkpoint with --ability, and with --against its base")
     path = Path(options.players[0])
-    recipe = options.recipe or _recipe_beside(path)
-    options.recipe = recipe or "deal"  # whose defaults serve where no game is named
+    recipe = options.recipe or run_of(path)
+    options.recipe = str(recipe or "deal")  # whose defaults serve where no game is named
     config = resolve()
     use_device(config)
     began = time.monotonic()
@@ -61,12 +62,6 @@ def _measured(config: Config, policy: Subject, base: Subject | None, has_game: b
             judge.close()
 
 
-def _recipe_beside(path: Path) -> str:
-    """The configuration of the run that a checkpoint lies in, "" where it lies in none."""
-    beside = (folder / "config.toml" for folder in (path, *path.resolve().parents[:3]))
-    return next((str(file) for file in beside if file.is_file()), "")
-
-
 def _loaded(path: Path, config: Config) -> Subject:
     return subject(config, *load_policy(path, config))
 
@@ -84,16 +79,22 @@ def table(found: dict[str, Any]) -> Table:
     prompts = "our own prompts" if found["prompts"] == "ours" else found["prompts"]
     left = [f"{n} left out: {why}" for why, n in found["left_out"].items() if n]
     title = "; ".join([f"{found['asked']} of {prompts}, greedy, {found['max_new_tokens']} tokens", *left])
-    shown = Table(title=title, title_justify="left", box=box.SIMPLE)
-    for heading in ("", "base", "policy", "difference", "gained : lost", "McNemar's p"):
-        shown.add_column(heading, justify="right" if heading else "left")
+    shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    shown.add_column("", no_wrap=True)
+    for heading in ("base", "policy", "difference", "+ : -", "p"):
+        shown.add_column(heading, justify="right")
     for level in LEVELS:
-        for unit, words in UNITS.items():
+        for unit in UNITS:
             if row := found.get(f"{level}_{unit}"):
-                shown.add_row(f"{level}, {words}", *_cells(row))
-    for key, name in (("plain_text", "plain text"), ("dialogues", "dialogues of the base")):
+                shown.add_row(f"{level}, {unit}s", *_cells(row))
+    for key, name in (("plain_text", "text"), ("dialogues", "talk")):
         if row := found.get(key):
             _add_distance(shown, row, name)
+    tokens = [f"text: {found['plain_text']['tokens']} tokens"]
+    if "dialogues" in found:
+        tokens.append(f"talk of the base: {found['dialogues']['tokens']} tokens")
+    shown.caption = f"points gained, with 95 % intervals; p is McNemar's; {', '.join(tokens)}"
+    shown.caption_justify = "left"
     return shown
 
 
@@ -106,10 +107,10 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _add_distance(shown: Table, row: dict[str, Any], name: str) -> None:
-    cells = ["", f"{row['perplexity']:.2f}"]
-    if "base_perplexity" in row:
-        cells = [f"{row['base_perplexity']:.2f}", cells[1], f"{100 * row['perplexity_change']:+.1f} %"]
-    shown.add_row(f"perplexity, {name} ({row['tokens']} tokens)", *cells)
-    if "base_perplexity" in row:
-        shown.add_row(f"KL(base || policy), {name}", "", "", f"{row['kl_base_policy']:.4f}")
-        shown.add_row(f"KL(policy || base), {name}", "", "", f"{row['kl_policy_base']:.4f}")
+    if "base_perplexity" not in row:
+        shown.add_row(f"perplexity, {name}", "", f"{row['perplexity']:.2f}")
+        return
+    base, policy = f"{row['base_perplexity']:.2f}", f"{row['perplexity']:.2f}"
+    shown.add_row(f"perplexity, {name}", base, policy, f"{100 * row['perplexity_change']:+.1f} %")
+    shown.add_row(f"KL base to policy, {name}", "", "", f"{row['kl_base_policy']:.4f}")
+    shown.add_row(f"KL policy to base, {name}", "", "", f"{row['kl_policy_base']:.4f}")

@@ -21,6 +21,7 @@ KINDS = {
     "masters": "fp32 masters",
     "moments": "moments",
     "activations": "activations of a micro-batch",
+    "again": "a layer computed a second time",
     "head": "head",
     "transit": "gradients in transit",
     "pool": "KV pool",
