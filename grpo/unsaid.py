@@ -19,8 +19,8 @@ UP = 3  # folders, from a checkpoint to its run
 
 
 def resolved(recipe: str, settings: list[str], run: Path | None, player: str, device: str) -> Config:
-    """The configuration, with what a run that is resumed or else a player decides, and a checkpoint of the
-    Hub by its commit.
+    """The configuration, with what a resumed run or else a player decides, and a checkpoint of the Hub
+    by its commit.
     """
     left = kept_of(run) if run is not None else unsaid(player, device) if player else {}
     config = load_config(recipe, settings, left)

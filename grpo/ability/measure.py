@@ -115,7 +115,7 @@ def at_end(
 
 def base_of(config: Config, policy: Subject) -> Subject:
     """What `model.path` holds; under an adapter that is new, the policy's own frozen weights."""
-    path, model = Path(config.model.path), policy.model
+    path, model = config.model.folder, policy.model
     if isinstance(model, LoraDecoder) and not (path / "adapter_config.json").is_file():
         base, tokenizer = model.adapter_off, policy.tokenizer
     else:

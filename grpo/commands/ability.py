@@ -69,7 +69,7 @@ def _loaded(path: Path, config: Config) -> Subject:
 def _base(against: str | None, player: Path, config: Config) -> Subject | None:
     """Whom --against names, or what the run began from."""
     if against is None:
-        return _loaded(Path(config.model.path), config) if config.model.path else None
+        return _loaded(config.model.folder, config) if config.model.path else None
     path = start_of(player) if against == START else Path(against)
     return _loaded(latest_checkpoint(path) or path, config)
 
