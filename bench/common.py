@@ -45,10 +45,10 @@ def calls(
     return sorted(found)
 
 
-def _seconds(run: Callable[[], Any]) -> float:
-    began = time.perf_counter()
+def _seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    began = clock()
     run()
-    return time.perf_counter() - began
+    return clock() - began
 
 
 def _device_seconds(run: Callable[[], Any]) -> float:
@@ -61,13 +61,17 @@ def _device_seconds(run: Callable[[], Any]) -> float:
 
 
 def take_turns(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 3, seconds: float = 0.5
+    runs: Mapping[str, Callable[[], Any]],
+    *,
+    rounds: int = 3,
+    seconds: float = 0.5,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of the calls of each run, sorted. The runs alternate, so that all see the same machine.
 
     In a round each run has a block of calls, `seconds` in all rounds together, or one call where that is 0:
-    for runs that take seconds themselves. A pause between blocks lets the other side's spinning threads fall
-    asleep.
+    for runs that take seconds themselves, by `clock`. A pause between blocks lets the other side's spinning
+    threads fall asleep.
     """
     for run in runs.values():
         run()
@@ -78,20 +82,21 @@ def take_turns(
             if seconds:
                 found[name] += calls(run, seconds=seconds / rounds, fewest=2, most=100)
             else:
-                found[name].append(_seconds(run))
+                found[name].append(_seconds(run, clock))
     return {name: sorted(times) for name, times in found.items()}
 
 
-def tokens_per_second(runs: Mapping[str, Callable[[], int]], rounds: int) -> dict[str, float]:
+def tokens_per_second(
+    runs: Mapping[str, Callable[[], int]], rounds: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """The median of each run, which returns how many tokens it made; the runs take turns."""
     tokens: dict[str, int] = {}
 
     def counted(name: str, run: Callable[[], int]) -> None:
         tokens[name] = run()
 
-    times = take_turns(
-        {name: partial(counted, name, run) for name, run in runs.items()}, rounds=rounds, seconds=0
-    )
+    counting = {name: partial(counted, name, run) for name, run in runs.items()}
+    times = take_turns(counting, rounds=rounds, seconds=0, clock=clock)
     return {name: tokens[name] / statistics.median(times[name]) for name in runs}
 
 

@@ -1,11 +1,16 @@
 """Counts log-probs of the rollout that are not, bit for bit, those of the training forward.
 
     python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json]
+    python bench/exact.py --run DIR...   # what training runs have compared themselves
 
 Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six
 turns with rewinds between them, chunked prefill among decoding rows, and in every other round a pool so small
 that requests are preempted. Each sampled token's recorded log-prob is compared with `score`, the packed
 training forward. Exit code 1 when one differs.
+
+A run compares every log-prob that it trains, in the update itself: `mismatch` of metrics.jsonl is the largest
+difference of a step. `--run` adds up how many these were, from dialogues.jsonl: all tokens of the policy's
+trained turns but those of an advantage of 0, which no update computes.
 """
 
 from __future__ import annotations
@@ -15,9 +20,14 @@ import json
 import random
 import sys
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
+from duologue.grpo.config import load_config
+from duologue.grpo.run_dir import read_lines
 from duologue.kernels import backend
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
@@ -105,6 +115,32 @@ def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
     tally.largest_batch = max(tally.largest_batch, batch)
 
 
+def compared(dialogue: dict[str, Any], kinds: tuple[str, ...]) -> int:
+    """Log-probs of a recorded dialogue of self-play that its update compared."""
+    players, advantage = dialogue.get("players", ("policy",) * 2), dialogue["advantage"] or (0.0, 0.0)
+    roles = [role for role in (0, 1) if players[role] == "policy" and advantage[role] != 0.0]
+    turns = [turn for turn in dialogue["turns"] if turn["role"] in roles and turn["kind"] in kinds]
+    return sum(len(turn["logprobs"]) for turn in turns)
+
+
+def of_run(folder: Path) -> dict[str, Any]:
+    """How many log-probs a run compared, and how many steps had one that differed."""
+    config = load_config(str(folder / "config.toml"))
+    tokens: Counter[int] = Counter()
+    for dialogue in read_lines(folder / "dialogues.jsonl"):
+        if dialogue["stage"] == "selfplay":
+            tokens[dialogue["step"]] += compared(dialogue, config.grpo.train_kinds)
+    rows = [row for row in read_lines(folder / "metrics.jsonl") if row["stage"] == "selfplay"]
+    return {
+        "run": folder.name,
+        "dtype": config.model.dtype,
+        "instruction_sets": sorted({row.get("instruction_set", "unknown") for row in rows}),
+        "steps": len(rows),
+        "tokens": sum(tokens[row["step"]] for row in rows),
+        "differing_steps": sum(row["mismatch"] != 0.0 for row in rows),
+    }
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -113,7 +149,12 @@ def main() -> int:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--run", nargs="+", type=Path, help="directories of training runs")
     args = parser.parse_args()
+    if args.run:
+        runs = [of_run(folder) for folder in args.run]
+        print(json.dumps({"bench": "exact", "tokens": sum(run["tokens"] for run in runs), "runs": runs}))
+        return int(any(run["differing_steps"] for run in runs))
     rng, tally, began = random.Random(args.seed), Tally(), time.perf_counter()
     model = make_model(getattr(torch, args.dtype), args.seed)
     while tally.tokens < args.tokens:

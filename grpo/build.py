@@ -85,15 +85,21 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
         "betas": (g.betas[0], g.betas[1]),
         "weight_decay": g.weight_decay,
         "max_grad_norm": g.max_grad_norm,
+        "offload": config.train.offload_moments,
     }
-    if world.size == 1:
+    if config.train.offload_moments and config.model.device == "cpu":
+        raise ValueError("train.offload_moments = true: accepted is false on cpu, whose memory it would be")
+    shares = config.train.shares
+    if shares % world.size:
+        raise ValueError(f"train.shares = {shares}: accepted is 0 or a multiple of the {world.size} ranks")
+    if world.size == 1 and not shares:
         return Optimizer(model, **settings)
     from duologue.grpo.distributed.optimizer import ReplicatedOptimizer
     from duologue.grpo.distributed.sharded import ShardedOptimizer
     from duologue.grpo.distributed.world import Ranks
 
-    if isinstance(world, Ranks) and not isinstance(model, LoraDecoder):
-        return ShardedOptimizer(model, world=world, **settings)
+    if shares or (isinstance(world, Ranks) and not isinstance(model, LoraDecoder)):
+        return ShardedOptimizer(model, world=world, shares=shares, **settings)
     return ReplicatedOptimizer(model, world=world, **settings)
 
 

@@ -4,6 +4,7 @@ there, as long as it was, of its kind, and byte for byte what was written.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import zipfile
@@ -118,15 +119,30 @@ def _check_file(path: Path, size: int) -> None:
         zipfile.ZipFile(path).close()
 
 
-def damaged(folder: Path, reason: str) -> ValueError:
-    """The error of a checkpoint that cannot be read, with the way on."""
+def whole_before(folder: Path) -> tuple[Path | None, list[Path]]:
+    """The last whole checkpoint before a damaged one, and all that are newer; the oldest first."""
     earlier = [path for path in checkpoints(folder.parent.parent) if step_of(path) < step_of(folder)]
     before = next((path for path in reversed(earlier) if not damage(path)), None)
+    return before, [*(path for path in earlier if before and step_of(path) > step_of(before)), folder]
+
+
+def damaged(folder: Path, reason: str, seen_at_once: bool = True) -> ValueError:
+    """The error of a checkpoint that cannot be read, with the way on: `--from-previous` knows it too where
+    `damage` has seen it.
+    """
+    before, newer = whole_before(folder)
     way = f"no checkpoint before it is whole: remove {folder.parent.parent} to begin anew"
     if before is not None:
-        newer = [folder, *(path for path in earlier if step_of(path) > step_of(before))]
         way = f"the checkpoint {before} is whole: to go on from it, remove {' and '.join(map(str, newer))}"
+        way += ", or use --from-previous, which puts them aside" if seen_at_once else ""
     return ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}")
+
+
+def put_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint, so that no run takes it for one; where it is now."""
+    names = (f"damaged_{folder.name}" + (f".{n}" if n else "") for n in itertools.count())
+    aside = next(path for name in names if not (path := folder.with_name(name)).exists())
+    return folder.rename(aside)
 
 
 def json_object(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The `duologue` command: train, config, eval, play, report, data, export, doctor, plan.
+"""The `duologue` command: train, config, eval, play, report, watch, data, export, doctor, plan.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -113,8 +114,11 @@ def _add_runs(commands: Any) -> None:
     add("--run-dir", type=Path, help="where the run is kept (default: runs/RECIPE-seedN-TIME)")
     resume = "go on with the run in --run-dir from its last checkpoint"
     add("--resume", action="store_true", help=resume)
+    previous = "with --resume: put a damaged checkpoint aside and go on from the last whole one before it"
+    add("--from-previous", action="store_true", help=previous)
     add("--device", help=DEVICE)
-    add("--model", metavar="DIR", help="the checkpoint to start from (model.path)")
+    start = "the checkpoint to start from (model.path): a folder, or its name in the Hugging Face Hub"
+    add("--model", metavar="DIR|ORG/NAME", help=start)
     add("--ranks", type=int, default=1, metavar="N", help="processes here that train together (torchrun)")
 
     every = "print every setting with its meaning, as TOML to edit"
@@ -127,19 +131,26 @@ def _add_measures(commands: Any) -> None:
     measured = "hold dialogues with a checkpoint, or between players, measured"
     add = _command(commands, "eval", _eval, measured, settings=True)
     add("players", nargs="+", metavar="PLAYER", help=f"{PLAYER}; of several, each meets each")
-    add("--recipe", required=True, help="the recipe or TOML file that names the game")
+    add("--recipe", help="the recipe or TOML file that names the game; --ability can do without")
     add("--dialogues", type=int, help="how many (default: eval.dialogues)")
     add("--greedy", action="store_true", help="take the likeliest token instead of sampling")
     against = f"whom the player meets in both seats: {PLAYER}; with dilemmas whose answers are compared"
     add("--against", metavar="PLAYER", help=against)
+    add("--ability", action="store_true", help="measure what is kept of the language of its base")
+    add("--ifeval", metavar="FILE", help="with --ability: prompts in IFEval's format, in place of ours")
     add("--json", type=Path, metavar="FILE", help="write the measures there")
     add("--device", help=DEVICE)
 
     add = _command(commands, "report", _report, "write report.html of a run, finished or not")
     add("run_dir", type=Path)
+    add = _command(commands, "watch", _later("watch"), "show a run that is under way, from its files")
+    add("run_dir", type=Path)
+    add("--once", action="store_true", help="print what there is and leave")
     data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
 
-    add = _command(commands, "play", _play, "negotiate with a checkpoint in the terminal", settings=True)
+    add = _command(
+        commands, "play", _later("play"), "negotiate with a checkpoint in the terminal", settings=True
+    )
     add("checkpoint", type=Path, help=f"{CHECKPOINT}, or a run directory for its last one")
     game = "the recipe or TOML file that names it (default: that of the checkpoint's run)"
     add("--game", metavar="RECIPE", help=game)
@@ -150,10 +161,11 @@ def _add_measures(commands: Any) -> None:
 
 
 def _add_files(commands: Any) -> None:
-    add = _command(commands, "export", _export, "write a checkpoint of a run for other programs")
+    add = _command(commands, "export", _later("export"), "write a checkpoint of a run for other programs")
     add("source", type=Path, help="a checkpoint, or a run directory for its last one")
     add("out", type=Path, help="a new folder")
     add("--dtype", help="float32, bfloat16 or float16 (default: as it is)")
+    add("--best", action="store_true", help="of a run the best checkpoint (eval.every), not the last")
     merge = "an adapter into its base, so that transformers loads it without peft"
     add("--merge", action="store_true", help=merge)
     add("--base", type=Path, metavar="DIR", help="where an adapter's base is now")
@@ -162,7 +174,9 @@ def _add_files(commands: Any) -> None:
     add = _command(commands, "doctor", _doctor, examined)
     add("--ranks", type=int, metavar="N", help="check what a run of N ranks here would need")
 
-    add = _command(commands, "plan", _plan, "what a run would take of each rank's memory", settings=True)
+    add = _command(
+        commands, "plan", _later("plan"), "what a run would take of each rank's memory", settings=True
+    )
     add("recipe", help=RECIPE)
     shape = "a checkpoint's folder, a config.json, or a well-known name such as Qwen3-8B"
     add("--model", required=True, metavar="DIR|SHAPE", help=shape)
@@ -182,16 +196,17 @@ def _train(options: argparse.Namespace) -> int:
     config = _resolved(options, shortcuts)
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
-    note = check_memory(config)
-    if "TORCHELASTIC_RUN_ID" not in os.environ and options.ranks == 1:
+    started = "TORCHELASTIC_RUN_ID" in os.environ  # as a rank, which looks for itself
+    note = "" if started else check_memory(config, ranks=options.ranks)
+    if not started and options.ranks == 1:
         return _train_run(options, config, _open_run(options, config), note)
     from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
 
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if not started:
         return launch(options.ranks, options.argv, config.train.rank_timeout_s)
     here = use_cores(config)
     with joined(here) as world:
-        note = check_memory(here)
+        note = check_memory(here, ranks=world.size)
         run = opened(world, lambda kind: _open_run(options, config, kind))
         return _train_run(options, here, run, note, world)
 
@@ -238,14 +253,13 @@ def _train_run(
 
 def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
-    from duologue.grpo.config import load_config
     from duologue.grpo.policy import check_device
-    from duologue.grpo.resume import telling_of
+    from duologue.grpo.unsaid import resolved
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
-    if getattr(options, "resume", False) and options.run_dir is not None:
-        chosen += telling_of(options.run_dir, options.overrides)
-    config = load_config(options.recipe, [*options.overrides, *chosen])
+    run = options.run_dir if getattr(options, "resume", False) else None
+    player = next(iter(getattr(options, "players", [])), "")
+    config = resolved(options.recipe, [*options.overrides, *chosen], run, player, options.device or "cpu")
     check_device(config)
     return config
 
@@ -256,10 +270,12 @@ def _open_run(options: argparse.Namespace, config: Config, kind: type[RunDir] | 
 
     kind = kind or RunDir
     path, toml = options.run_dir, config.to_toml()
+    if options.from_previous and not options.resume:
+        raise ValueError("--from-previous goes with --resume")
     if options.resume:
         if path is None:
             raise ValueError("--resume needs --run-dir DIR, the run to go on with")
-        return None if finished(path, toml) else kind.resume(path, toml)
+        return None if finished(path, toml) else kind.resume(path, toml, options.from_previous)
     if path is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         path = Path("runs") / f"{Path(options.recipe).stem}-seed{config.train.seed}-{stamp}"
@@ -278,6 +294,8 @@ def _show_results(path: Path, config: Config, progress: Progress) -> int:
     progress.results(columns, conditions(config))
     if "partners" in summary:
         progress.console.print(partners_table(summary["partners"], kind.compared))
+    if "ability" in summary:
+        progress.log(summary["ability"]["line"])
     progress.log(f"trained for {summary['train_seconds']:.0f} s; report: {path / 'report.html'}")
     return 0
 
@@ -327,19 +345,32 @@ def _config(options: argparse.Namespace) -> int:
 def _eval(options: argparse.Namespace) -> int:
     shortcuts = {
         "model.device": options.device,
+        "eval.ifeval": options.ifeval,
         "eval.dialogues": options.dialogues,
         "eval.temperature": 0.0 if options.greedy else None,
     }
+    from duologue.grpo.commands import ability, players
+
+    if options.ability:
+        return ability.run(options, lambda: _resolved(options, shortcuts))
+    if not options.recipe or options.ifeval:
+        raise ValueError("eval without --ability: accepted is --recipe RECIPE, and no --ifeval FILE")
     server = next((name for name in (*options.players, options.against or "") if "://" in name), None)
     if server is not None:
         shortcuts |= {"opponent.kind": "endpoint", "opponent.url": server}
-    config = _resolved(options, shortcuts)
-    from duologue.grpo.commands.players import run
-
-    return run(options, config)
+    return players.run(options, _resolved(options, shortcuts))
 
 
 # ---- the others --------------------------------------------------------------------------------------------
+
+
+def _later(module: str) -> Callable[[argparse.Namespace], int]:
+    """A command of grpo/commands that is imported when it is given."""
+
+    def run(options: argparse.Namespace) -> int:
+        return int(importlib.import_module(f"duologue.grpo.commands.{module}").run(options))
+
+    return run
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -347,18 +378,6 @@ def _report(options: argparse.Namespace) -> int:
 
     print(write_report(options.run_dir))
     return 0
-
-
-def _play(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.play import run
-
-    return run(options)
-
-
-def _export(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.export import run
-
-    return run(options)
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -369,12 +388,6 @@ def _doctor(options: argparse.Namespace) -> int:
     from duologue.grpo.commands.ranks import examine_ranks
 
     return examine_ranks(options.ranks)
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.plan import run
-
-    return run(options)
 
 
 if __name__ == "__main__":

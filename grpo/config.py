@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from duologue.grpo.collapse import WatchSection
 from duologue.grpo.mix import ENDPOINT, FROZEN, POOL, SCRIPTED
 from duologue.grpo.sections import (
     HELD,
@@ -32,7 +33,8 @@ from duologue.grpo.sections import (
     TrainSection,
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
-from duologue.model.checkpoint import read_config
+from duologue.model.checkpoint import CONFIGS, natural_dtype
+from duologue.model.hub import local
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import (
     ACCEPTED,
@@ -41,6 +43,7 @@ from duologue.rollout.games.catalogue import (
     SCRIPTS,
     characters,
     game_kind,
+    kind_of,
     partners,
 )
 from duologue.rollout.games.deal import DealSettings
@@ -52,6 +55,7 @@ from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
 ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
+PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
 # Of rollouts on a GPU: a page is a tile of its attention, and more prefill tokens fill it. The pool stays, as
 # graphs know its address.
 ON_CUDA = {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192}
@@ -73,6 +77,7 @@ class Config:
     opponent: OpponentSection = OpponentSection()
     rollout: RolloutSection = RolloutSection()
     eval: EvalSection = EvalSection()
+    watch: WatchSection = WatchSection()
 
     def __post_init__(self) -> None:
         for section in dataclasses.fields(self):
@@ -112,6 +117,7 @@ def rules(config: Config) -> Iterator[Rule]:
         _opponent_rules,
         _update_rules,
         _partner_rules,
+        _best_rules,
     )
     for subject in subjects:
         yield from subject(config)
@@ -240,11 +246,33 @@ def _partner_rules(c: Config) -> Iterator[Rule]:
     yield "eval.partners", accepted, named <= {*known}
 
 
+def _best_rules(c: Config) -> Iterator[Rule]:
+    off = "its default without eval.every, the evaluations that it counts"
+    for key, default in (
+        ("train.best_by", TrainSection().best_by),
+        ("train.patience", 0),
+        ("eval.every_dialogues", EvalSection().every_dialogues),
+    ):
+        yield key, off, bool(c.eval.every) or c.value(key) == default
+    whom, _, name = c.train.best_by.lstrip("-").rpartition(":")
+    both = "rules that are not in watch.stop as well"
+    yield "watch.rollback", both, not {*c.watch.stop} & {*c.watch.rollback}
+    alone, text_game = c.game.name == "dilemma_alone", isinstance(c.game, TextGameSettings)
+    names = PAYOFFS if whom else ("reward", *kind_of(c.game).measures)
+    known = text_game and not whom  # such a game's own measures show at its first evaluation
+    accepted = f"one of {', '.join(names)}, '-' before it for the least"
+    yield "train.best_by", accepted, name in names or known
+    yield "train.best_by", "a measure with itself where one answers alone", not (whom and alone)
+
+
 # ---- reading -----------------------------------------------------------------------------------------------
 
 
-def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides.
+def load_config(
+    recipe_or_path: str, overrides: Sequence[str] = (), unsaid: dict[str, str] | None = None
+) -> Config:
+    """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides. `unsaid` are
+    values of settings that neither says: those of a checkpoint that no setting names.
 
     ValueError names an unknown recipe, section, key or value, and what is accepted.
     """
@@ -257,8 +285,8 @@ def load_config(recipe_or_path: str, overrides: Sequence[str] = ()) -> Config:
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             _override(table, name, Text(text.strip()))
-    if _tells_english(raw, recipe_or_path):
-        raw["game"] = {**raw.get("game", {}), "telling": "english"}
+    if Path(recipe_or_path).name != RUN_FILE:
+        _leave_to_checkpoint(raw, unsaid or {})
     if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
         raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
     if Path(recipe_or_path).name != RUN_FILE:
@@ -274,20 +302,26 @@ def _suit_cuda(raw: dict[str, Any]) -> None:
     if not typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
         return
     raw["rollout"] = ON_CUDA | rollout
-    path = Path(typed("model.path", model.get("path", ""), ""))
-    if "dtype" not in model and (path / "config.json").is_file():
-        model["dtype"] = read_config(path).dtype
 
 
-def _tells_english(raw: dict[str, Any], path: str) -> bool:
-    """Whether the game is told in English, where nothing is said of it: to a checkpoint. A run's own file
-    says it, but for one of an older version, which knew the plain telling alone.
+def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, str]) -> None:
+    """What nothing says follows from the checkpoint: games are told in English, the type is its own. A run's
+    own file says it, but for one of an older version, which knew the plain telling alone.
     """
     game, model = raw.get("game", {}), raw.get("model", {})
-    if not isinstance(game, dict) or not isinstance(model, dict) or Path(path).name == RUN_FILE:
-        return False
-    named = typed("game.name", game.get("name", "deal"), "")
-    return named in ENGLISH and "telling" not in game and bool(typed("model.path", model.get("path", ""), ""))
+    if not isinstance(game, dict) or not isinstance(model, dict):
+        return
+    if path := typed("model.path", model.get("path", ""), ""):
+        unsaid = {"game.telling": "english"} | unsaid
+        named = "dtype" in model or "model.dtype" in unsaid
+        if not named and any((local(path) / name).is_file() for name in CONFIGS):
+            device = typed("model.device", model.get("device", "cpu"), "")
+            unsaid["model.dtype"] = natural_dtype(local(path), device)
+    if typed("game.name", game.get("name", "deal"), "") not in ENGLISH:
+        unsaid = {key: value for key, value in unsaid.items() if key != "game.telling"}
+    for name, value in unsaid.items():
+        section, key = name.split(".")
+        raw[section] = {key: value} | raw.get(section, {})
 
 
 def _override(table: dict[str, Any], name: str, text: Text) -> None:

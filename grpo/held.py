@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from duologue.grpo.build import build_engine
 from duologue.grpo.config import Config
-from duologue.grpo.policy import load_beside
-from duologue.model.checkpoint import load_weights
-from duologue.model.decoder import Decoder, empty_decoder
+from duologue.grpo.policy import load_beside, restore_weights
+from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.engine.runner import token_bytes
@@ -50,18 +48,15 @@ class HeldWeights:
             return self._build(load_beside(self.model, path))
         oldest = next(step for step, engine in self._engines.items() if engine is not self._reference)
         engine = self._engines.pop(oldest)
-        self._write_over(engine.model, path)
+        restore_weights(engine.model, path)
         return engine
+
+    def forget_after(self, step: int) -> None:
+        """Snapshots that were taken later are to be read again."""
+        self._engines = {taken: engine for taken, engine in self._engines.items() if taken <= step}
 
     def _build(self, model: Decoder) -> Engine:
         return build_engine(self.config, model, CACHE_TOKENS)  # the policy's pool took what was free
-
-    @torch.no_grad()
-    def _write_over(self, model: Decoder, path: Path) -> None:
-        other = empty_decoder(model.config)
-        load_weights(other, path, "cpu", model.head_weight.dtype)
-        for mine, new in zip(model.parameters(), other.parameters(), strict=True):
-            mine.copy_(new)
 
 
 def memory(config: Config, model: Decoder) -> str:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from duologue.grpo.packing import Row, pack, split_rows
+from duologue.grpo.packing import Row, pack
 from duologue.grpo.rows import view_row
+from duologue.grpo.shares import micro_batches
 from duologue.grpo.update import UpdateStats, global_part, head_loss, trained_hidden
 from duologue.grpo.world import ALONE, World
 from duologue.model.decoder import Decoder
@@ -69,14 +70,25 @@ def accumulate_imitation_gradient(
     *,
     max_tokens: int,
     coefficient: float = 1.0,
+    after_part: Callable[[], None] = lambda: None,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
     dropout_seed: int = 0,
     world: World = ALONE,
+    shares: int = 0,
+    total: float = 0.0,
 ) -> UpdateStats:
     """Add the gradient of the mean negative log-likelihood of the demonstrated tokens, by their weights,
-    times `coefficient`."""
-    (total,) = world.sum([sum(_imitated(row) for row in rows)])  # world
-    stats = UpdateStats()
-    for i, part in enumerate(split_rows(rows, max_tokens)):
+    times `coefficient`;
+    `after_part` is called after each micro-batch. `total` is the sum of these weights over all ranks, 0 where
+    it is to be made here.
+    """
+    total = total or world.sum([imitated(rows)])[0]  # world
+    parts = micro_batches(rows, max_tokens, world, shares)
+    every = [UpdateStats() for _ in parts]
+    for i, (part, stats) in enumerate(zip(parts, every, strict=True)):
+        if not part:
+            after_part()
+            continue
         batch = pack(part, model.head_weight.device)
         weights = None if batch.weights is None else batch.weights[batch.targets]
 
@@ -85,13 +97,18 @@ def accumulate_imitation_gradient(
 
         hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, 1.0)
-        torch.autograd.backward(result.loss * coefficient)
-        stats.add(batch, result)
-    return stats.over(world)  # world
+        backward(result.loss * coefficient)
+        after_part()
+        stats.note(batch, result)
+    return UpdateStats.of_all(every, world)
 
 
-def _imitated(row: Row) -> float:
-    """The sum of the weights of a row's trained tokens."""
+def imitated(rows: Sequence[Row]) -> float:
+    """The sum of the weights of trained tokens."""
+    return sum(map(_of_row, rows))
+
+
+def _of_row(row: Row) -> float:
     if row.weights is None:
         return float(row.n_trained)
     return sum(w for w, trained in zip(row.weights, row.loss_mask, strict=True) if trained)

@@ -20,6 +20,7 @@ from duologue.grpo.config import Config
 from duologue.grpo.held import HeldWeights, memory
 from duologue.grpo.mix import FROZEN, LAGGED, POOL, SCRIPTED, SELF, START, Place, chosen, places, side
 from duologue.grpo.policy import load_beside, load_policy
+from duologue.grpo.space import check_space, weight_bytes
 from duologue.grpo.world import ALONE, World
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import write_checkpoint
@@ -246,12 +247,22 @@ class Opponents:
         o = self.config.opponent
         if o.lags or (POOL in o.parts and step % o.pool_every == 0):
             if self.world.is_first:
+                check_space(self.folder, weight_bytes(self.model), f"the opponent {_name(step)}")
                 write_folder(self._path(step), self._write)
             self.world.agree(False)  # world: nobody reads what is not whole
             self.ratings[_name(step)] = self.ratings[POLICY]
         oldest = next((member for member in self.members(step) if member), 0)
         gone = {*map(_name, range(1, oldest))}
         self.ratings = {name: rating for name, rating in self.ratings.items() if name not in gone}
+
+    def go_back(self, step: int) -> None:
+        """The policy is what it was before `step` again, and so are the snapshots of it since."""
+        taken = [path for path in self.folder.glob("step_*") if step_of(path) > step]
+        for path in taken if self.world.is_first else ():
+            write_folder(path, self._write)
+        self.world.agree(False)  # world: nobody reads what is not whole
+        self.held.forget_after(step)
+        self._present = {}
 
     def needed(self, steps: Sequence[int]) -> list[Path]:
         """The snapshots that one of these steps can meet and that are taken before the first of them."""
@@ -260,6 +271,15 @@ class Opponents:
             return []
         met = {member for step in steps for member in self.members(step) if member <= steps[0]}
         return [self._path(member) for member in sorted(met)]
+
+    def kept(self, steps: int, behind: int) -> int:
+        """Snapshots on disk at once, at most, of a run of so many steps that may be taken up `behind` steps
+        ago.
+        """
+        o = self.config.opponent
+        of_lags = min(max(o.lags) + behind, steps) if o.lags else 0
+        of_pool = o.pool_size + (0 if o.lags else behind // o.pool_every) if POOL in o.parts else 0
+        return of_lags + min(of_pool, steps // o.pool_every)
 
     def forget_before(self, step: int) -> None:
         """Drop the snapshots that no step from `step` on can meet; a run that resumes there needs the

@@ -8,10 +8,13 @@ the new weights at once.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw as apply
 
 SCHEDULES = ("constant", "cosine")
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -40,15 +43,23 @@ class Optimizer:
     """
 
     def __init__(
-        self, model: nn.Module, *, betas: tuple[float, float], weight_decay: float, max_grad_norm: float
+        self,
+        model: nn.Module,
+        *,
+        betas: tuple[float, float],
+        weight_decay: float,
+        max_grad_norm: float,
+        offload: bool = False,
     ) -> None:
+        """`offload`: the moments are in the host's memory."""
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.masters: dict[str, Tensor] = {
             n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()
         }
         self.max_grad_norm = max_grad_norm  # 0 = no clipping
         matrices, vectors = ([m for m in self.masters.values() if (m.dim() >= 2) == f] for f in (True, False))
-        self._adamw = adamw(matrices, vectors, betas, weight_decay)
+        self._adamw = adamw(matrices, vectors, betas, weight_decay, offload)
+        self._offload = offload
 
     def accumulate(self) -> None:
         """After a micro-batch: move low-precision gradients into fp32 sums; autograd sums the others well
@@ -66,11 +77,15 @@ class Optimizer:
         self.accumulate()
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
+    def drop_gradients(self) -> None:
+        """Of an update that is not to be taken."""
+        self.accumulate()
+        for master in self.masters.values():
+            master.grad = None
+
     @torch.no_grad()
     def squared_grad_norm(self) -> Tensor:
-        """[] fp64, 0 without gradients; where parameters are sharded, add it up over ranks and hand it to
-        `step`.
-        """
+        """[] fp64, of all ranks; 0 without gradients."""
         gradients = self.gradients()
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
         return torch.stack(norms).double().square().sum()
@@ -91,13 +106,19 @@ class Optimizer:
             torch._foreach_mul_(self.gradients(), scale)
         for group in self._adamw.param_groups:
             group["lr"] = lr
-        self._adamw.step()
+        if self._offload:
+            step_offloaded(self._adamw)
+        else:
+            self._adamw.step()
         # Fused AdamW leaves no trace in `_version`, by which the engine sees that its KV is stale.
         torch.autograd.graph.increment_version(self.masters.values())
         self._write_back()
         for master in self.masters.values():
             master.grad = None
         return norm
+
+    def close(self) -> None:
+        """When another optimizer takes the parameters over."""
 
     def state_dict(self) -> dict[str, Tensor]:
         """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for low precision; no copies are
@@ -128,7 +149,11 @@ class Optimizer:
 
 
 def adamw(
-    matrices: list[Tensor], vectors: list[Tensor], betas: tuple[float, float], weight_decay: float
+    matrices: list[Tensor],
+    vectors: list[Tensor],
+    betas: tuple[float, float],
+    weight_decay: float,
+    offload: bool = False,
 ) -> torch.optim.AdamW:
     """With its state in place, and weight decay on `matrices` alone."""
     groups = [
@@ -139,10 +164,36 @@ def adamw(
         [g for g in groups if g["params"]], lr=0.0, betas=betas, eps=1e-8, fused=True
     )
     for master in (*matrices, *vectors):
-        moments = [torch.zeros_like(master, requires_grad=False) for _ in range(2)]
+        how: dict[str, Any] = {"device": "cpu", "pin_memory": master.is_cuda} if offload else {}
+        moments = [torch.zeros_like(master, requires_grad=False, **how) for _ in range(2)]
         step = torch.zeros((), device=master.device)
         optimizer.state[master] = dict(zip(MOMENTS, (step, *moments), strict=True))
     return optimizer
+
+
+@torch.no_grad()
+def step_offloaded(optimizer: torch.optim.AdamW) -> None:
+    """A step to the same bits; one tensor's moments after the other come to its device and go back."""
+    for group in optimizer.param_groups:
+        how: Any = {key: group[key] for key in ("lr", "weight_decay", "eps", "maximize", "amsgrad", "fused")}
+        beta1, beta2 = group["betas"]
+        for master in group["params"]:
+            if master.grad is None:
+                continue
+            held = optimizer.state[master]
+            here = [held[name].to(master.device, non_blocking=True) for name in MOMENTS[1:]]
+            lists: Any = ([master.grad], [here[0]], [here[1]], [], [held["step"]])
+            apply([master], *lists, beta1=beta1, beta2=beta2, **how)
+            for name, moment in zip(MOMENTS[1:], here, strict=True):
+                held[name].copy_(moment)
+
+
+def block_of(name: str, parameter: Tensor) -> str:
+    """What is sent together where an optimizer is sharded: a layer's, or else the parameter alone; and
+    whether weight decay is on it.
+    """
+    layer = re.match(r"(.*\blayers\.\d+)\.", name)
+    return f"{layer[1] if layer else name} {'matrices' if parameter.dim() >= 2 else 'vectors'}"
 
 
 def check_state(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

@@ -44,6 +44,7 @@ class Row:
     role: int
     supports: Supports | None = None  # [t] supports of truncated draws; None: all were from the full softmax
     weights: list[float] | None = None  # [t] of the tokens in an imitation loss; None: all count alike
+    share: int = 0  # of the rows of a step, where these are dealt out
 
     @property
     def n_trained(self) -> int:

@@ -1,8 +1,8 @@
 """What a run takes of a device's memory, by kind, before anything is loaded.
 
 The sizes are counted on the decoder itself, on the meta device; what autograd keeps of a token is the list
-of `ctx.save_for_backward` in kernels/. With more ranks than one the optimizer is sharded as ZeRO stage 1
-does it (Rajbhandari et al., arXiv 1910.02054): masters and moments in parts, weights and gradients whole.
+of `ctx.save_for_backward` in kernels/. With more ranks than one, or fixed shares, the optimizer is that of
+grpo/distributed/sharded.py: gradients, masters and moments in parts, weights whole.
 
 Bytes, unless a name says otherwise. H hidden, I MLP, V vocabulary, A query heads, G key heads, D head dim.
 """
@@ -13,12 +13,14 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
+from duologue.grpo.optimizer import block_of
 from duologue.kernels import backend
 from duologue.kernels.head import CPU_BYTES, GPU_BYTES, MIN_ROWS
 from duologue.model.checkpoint import parse_dtype, read_config
@@ -26,6 +28,7 @@ from duologue.model.config import ModelConfig
 from duologue.model.decoder import empty_decoder
 from duologue.model.lora import linears
 from duologue.rollout.engine.pages import CACHE_TOKENS
+from torch import nn
 
 GB = 10**9
 GRAPHS = 2 * GB  # of a CUDA context, its libraries and captured graphs: an assumption, not measured
@@ -72,7 +75,7 @@ def shape_of(config: Config) -> ModelConfig | None:
     """Of the model that a run starts from; None where its folder does not say (an adapter, or nothing)."""
     m = config.model
     if m.path:
-        return read_config(Path(m.path)) if Path(m.path, "config.json").is_file() else None
+        return read_config(m.folder) if (m.folder / "config.json").is_file() else None
     return ModelConfig(
         model_type="qwen3",
         hidden_size=m.hidden_size,
@@ -91,15 +94,17 @@ class Plan:
     """Bytes of a rank by kind. `pool_tokens` is how many tokens the KV pool holds."""
 
     weights: int
-    gradients: int  # fp32 sums
+    gradients: int  # fp32 sums, once they are all there
     masters: int
     moments: int
     activations: int  # of a micro-batch
+    again: int  # of the layer that a backward computes a second time, which begins when the head is through
     head: int
-    transit: int  # gradients that the backward has made and nobody has added up
+    transit: int  # gradients that the backward has made, or that are sent, and nobody has added up
     pool: int
     frozen: int  # other weights, with their pools
     graphs: int
+    copy: int  # of a checkpoint in host memory while it is written, where that is the device's
     pool_tokens: int
     released: bool  # whether the pool's memory is given back during an update
     parameters: int
@@ -112,13 +117,15 @@ class Plan:
 
     @property
     def update(self) -> int:
-        """At the peak of an update: either all activations and the head are there, or all gradients."""
+        """At the peak of an update: the head's, or that of the last layer's backward, or its end."""
         pool = 0 if self.released else self.pool
-        return self.sure + max(self.activations + self.head, self.transit) + pool + self.frozen + self.graphs
+        backward = max(self.activations + max(self.head, self.again), self.transit)
+        return self.sure + backward + pool + self.frozen + self.graphs + self.copy
 
     @property
     def rollout(self) -> int:
-        return self.weights + self.masters + self.moments + self.pool + self.frozen + self.graphs
+        state = self.weights + self.masters + self.moments
+        return state + self.pool + self.frozen + self.graphs + self.copy
 
     @property
     def peak(self) -> int:
@@ -142,7 +149,7 @@ def activation_bytes(
     layer = itemsize * (nodes * node + tokens * row) + tokens * shape.num_heads * 8
     ends = itemsize * nodes * 2 * H  # the last sum and the last norm
     if recompute == "layer":
-        return shape.num_layers * itemsize * nodes * 2 * H + layer + ends
+        layer = itemsize * nodes * 2 * H
     return shape.num_layers * layer + ends
 
 
@@ -157,7 +164,8 @@ def head_bytes(
     chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
     weight = V * H * 4 if trained else 0
     cast = V * H * itemsize if trained and itemsize < 4 else 0
-    wide = V * H * 4 if native and itemsize < 4 else 0
+    tiled = native and backend.tiled(torch.empty(0, dtype=torch.bfloat16))
+    wide = V * H * 4 if native and itemsize < 4 and not tiled else 0
     return chunk + weight + max(cast, 0) + wide + 2 * rows * H * itemsize
 
 
@@ -180,36 +188,69 @@ def make_plan(
             packed = sum(w.numel() for w in linears(model).values())
             weights -= int(packed * (itemsize - NF4))
         weights += trained * itemsize
-    parts = ranks if not lora.rank else 1  # an adapter is whole on every rank
-    offload = getattr(config.train, "offload_moments", False)
-    tokens = config.train.tokens_per_microbatch
+    t = config.train
+    sharded = bool(t.shares) or (ranks > 1 and not lora.rank)  # otherwise an adapter is whole on every rank
+    parts = ranks if sharded else 1
+    tokens = t.tokens_per_microbatch
     kv = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * itemsize
-    recompute = getattr(config.train, "recompute", "none")
     activations = activation_bytes(
-        shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=recompute
+        shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=t.recompute
     )
-    transit = trained * itemsize if itemsize < 4 and parts == 1 else 2 * largest * 4
+    transit = trained * itemsize if itemsize < 4 else 2 * largest * 4
+    if sharded and not lora.rank:
+        transit = _sharded_transit(model, itemsize, ranks)
+    sums = 1 + (t.shares // ranks - 1).bit_length() if t.shares > ranks else 1
     plan = Plan(
         weights=weights,
-        gradients=trained * 4,
-        masters=trained * 4 // parts if itemsize < 4 or parts > 1 else 0,
-        moments=0 if offload else trained * 8 // parts,
+        gradients=trained * 4 * sums // parts,
+        masters=trained * 4 // parts if itemsize < 4 or sharded else 0,
+        moments=0 if t.offload_moments else trained * 8 // parts,
         activations=activations,
         head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),
+        again=_again(config, shape, itemsize) if t.recompute == "layer" else 0,
         transit=transit,
         pool=r.cache_tokens * kv,
         frozen=_frozen(config, parameters * itemsize, kv),
         graphs=GRAPHS if device != "cpu" else 0,
+        copy=trained * (itemsize + (12 if itemsize < 4 else 8)) if device == "cpu" else 0,
         pool_tokens=r.cache_tokens,
         released=r.released,
         parameters=parameters,
         trained=trained,
     )
-    if r.cache_tokens:
-        return plan
+    return plan if r.cache_tokens else _with_pool(plan, kv, r.page_size, memory, device)
+
+
+def _with_pool(plan: Plan, kv: int, page_size: int, memory: int, device: str) -> Plan:
+    """A KV pool that takes what is free."""
     free = int(POOL_SHARE * max(memory - plan.rollout, 0))
-    most = free // kv // r.page_size * r.page_size if device != "cpu" else CACHE_TOKENS
+    most = free // kv // page_size * page_size if device != "cpu" else CACHE_TOKENS
     return dataclasses.replace(plan, pool=most * kv, pool_tokens=most)
+
+
+def _again(config: Config, shape: ModelConfig, itemsize: int) -> int:
+    """Of the last layer, computed a second time, with the gradients of its MLP's inside; and the gradient of
+    a tied head, which waits for the embedding's.
+    """
+    tokens, one = config.train.tokens_per_microbatch, dataclasses.replace(shape, num_layers=1)
+    rank = config.lora.rank
+    layer = activation_bytes(one, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=rank)
+    head = shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings and not rank else 0
+    return layer + (3 * tokens * shape.intermediate_size + head) * itemsize
+
+
+def _sharded_transit(model: nn.Module, itemsize: int, ranks: int) -> int:
+    """Of the largest two blocks that follow each other in a backward: both in fp32, and with other ranks what
+    comes from these beside it; and the gradient that was made last.
+    """
+    blocks: dict[str, int] = {}
+    for name, p in reversed([*model.named_parameters()]):
+        key = block_of(name, p)
+        blocks[key] = blocks.get(key, 0) + p.numel()
+    sizes = [0, *blocks.values()]
+    copies = 2 if ranks > 1 else 1
+    largest = max(p.numel() for p in model.parameters())
+    return max(a + b for a, b in pairwise(sizes)) * 4 * copies + largest * itemsize
 
 
 def _frozen(config: Config, weights: int, kv: int) -> int:
@@ -231,7 +272,7 @@ def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: 
 
     found: list[str] = []
     all_of_them = config
-    for words, changes in _changes(config):
+    for words, changes in _changes(config, device):
         changed = _with(config, changes)
         all_of_them = _with(all_of_them, changes)
         name = words.partition("=")[0]
@@ -241,7 +282,7 @@ def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: 
     found += [f"--ranks {more[0]}"] if more else []
     if found:
         return found
-    names = ", ".join({words.partition("=")[0]: words for words, _ in _changes(config)}.values())
+    names = ", ".join({words.partition("=")[0]: words for words, _ in _changes(config, device)}.values())
     if fits(all_of_them):
         return [f"all of {names}"]
     short = make_plan(all_of_them, shape, ranks=ranks, memory=memory, device=device).peak - memory
@@ -252,16 +293,15 @@ def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: 
     return ways or [f"a device with {short / GB:,.1f} GB more, {names} included"]
 
 
-def _changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
+def _changes(config: Config, device: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Settings that take less, in words and as they are made."""
-    train = {field.name for field in dataclasses.fields(config.train)}
     if config.rollout.cache_tokens:
         yield "rollout.cache_tokens=0", {"rollout.cache_tokens": 0}
     if config.train.kl_every and not config.grpo.kl_coef and not config.lora.rank:
         yield "train.kl_every=0", {"train.kl_every": 0}
-    if "recompute" in train and config.value("train.recompute") != "layer":
+    if config.train.recompute != "layer":
         yield "train.recompute=layer", {"train.recompute": "layer"}
-    if "offload_moments" in train and not config.value("train.offload_moments"):
+    if not config.train.offload_moments and device != "cpu":
         yield "train.offload_moments=true", {"train.offload_moments": True}
     for tokens in (8192, 4096, 2048):
         if config.train.tokens_per_microbatch > tokens:
@@ -298,15 +338,15 @@ def memory_limits(device: str) -> tuple[int, int]:
     return total, free
 
 
-def check_memory(config: Config, limits: tuple[int, int] | None = None) -> str:
-    """A note where a run may not fit, "" otherwise. MemoryError where what it surely needs is more than
-    there is: weights, gradients, masters and moments.
+def check_memory(config: Config, limits: tuple[int, int] | None = None, ranks: int = 1) -> str:
+    """A note where a run of so many ranks may not fit, "" otherwise. MemoryError where what it surely needs
+    is more than there is: weights, gradients, masters and moments.
     """
     own = shape_of(config)
     if own is None:
         return ""
     limit, free = limits or memory_limits(config.model.device)
-    plan = make_plan(config, own, memory=limit)
+    plan = make_plan(config, own, ranks=ranks, memory=limit)
     if limit and plan.sure > limit:
         raise MemoryError(
             f"the run needs {plan.sure / GB:.2f} GB on {config.model.device} at least (weights "

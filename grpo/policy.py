@@ -54,7 +54,7 @@ def build_policy(
         check_sizes(config, model, checkpoint)
         return model, tokenizer
     if config.model.path:
-        model, tokenizer = load_policy(Path(config.model.path), config)
+        model, tokenizer = load_policy(config.model.folder, config)
         return with_adapter(model, config), tokenizer
     if not demonstrations:
         needed = "which needs imitation.steps above 0: there is no text to learn from"
@@ -83,7 +83,7 @@ def build_policy(
 
 def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
     """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's."""
-    base = config.model.path if Path(config.model.path, "config.json").is_file() else ""
+    base = config.model.folder if (config.model.folder / "config.json").is_file() else ""
     model, tokenizer = load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
     if isinstance(model, LoraDecoder) and config.lora.rank and config.lora.quantize:
         model.packed = quantize(model.adapter_off).packed
@@ -104,7 +104,7 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
         return model if c.rank else merged(model)
     if not c.rank:
         return model
-    base = str(Path(config.model.path).resolve())
+    base = str(config.model.folder.resolve())
     model = quantize(model) if c.quantize else model
     return LoraDecoder(model, new_adapter(model, c.settings(base), derive_seed(config.train.seed, "adapter")))
 
@@ -119,6 +119,20 @@ def check_sizes(config: Config, model: Decoder, path: Path) -> None:
             raise ValueError(
                 f"{path} has {key} = {present}, but the run's configuration says model.{key} = {wanted}"
             )
+
+
+@torch.no_grad()
+def restore_weights(model: Decoder, folder: Path) -> None:
+    """What of `model` is trained becomes what is in `folder`, in place."""
+    if isinstance(model, LoraDecoder):
+        mine = model.adapter.parameters()
+        saved = read_adapter(folder, model.adapter_off).parameters()
+    else:
+        other = empty_decoder(model.config)
+        load_weights(other, folder, "cpu", model.head_weight.dtype)
+        mine, saved = model.parameters(), other.parameters()
+    for parameter, value in zip(mine, saved, strict=True):
+        parameter.copy_(value)
 
 
 def load_beside(model: Decoder, folder: Path) -> Decoder:

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from duologue.grpo.checkpoints import STATE, json_object, latest_checkpoint
+from duologue.grpo.collapse import WatchSection
 from duologue.grpo.config import from_dict
 from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, place_of
 from duologue.kernels import backend
 from duologue.model.checkpoint import parse_dtype
+from duologue.model.settings import keys
 
-LENGTH = "steps max_seconds"
+LENGTH = "steps max_seconds patience"
+SEEN = "kl_every tensorboard wandb"
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
-    "train": f"{LENGTH} save_every keep_checkpoints threads tokens_per_microbatch kl_every rank_timeout_s",
+    "train": f"{LENGTH} {SEEN} save_every keep_checkpoints threads tokens_per_microbatch rank_timeout_s "
+    "max_bad_updates recompute offload_moments",
     "judge": f"{PLACES} ledger offline max_tokens max_unscored_share",
     "opponent": PLACES,
     "rollout": "cache_tokens max_batch max_step_tokens release_memory",
-    "eval": "judge_url partners partner_dialogues",
+    "eval": "judge_url partners partner_dialogues ability ability_prompts ability_tokens ifeval",
+    "watch": " ".join(key.name for key in keys(WatchSection)),
 }
 
 Settings = dict[tuple[str, str], Any]
@@ -32,17 +36,6 @@ def settings(config_toml: str) -> Settings:
     """
     sections = tomllib.loads(from_dict(tomllib.loads(config_toml)).to_toml())
     return {(section, key): value for section, keys in sections.items() for key, value in keys.items()}
-
-
-def telling_of(run: Path, overrides: Sequence[str]) -> list[str]:
-    """The override that tells the game as the run in this folder did, where `overrides` do not say how: one
-    of an older version did not write it and told all plainly.
-    """
-    path = run / "config.toml"
-    if not path.is_file() or any(said.startswith("game.telling=") for said in overrides):
-        return []
-    telling = settings_of(path).get(("game", "telling"))
-    return [f"game.telling={telling}"] if telling else []
 
 
 def settings_of(path: Path) -> Settings:

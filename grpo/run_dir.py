@@ -25,10 +25,13 @@ from duologue.grpo.checkpoints import (
     damaged,
     json_object,
     latest_checkpoint,
+    put_aside,
     step_name,
     step_of,
+    whole_before,
 )
 from duologue.grpo.resume import (
+    LENGTH,
     Settings,
     check_instruction_set,
     check_same,
@@ -38,6 +41,7 @@ from duologue.grpo.resume import (
     settings_of,
 )
 from duologue.grpo.sources import write_sources
+from duologue.grpo.space import check_space
 from duologue.model.atomic import fsync_path, put_back, unfinished, write_file, write_folder
 from duologue.model.files import write_checksums
 from safetensors import SafetensorError
@@ -84,9 +88,10 @@ class RunDir:
         return run
 
     @classmethod
-    def resume(cls, path: Path, config_toml: str) -> RunDir:
+    def resume(cls, path: Path, config_toml: str, from_previous: bool = False) -> RunDir:
         """An existing run, which must have been started with this configuration, but for `MAY_DIFFER`. What
-        is damaged is a ValueError before anything is changed; `go_on_from` changes the first thing.
+        is damaged is a ValueError before anything is changed; `go_on_from` changes the first thing. With
+        `from_previous` damaged checkpoints are put aside where one before them is whole.
         """
         saved = path / "config.toml"
         if not saved.is_file():
@@ -96,27 +101,33 @@ class RunDir:
         run = cls(path)
         try:
             run.notes += schedule_moved(before, after)
-            run._check(after)
+            run._check(after, from_previous)
         except ValueError:
             run.close()
             raise
         run._extended = config_toml
         return run
 
-    def _check(self, after: Settings) -> None:
+    def _check(self, after: Settings, from_previous: bool) -> None:
         """Of a resume: the newest checkpoint is whole, and the lines are as long as it knows them."""
         self._clean_up()
         latest = self.latest_checkpoint()
+        newer: list[Path] = []
         if latest is None:
             return
         if reason := damage(latest):
-            raise damaged(latest, reason)
+            before, newer = whole_before(latest)
+            if before is None or not from_previous:
+                raise damaged(latest, reason)
+            self.notes.append(f"{latest} is damaged ({reason}): the run goes on from {before}")
+            latest = before
         check_instruction_set(latest, after)
         noted, seen = json_object(latest / LENGTHS), self._lines_before(step_of(latest))
         for name, end in seen.items():
             if end < noted.get(name, 0):
                 lost = f"ends before what {latest} knows of it ({end} of {noted[name]} bytes are whole lines)"
                 self.notes.append(f"{self.path / name} {lost}: the lines that are missing stay missing")
+        self.notes += [f"{folder} is now {put_aside(folder)}" for folder in newer]
 
     def close(self) -> None:
         """Release the lock. A process that ends, however it ends, releases it too."""
@@ -184,15 +195,29 @@ class RunDir:
 
     # ---- checkpoints and summary ---------------------------------------------------------------------------
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
-        """Have `write` fill `checkpoints/<name>`, then prune the oldest `step_*` beyond `keep` (0 = keep
-        all).
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], keep: int = 0, needed: int = 0
+    ) -> Path:
+        """`put_checkpoint` here and now. Every rank calls it, and goes on when the first has written."""
+        return self.put_checkpoint(name, write, self.lengths(), keep, needed)
+
+    def put_checkpoint(
+        self,
+        name: str,
+        write: Callable[[Path], None],
+        lengths: dict[str, int],
+        keep: int = 0,
+        needed: int = 0,
+    ) -> Path:
+        """Have `write` fill `checkpoints/<name>` with about `needed` bytes, then prune the oldest `step_*`
+        beyond `keep` (0 = keep all). `lengths` are those of the lines when it was begun.
 
         When the disk is full nothing that was there is touched, and the OSError says so.
         """
         path = self.path / "checkpoints" / name
         try:
-            write_folder(path, lambda folder: self._write_with_lengths(folder, write))
+            check_space(path.parent, needed, "it")
+            write_folder(path, lambda folder: self._write_with_lengths(folder, write, lengths))
         except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors name a full disk so
             previous = self.latest_checkpoint()
             whole = f"the previous one, {previous}, is whole" if previous else "there is none before it"
@@ -202,14 +227,20 @@ class RunDir:
                 shutil.rmtree(old)
         return path
 
-    def _write_with_lengths(self, folder: Path, write: Callable[[Path], None]) -> None:
+    def lengths(self) -> dict[str, int]:
+        """Bytes of each of LINES, for a checkpoint that is begun now."""
+        paths = (self.path / name for name in LINES)
+        return {path.name: path.stat().st_size if path.is_file() else 0 for path in paths}
+
+    def _write_with_lengths(
+        self, folder: Path, write: Callable[[Path], None], lengths: dict[str, int]
+    ) -> None:
         write(folder)
-        lines = [self.path / name for name in LINES if (self.path / name).is_file()]
-        for path in lines:
-            fsync_path(path)
-        sizes = dict.fromkeys(LINES, 0)
-        sizes |= {path.name: path.stat().st_size for path in (*lines, *folder.iterdir()) if path.is_file()}
-        (folder / LENGTHS).write_text(json.dumps(sizes), "utf-8")
+        for name in LINES:
+            if (self.path / name).is_file():
+                fsync_path(self.path / name)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        (folder / LENGTHS).write_text(json.dumps({**lengths, **sizes}), "utf-8")
         write_checksums(folder)
 
     def latest_checkpoint(self) -> Path | None:
@@ -242,7 +273,8 @@ def finished(path: Path, config_toml: str) -> bool:
     except ValueError:
         return False
     before, after = settings_of(saved), settings(config_toml)
-    length = {("train", "steps"), ("train", "max_seconds")}
+    length = {("train", key) for key in LENGTH.split()}
+    length |= {key for key in may_differ() if key[0] == "watch"}  # by which it may have ended
     return {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)} <= (
         may_differ() - length
     )

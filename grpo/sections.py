@@ -8,11 +8,14 @@ Rules between keys stand in `config.py`. Sections of a lower layer are that laye
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
+from duologue.grpo.ability.prompts import OWN
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.mix import FROZEN, LAGGED, PARTNER, PARTNERS, POOL, START
 from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
+from duologue.model.hub import local
 from duologue.model.lora import LoraSettings
 from duologue.model.settings import Shares, keys, like, setting
 from duologue.model.tokenizer import LEAST_IDS
@@ -32,10 +35,14 @@ HTTP_ADDRESS = "an address that begins with http:// or https://"
 class ModelSection:
     """The policy: a checkpoint, or a Qwen3 decoder of the sizes below that starts from nothing."""
 
-    path: str = setting("", "folder of a Hugging Face checkpoint; '' starts from nothing")
+    path: str = setting(
+        "", "folder of a Hugging Face checkpoint, or its name in the Hub; '' starts from nothing"
+    )
     device: str = setting("cpu", "where the model is", form=r"cpu|cuda(:\d+)?", words="cpu, cuda or cuda:N")
     dtype: str = setting(
-        "float32", "of the weights; on CUDA those of model.path, where nothing is said", one_of=DTYPES
+        "float32",
+        "of the weights; where nothing is said with a path, that of the checkpoint, where the device has it",
+        one_of=DTYPES,
     )
     hidden_size: int = setting(128, "width of the residual stream", least=1)
     intermediate_size: int = setting(384, "width of an MLP", least=1)
@@ -45,6 +52,11 @@ class ModelSection:
     head_dim: int = setting(0, "an even number; 0 is hidden_size / num_heads", least=0, most=256)
     vocab_size: int = setting(512, "ids of the tokenizer that is trained, at most", least=LEAST_IDS)
     max_position: int = setting(512, "tokens of the longest context", least=32)
+
+    @property
+    def folder(self) -> Path:
+        """Of the checkpoint at `path`, fetched from the Hub where that names one."""
+        return local(self.path)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,9 +88,38 @@ class TrainSection:
     max_seconds: float = setting(
         0.0, "of training time; self-play ends after the step that passes it; 0 is no limit", least=0
     )
+    best_by: str = setting(
+        "reward",
+        "of which measure checkpoints/best has the most in the evaluations of eval.every: with itself, after "
+        "'start:' with its start; after '-' the least",
+        form=r"-?(start:)?\w+",
+        words="a measure of the game, 'reward', or 'start:' and one of "
+        "agreement, policy, opponent, policy_points, opponent_points, score",
+    )
+    patience: int = setting(
+        0, "evaluations of eval.every in a row without a better one, at which self-play ends; 0: any", least=0
+    )
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
+    tensorboard: bool = setting(False, "whether RUN_DIR/tensorboard gets the metrics as event files")
+    wandb: str = setting("", "the project of Weights & Biases that gets the metrics; '': none")
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
+    )
+    recompute: str = setting(
+        "none",
+        "what a backward computes a second time, to keep less: 'layer', all but the inputs of layers",
+        one_of=("none", "layer"),
+    )
+    offload_moments: bool = setting(False, "keep the moments of AdamW in the host's memory; of a run on CUDA")
+    shares: int = setting(
+        0,
+        "fixed shares of a step's rows, a multiple of the ranks: the same bits for any number of them; 0: as "
+        "many as there are ranks",
+        least=0,
+        most=4096,
+    )
+    max_bad_updates: int = setting(
+        3, "updates in a row that are skipped as not finite before the run ends", least=1
     )
     kl_every: int = setting(
         10, "steps from one measurement of the KL to the start to the next; 0: none", least=0
@@ -283,6 +324,22 @@ class EvalSection:
     )
     partner_dialogues: int = setting(
         50, "dialogues with each of them, as either side and with either side first", least=1
+    )
+    ability: bool = setting(
+        True, "whether a run that began from a checkpoint measures at its end what its language has lost"
+    )
+    ability_prompts: int = setting(
+        OWN, "instructions that can be checked, of the package's", least=1, most=OWN
+    )
+    ability_tokens: int = setting(256, "of the answer to one of them, at most", least=1)
+    ifeval: str = setting("", "a .jsonl file of prompts in IFEval's format in place of the package's")
+    every: int = setting(
+        0,
+        "steps of self-play from one small evaluation, with itself and with its start, to the next; 0: none",
+        least=0,
+    )
+    every_dialogues: int = setting(
+        32, "contexts of such an evaluation: a dialogue with itself, two with its start", least=1
     )
     questions: str = setting("", "a .jsonl file of open-ended questions in place of the package's")
     judge_url: str = setting("", "the server of a second judge, which compares answers")

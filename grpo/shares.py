@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from duologue.grpo.packing import Row
+from duologue.grpo.packing import Row, split_rows
 from duologue.grpo.world import World
 from duologue.rollout.selfplay.dialogue import POLICY, Dialogue
 from duologue.rollout.selfplay.speakers import Opponent
@@ -38,21 +38,56 @@ def sampled_tokens(dialogue: Dialogue) -> int:
     return sum(len(turn.logprobs or ()) for turn in dialogue.turns)
 
 
-def dealt_rows(rows: Sequence[Row], group_size: int, n_groups: int, world: World) -> Sequence[Row]:
-    """This rank's part of the rows of all, from those of its own `n_groups` groups. The parts go by length,
-    and who played a row changes nothing.
-    """
+def rows_of_all(rows: Sequence[Row], group_size: int, n_groups: int, world: World) -> Sequence[Row]:
+    """Those of all ranks in the order of their groups, from those of this rank's own `n_groups` groups."""
     if world.size == 1:
         return rows
     by_group: list[list[Row]] = [[] for _ in range(n_groups)]
     for row in rows:
         by_group[row.dialogue_id // group_size].append(row)
-    of_all = [
+    return [
         replace(row, dialogue_id=number * group_size + row.dialogue_id % group_size)
         for number, of_group in enumerate(world.gather(by_group))
         for row in of_group
     ]
-    return world.deal(of_all, lambda row: len(row.token_ids))
+
+
+def dealt(rows: Sequence[Row], world: World, shares: int = 0) -> Sequence[Row]:
+    """This rank's part of rows that all hold alike, in shares of about the same number of tokens: as many as
+    there are ranks, or as `shares` says, of which rank r has number r, r + ranks, and so on. Who played a
+    row changes nothing.
+    """
+    n = shares or world.size
+    if n == 1:
+        return rows
+    numbers = share_numbers([len(row.token_ids) for row in rows], n)
+    return [
+        replace(row, share=number)
+        for row, number in zip(rows, numbers, strict=True)
+        if number % world.size == world.rank
+    ]
+
+
+def share_numbers(sizes: Sequence[float], n: int) -> list[int]:
+    """Of each item the share: the largest first, each to the share that has least."""
+    loads, numbers = [0.0] * n, [0] * len(sizes)
+    for place in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        numbers[place] = loads.index(min(loads))
+        loads[numbers[place]] += sizes[place]
+    return numbers
+
+
+def micro_batches(rows: Sequence[Row], max_tokens: int, world: World, shares: int = 0) -> list[list[Row]]:
+    """Of this rank's shares in turn, the first of each, then the second of each, and so on; as many on every
+    rank, for which some are empty.
+    """
+    own = [rows]
+    if shares:
+        numbers = range(world.rank, shares, world.size)
+        own = [[row for row in rows if row.share == number] for number in numbers]
+    cut = [split_rows(share, max_tokens) for share in own]
+    most = int(world.most(max(map(len, cut))))  # world
+    return [parts[i] if i < len(parts) else [] for i in range(most) for parts in cut]
 
 
 def joint_costs(of_ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:

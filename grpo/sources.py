@@ -11,6 +11,7 @@ from typing import Any
 
 from duologue.model.atomic import write_file
 from duologue.model.files import CHECKSUMS, OF_TRAINERS, read_json
+from duologue.model.hub import local
 from duologue.model.peft import CONFIG as ADAPTER
 from duologue.model.peft import read_settings
 
@@ -55,8 +56,9 @@ def content(place: str) -> str:
     """The hash of a file, or of a folder's names and files, "" where it cannot be read. That of an adapter
     includes its base, wherever that is.
     """
-    path, digest = Path(place), hashlib.sha256()
+    digest = hashlib.sha256()
     try:
+        path = local(place)
         if path.is_file():
             return _hash(path)
         for file in sorted(path.iterdir()):

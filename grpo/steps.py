@@ -15,20 +15,23 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
+from duologue.grpo.bad_updates import BadUpdates, Gradient
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import check_finite
-from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
+from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch, imitated
+from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import Optimizer, learning_rate
 from duologue.grpo.packing import Row
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import RunDir
-from duologue.grpo.shares import Lengths, dealt_rows, joint_costs, sampled_tokens
-from duologue.grpo.update import UpdateStats, accumulate_policy_gradient, kl_to_reference
+from duologue.grpo.shares import Lengths, dealt, joint_costs, rows_of_all, sampled_tokens
+from duologue.grpo.update import UpdateStats, accumulate_policy_gradient
 from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed
@@ -53,6 +56,7 @@ class Steps:
         latest = run.latest_checkpoint()
         texts = self.corpus or ([] if latest else build.first_texts(config, self.game))
         self.model, self.tokenizer = policy.build_policy(config, texts, latest)
+        self.model.recompute = config.train.recompute == "layer"
         self.optimizer = self.new_optimizer()
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
@@ -60,8 +64,9 @@ class Steps:
         folder, longest = run.path / "opponents", self.arena.contexts.longest()
         self.opponents = Opponents(config, folder, self.model, self.tokenizer, engine, world, longest=longest)
         self.baseline = RunningBaseline()
+        self.bad = BadUpdates(config.train.max_bad_updates)
         self.reference: Decoder | None = None  # the policy that self-play began with, where it is needed
-        self.step = 0
+        self.step, self.rate_scale = 0, 1.0
         self.clock: dict[str, float] = {}  # seconds of the parts of this step
         self.scores: Metrics = {}  # of this step: the judge's costs, how the policy fared against opponents
         self.played: Sequence[Group] = ()  # by this step
@@ -144,15 +149,14 @@ class Steps:
         """All updates of this step, in place, and how far the policy is from where it started."""
         metrics: Metrics = {}
         t, temperature = self.config.train, self.config.dialogue.temperature
-        rows = dealt_rows(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
+        rows = rows_of_all(rows, self.config.grpo.group_size, len(self.played), self.world)  # world
+        rows = dealt(rows, self.world, t.shares)  # world
         if self.config.rollout.released:
             for engine in self.opponents.engines:
                 engine.release_memory()
         if self.reference is not None and t.kl_every and self.selfplay_index % t.kl_every == 0:
-            limit = t.tokens_per_microbatch
-            metrics["kl_start"] = kl_to_reference(
-                self.reference, rows, temperature=temperature, max_tokens=limit, world=self.world
-            )
+            how: Any = {"max_tokens": t.tokens_per_microbatch, "world": self.world, "shares": t.shares}
+            metrics["kl_start"] = kl_to_reference(self.reference, rows, temperature=temperature, **how)
         with self.timing("optimise"):
             return metrics | self.optimise(rows)
 
@@ -162,9 +166,8 @@ class Steps:
         """
         c = self.config.grpo
         at, total = self.selfplay_index, self.config.train.steps
-        lr = learning_rate(
-            at, peak=c.learning_rate, warmup_steps=c.warmup_steps, total_steps=total, schedule=c.schedule
-        )
+        peak = c.learning_rate * self.rate_scale
+        lr = learning_rate(at, peak=peak, warmup_steps=c.warmup_steps, total_steps=total, schedule=c.schedule)
         every = []
         for epoch in range(c.updates_per_rollout):
             every.append(self._policy_gradient(rows, epoch))
@@ -179,36 +182,34 @@ class Steps:
 
     def _policy_gradient(self, rows: Sequence[Row], epoch: int) -> UpdateStats:
         d = self.config.dialogue
-        stats = accumulate_policy_gradient(
+        gradient = partial(
+            accumulate_policy_gradient,
             self.model,
-            rows,
-            self.config.grpo.loss_config,
+            config=self.config.grpo.loss_config,
             temperature=d.temperature,
             max_tokens=self.config.train.tokens_per_microbatch,
             reference=self.reference,
-            after_part=self.optimizer.accumulate,
             budget=d.max_rounds * d.max_tokens_per_turn + d.max_tokens_final,
             dropout_seed=self._seed("dropout", epoch),
-            world=self.world,
         )
-        self._check(stats)
+        return self._accumulate("dialogues", gradient, rows)
+
+    def _accumulate(self, what: str, gradient: Gradient, rows: Sequence[Row]) -> UpdateStats:
+        where = {"world": self.world, "shares": self.config.train.shares}
+        stats = gradient(rows=rows, after_part=self.optimizer.accumulate, **where)
+        self.bad.note(what, gradient, rows, stats)
         return stats
 
     def _optimizer_step(self, lr: float) -> float:
-        """The gradient norm."""
-        (squared,) = self.world.sum([float(self.optimizer.squared_grad_norm())])  # world
-        if not math.isfinite(squared):
-            norm = math.sqrt(squared)
-            raise RuntimeError(
-                f"step {self.step}: grad_norm is {norm}; the weights are as before this update"
-            )
-        return self.optimizer.step(lr, squared)
-
-    def _check(self, stats: UpdateStats) -> None:
-        """Of an update, before the weights have it: RuntimeError when a sum is NaN or infinite."""
-        for name, value in stats.metrics().items():
-            if not math.isfinite(value):
-                raise RuntimeError(f"step {self.step}: {name} is {value}; the weights are as before the step")
+        """The gradient norm; where anything is not finite the weights stay as they are."""
+        squared = float(self.optimizer.squared_grad_norm())
+        if reason := self.bad.reason(math.sqrt(squared)):
+            self.optimizer.drop_gradients()
+            self.bad.skip(self.step, reason, self.model, self.world)
+        else:
+            self.optimizer.step(lr, squared)
+            self.bad.taken()
+        return math.sqrt(squared)
 
     # ---- a step of imitation -------------------------------------------------------------------------------
 
@@ -235,13 +236,13 @@ class Steps:
         demonstrations = demonstration_batch(
             self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight
         )
-        stats = accumulate_imitation_gradient(
+        gradient = partial(
+            accumulate_imitation_gradient,
             self.model,
-            self.world.deal(demonstrations, lambda row: len(row.token_ids)),  # world
             max_tokens=self.config.train.tokens_per_microbatch,
             coefficient=coefficient,
             dropout_seed=dropout_seed,
-            world=self.world,
+            total=imitated(demonstrations),
         )
-        self._check(stats)
-        return stats
+        rows = dealt(demonstrations, self.world, self.config.train.shares)  # world
+        return self._accumulate("demonstrations", gradient, rows)

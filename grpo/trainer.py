@@ -6,6 +6,8 @@ The steps themselves are in grpo/steps.py. A checkpoint needs no generator state
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import resource
 import threading
 import time
@@ -14,6 +16,8 @@ from pathlib import Path
 from pickle import PickleError
 from typing import Any
 
+from duologue.grpo.ability.measure import at_end
+from duologue.grpo.ability.prompts import read_prompts
 from duologue.grpo.checkpoints import (
     checkpoints,
     damaged,
@@ -29,14 +33,18 @@ from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import START, in_full, policy_player, scripted_player, with_partners
 from duologue.grpo.run_dir import Interrupted, RunDir
-from duologue.grpo.steps import Metrics, Steps
+from duologue.grpo.saving import Saver
+from duologue.grpo.space import check_space, checkpoint_bytes, weight_bytes
+from duologue.grpo.steps import Metrics
+from duologue.grpo.trackers import Trackers
+from duologue.grpo.watched import Watched
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend
-from duologue.model.checkpoint import parse_dtype, write_checkpoint
+from duologue.model.checkpoint import host_copy, on_host, parse_dtype, write_checkpoint
 from torch import Tensor
 
 
-class Trainer(Steps):
+class Trainer(Watched):
     """Holds what a run is made of; `run()` trains to the end and returns the summary."""
 
     def __init__(
@@ -45,16 +53,22 @@ class Trainer(Steps):
         super().__init__(config, run, world)
         self.progress = progress
         self.stop = stop
-        self.seconds = 0.0  # of training, evaluation not counted
+        self.saver = Saver()
+        self.trackers = Trackers(config, run.path, world.is_first)
         self.warm_start: dict[str, float] | None = None
+        if config.eval.ifeval:
+            read_prompts(Path(config.eval.ifeval))  # refused now, not at the end
         checkpoint = run.latest_checkpoint()
         if checkpoint is not None:
             try:
                 self._restore(checkpoint)
             except (LookupError, TypeError, AttributeError, ValueError, RuntimeError, PickleError) as error:
                 what = f"{type(error).__name__}: {error}".splitlines()[0]
-                raise damaged(checkpoint, f"trainer_state.json or optimizer.pt: {what}") from error
+                reason = f"trainer_state.json or optimizer.pt: {what}"
+                raise damaged(checkpoint, reason, seen_at_once=False) from error
         self._check_frozen()
+        if world.is_first:
+            self._check_space()
         run.go_on_from(self.step)
 
     def _check_frozen(self) -> None:
@@ -63,6 +77,19 @@ class Trainer(Steps):
             if reason := spoiled(folder):
                 way = "put a copy of it back, or start another run"
                 raise ValueError(f"{folder}, which {user} needs, is damaged ({reason}): {way}")
+
+    def _check_space(self) -> None:
+        """The disk has room for all that the run is going to keep at once."""
+        t, path = self.config.train, self.run_dir.path
+        there = len(checkpoints(path))
+        saves = 1 + (self.config.imitation.steps + t.steps - self.step) // t.save_every
+        # A new one is whole before the oldest goes.
+        more = max(min(t.keep_checkpoints + 1, there + saves) - there, 1)
+        snapshots = self.opponents.kept(t.steps, t.keep_checkpoints * t.save_every)
+        snapshots = max(snapshots - len([*self.opponents.folder.glob("step_*")]), 0)
+        others = snapshots + (self.warm_start is None) + bool(self.config.eval.every)
+        needed = more * checkpoint_bytes(self.model) + others * weight_bytes(self.model)
+        check_space(path, needed, f"the run, which keeps {t.keep_checkpoints} checkpoints,")
 
     def _frozen(self) -> Iterator[tuple[Path, str]]:
         """Folders, and the setting on whose account each will be loaded."""
@@ -93,43 +120,67 @@ class Trainer(Steps):
         for note in self.opponents.notes():
             self.progress.log(note)
         self.progress.stage("self-play", selfplay, self.step - imitation)
-        while self.step < imitation + selfplay and not self._out_of_time():
-            self._timed(self.selfplay_step)
+        self.keep_best()
+        self.remember()
+        while self.step < imitation + selfplay and not self._out_of_time() and not self.stopped:
+            before = self.measure() if self.selfplay_index == 0 else None
+            self._timed(self.selfplay_step, before)
             self._save_if_due(imitation + selfplay)
         return self._finish()
 
     # ---- stages, time, state -------------------------------------------------------------------------------
 
-    def _timed(self, step: Callable[[], Metrics]) -> None:
-        """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl."""
+    def _timed(self, step: Callable[[], Metrics], before: Metrics | None = None) -> None:
+        """One step, its time, and its lines in dialogues.jsonl and metrics.jsonl; `before` goes there too."""
+        self.saver.check()
         began = time.monotonic()
         self.world.at_step(self.step)
+        self.bad.new_step()
         metrics = step()
         seconds = time.monotonic() - began
         self.seconds += seconds
-        self._record()
+        metrics |= self.look() if metrics["stage"] == "selfplay" else {}
+        sample = self._record()
+        if self.bad.of_step:
+            metrics["bad_updates"] = self.bad.of_step
         metrics["update_tokens_per_s"] = metrics.pop("tokens") / self.clock.pop("optimise", seconds)
         if "sampled_tokens" in metrics:
             played = self.world.each(self.clock.pop("play"))  # world
             metrics["rollout_tokens_per_s"] = metrics["sampled_tokens"] / max(played)
             if self.world.size > 1:
                 metrics["idle_share"] = [1 - seconds / max(played) for seconds in played]
-        if self.world.is_first:  # world
-            peak = _peak_memory()
-            self.run_dir.append_metrics(
-                {"step": self.step, **metrics, "seconds": seconds, "peak_memory_bytes": peak}
-            )
         self.step += 1
+        metrics |= {"seconds": seconds, **{f"start_{key}": value for key, value in (before or {}).items()}}
+        metrics |= self.measure() if metrics["stage"] == "selfplay" else {}
+        said = self.note(metrics) if "watch" in metrics else []
+        if self.world.is_first:  # world
+            machine = {"peak_memory_bytes": _peak_memory(), "instruction_set": self._instruction_set()}
+            row = {"step": self.step - 1, **metrics, **machine}
+            self.run_dir.append_metrics(row)
+            self.trackers.log(row, sample)
         in_stage = self.step if metrics["stage"] == "imitation" else self.selfplay_index
         self.progress.update(in_stage, metrics)
+        for line in (*self.bad.lines, *said):
+            self.progress.log(line)
+        self.bad.check()
+        if rollback := metrics.get("watch", {}).get("rollback"):
+            self._go_back(rollback)
 
-    def _record(self) -> None:
-        """The dialogues of this step, in the order of the groups of all ranks."""
+    def _go_back(self, rollback: Metrics) -> None:
+        if self.best.step == self.step:
+            self.keep_best()
+        self.go_back(rollback)
+        self._save()
+        self.forget_since(rollback["to"])
+
+    def _record(self) -> Metrics | None:
+        """The dialogues of this step, in the order of the groups of all ranks. The first is returned."""
         records = [[d.record(step=self.step, stage="selfplay") for d in g.dialogues] for g in self.played]
         self.played = ()
         of_all = self.world.gather(records)  # world
         if self.world.is_first:
             self.run_dir.append_dialogues(record for of_group in of_all for record in of_group)
+        return of_all[0][0] if of_all else None
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.max_seconds
@@ -137,10 +188,14 @@ class Trainer(Steps):
 
     def _end_of_imitation(self) -> None:
         """Keep the policy as `warm_start`, measure it, and begin self-play with a fresh optimizer."""
+        self.saver.wait()
         self.run_dir.save_checkpoint(
-            "warm_start", lambda folder: write_checkpoint(self.model, self.tokenizer, folder)
+            "warm_start",
+            lambda folder: write_checkpoint(self.model, self.tokenizer, folder),
+            needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
+        self.optimizer.close()
         self.optimizer = self.new_optimizer()
         self._save()
 
@@ -158,7 +213,7 @@ class Trainer(Steps):
     def _finish(self) -> dict[str, Any]:
         self.run_dir.drop_trained(self.step)
         trained = self._evaluate("trained")
-        summary = {
+        summary: dict[str, Any] = {
             "warm_start": self.warm_start,
             "trained": trained,
             "train_seconds": self.seconds,
@@ -169,9 +224,21 @@ class Trainer(Steps):
             "instruction_set": self._instruction_set(),
             "peak_memory_bytes": _peak_memory(),
         }
+        if self.best.step >= 0:
+            summary["best"] = self.best.summary()
+        if self.stopped:
+            self.progress.log(f"self-play ended after step {self.step}: {self.stopped}")
+            summary["stopped"] = self.stopped
         if self.game.compared and self.config.eval.partners:
             summary["partners"] = self._with_partners()
+        if self.config.model.path and self.config.eval.ability:
+            self.progress.log(f"measuring what is kept of the language of {self.config.model.path}")
+            engine = self.opponents.engine
+            summary["ability"] = at_end(
+                self.config, engine, self.tokenizer, self.game, self.judge, self.world
+            )
         self._save()
+        self.saver.wait()
         self.run_dir.write_summary(summary)
         return summary
 
@@ -189,28 +256,61 @@ class Trainer(Steps):
     def _save_if_due(self, last: int) -> None:
         if self.world.agree(self.stop.is_set()):  # world
             self._save()
+            self.saver.wait()
             raise Interrupted(f"stopped after step {self.step}; the state is saved")
-        if self.step % self.config.train.save_every == 0 and self.step < last:
-            self._save()
+        is_best = self.best.step == self.step
+        if is_best or (self.step % self.config.train.save_every == 0 and self.step < last):
+            self._save()  # before the best, which its state names
+        if is_best:
+            self.saver.wait()
+            self.keep_best()
+        self.keep_good(self._save)
 
-    def _save(self) -> None:
-        keep = self.config.train.keep_checkpoints
+    def _save(self, name: str = "") -> None:
+        """Copy what the run goes on with, and begin to write it; under another name it is written now."""
         optimizer = self.optimizer.state_dict()  # world
-        self.run_dir.save_checkpoint(step_name(self.step), lambda to: self._write(to, optimizer), keep)
-        oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
-        self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
+        if name:
+            self.saver.wait()
+            size = checkpoint_bytes(self.model)
+            self.run_dir.save_checkpoint(name, lambda to: self._write(to, optimizer), needed=size)
+            return
+        if not self.world.is_first:  # world
+            return
+        self.saver.wait()  # before there is a second copy
+        model, lengths, name = on_host(self.model), self.run_dir.lengths(), step_name(self.step)
+        optimizer = {key: host_copy(optimizer.pop(key)) for key in [*optimizer]}
+        state = copy.deepcopy(self._state())
+
+        def write(folder: Path) -> None:
+            write_checkpoint(model, self.tokenizer, folder)
+            write_state(folder, state, optimizer)
+
+        self.saver.start(lambda: self._put(name, write, lengths))
 
     def _write(self, folder: Path, optimizer: dict[str, Tensor]) -> None:
         write_checkpoint(self.model, self.tokenizer, folder)
-        state = {
+        write_state(folder, self._state(), optimizer)
+
+    def _put(self, name: str, write: Callable[[Path], None], lengths: dict[str, int]) -> None:
+        """In the saver's thread: a checkpoint more, and what only those needed that go for it."""
+        keep, needed = self.config.train.keep_checkpoints, checkpoint_bytes(self.model)
+        self.run_dir.put_checkpoint(name, write, lengths, keep, needed)
+        oldest = checkpoints(self.run_dir.path)[0]  # which a user may go back to
+        self.opponents.forget_before(max(step_of(oldest) - self.config.imitation.steps, 0))
+
+    def _state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {
             "step": self.step,
             "seconds": self.seconds,
             "warm_start": self.warm_start,
             "baseline": self.baseline.state_dict(),
             "opponents": self.opponents.state_dict(),
+            "best": self.best.state_dict(),
             "instruction_set": self._instruction_set(),
         }
-        write_state(folder, state, optimizer)
+        if self.bad.in_a_row:
+            state["bad_updates"] = self.bad.in_a_row
+        return state
 
     def _instruction_set(self) -> str:
         m = self.config.model
@@ -220,9 +320,11 @@ class Trainer(Steps):
         state, optimizer = read_state(folder)
         self.step = state["step"]
         self.seconds = state["seconds"]
+        self.bad.in_a_row = state.get("bad_updates", 0)
         self.warm_start = state["warm_start"]
         self.baseline.load_state_dict(state["baseline"])
         self.opponents.load_state_dict(state["opponents"])
+        self.best.load_state_dict(state.get("best", {}))
         self.optimizer.load_state_dict(optimizer)
 
 
@@ -238,7 +340,12 @@ def train(
     trainer = Trainer(config, run, progress, stop, world)
     try:
         return trainer.run()
+    except Exception:
+        with contextlib.suppress(Exception):
+            trainer.saver.wait()
+        raise
     finally:
+        trainer.trackers.close()
         if trainer.judge is not None:
             trainer.judge.close()
         trainer.arena.speakers.close()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from duologue.grpo.loss import LossConfig, Normaliser, kl_estimate, policy_loss
-from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
+from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
+from duologue.grpo.packing import Batch, Row, hidden_nodes, pack
+from duologue.grpo.shares import micro_batches
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import gather, ops
 from duologue.kernels.policy_loss import LossFn, PolicyLoss
@@ -30,18 +29,24 @@ class UpdateStats:
     tokens: int = 0  # that went through the model
     trained_tokens: int = 0
 
-    def add(self, batch: Batch, result: PolicyLoss) -> None:
-        """A micro-batch more."""
-        self.loss += float(result.loss.detach())
-        self.entropy += float(result.entropy.sum())
-        self.tokens += len(batch.token_ids)
-        self.trained_tokens += len(result.logprob)
+    def note(self, batch: Batch, result: PolicyLoss) -> None:
+        """Of a micro-batch."""
+        self.loss = float(result.loss.detach())
+        self.entropy = float(result.entropy.sum())
+        self.tokens = len(batch.token_ids)
+        self.trained_tokens = len(result.logprob)
 
-    def over(self, world: World) -> UpdateStats:
-        """Of all ranks together."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "mismatch"]
-        sums: Any = zip(names, world.sum([getattr(self, name) for name in names]), strict=True)
-        return UpdateStats(mismatch=world.most(self.mismatch), **dict(sums))
+    @classmethod
+    def of_all(cls, parts: Sequence[UpdateStats], world: World) -> UpdateStats:
+        """Of the micro-batches of all ranks, in an order that is the same for any number of ranks."""
+        of_ranks = world.each([dataclasses.asdict(part) for part in parts])  # world
+        every = [cls(**values) for of_round in zip(*of_ranks, strict=True) for values in of_round]
+        total = cls()
+        for part in every:
+            for field in dataclasses.fields(cls):
+                a, b = getattr(total, field.name), getattr(part, field.name)
+                setattr(total, field.name, max(a, b) if field.name == "mismatch" else a + b)
+        return total
 
     def metrics(self) -> dict[str, float]:
         """Means over trained tokens, but for `loss`, `mismatch` and the counts."""
@@ -148,9 +153,11 @@ def accumulate_policy_gradient(
     max_tokens: int,
     reference: Decoder | None = None,
     budget: int = 0,
-    after_part: Callable[[], None] | None = None,
+    after_part: Callable[[], None] = lambda: None,
+    backward: Callable[[Tensor], None] = torch.autograd.backward,
     dropout_seed: int = 0,
     world: World = ALONE,
+    shares: int = 0,
 ) -> UpdateStats:
     """Add the gradient of the loss over `rows` to the parameters' `.grad`; `after_part` is called after each
     micro-batch.
@@ -164,8 +171,12 @@ def accumulate_policy_gradient(
     active = [row for row in rows if row.n_trained and (needs_all or row.advantage != 0.0)]
     # These two need the tokens of a row together.
     level = "sequence" if config.variant in ("grpo", "gspo") else "token"
-    stats = UpdateStats()
-    for i, part in enumerate(split_rows(active, max_tokens)):
+    parts = micro_batches(active, max_tokens, world, shares)
+    every = [UpdateStats() for _ in parts]
+    for i, (part, stats) in enumerate(zip(parts, every, strict=True)):
+        if not part:  # the other ranks have more
+            after_part()
+            continue
         batch = pack(part, model.head_weight.device)
         ref_logp = None
         if config.kl_coef:
@@ -174,37 +185,16 @@ def accumulate_policy_gradient(
         loss_fn = packed_loss(config, batch, len(part), total, ref_logp)
         hidden_NH = trained_hidden(model, batch, dropout_seed + global_part(i, world))
         result = head_loss(model, batch, hidden_NH, loss_fn, temperature, level)
-        torch.autograd.backward(result.loss)
-        if after_part is not None:
-            after_part()
-        stats.add(batch, result)
-        stats.clipped += float(result.sums["clipped"])
-        stats.kl_old += float(result.sums["kl_old"])
+        backward(result.loss)
+        after_part()
+        stats.note(batch, result)
+        stats.clipped = float(result.sums["clipped"])
+        stats.kl_old = float(result.sums["kl_old"])
         difference = (result.logprob - batch.behaviour_logprobs[batch.targets]).abs().max()
-        stats.mismatch = max(stats.mismatch, float(difference))
-    return stats.over(world)  # world
+        stats.mismatch = float(difference)
+    return UpdateStats.of_all(every, world)
 
 
 def global_part(part: int, world: World) -> int:
     """The number of a rank's micro-batch among those of all, so that no two have the same dropout."""
     return part * world.size + world.rank  # world
-
-
-@torch.no_grad()
-def kl_to_reference(
-    reference: Decoder, rows: Sequence[Row], *, temperature: float, max_tokens: int, world: World = ALONE
-) -> float:
-    """Mean k3 estimate of KL(policy || reference) per sampled token, on the first micro-batch of each rank's
-    rows.
-
-    NaN where no dialogue came to a turn of a trained kind.
-    """
-    parts = split_rows([row for row in rows if row.n_trained], max_tokens)
-    total, tokens = 0.0, 0.0
-    if parts:
-        batch = pack(parts[0], reference.head_weight.device)
-        ref_logp = trained_logprobs(reference, batch, temperature)
-        kl = kl_estimate(batch.behaviour_logprobs[batch.targets], ref_logp, "k3")
-        total, tokens = float(kl.sum()), len(kl)
-    total, tokens = world.sum([total, tokens])  # world
-    return float(torch.tensor(total) / tokens) if tokens else math.nan

@@ -43,10 +43,6 @@ class World:
         """
         return items
 
-    def deal(self, items: Sequence[T], size: Callable[[T], float]) -> Sequence[T]:
-        """This rank's part of a list that all hold alike, whose parts have about the same sum of sizes."""
-        return items
-
     def each(self, value: T) -> Sequence[T]:
         """What every rank says, by rank."""
         return [value]
@@ -66,9 +62,11 @@ class World:
     def add_up(self, tensors: Sequence[Tensor]) -> None:
         """Each tensor becomes its sum over the ranks."""
 
-    def scatter_sum(self, flat: Tensor) -> Tensor:
-        """This rank's part of the sum of the ranks' tensors, of which each has one of equal size."""
-        return flat
+    def scatter(self, flat: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """Begin to send each rank its part of this tensor; the call returned waits, and has this rank's part
+        of every rank's tensor, by rank. All have tensors of equal size.
+        """
+        return lambda: [flat]
 
     def join(self, part: Tensor) -> Tensor:
         """The parts of all ranks, one after the other."""

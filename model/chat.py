@@ -158,10 +158,15 @@ class Chat:
         self.end_token_id = stops[0]
         self.stop_token_ids = frozenset(stops)
         self._after_stop = closing if end is None else closing[end + 1 :]
+        self._opening = self._default_opening(pieces, encode)
 
     def open(self, system_ids: list[int]) -> list[int]:
         """Everything before the first turn: the template's beginning and the system turn with these ids."""
         return [*self._ids["system_before"], *system_ids, *self._ids["system_after"]]
+
+    def question(self, token_ids: list[int]) -> list[int]:
+        """A conversation of one user turn alone, up to the reply; a system turn is the template's own."""
+        return [*self._opening, *self.heard(token_ids), *self.reply()]
 
     def heard(self, token_ids: list[int]) -> list[int]:
         """The other side's turn."""
@@ -198,6 +203,17 @@ class Chat:
             raise ValueError(
                 f"the chat template does not take the turns {turns}: {reason}. {ACCEPTED}"
             ) from error
+
+    def _default_opening(
+        self, pieces: Pieces, encode: Callable[[str], tuple[list[int], Offsets]]
+    ) -> list[int]:
+        """What the template writes before a first user turn; an empty system turn where it needs one."""
+        asked = f"{pieces.user_before}{_mark(0)}{pieces.user_after}{pieces.reply}"
+        try:
+            text = self._render(["user"], generate=True)
+        except ValueError:
+            return self.open([])
+        return encode(text.removesuffix(asked))[0] if text.endswith(asked) else self.open([])
 
     def _pieces(self, append_only: bool) -> Pieces:
         system = self._render(["system"])

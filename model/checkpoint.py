@@ -9,17 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from duologue.kernels import backend
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
 from duologue.model.files import CHECKSUMS, OF_TRAINERS, altered, read_json
-from duologue.model.lora import LoraDecoder
+from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
 from duologue.model.tokenizer import TOKENIZER_FILES, Tokenizer
 from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finite, stored_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+CONFIGS = ("config.json", ADAPTER_CONFIG)  # a checkpoint's folder has one of them
+MOST_FP32 = 100_000_000  # parameters of a checkpoint that a GPU trains in float32 without being told so
 
 
 def parse_dtype(name: str) -> torch.dtype:
@@ -95,6 +99,24 @@ def read_config(folder: Path) -> ModelConfig:
         return ModelConfig.from_hf(read_json(folder / "config.json"))
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from error
+
+
+def natural_dtype(folder: Path, device: str) -> str:
+    """The type that a checkpoint runs in where nobody says it: that of its config.json; on a CPU float32 but
+    for bfloat16 on a processor that has it. An adapter's is its base's. ValueError where it would be float32
+    on a GPU, and too large for that to be meant.
+    """
+    if (folder / ADAPTER_CONFIG).is_file():
+        folder = Path(read_settings(folder).base)
+    config = read_config(folder)
+    if device == "cpu":
+        served = backend.instruction_set("cpu", torch.bfloat16) in ("amx", "avx512bf16")
+        return "bfloat16" if config.dtype == "bfloat16" and served else "float32"
+    n = sum(p.numel() for p in empty_decoder(config).parameters())
+    if config.dtype == "float32" and n > MOST_FP32:
+        held = f"{folder} is in float32, in which a GPU trains {n / 1e6:,.0f}M parameters slowly"
+        raise ValueError(f"model.dtype: {held}; accepted is bfloat16, or float32 where it is said")
+    return config.dtype
 
 
 def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:
@@ -179,6 +201,21 @@ def write_checkpoint(
     _write_tensors(
         {k: v.detach().cpu().contiguous() for k, v in model.named_parameters()}, folder, max_shard_bytes
     )
+
+
+def on_host(model: Decoder) -> Decoder:
+    """A copy, in host memory, of what `write_checkpoint` writes of `model`."""
+    if isinstance(model, LoraDecoder):
+        pairs = {name: (host_copy(a), host_copy(b)) for name, (a, b) in model.adapter.pairs.items()}
+        return LoraDecoder(model.adapter_off, Adapter(model.adapter.settings, pairs))
+    copy = empty_decoder(model.config)
+    for name, parameter in model.named_parameters():
+        _set(copy, name, host_copy(parameter))
+    return copy
+
+
+def host_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def _write_tensors(tensors: dict[str, Tensor], folder: Path, max_shard_bytes: int) -> None:

@@ -21,6 +21,7 @@ import torch
 from duologue.kernels import backend, ops
 from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig, RopeScaling
+from duologue.model.recompute import Drawing, recomputed
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
@@ -35,7 +36,7 @@ class AttentionContext(Protocol):
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor: ...
 
 
-class Adapters(Protocol):
+class Adapters(Drawing, Protocol):
     """What a forward adds to what the linear `name` makes of x [T, K]: to `out` [T, O], in place."""
 
     def add(self, name: str, x_TK: Tensor, out_TO: Tensor) -> Tensor: ...
@@ -212,6 +213,7 @@ class Decoder(nn.Module):
 
     exact = True
     packed = False  # whether the layers' weights are in four bits
+    recompute = False  # whether a backward computes the layers' forwards anew
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -249,7 +251,8 @@ class Decoder(nn.Module):
         rotary = (*self.rotary_tables(positions), positions)
         update_TH, residual_TH = None, body.embed_tokens(token_ids)
         for layer in body.layers:
-            update_TH, residual_TH = layer(update_TH, residual_TH, rotary, attn, lora)
+            run = recomputed(layer, lora) if self.recompute and torch.is_grad_enabled() else layer
+            update_TH, residual_TH = run(update_TH, residual_TH, rotary, attn, lora)
         assert update_TH is not None
         return body.norm.add(update_TH, residual_TH)[0]
 

@@ -115,6 +115,17 @@ class AdapterRows:
             out_TO = out_TO.add_(delta) if rows is None else out_TO.index_add_(0, rows, delta)
         return out_TO
 
+    @property
+    def drawn(self) -> Tensor | None:
+        return None if self._generator is None else self._generator.get_state()
+
+    @drawn.setter
+    def drawn(self, state: Tensor | None) -> None:
+        if state is None or self._generator is None:
+            self._generator = None
+        else:
+            self._generator.set_state(state)
+
     def _drop(self, x: Tensor, share: float) -> Tensor:
         if self._seed is None or not share:
             return x

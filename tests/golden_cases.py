@@ -42,12 +42,13 @@ from duologue.grpo.cli import main as duologue_command
 from duologue.grpo.config import GrpoSection, load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
+from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
-from duologue.grpo.update import accumulate_policy_gradient, kl_to_reference
+from duologue.grpo.update import accumulate_policy_gradient
 from duologue.kernels import backend
 from duologue.model.checkpoint import save_model
 from duologue.model.config import ModelConfig
@@ -472,6 +473,7 @@ def run_record(path: Path) -> Plain:
     }  # what a row of payoffs has got since, beside its sums by partner
     for step in metrics:
         step.pop("partners", None)
+        step.pop("instruction_set", None)  # of the machine, not of the run
     for row in (row for step in metrics for row in step.get("payoff", {}).values()):
         for key in later:
             row.pop(key, None)
@@ -1179,6 +1181,7 @@ def runs(threads: int) -> Iterator[Case]:
         start = [
             f"model.path={temporary}/policy",
             "game.telling=plain",
+            "eval.ability=false",
             *ONWARD,
             f"train.threads={threads}",
             f"train.seed={ONWARD_SEED}",

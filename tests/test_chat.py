@@ -178,6 +178,10 @@ def test_contexts_written_anew_equal_apply_chat_template(name: str, tokenizer_pa
         assert ids + chat.reply() == expected
         n += 1
     assert n > 10
+    alone = [{"role": "user", "content": "Good morning."}]  # whose system turn is the template's own
+    assert chat.question(tokenizer.encode("Good morning.")) == theirs.apply_chat_template(
+        alone, add_generation_prompt=True, enable_thinking=False, return_dict=False
+    )
     if name == "qwen3":
         assert all_text(tokenizer, chat.reply()).endswith("<think>\n\n</think>\n\n")
         with pytest.raises(ValueError, match=r"rewrites turn 2: .*think.*append-only"):

@@ -59,6 +59,7 @@ SMALL = [
     "dialogue.max_tokens_per_turn=10",
     "dialogue.max_tokens_final=12",
     "eval.dialogues=3",
+    "eval.ability=false",
     "rollout.cache_tokens=32768",
     "grpo.learning_rate=1e-3",
     "judge.deadline_s=120",

@@ -150,7 +150,7 @@ def test_what_depends_on_other_keys_is_accepted_with_them() -> None:
 def test_unknown_recipe_and_broken_files_are_named(tmp_path: Path) -> None:
     known = (
         r"unknown recipe 'dael': did you mean 'deal'\? accepted is one of "
-        r"collective-agency, deal, dynamic-alignment"
+        r"collective-agency, deal, deal-english, dynamic-alignment"
     )
     with pytest.raises(ValueError, match=known):
         load_config("dael")

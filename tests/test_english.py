@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import random
 import re
 import shutil
@@ -12,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from duologue.grpo.cli import main
 from duologue.grpo.config import from_dict, load_config
 from duologue.grpo.console import Progress
-from duologue.grpo.resume import telling_of
 from duologue.grpo.run_dir import RunDir
 from duologue.grpo.trainer import Trainer
+from duologue.grpo.unsaid import kept_of, knows_english, unsaid
 from duologue.rollout.games import catalogue, english
 from duologue.rollout.games.catalogue import SIDES, characters, kind_of, partners
 from duologue.rollout.games.deal import Deal, DealSettings
 from duologue.rollout.games.finals import Unread
 from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import SelectionSettings
-from tiny import dialogues, lines, trained
+from tiny import TINY_DEAL, dialogues, lines, trained
 
 UNHEARD = {  # kinds that two scripts rarely or never have a reason for
     "deal": ("again", "hurry"),
@@ -187,7 +190,7 @@ def garbled(rng: random.Random, words: list[str]) -> str:
 
 @pytest.mark.parametrize("name", GAMES)
 def test_nothing_that_is_said_breaks_a_negotiator_or_its_principles(name: str) -> None:
-    """Some 10,000 garbled utterances over the games; no offer below what a character takes is accepted."""
+    """10,000 garbled utterances of each game; no offer below what a character takes is accepted."""
     game, rng = made(name), random.Random(4)
     forms = [form for forms in english.words_of(FILES[name]).values() for form in forms]
     words = [word for form in forms for word in form.split()] + [
@@ -199,7 +202,7 @@ def test_nothing_that_is_said_breaks_a_negotiator_or_its_principles(name: str) -
         "book",
         "[done]",
     ]
-    for n in range(840):
+    for n in range(2500):
         scenario, character = game.sample(rng, "train"), characters(name)[n % 6]
         side = SIDES[name](game, scenario, n % 2, character, random.Random(n))
         for _ in range(4):
@@ -247,10 +250,43 @@ def test_the_telling_follows_the_checkpoint_and_older_runs_keep_theirs(tmp_path:
     path.write_text(old.replace('telling = "plain"\n', ""), "utf-8")
     assert from_dict({"model": {"path": "x"}}).value("game.telling") == "plain"
     assert load_config(str(path)).value("game.telling") == "plain"
-    assert telling_of(tmp_path, []) == ["game.telling=plain"]
-    assert telling_of(tmp_path, ["game.telling=english"]) == []
+    assert kept_of(tmp_path) == {"game.telling": "plain", "model.dtype": "float32"}
+    assert load_config("deal", ["model.path=x"], kept_of(tmp_path)).value("game.telling") == "plain"
+    said = ["model.path=x", "game.telling=english"]
+    assert load_config("deal", said, kept_of(tmp_path)).value("game.telling") == "english"
     with pytest.raises(ValueError, match=r"game\.telling = 'dutch'"):
         load_config("deal", ["game.telling=dutch"])
+
+
+def test_a_checkpoint_that_no_setting_names_is_told_what_it_knows(
+    chat_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By `eval` and `play`: a chat model in English, one from nothing plainly, in its run and out of it, and
+    a run's checkpoint as the run was told."""
+    chat = Path(shutil.copytree(chat_checkpoint, tmp_path / "model"))
+    (chat / "chat_template.jinja").write_text(CHATML, "utf-8")
+    run = tmp_path / "run"
+    assert main(["train", "deal", *TINY_DEAL, "train.steps=0", "--run-dir", str(run)]) == 0
+    plain = run / "checkpoints" / "warm_start"
+    outside = tmp_path / "outside"
+    assert main(["export", str(plain), str(outside)]) == 0
+    settings = ["dialogue.max_rounds=1", "dialogue.max_tokens_final=80", "rollout.cache_tokens=32768"]
+    for folder, told in ((chat, True), (plain, False), (run, False), (outside, False)):
+        asked = ["deal", *(settings if told else TINY_DEAL)]
+        measures = tmp_path / "measures.json"
+        shared = ["eval.dialogues=2", "--json", str(measures)]
+        assert main(["eval", str(folder), "--recipe", *asked, *shared]) == 0
+        assert ("failure_incomplete" in json.loads(measures.read_text("utf-8"))) == told
+        monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+        capsys.readouterr()
+        assert main(["play", str(folder), "--game", *asked]) == 0
+        assert ("You and another person share out" in capsys.readouterr().out) == told
+    for line, told in (('telling = "english"', True), ('telling = "plain"', False), ("", False)):
+        toml = load_config("deal", [f"model.path={chat_checkpoint}"]).to_toml()
+        (tmp_path / "config.toml").write_text(toml.replace('telling = "english"', line), "utf-8")
+        assert knows_english(outside) == told
+    (tmp_path / "config.toml").write_text("[game", "utf-8")
+    assert not knows_english(outside) and unsaid("scripted:honest") == {}
 
 
 def test_a_checkpoint_is_trained_in_english_and_goes_on_from_where_it_was(
@@ -264,7 +300,7 @@ def test_a_checkpoint_is_trained_in_english_and_goes_on_from_where_it_was(
         f"model.path={folder}", "imitation.steps=1", "imitation.dialogues=20",
         "imitation.dialogues_per_step=2", "imitation.characters=[]", "grpo.group_size=2", "grpo.groups_per_step=2", "train.save_every=1",
         "dialogue.max_rounds=2", "dialogue.max_tokens_per_turn=12", "dialogue.max_tokens_final=80", "eval.dialogues=2",
-        "eval.partners=[]", "rollout.cache_tokens=32768", "opponent.kind=scripted:honest", "train.threads=1",
+        "eval.ability=false", "eval.partners=[]", "rollout.cache_tokens=32768", "opponent.kind=scripted:honest", "train.threads=1",
     ]  # fmt: skip
     whole, half = tmp_path / "whole", tmp_path / "half"
     config = load_config("deal", [*settings, "train.steps=2"])

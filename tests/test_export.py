@@ -4,12 +4,15 @@ touched.
 
 from __future__ import annotations
 
+import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from conftest import write_transformers_checkpoint
@@ -17,6 +20,7 @@ from duologue.grpo.cli import main
 from duologue.model.checkpoint import load_model, save_model
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.tokenizer import Tokenizer
+from tiny import run_whole
 
 IDS = torch.tensor([[5, 9, 200, 31, 7, 7, 120]])
 
@@ -79,6 +83,57 @@ def test_an_adapter_merged_or_kept(base: Path, adapter: Path, tmp_path: Path) ->
     for found in (merged, kept):
         torch.testing.assert_close(logits(found), logits(ours), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(logits(merged), logits(load_model(base)[0]), atol=1e-2)
+
+
+def card_of(folder: Path) -> tuple[Any, str]:
+    """The front matter by huggingface_hub, and the text."""
+    found = huggingface_hub.ModelCard.load(folder / "README.md")
+    return found.data, found.text
+
+
+def loaded_as_its_card_says(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.chdir(folder.parent)
+    (code,) = re.findall(r"```python\n(.*?)```", card_of(folder)[1], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["tokenizer"].eos_token_id is not None
+    return names["model"].eval()
+
+
+def test_the_card_of_an_adapter_loads_it(
+    base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main(["export", str(adapter), str(tmp_path / "out")]) == 0
+    data, text = card_of(tmp_path / "out")
+    assert (data.library_name, data.base_model) == ("peft", str(base))
+    assert f"vllm serve {base} --enable-lora --lora-modules policy=out" in text
+    peer = loaded_as_its_card_says(tmp_path / "out", monkeypatch)
+    ours = load_model(adapter / "checkpoints" / "step_000002")[0]
+    torch.testing.assert_close(logits(peer), logits(ours), rtol=1e-4, atol=1e-4)
+    assert main(["export", str(adapter), str(tmp_path / "merged"), "--merge"]) == 0
+    assert card_of(tmp_path / "merged")[0].library_name == "transformers"
+    merged = loaded_as_its_card_says(tmp_path / "merged", monkeypatch)
+    torch.testing.assert_close(logits(merged), logits(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_the_card_of_a_run_has_the_figures_of_its_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    summary = run_whole(run, "eval.partners=['start']", "eval.partner_dialogues=4", "train.steps=2")
+    summary["ability"] = {"line": "language: KL 0.31"}
+    (run / "summary.json").write_text(json.dumps(summary), "utf-8")
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    data, text = card_of(tmp_path / "out")
+    assert (data.library_name, data.base_model) == ("transformers", None)
+    assert "began from random weights; 4 steps of imitation and 2 of self-play (GRPO, dapo)" in text
+    warm, trained = (summary[key]["agreement"] for key in ("warm_start", "trained"))
+    assert f"| agreement | {warm:.1%} | {trained:.1%} |" in text
+    itself, start = (
+        summary["partners"][name]["trained"]["agreement"]["value"] for name in ("itself", "start")
+    )
+    assert f"| agreement | {itself:.1%} | {start:.1%} |" in text.partition("With each partner")[2]
+    assert text.index("language: KL 0.31") > text.index("## What it kept")
+    assert main(["export", str(run / "checkpoints" / "warm_start"), str(tmp_path / "start")]) == 0
+    assert "How it fares" not in card_of(tmp_path / "start")[1]
 
 
 def test_mistakes_are_named_and_nothing_is_touched(

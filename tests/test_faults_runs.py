@@ -468,9 +468,12 @@ def test_an_update_that_is_not_finite_ends_the_run(
 
     monkeypatch.setattr(steps, "accumulate_policy_gradient", update)
     capsys.readouterr()
-    assert train(run, "--resume", "train.steps=3") == 1
-    assert said(capsys) == f"duologue: step 3: {name} is nan; the weights are as before the step\n"
-    assert read_lines(run / "metrics.jsonl")[-1]["step"] == 2
+    assert train(run, "--resume", "train.steps=3", "train.max_bad_updates=1") == 1
+    error = said(capsys)
+    assert error.startswith(f"duologue: step 3: {name} is nan, by dialogues ")
+    assert error.endswith("train.max_bad_updates = 1; the weights are as before them\n")
+    last = read_lines(run / "metrics.jsonl")[-1]
+    assert (last["step"], last["bad_updates"]) == (3, 1)
 
 
 def test_measures_of_an_evaluation_are_json(

@@ -224,6 +224,7 @@ def test_an_export_keeps_what_it_does_not_change(settled: Path, tmp_path: Path) 
 
 
 SMALL = [
+    "game.telling=plain",
     "dialogue.max_rounds=1",
     "dialogue.max_tokens_per_turn=4",
     "dialogue.max_tokens_final=4",
@@ -233,6 +234,7 @@ SMALL = [
     "train.save_every=1",
     "eval.dialogues=1",
     "eval.partners=[]",
+    "eval.ability=false",
     "imitation.steps=0",
 ]
 

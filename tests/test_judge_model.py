@@ -509,7 +509,12 @@ def words_of_a_run(chat_checkpoint: Path, tmp_path: Path) -> list[str]:
         "dialogue.max_tokens_per_turn=6",
         "eval.dialogues=2",
     ]
-    sizes += ["dialogue.max_rounds=2", "dialogue.max_tokens_final=6", "rollout.cache_tokens=32768"]
+    sizes += [
+        "eval.ability=false",
+        "dialogue.max_rounds=2",
+        "dialogue.max_tokens_final=6",
+        "rollout.cache_tokens=32768",
+    ]
     here = ["judge.readings=2", "judge.threshold=0.3", "train.save_every=1", "judge.max_unscored_share=0"]
     texts = [f"game.{key}={tmp_path / key}.jsonl" for key in rows]
     return ["train", "collective-agency", "--model", str(chat_checkpoint), *sizes, *here, *texts]

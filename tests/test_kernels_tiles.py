@@ -100,6 +100,24 @@ def test_a_row_depends_on_itself_alone(isa: str, O: int, K: int) -> None:
 
 @needs_cpp
 @pytest.mark.parametrize("isa", TILED)
+@pytest.mark.parametrize(("O", "K"), [(61, 129), (1, 1), (160, 700), (3400, 131)])
+def test_many_rows_have_the_bits_of_few(isa: str, O: int, K: int) -> None:
+    """From 2,048 rows on the weights are the packed operand; 3,400 outputs are packed in two parts."""
+    g = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2093, K, generator=g).bfloat16(), torch.randn(O, K, generator=g).bfloat16()
+    bias = torch.randn(O, generator=g).bfloat16()
+    before = backend.lib().threads()
+    backend.use(isa)
+    for dtype, threads in ((torch.bfloat16, 3), (torch.float32, 1))[: 1 if O > 1000 else 2]:
+        backend.lib().set_threads(threads)
+        whole = ops.linear(x, weight, bias, out_dtype=dtype)
+        backend.lib().set_threads(before)
+        for begin, end in ((0, 33), (2031, 2093)):
+            assert torch.equal(ops.linear(x[begin:end], weight, bias, out_dtype=dtype), whole[begin:end])
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", TILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("I", "R", "C"), [(16, 32, 16), (33, 70, 45), (1, 5, 1), (70, 600, 33)])
 def test_backward_products(isa: str, dtype: torch.dtype, I: int, R: int, C: int) -> None:

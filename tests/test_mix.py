@@ -408,12 +408,36 @@ def test_the_nash_term_prefers_an_even_price() -> None:
         assert all(first == second for first, second in rewards.values())
 
 
+@pytest.mark.parametrize("game", ["deal", "priorities"])
+def test_a_side_envies_where_it_would_rather_have_the_others_part(game: str) -> None:
+    """By counting both parts with that side's own values; without a deal nobody has a part."""
+    made = GAMES[game](
+        from_dict({"game": {"name": game, "objective": "mixed", "weights": {"envy_free": 1}}}).game
+    )
+    draws = random.Random(0)
+    for _ in range(40):
+        scenario = made.sample(draws, "train")
+        deal = scenario.data
+        taken = [draws.randint(0, count) for count in deal.counts]
+        parts = taken, [count - n for count, n in zip(deal.counts, taken, strict=True)]
+        stated = [" ".join(f"{item} {n}" for item, n in zip(made.items, part, strict=True)) for part in parts]
+        rewards = made.rewards(scenario, made.judge(scenario, (stated[0], stated[1])))
+        for side, values in enumerate(deal.values):
+            worth = [sum(v * n for v, n in zip(values, part, strict=True)) for part in parts]
+            assert rewards[side] == float(worth[side] >= worth[1 - side])
+        assert made.rewards(scenario, made.judge(scenario, (stated[0], stated[0] + " ."))) == (1.0, 1.0)
+
+
 # ---- settings ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ["game.name=price", "game.objective=mixed", "game.weights={joint = 1, envy_free = 1}"],
+            r"game\.weights = .*: accepted is joint, own, nash in price",
+        ),
         (["opponent.kind=mix", "opponent.mix={}"], r"opponent\.mix = \{\}: accepted is a table of shares"),
         (
             ["opponent.kind=mix", "opponent.mix={selfs = 1}"],

@@ -5,21 +5,29 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.build import build_optimizer
 from duologue.grpo.cli import main
 from duologue.grpo.commands.ranks import devices, loopback, reduction, space
 from duologue.grpo.config import load_config
+from duologue.grpo.distributed.sharded import ShardedOptimizer
+from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row, hidden_nodes, pack
-from duologue.grpo.plan import activation_bytes, check_memory, make_plan, shape
+from duologue.grpo.plan import activation_bytes, check_memory, make_plan, shape, shape_of
+from duologue.grpo.update import accumulate_policy_gradient
+from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.runner import Runner
 from tiny import MODEL, model_config
+from torch.profiler import ProfilerActivity, profile
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
 
@@ -93,6 +101,90 @@ def test_state_is_what_the_optimizer_and_the_engine_hold(dtype: str, rank: int) 
     assert plan.pool == runner.kv.nbytes
 
 
+class OneOf(World):
+    """A rank of several that have the same, as far as memory goes."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def each(self, value: Any) -> list[Any]:
+        return [value] * self.size
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        return [number * self.size for number in numbers]
+
+    def scatter(self, flat: torch.Tensor) -> Callable[[], Sequence[torch.Tensor]]:
+        parts = flat.clone()
+        return lambda: parts.chunk(self.size)
+
+    def join(self, part: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part] * self.size)
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """The most that torch's allocator has given out at a time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        kept = work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    assert kept
+    assert events
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "ranks", "recompute", "shares", "tied"),
+    [
+        ("float32", 1, "none", 0, False),
+        ("bfloat16", 1, "none", 0, False),
+        ("bfloat16", 4, "none", 0, False),
+        ("float32", 4, "layer", 0, True),
+        ("float32", 1, "none", 4, False),
+        ("bfloat16", 1, "layer", 4, True),
+    ],
+)
+def test_the_peak_of_an_update_is_the_measured_one(
+    dtype: str, ranks: int, recompute: str, shares: int, tied: bool
+) -> None:
+    settings = [f"model.dtype={dtype}", f"train.recompute={recompute}", f"train.shares={shares}"]
+    more = ["train.tokens_per_microbatch=512", "train.kl_every=0", "rollout.release_memory=true"]
+    config = load_config("deal", [*MODEL, "opponent.kind=self", *settings, *more])
+    sizes = model_config(
+        **SIZES, head_dim=32, vocab_size=2000, max_position_embeddings=512, tie_word_embeddings=tied
+    )
+    rows = [
+        Row(
+            token_ids=[(17 * i + (i + 3) * k) % 2000 for k in range(128)],
+            loss_mask=[k > 0 for k in range(128)],
+            logprobs=[-7.0] * 128,
+            advantage=1.0,
+            dialogue_id=i,
+            role=0,
+            share=i // 4 % 4,  # of several rounds
+        )
+        for i in range(32)
+    ]
+    world = OneOf(ranks)
+    options: dict[str, Any] = {"temperature": 1.0, "max_tokens": 512, "world": world, "shares": shares}
+
+    def work() -> Any:
+        model = Decoder(sizes).to(getattr(torch, dtype))
+        model.init_weights(0)
+        model.recompute = recompute == "layer"
+        if ranks == 1:
+            optimizer = build_optimizer(config, model, World())
+        else:  # as for ranks that are processes
+            how: Any = {"betas": (0.9, 0.95), "weight_decay": 0.0, "max_grad_norm": 1.0}
+            optimizer = ShardedOptimizer(model, world=world, **how)
+        for _ in range(2):
+            loss = LossConfig()
+            accumulate_policy_gradient(model, rows, loss, after_part=optimizer.accumulate, **options)
+            optimizer.step(1e-4)
+        return model, optimizer
+
+    plan = make_plan(config, sizes, ranks=ranks, device="cpu")
+    assert plan.update - plan.copy == pytest.approx(peak_bytes(work), rel=0.1)
+
+
 def lora(rank: int) -> list[str]:
     return [f"lora.rank={rank}", "model.path=x", "grpo.kl_coef=0"] if rank else []
 
@@ -105,6 +197,8 @@ def test_what_surely_does_not_fit_is_refused_before_anything_is_loaded() -> None
         check_memory(config, (10**4, 10**4))
     plan = make_plan(config, shape("Qwen3-0.6B"))
     assert plan.sure < plan.peak
+    alone = make_plan(load_config("deal", MODEL), shape_of(config)).sure
+    assert check_memory(config, (alone - 1, 10**12), ranks=2) == ""  # each has a part of the state
     assert "may take" in check_memory(config, (10**12, 10**6))  # never refused for what is free just now
 
 
@@ -114,6 +208,7 @@ def test_ranks_share_the_state_and_keep_the_weights() -> None:
     assert four.weights == one.weights
     assert four.masters == one.masters // 4
     assert four.moments == one.moments // 4
+    assert four.gradients == one.gradients // 4
     assert one.parameters == 4_022_468_096  # as Hugging Face counts Qwen3-4B
 
 

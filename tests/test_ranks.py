@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import multiprocessing
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.distributed import launch, watch
 from duologue.grpo.distributed.ledger import SharedLedger
 from duologue.grpo.distributed.world import batches
 from duologue.grpo.run_dir import read_lines
@@ -28,6 +32,7 @@ from judge_server import JudgeServer
 from safetensors.torch import load_file
 from tiny import MODEL
 from torch.distributed import HashStore
+from torch.distributed.elastic.multiprocessing.api import SignalException
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TOOLS = Path(__file__).parent.parent / "bench"
@@ -49,7 +54,15 @@ SETTINGS = [  # with rewards to learn from, and earlier selves among those that 
     "dialogue.max_tokens_per_turn=10",
     "eval.dialogues=8",
 ]
-LIMIT_S = 240
+LIMIT_S = 600
+ROOT = TOOLS.parent
+sys.path.insert(0, str(ROOT))
+from bench import chaos  # noqa: E402 - it starts ranks without a starter, too
+
+FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything
+FORKS.set_forkserver_preload(
+    [f"duologue.grpo.{m}" for m in ("trainer", "commands.report", "distributed.launch")]
+)
 
 
 def start(*argv: str, by: tuple[str, ...] = (), **more: Any) -> subprocess.Popen[str]:
@@ -108,87 +121,184 @@ def test_a_run_is_the_same_for_any_number_of_ranks(runs: dict[int, Path], ranks:
             for name, row in before.pop(table).items():
                 assert after[table][name] == pytest.approx(row, rel=1e-4)
         assert after["elo"] == pytest.approx(before.pop("elo"))
-        same = {k for k in before if not k.endswith(("seconds", "_per_s", "bytes")) and k != "stage"}
+        words = [key for key, value in before.items() if isinstance(value, str)]  # of stage, instruction set
+        assert [after[key] for key in words] == [before.pop(key) for key in words]
+        same = {k for k in before if not k.endswith(("seconds", "_per_s", "bytes"))}
         assert {k: after[k] for k in same} == pytest.approx({k: before[k] for k in same}, rel=1e-4, abs=1e-6)
     summaries = [json.loads((run / "summary.json").read_text("utf-8"))["trained"] for run in (one, many)]
     assert summaries[0] == pytest.approx(summaries[1])
 
 
-def ranks_of(process: subprocess.Popen[str], run: Path) -> list[int]:
-    """Of a run whose first steps are done."""
+def until_saved(run: Path, lives: Callable[[], bool], steps: int = 2) -> None:
+    """Until a checkpoint of so many steps is there."""
     ends = time.monotonic() + LIMIT_S
-    while not (run / "checkpoints" / "step_000002").is_dir():
-        assert process.poll() is None, process.communicate()
+    while not any(chaos.steps_of(path) >= steps for path in (run / "checkpoints").glob("step_*")):
+        assert lives()
         assert time.monotonic() < ends
         time.sleep(0.05)
+
+
+def is_saved(run: Path) -> int:
+    """Steps of the last checkpoint, which are all that were taken."""
+    steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
+    assert steps == [*range(len(steps))]
+    saved = max(chaos.steps_of(path) for path in (run / "checkpoints").glob("step_*"))
+    assert saved == len(steps)
+    return saved
+
+
+def one_line(text: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith("duologue: ")]
+    return line
+
+
+LONG = ["train.steps=100000", "train.rank_timeout_s=100", "train.keep_checkpoints=3"]
+
+
+def begun(process: subprocess.Popen[str], run: Path, steps: int = 2) -> list[int]:
+    """The ranks of a starter, once so many steps are saved."""
+    until_saved(run, lambda: process.poll() is None, steps)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii")
     return [int(pid) for pid in children.split()]
 
 
-@pytest.fixture
-def long_run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path, list[int]]]:
-    """Two ranks with far to go."""
-    run = tmp_path / "run"
-    more = ["train.steps=100000", "train.rank_timeout_s=8", "train.keep_checkpoints=3"]
-    process = start("--run-dir", str(run), "--ranks", "2", *more)
-    pids: list[int] = []
+def test_a_dead_rank_ends_all_and_a_signal_to_the_starter_saves(tmp_path: Path) -> None:
+    """One run, killed in a rank, then asked to end by each signal to the process that started it."""
+    run, pids = tmp_path / "run", [0] * 0
     try:
-        pids = ranks_of(process, run)
-        yield process, run, pids
+        process = start("--run-dir", str(run), "--ranks", "2", *LONG)
+        pids = begun(process, run)
+        os.kill(pids[1], signal.SIGKILL)
+        code, _, err = ended(process)
+        assert code == 1
+        (line,) = [line for line in err.splitlines() if line]
+        assert line.startswith("duologue: rank 1 (step ")
+        assert "died" in line
+        assert not any(chaos.alive(pid) for pid in pids)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            before = max(chaos.steps_of(path) for path in (run / "checkpoints").glob("step_*"))
+            process = start("--run-dir", str(run), "--ranks", "2", *LONG, "--resume")
+            pids = begun(process, run, before + 1)
+            process.send_signal(number)
+            code, out, err = ended(process)
+            assert (code, err) == (0, "")
+            assert "the state is saved" in out
+            assert is_saved(run) > before
+            assert not any(chaos.alive(pid) for pid in pids)
     finally:
-        for pid in (process.pid, *pids):
-            try:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_dead_or_stuck_rank_ends_all_with_one_line(
-    long_run: tuple[subprocess.Popen[str], Path, list[int]], number: signal.Signals
+@pytest.mark.parametrize("saved", [0, 1, 2])
+def test_a_signal_to_the_starter_is_no_success_where_a_rank_did_not_save(
+    saved: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    process, _, pids = long_run
-    os.kill(pids[1], number)
-    code, _, err = ended(process)
-    assert code == 1
-    why = "died" if number == signal.SIGKILL else "train.rank_timeout_s = 8"
-    (line,) = [line for line in err.splitlines() if line]
-    assert line.startswith("duologue: rank 1 (step ")
-    assert why in line
-    assert not any(Path(f"/proc/{pid}/stat").exists() for pid in pids)
+    def signalled(*_: Any) -> Callable[..., None]:
+        for number in range(saved):
+            launch.ended(Path(os.environ[watch.SAID]), number).touch()
+        raise SignalException("", signal.SIGTERM)
+
+    monkeypatch.setattr(launch, "elastic_launch", signalled)
+    assert launch.launch(2, ["train"], 30.0) == (0 if saved == 2 else 1)
+    error = capsys.readouterr().err
+    assert ("before all had saved, train.rank_timeout_s = 30" in error) == (saved < 2)
 
 
-def test_a_signal_to_one_rank_saves_and_ends_all(
-    long_run: tuple[subprocess.Popen[str], Path, list[int]],
-) -> None:
-    process, run, pids = long_run
-    os.kill(pids[1], signal.SIGTERM)
-    code, out, err = ended(process)
-    assert (code, err) == (0, "")
-    assert "the state is saved" in out
-    steps = [row["step"] for row in read_lines(run / "metrics.jsonl")]
-    saved = max((run / "checkpoints").glob("step_*"))
-    assert int(saved.name.removeprefix("step_")) == steps[-1] + 1
+# ---- ranks without a starter -------------------------------------------------------------------------------
 
 
-def test_a_rank_that_raises_ends_all_with_its_error(tmp_path: Path) -> None:
-    """The first one cannot write its checkpoint, for which the other waits."""
-
-    def no_large_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-
-    process = start("--run-dir", str(tmp_path / "run"), "--ranks", "2", preexec_fn=no_large_files)
-    code, _, err = ended(process)
-    assert code == 1
-    (line,) = [line for line in err.splitlines() if line]
-    assert line.startswith("duologue: the checkpoint ")
-    assert "could not be written" in line
+def limited(file_bytes: int, *given: Any) -> None:
+    """A rank which can write no larger files."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    chaos.rank(*given)
 
 
-def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
-    words = ["--kills", "2", "--ranks", "2", "--steps", "6", "--seed", "3"]
+class Forked:
+    """Two ranks of a run; what they say is in `said`."""
+
+    def __init__(self, run: Path, *more: str, file_bytes: int = resource.RLIM_INFINITY) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        resume = ["--resume"] if run.exists() else []
+        argv = ["train", "text-game", *SETTINGS, "train.threads=1", "--run-dir", str(run), *more, *resume]
+        self.said = run.with_name("said")
+        self.said.unlink(missing_ok=True)
+        self.ranks = [
+            FORKS.Process(target=limited, args=(file_bytes, argv, number, 2, port, None, self.said))
+            for number in range(2)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def alive(self) -> bool:
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def ended(self) -> tuple[list[int | None], str]:
+        """Exit codes, and what was said."""
+        for rank in self.ranks:
+            rank.join(LIMIT_S)
+        return [rank.exitcode for rank in self.ranks], self.said.read_text("utf-8")
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for rank in self.ranks:
+            rank.kill()
+
+
+def test_a_signal_to_any_rank_saves_and_ends_all(tmp_path: Path) -> None:
+    run, before = tmp_path / "run", 1
+    for number in (signal.SIGTERM, signal.SIGINT):
+        for asked in (0, 1):
+            with Forked(run, *LONG) as forked:
+                until_saved(run, forked.alive, before + 1)
+                os.kill(forked.ranks[asked].pid or 0, number)
+                codes, said = forked.ended()
+            assert codes == [0, 0], said
+            assert "the state is saved" in said
+            assert "duologue: " not in said
+            assert is_saved(run) > before
+            before = is_saved(run)
+
+
+def test_a_stuck_rank_ends_all_with_one_line(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with Forked(run, *LONG, "train.rank_timeout_s=8") as forked:
+        until_saved(run, forked.alive)
+        os.kill(forked.ranks[1].pid or 0, signal.SIGSTOP)
+        codes, said = forked.ended()
+    assert codes == [1, -signal.SIGKILL]
+    assert one_line(said).startswith("duologue: rank 1 (step ")
+    assert "train.rank_timeout_s = 8" in said
+
+
+def test_a_disk_that_is_full_ends_all_with_one_line(tmp_path: Path) -> None:
+    """The first one cannot write its checkpoint, while both train on."""
+    run = tmp_path / "run"
+    with Forked(run, *LONG, file_bytes=20_000) as forked:
+        codes, said = forked.ended()
+    assert codes == [1, 1]
+    assert one_line(said).startswith("duologue: the checkpoint ")
+    assert "could not be written" in said
+    assert not [*(run / "checkpoints").glob("*step*")]
+
+
+@pytest.mark.parametrize(
+    ("words", "phases"),
+    [
+        (["--ranks", "2", "--seed", "2"], ["reduction", "gathering", "lines", "saving"]),
+        (["--judged", "--seed", "7"], ["judging", "any"]),
+    ],
+    ids=["ranks", "judged"],
+)
+def test_a_run_that_was_killed_comes_to_the_same(words: list[str], phases: list[str]) -> None:
+    sizes = ["--kills", str(len(phases)), "--steps", "6", "--forked"]
     done = subprocess.run(
-        [sys.executable, str(TOOLS / "chaos.py"), *words],
+        [sys.executable, str(TOOLS / "chaos.py"), *words, *sizes],
         capture_output=True,
         text=True,
         timeout=LIMIT_S,
@@ -197,7 +307,7 @@ def test_a_run_that_was_killed_comes_to_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["differ"] for row in rows if "differ" in row][-1] == []
-    assert sum("kill" in row for row in rows) == 2
+    assert [row["phase"] for row in rows if "kill" in row] == phases
 
 
 def test_no_question_is_asked_twice_on_a_node(judge_server: JudgeServer, tmp_path: Path) -> None:

@@ -29,11 +29,11 @@ SMALL = {  # what makes a command of a page small; the page's own settings stand
     "model": """model.hidden_size=32 model.intermediate_size=48 model.num_layers=1 model.num_heads=2
         model.head_dim=16""",
     "train": """imitation.steps=2 imitation.dialogues=40 imitation.dialogues_per_step=4 train.steps=2
-        eval.dialogues=2 eval.partners=[] grpo.group_size=2 grpo.groups_per_step=1
+        eval.dialogues=2 eval.partners=[] eval.ability=false grpo.group_size=2 grpo.groups_per_step=1
         dialogue.max_tokens_per_turn=6
         dialogue.max_tokens_final=24 dialogue.max_rounds=2 rollout.cache_tokens=65536""",
-    "eval": """eval.dialogues=2 dialogue.max_tokens_per_turn=6 dialogue.max_tokens_final=6
-        dialogue.max_rounds=1 rollout.cache_tokens=65536""",
+    "eval": """eval.dialogues=2 eval.ability_prompts=12 eval.ability_tokens=6 dialogue.max_rounds=1
+        dialogue.max_tokens_per_turn=6 dialogue.max_tokens_final=24 rollout.cache_tokens=65536""",
     "judged": "judge.max_unscored_share=0.99 judge.deadline_s=20 imitation.steps=0",
 }
 JUDGED = ("collective-agency", "dynamic-alignment")

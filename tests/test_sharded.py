@@ -2,61 +2,20 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from duologue.grpo.distributed.sharded import ShardedOptimizer
+from duologue.grpo.distributed.tree import TreeSum
 from duologue.grpo.optimizer import Optimizer
-from duologue.grpo.world import World
-from torch import Tensor, nn
+from thread_ranks import Rank, on_ranks
+from torch import nn
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
 ROWS = 12
-
-
-class Meeting:
-    """Where the threads of a test exchange what they have."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-        self.slots: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size, timeout=60)
-
-
-class Rank(World):
-    """A rank of several, as `ShardedOptimizer` sees it."""
-
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self.meeting, self.rank, self.size = meeting, rank, meeting.size
-
-    def each(self, value: Any) -> list[Any]:
-        self.meeting.slots[self.rank] = value
-        self.meeting.barrier.wait()
-        values = list(self.meeting.slots)
-        self.meeting.barrier.wait()
-        return values
-
-    def sum(self, numbers: Sequence[float]) -> list[float]:
-        return [sum(column) for column in zip(*self.each(list(numbers)), strict=True)]
-
-    def agree(self, flag: bool) -> bool:
-        return any(self.each(flag))
-
-    def scatter_sum(self, flat: Tensor) -> Tensor:
-        return sum(part.chunk(self.size)[self.rank] for part in self.each(flat.clone()))
-
-    def join(self, part: Tensor) -> Tensor:
-        return torch.cat(self.each(part.clone()))
-
-
-def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
-    meeting = Meeting(size)
-    with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(work, [Rank(meeting, rank) for rank in range(size)]))
 
 
 def make_model(dtype: torch.dtype) -> nn.Module:
@@ -68,8 +27,8 @@ def make_model(dtype: torch.dtype) -> nn.Module:
     return model.to(dtype)
 
 
-def backward(model: nn.Module, step: int, rows: slice) -> None:
-    x = torch.randn(ROWS, 7, generator=torch.Generator().manual_seed(step))[rows]
+def backward(model: nn.Module, step: int, rows: slice, scale: float = 1.0) -> None:
+    x = torch.randn(ROWS, 7, generator=torch.Generator().manual_seed(step))[rows] * scale
     x = x.to(next(model.parameters()).dtype)
     for layer in model["layers"]:
         x = layer(x)
@@ -149,6 +108,9 @@ def test_without_a_gradient_on_any_rank_nothing_moves() -> None:
     def work(rank: Rank) -> bool:
         model = make_model(torch.float32)
         before = [p.detach().clone() for p in model.parameters()]
+        optimizer = ShardedOptimizer(model, world=rank, **SETTINGS)
+        optimizer.accumulate()
+        assert float(optimizer.squared_grad_norm()) == 0
         ShardedOptimizer(model, world=rank, **SETTINGS).step(0.1)
         return all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -160,14 +122,82 @@ def test_a_norm_that_is_not_finite_leaves_all_as_it_was() -> None:
         model = make_model(torch.float32)
         optimizer = ShardedOptimizer(model, world=rank, **SETTINGS)
         backward(model, 0, slice(rank.rank, None, rank.size))
+        optimizer.accumulate()
         optimizer.step(0.01)
         before = [tensor.clone() for tensor in (*model.parameters(), *optimizer.state_dict().values())]
-        backward(model, 1, slice(rank.rank, None, rank.size))
-        if rank.rank == 1:
-            next(model.parameters()).grad[0] = float("nan")
+        backward(model, 1, slice(rank.rank, None, rank.size), scale=float("nan") if rank.rank else 1.0)
+        optimizer.accumulate()
         with pytest.raises(RuntimeError, match="gradient norm is nan"):
             optimizer.step(0.01)
         after = [*model.parameters(), *optimizer.state_dict().values()]
         return all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
     assert on_ranks(2, work) == [True, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_shares_give_the_same_bits_for_any_number_of_ranks(dtype: torch.dtype) -> None:
+    """Two rounds of four shares an update; one process, two and four; and two that go on where four were."""
+
+    def work(rank: Rank, steps: range, start: Any = None) -> tuple[Any, Any, list[float]]:
+        model = make_model(dtype)
+        if start is not None:
+            model.load_state_dict(start[0])
+        optimizer = ShardedOptimizer(model, world=rank, shares=4, **SETTINGS)
+        if start is not None:
+            optimizer.load_state_dict(start[1])
+        norms = []
+        for step in steps:
+            for round_ in range(2):
+                for share in range(rank.rank, 4, rank.size):
+                    if (step, round_, share) != (1, 1, 2):  # an empty one
+                        backward(model, step, slice(share + 4 * round_, None, 8))
+                    assert all(p.grad is None for p in model.parameters())
+                    optimizer.accumulate()
+            norms.append(optimizer.step(0.01))
+        return copy.deepcopy(model.state_dict()), optimizer.state_dict(), norms
+
+    whole = [on_ranks(size, lambda rank: work(rank, range(4)))[0] for size in (1, 2, 4)]
+    first = on_ranks(4, lambda rank: work(rank, range(2)))[0]
+    (*later, norms) = on_ranks(2, lambda rank: work(rank, range(2, 4), first))[0]
+    for weights, state, seen in (*whole, (*later, first[2] + norms)):
+        assert seen == whole[0][2]
+        assert all(torch.equal(value, whole[0][0][name]) for name, value in weights.items())
+        assert all(torch.equal(value, whole[0][1][name]) for name, value in state.items())
+    by_two = on_ranks(2, lambda rank: trained(rank, dtype, range(4)))[0]
+    assert any(not torch.equal(value, whole[0][0][name]) for name, value in by_two[0].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_in_the_hosts_memory_give_the_same_bits(dtype: torch.dtype) -> None:
+    """Alone and sharded; here the copies are within one memory."""
+
+    def work(rank: Rank, offload: bool) -> tuple[Any, ...]:
+        alone, shared = make_model(dtype), make_model(dtype)
+        whole = Optimizer(alone, **SETTINGS, offload=offload)
+        part = ShardedOptimizer(shared, world=rank, **SETTINGS, offload=offload)
+        for step in range(3):
+            backward(alone, step, slice(None))
+            whole.step(0.01)
+            backward(shared, step, slice(rank.rank, None, rank.size))
+            part.accumulate()
+            part.step(0.01)
+        tensors = (*alone.parameters(), *shared.parameters(), *whole.state_dict().values())
+        return (*tensors, *part.state_dict().values())
+
+    for there, here in zip(
+        *(on_ranks(2, lambda rank, o=o: work(rank, o)) for o in (True, False)), strict=True
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(there, here, strict=True))
+
+
+@pytest.mark.parametrize("leaves", [1, 3, 8])
+def test_a_tree_sum_is_exact_where_the_terms_are_and_the_same_whoever_brings_them(leaves: int) -> None:
+    generator = torch.Generator().manual_seed(leaves)
+    whole = torch.randint(-1000, 1000, (2 * leaves, 5), generator=generator).float()
+    tree = TreeSum(leaves)
+    for term in whole.clone():
+        tree.add(term)
+        tree.own()
+        assert len(tree._open) <= math.log2(leaves) + 1
+    assert torch.equal(tree.total, whole.sum(0))

@@ -23,6 +23,7 @@ from duologue.grpo.policy import build_policy
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import train
 from duologue.grpo.update import accumulate_policy_gradient
+from duologue.kernels import backend
 from safetensors.torch import load_file
 from tiny import RUN, dying, lines, run_whole
 
@@ -52,7 +53,10 @@ def test_a_run_leaves_what_it_promises(whole: Path) -> None:
         assert {"agreement", "pareto", "joint_ratio", "nash_ratio", "dialogues"} <= summary[policy].keys()
         assert summary[policy]["dialogues"] == 8
     assert summary["train_seconds"] > 0
-    assert [row["step"] for row in read_lines(whole / "metrics.jsonl")] == list(range(8))
+    rows = read_lines(whole / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(8))
+    served = backend.instruction_set("cpu", torch.float32)
+    assert {summary["instruction_set"], *(row["instruction_set"] for row in rows)} == {served}
     dialogues = read_lines(whole / "dialogues.jsonl")
     assert {d["stage"] for d in dialogues} == {"selfplay", "eval"}
     for d in dialogues:

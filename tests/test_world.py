@@ -18,6 +18,7 @@ from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.config import load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.imitation import accumulate_imitation_gradient
+from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.loss import VARIANTS, LossConfig
 from duologue.grpo.opponents import payoff_table
 from duologue.grpo.packing import Row
@@ -25,7 +26,7 @@ from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import Interrupted, RunDir
 from duologue.grpo.sections import GrpoSection
 from duologue.grpo.trainer import Trainer
-from duologue.grpo.update import accumulate_policy_gradient, kl_to_reference
+from duologue.grpo.update import accumulate_policy_gradient
 from duologue.grpo.world import ALONE, World
 from duologue.kernels.advantage import METHODS
 from duologue.rollout.games.game import Outcome, Scenario
@@ -50,6 +51,8 @@ class Rank(World):
         values = list(self.said)
         self.barrier.wait(timeout=60)
         return values
+
+    each = exchange
 
     def share(self, items: Sequence[Any]) -> Sequence[Any]:
         return items[self.rank * len(items) // SIZE : (self.rank + 1) * len(items) // SIZE]
@@ -280,7 +283,8 @@ def trainer(path: Path, world: World) -> Trainer:
 def test_the_ranks_play_the_dialogues_of_one(tmp_path: Path) -> None:
     """Scenarios, first speakers and draws go by the number of a group among all."""
     played = {}
-    for name, world in zip(("one", "first", "second"), (ALONE, *ranks()), strict=True):
+    for name, world in zip(("one", "first", "second"), (World(), *ranks()), strict=True):
+        world.each = lambda value: [value]  # they play one after the other
         groups = trainer(tmp_path / name, world).play()
         played[name] = [d.record(step=0) for group in groups for d in group.dialogues]
     assert len(played["first"]) == 2 * 4

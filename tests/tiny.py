@@ -47,6 +47,7 @@ TINY = [  # of a command that only has to run
     "dialogue.max_tokens_final=6",
     "eval.dialogues=4",
     "eval.partners=[]",
+    "eval.ability=false",
 ]
 TINY_DEAL = [*TINY, *ALONE]
 RUN = [  # of a run of eight steps, with all that a run can have
@@ -68,6 +69,7 @@ RUN = [  # of a run of eight steps, with all that a run can have
     "dialogue.max_tokens_final=8",
     "eval.dialogues=8",
     "eval.partners=[]",
+    "eval.ability=false",
 ]
 VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
 

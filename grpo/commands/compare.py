@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -137,7 +136,7 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     """Who scores, and who compares: the same judge, or the one that eval.judge_url and eval.judge_model
     name.
     """
-    start = (lambda: load_policy(Path(config.model.path), config)) if config.model.path else (lambda: policy)
+    start = (lambda: load_policy(config.model.folder, config)) if config.model.path else (lambda: policy)
     scorer = build_judge(config, MEMORY, start)
     assert scorer is not None
     e = config.eval

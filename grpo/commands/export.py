@@ -1,19 +1,28 @@
-"""`duologue export`: a checkpoint of a run as a folder that transformers (or, unmerged, peft) loads."""
+"""`duologue export`: a checkpoint of a run as a folder that transformers (or, unmerged, peft) loads, with a
+model card.
+"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+from duologue.grpo.best import BEST, NOTE
 from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.commands.card import card
 from duologue.model.atomic import write_folder
 from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
 from duologue.model.lora import LoraDecoder, merged
 from safetensors import SafetensorError
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The folder itself when it is a checkpoint, or the last one of a run directory."""
+def find_checkpoint(path: Path, best: bool = False) -> Path:
+    """The folder itself when it is a checkpoint, or the last one of a run directory, or its best one."""
+    if best:
+        kept = path / "checkpoints" / BEST
+        if not (kept / NOTE).is_file():
+            raise ValueError(f"--best: there is no {kept}; accepted is a run with eval.every above 0")
+        return kept
     if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
         return path
     latest = latest_checkpoint(path)
@@ -28,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     out: Path = options.out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty; accepted is a new folder")
-    source = find_checkpoint(options.source)
+    source = find_checkpoint(options.source, options.best)
     model, tokenizer = load_model(
         source, "cpu", parse_dtype(options.dtype) if options.dtype else None, options.base or ""
     )
@@ -43,8 +52,15 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{option}: {source} has no adapter, accepted with a checkpoint of a run with lora.rank above 0"
         )
+    adapter_of = model.adapter.settings.base if isinstance(model, LoraDecoder) else ""
+    text = card(source, out, adapter_of)
+
+    def write(folder: Path) -> None:
+        write_checkpoint(model, tokenizer, folder)
+        (folder / "README.md").write_text(text, "utf-8")
+
     try:
-        write_folder(out, lambda folder: write_checkpoint(model, tokenizer, folder))
+        write_folder(out, write)
     except SafetensorError as error:  # a full disk, for one
         raise OSError(f"{out} could not be written: {error}") from error
     size = sum(file.stat().st_size for file in out.rglob("*"))

@@ -21,11 +21,13 @@ KINDS = {
     "masters": "fp32 masters",
     "moments": "moments",
     "activations": "activations of a micro-batch",
+    "again": "a layer computed a second time",
     "head": "head",
     "transit": "gradients in transit",
     "pool": "KV pool",
     "frozen": "frozen copies",
     "graphs": "graphs and context (assumed)",
+    "copy": "a checkpoint that is written",
 }
 
 

@@ -20,6 +20,7 @@ from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.commands.aloud import Aloud, Wrapped
 from duologue.grpo.config import RECIPES, Config, load_config
 from duologue.grpo.policy import load_policy, use_device
+from duologue.grpo.unsaid import run_of, unsaid
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Scenario
 from duologue.rollout.games.texts import read_text
@@ -86,7 +87,7 @@ def shown(text: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    config = load_config(find_recipe(options), options.overrides)
+    config = load_config(find_recipe(options), options.overrides, unsaid(options.checkpoint))
     rules = rules_of(config, options.temperature)
     use_device(config)
     game = build_game(config)
@@ -121,10 +122,9 @@ def find_recipe(options: argparse.Namespace) -> str:
     """--game, or the configuration of the run that the checkpoint belongs to."""
     if options.game:
         return str(options.game)
-    for folder in (options.checkpoint, *options.checkpoint.resolve().parents[:3]):
-        if (folder / "config.toml").is_file():
-            _check_whole(folder / "config.toml")
-            return str(folder / "config.toml")
+    if path := run_of(options.checkpoint):
+        _check_whole(path)
+        return str(path)
     known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
     raise ValueError(
         f"--game: {options.checkpoint} lies in no run directory, accepted is a recipe's name, "

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 from duologue.grpo.checkpoints import STATE, latest_checkpoint
-from duologue.grpo.commands import partners
+from duologue.grpo.commands import partners, watched
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.run_dir import iter_lines, read_lines
@@ -118,8 +118,9 @@ def gather(run_dir: Path, ended: bool = True) -> Record:
         "results": _results(game, config, summary),
         "failures": _failures(game, summary),
         "crossplay": _crossplay(game, summary),
+        "language": summary.get("ability", {}).get("line", ""),
         "partners": partners.table(metrics),
-        "charts": _charts(game, metrics),
+        "charts": [*_charts(game, metrics), *watched.charts(metrics)],
         "size": {"width": WIDTH, "height": HEIGHT, "left": LEFT, "right": WIDTH - RIGHT},
         "sections": sections,
         "coloured": tokenizer is not None,
@@ -184,6 +185,7 @@ def _facts(config: Record, metrics: Sequence[Record], summary: Record) -> list[t
     peak = max((row.get("peak_memory_bytes") or 0 for row in metrics), default=0)
     if peak:
         facts.append(("peak memory", f"{peak / 2**30:.2f} GiB"))
+    facts += watched.facts(metrics, summary)
     if metrics:
         facts.append(("reported", time.strftime("%Y-%m-%d %H:%M")))
     return facts

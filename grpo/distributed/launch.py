@@ -29,8 +29,9 @@ def launch(ranks: int, argv: Sequence[str], grace_s: float) -> int:
     """Start the command line `argv` as so many processes here, and return the exit code of them together. A
     signal to this process is one to all, which have `grace_s` to save.
     """
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher", "torch.distributed.run"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    for name in [*logging.root.manager.loggerDict]:
+        if name.startswith("torch.distributed"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     settings: dict[str, Any] = {"shutdown_timeout": int(grace_s)}
     known = {field.name for field in dataclasses.fields(LaunchConfig)}  # of older versions: it has 30 s
     config = LaunchConfig(
@@ -55,8 +56,16 @@ def launch(ranks: int, argv: Sequence[str], grace_s: float) -> int:
                 say(f"rank {rank} ended by {how}")
             return max(failure.exitcode, 1)
         except SignalException:
-            return 0  # all have saved
+            if all(ended(said, rank).exists() for rank in range(ranks)):
+                return 0
+            say(f"a signal ended the ranks before all had saved, train.rank_timeout_s = {grace_s:g} after it")
+            return 1
     return 0
+
+
+def ended(said: Path, rank: int) -> Path:
+    """A file that exists once this rank has come to a good end."""
+    return said.with_name(f"ended.{rank}")
 
 
 @contextlib.contextmanager
@@ -99,6 +108,8 @@ def joined(config: Config) -> Iterator[Ranks]:
         note_said()
         raise
     world.close()
+    if said := os.environ.get(SAID):
+        ended(Path(said), world.rank).touch()
 
 
 def opened(world: Ranks, open_run: Callable[[type[RunDir]], RunDir | None]) -> RunDir | None:

@@ -19,10 +19,10 @@ class ReplicatedOptimizer(Optimizer):
 
     @torch.no_grad()
     def squared_grad_norm(self) -> Tensor:
-        """[] fp64: this rank's part, as of one that is sharded, of the norm of the gradient of all."""
+        """[] fp64, of the gradient of all ranks."""
         self.accumulate()
         for master in self.masters.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
         self.world.add_up(self.gradients())
-        return super().squared_grad_norm() / self.world.size
+        return super().squared_grad_norm()

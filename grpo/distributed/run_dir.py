@@ -35,7 +35,9 @@ class FollowerDir(RunDir):
     def drop_trained(self, step: int) -> None:
         return
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], keep: int = 0, needed: int = 0
+    ) -> Path:
         self.world.agree(False)
         return self.path / "checkpoints" / name
 
@@ -52,7 +54,9 @@ class LeaderDir(RunDir):
         super().go_on_from(step)
         self.world.agree(False)
 
-    def save_checkpoint(self, name: str, write: Callable[[Path], None], keep: int = 0) -> Path:
-        path = super().save_checkpoint(name, write, keep)
+    def save_checkpoint(
+        self, name: str, write: Callable[[Path], None], keep: int = 0, needed: int = 0
+    ) -> Path:
+        path = super().save_checkpoint(name, write, keep, needed)
         self.world.agree(False)
         return path

@@ -75,16 +75,6 @@ class Ranks(World):
         )
         return [parts[rank][at] for _, at, rank in placed]
 
-    def deal(self, items: Sequence[T], size: Callable[[T], float]) -> Sequence[T]:
-        """The largest first, each to whoever has least; in the list's order on every rank."""
-        loads, mine = [0.0] * self.size, []
-        for place in sorted(range(len(items)), key=lambda i: (-size(items[i]), i)):
-            rank = loads.index(min(loads))
-            loads[rank] += size(items[place])
-            if rank == self.rank:
-                mine.append(place)
-        return [items[place] for place in sorted(mine)]
-
     # ---- what all say --------------------------------------------------------------------------------------
 
     def each(self, value: T) -> list[T]:
@@ -116,16 +106,18 @@ class Ranks(World):
         for tensor, part in zip(tensors, parts, strict=True):
             tensor.copy_(part.view_as(tensor))
 
-    def scatter_sum(self, flat: Tensor) -> Tensor:
-        """This rank's shard of the sum over the ranks, added in their order: it is the same every time."""
+    def scatter(self, flat: Tensor) -> Callable[[], Sequence[Tensor]]:
+        """On CUDA by NCCL's stream, beside what is computed meanwhile."""
         parts = torch.empty_like(flat)
         with self.watch.waiting():
-            dist.all_to_all_single(parts, flat, group=self.group)
-        shard, *others = parts.chunk(self.size)
-        total = shard.clone()
-        for other in others:
-            total += other
-        return total
+            work = dist.all_to_all_single(parts, flat, group=self.group, async_op=True)
+
+        def received() -> Sequence[Tensor]:
+            with self.watch.waiting():
+                work.wait()
+            return parts.chunk(self.size)
+
+        return received
 
     def join(self, part: Tensor) -> Tensor:
         flat = torch.empty(self.size * part.numel(), dtype=part.dtype, device=part.device)

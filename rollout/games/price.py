@@ -22,12 +22,14 @@ from duologue.rollout.games.scripted import Act, ScriptedDialogue, Side, hold
 from duologue.rollout.games.selection import (
     AGREEMENT,
     COMPARED,
+    ENVY_FREE,
     MALFORMED,
     NASH_RATIO,
     NO_CLOSE,
     WALK_AWAY,
     WALKED_AWAY,
     SelectionGame,
+    SelectionSettings,
     Vector,
     split_by_class,
 )
@@ -65,10 +67,22 @@ class Haggle:
         return (bought, sold) if self.buyer == 0 else (sold, bought)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PriceSettings(SelectionSettings):
+    """As of every game with rules, less the term of games that divide things."""
+
+    def rules(self) -> None:
+        super().rules()
+        if ENVY_FREE in self.terms:
+            accepted = "joint, own, nash in price, where a side has no part that the other could want"
+            raise ValueError(f"game.weights = {self.weights}: accepted is {accepted}")
+
+
 class PriceGame(SelectionGame):
     """The game as `duologue.rollout.games.game.Game`."""
 
     name = "price"
+    Settings = PriceSettings
     failures = FAILURES
     measures = MEASURES
     compared = COMPARED | {

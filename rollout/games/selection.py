@@ -19,7 +19,7 @@ from duologue.rollout.games.game import Game, GameSettings, Measure, Outcome, Sc
 
 CLOSE = "<selection>"
 WALK_AWAY = "walk away"
-JOINT, OWN, NASH = "joint", "own", "nash"  # terms of a reward
+JOINT, OWN, NASH, ENVY_FREE = "joint", "own", "nash", "envy_free"  # terms of a reward
 OBJECTIVES = {"cooperative": Shares({JOINT: 1}), "nash": Shares({NASH: 1}), "selfish": Shares({OWN: 1})}
 MIXED, UNMIXED = "mixed", Shares()
 HELDOUT_SHARE = 0.2
@@ -43,15 +43,16 @@ Vector = tuple[int, ...]
 class SelectionSettings(GameSettings):
     """Of a game that has rules: what both sides are to maximise. Terms of a reward: "joint", for both sides
     the joint score / the best (in price 1 for what is right); "own", a side's own points / the total, without
-    a deal its walk-away value; "nash", for both the product of their scores / the best. cooperative is joint
-    alone, selfish own, nash nash.
+    a deal its walk-away value; "nash", for both the product of their scores / the best; "envy_free", of games
+    that divide things, 1 for a side that would not change its part for the other's (Foley 1967), nor has
+    reason to without a deal. cooperative is joint alone, selfish own, nash nash.
     """
 
     objective: str = setting("cooperative", "what a side's reward is made of", one_of=(*OBJECTIVES, MIXED))
     weights: Shares = setting(
         UNMIXED,
         "of the terms, with objective 'mixed' alone, e.g. {joint = 0.5, own = 0.25, nash = 0.25}",
-        one_of=(JOINT, OWN, NASH),
+        one_of=(JOINT, OWN, NASH, ENVY_FREE),
     )
 
     @property
@@ -106,11 +107,15 @@ class SelectionGame(Game):
     def rewards(self, scenario: Scenario, outcome: Outcome) -> tuple[float, float]:
         """For each side the weighted sum of the terms of its objective: measures of the outcome for both, 0
         where it has none, and its own points / total; no deal leaves the walk-away value, more than a bad
-        deal.
+        deal. What a side has not got is worth the rest of the total to it.
         """
         points = outcome.scores if outcome.agreed else (self.walk_away, self.walk_away)
         joint, nash = (outcome.metrics.get(key, 0.0) for key in (self.cooperative, "nash_ratio"))
-        sides = [{JOINT: joint, OWN: own / self.total, NASH: nash} for own in points]
+        even = [not outcome.agreed or 2 * own >= self.total for own in points]
+        sides = [
+            {JOINT: joint, OWN: own / self.total, NASH: nash, ENVY_FREE: float(calm)}
+            for own, calm in zip(points, even, strict=True)
+        ]
         first, second = (
             sum(weight * side[term] for term, weight in self.settings.terms.items()) for side in sides
         )
