@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
 from torch import Tensor
 
 
@@ -165,16 +165,18 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(run: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
-    return *packed_backward_op(q, k, v, cu_seqlens, ctx.scale, out, stats, grad), None, None
+    return *run(q, k, v, cu_seqlens, ctx.scale, out, stats, grad), None, None
 
 
-packed_op.register_autograd(_backward, setup_context=_setup)
+_packed_grad = with_gradients(
+    packed_op, packed_with_stats, _setup, _backward, packed_backward_op, packed_backward
+)
 
 
 def packed_traced(*inputs: Any) -> Any:
-    return packed_op(*inputs)[0]
+    return _packed_grad(*inputs)[0]
 
 
 paged_op = library_op(

@@ -341,15 +341,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx: Any, g: Tensor, h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(run: Any, ctx: Any, g: Tensor, h: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, mask, entropy, stats = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 4)]
     inputs = (*tensors, ctx.softcap, mask, ctx.exact, ctx.chunk_bytes)
-    grads = linear_logprob_backward_op(*inputs, entropy, stats, g, h, need)
+    grads = run(*inputs, entropy, stats, g, h, need)
     of_hidden, of_weight, of_bias = (
         grad if needed else None for grad, needed in zip(grads, need, strict=True)
     )
     return of_hidden, of_weight, None, None, of_bias, None, None, None, None
 
 
-linear_logprob_op.register_autograd(_backward, setup_context=_setup)
+linear_logprob_grad = backend.with_gradients(
+    linear_logprob_op, _logprob, _setup, _backward, linear_logprob_backward_op, _logprob_backward
+)

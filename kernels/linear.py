@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import backend
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, with_gradients
 from torch import Tensor
 
 
@@ -114,12 +114,12 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_weight = backward_op(x, weight, grad, need_x, need_weight)
+    grad_x, grad_weight = run(x, weight, grad, need_x, need_weight)
     grad_bias = grad.flatten(0, -2).sum(0).to(x.dtype) if ctx.has_bias and need_bias else None
     return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, None, None
 
 
-forward_op.register_autograd(_backward, setup_context=_setup)
+forward_grad = with_gradients(forward_op, forward, _setup, _backward, backward_op, backward)

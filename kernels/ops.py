@@ -50,7 +50,7 @@ def _form(
     *inputs: Tensor | None,
 ) -> Callable[..., R]:
     """The form of an op that serves `x`: its definition; its kernel; or, where a graph is traced or a
-    gradient of one of the inputs is wanted, its torch.library op."""
+    gradient of one of the inputs is wanted, the one with gradients (backend.with_gradients)."""
     if backend.library(x) == "reference":
         return plain
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
@@ -68,7 +68,7 @@ def linear(
     exact: bool = True,
 ) -> Tensor:
     """x [..., K] @ weight [O, K]^T + bias [O] -> [..., O], in x's dtype or `out_dtype` (fp32, for logits)."""
-    run = _form(reference.linear, products.forward, products.forward_op, x, x, weight, bias)
+    run = _form(reference.linear, products.forward, products.forward_grad, x, x, weight, bias)
     return run(x, weight, bias, out_dtype, exact)
 
 
@@ -76,7 +76,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, exact: bool = True) -> Tenso
     """x [..., K] / sqrt(mean(x^2) + eps) * weight [K], the mean over K (Zhang and Sennrich 2019)."""
     if libraries.liger(x, exact):
         return libraries.rms_norm(x, weight, eps)
-    return _form(reference.rms_norm, rows.rms_norm, rows.rms_norm_op, x, x, weight)(x, weight, eps)
+    return _form(reference.rms_norm, rows.rms_norm, rows.rms_norm_grad, x, x, weight)(x, weight, eps)
 
 
 def add_rms_norm(
@@ -86,14 +86,14 @@ def add_rms_norm(
     inputs = (x, residual, weight)
     if libraries.liger(x, exact):
         return libraries.add_rms_norm(*inputs, eps)
-    return _form(reference.add_rms_norm, rows.add_rms_norm, rows.add_rms_norm_op, x, *inputs)(*inputs, eps)
+    return _form(reference.add_rms_norm, rows.add_rms_norm, rows.add_rms_norm_grad, x, *inputs)(*inputs, eps)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Rotary embedding (Su et al. 2021) in the half-rotation layout: q [T, Hq, D], k [T, Hk, D], cos and sin
     [max_position, D/2] fp32, positions [T] int64 -> rotated (q, k). Values: positions within the tables.
     """
-    run = _form(reference.rotate, rows.rotate, rows.rotate_op, q, q, k)
+    run = _form(reference.rotate, rows.rotate, rows.rotate_grad, q, q, k)
     return run(q, cos, sin, positions), run(k, cos, sin, positions)
 
 
@@ -101,7 +101,7 @@ def silu_mul(gate: Tensor, up: Tensor, exact: bool = True) -> Tensor:
     """gate * sigmoid(gate) * up (SwiGLU, Shazeer 2020); both [..., I]."""
     if libraries.liger(gate, exact):
         return libraries.silu_mul(gate, up)
-    return _form(reference.silu_mul, rows.silu_mul, rows.silu_mul_op, gate, gate, up)(gate, up)
+    return _form(reference.silu_mul, rows.silu_mul, rows.silu_mul_grad, gate, gate, up)(gate, up)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ def linear_logprob(
     inputs = fused_head.prepare(
         "linear_logprob", hidden, weight, targets, temperature, bias, softcap, mask, exact, chunk_bytes
     )
-    out: tuple[Tensor, Tensor, Tensor] = fused_head.linear_logprob_op(*inputs)
+    out: tuple[Tensor, Tensor, Tensor] = fused_head.linear_logprob_grad(*inputs)
     return out[:2]
 
 

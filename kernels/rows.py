@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
 from torch import Tensor
 
 
@@ -79,9 +79,9 @@ def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(x, weight)
 
 
-def _rms_norm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _rms_norm_backward(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    return (*rms_norm_backward_op(x, weight, ctx.eps, grad, None), None)
+    return (*run(x, weight, ctx.eps, grad, None), None)
 
 
 def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -89,14 +89,17 @@ def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.save_for_backward(output[1], inputs[2])
 
 
-def _add_rms_norm_backward(ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
+def _add_rms_norm_backward(run: Any, ctx: Any, grad: Tensor, grad_total: Tensor) -> tuple[Tensor | None, ...]:
     total, weight = ctx.saved_tensors
-    grad_x, grad_weight = rms_norm_backward_op(total, weight, ctx.eps, grad, grad_total)
+    grad_x, grad_weight = run(total, weight, ctx.eps, grad, grad_total)
     return grad_x, grad_x, grad_weight, None
 
 
-rms_norm_op.register_autograd(_rms_norm_backward, setup_context=_rms_norm_setup)
-add_rms_norm_op.register_autograd(_add_rms_norm_backward, setup_context=_add_rms_norm_setup)
+_of_norm = (rms_norm_backward_op, rms_norm_backward)
+rms_norm_grad = with_gradients(rms_norm_op, rms_norm, _rms_norm_setup, _rms_norm_backward, *_of_norm)
+add_rms_norm_grad = with_gradients(
+    add_rms_norm_op, add_rms_norm, _add_rms_norm_setup, _add_rms_norm_backward, *_of_norm
+)
 
 
 # ---- the gate ----------------------------------------------------------------------------------------------
@@ -135,11 +138,13 @@ def _silu_mul_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _silu_mul_backward(ctx: Any, grad: Tensor) -> Any:
-    return silu_mul_backward_op(*ctx.saved_tensors, grad)
+def _silu_mul_backward(run: Any, ctx: Any, grad: Tensor) -> Any:
+    return run(*ctx.saved_tensors, grad)
 
 
-silu_mul_op.register_autograd(_silu_mul_backward, setup_context=_silu_mul_setup)
+silu_mul_grad = with_gradients(
+    silu_mul_op, silu_mul, _silu_mul_setup, _silu_mul_backward, silu_mul_backward_op, silu_mul_backward
+)
 
 
 # ---- rotary embedding --------------------------------------------------------------------------------------
@@ -178,16 +183,17 @@ rotate_op = library_op("rope", rotate, 0)
 
 
 def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.sign = inputs[4]
+    ctx.sign = inputs[4] if len(inputs) > 4 else 1.0
     ctx.save_for_backward(*inputs[1:4])
 
 
-def _rotate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _rotate_backward(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """A rotation's transpose is the rotation back."""
-    return rotate_op(grad, *ctx.saved_tensors, -ctx.sign), None, None, None, None
+    rotated = run(grad, *ctx.saved_tensors, -ctx.sign)
+    return (rotated, *[None] * (len(ctx.needs_input_grad) - 1))
 
 
-rotate_op.register_autograd(_rotate_backward, setup_context=_rotate_setup)
+rotate_grad = with_gradients(rotate_op, rotate, _rotate_setup, _rotate_backward, rotate_op, rotate)
 
 
 # ---- KV writes ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton
+from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
 from torch import Tensor
 
 # temperature, top_k, top_p, min_p, seed, position, each [N]
@@ -228,17 +228,19 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tens
     ctx.mark_non_differentiable(output[2])
 
 
-def _backward(ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    run: Any, ctx: Any, grad_logprob: Tensor, grad_entropy: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
     logits, targets, temperatures, entropy, stats = ctx.saved_tensors
     inputs = (logits, targets, temperatures, ctx.temperature)
-    return backward_op(*inputs, entropy, stats, grad_logprob, grad_entropy), None, None, None
+    return run(*inputs, entropy, stats, grad_logprob, grad_entropy), None, None, None
 
 
-forward_op.register_autograd(_backward, setup_context=_setup)
+_forward_grad = with_gradients(forward_op, forward, _setup, _backward, backward_op, _new_gradient)
 
 
 def logprob_traced(logits: Tensor, targets: Tensor, temperature: float | Tensor) -> Any:
-    return forward_op(logits, targets, *split_temperature(temperature))[:2]
+    return _forward_grad(logits, targets, *split_temperature(temperature))[:2]
 
 
 sample_op = library_op(

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from duologue.kernels import head as fused_head
 from duologue.kernels import linear, reference, softmax
-from duologue.kernels.backend import DTYPES, check, check_softcap, lib, library_op, pointers, triton
+from duologue.kernels.backend import (
+    DTYPES,
+    check,
+    check_softcap,
+    lib,
+    library_op,
+    pointers,
+    triton,
+    with_gradients,
+)
 from torch import Tensor
 
 
@@ -65,13 +74,13 @@ def logprob(
         temperature=(temperature, (N,), torch.float32),
     )
     support = (targets, kept_ids, kept_offsets, temperature)
-    out: tuple[Tensor, ...] = logprob_op(hidden, weight, bias, *support, softcap or 0.0)
+    out: tuple[Tensor, ...] = _logprob_grad(hidden, weight, bias, *support, softcap or 0.0)
     whole = (kept_offsets.diff() == 0).nonzero()[:, 0] if triton(hidden) else targets[:0]
     if len(whole) == 0:
         return out[0], out[1]
     of_whole = (hidden.index_select(0, whole), weight, targets[whole], temperature[whole])
     inputs = fused_head.prepare(op, *of_whole, bias, softcap, None, exact=True, chunk_bytes=None)
-    full: tuple[Tensor, ...] = fused_head.linear_logprob_op(*inputs)
+    full: tuple[Tensor, ...] = fused_head.linear_logprob_grad(*inputs)
     return out[0].index_put((whole,), full[0]), out[1].index_put((whole,), full[1])
 
 
@@ -158,15 +167,15 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(run: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     inputs = ctx.saved_tensors[:7]
     saved = [*ctx.saved_tensors[7:], *grads[:2]]
     needs = ctx.needs_input_grad
-    of_inputs = backward_op(*inputs, ctx.softcap, saved, needs[1] or needs[2])
+    of_inputs = run(*inputs, ctx.softcap, saved, needs[1] or needs[2])
     return *(grad if need else None for grad, need in zip(of_inputs, needs, strict=False)), *[None] * 5
 
 
-logprob_op.register_autograd(_backward, setup_context=_setup)
+_logprob_grad = with_gradients(logprob_op, _forward, _setup, _backward, backward_op, _gradients)
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------

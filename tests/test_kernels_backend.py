@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import backend, ops
+from duologue.kernels import backend, linear, ops
 from torch import Tensor
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -186,3 +186,23 @@ def test_what_is_described_is_what_serves(monkeypatch: pytest.MonkeyPatch) -> No
         assert backend.describe("cuda") == said
     assert backend.describe("cpu") == backend.describe()
     assert backend.describe().startswith("C++ " if backend.available() else "PyTorch (")
+
+
+def test_gradients_are_taken_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A torch.library op costs the host more than a small kernel: it is for graphs that are traced. A second
+    derivative, which no kernel has, is refused.
+    """
+
+    def dispatched(*_: Any) -> None:
+        raise AssertionError("a torch.library op was called")
+
+    monkeypatch.setattr(type(linear.forward_op), "__call__", dispatched)
+    x = torch.randn(5, 16, requires_grad=True)
+    weight = torch.randn(3, 16, requires_grad=True)
+    out = ops.linear(ops.rms_norm(x, torch.ones(16), 1e-6), weight)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    plain = torch.nn.functional.linear(torch.nn.functional.rms_norm(x, (16,), eps=1e-6), weight)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain.square().sum(), x)[0], rtol=1e-4, atol=1e-4)
+    if backend.library(x) != "reference":
+        with pytest.raises(RuntimeError, match=r"once_differentiable|twice"):
+            grad.sum().backward()
