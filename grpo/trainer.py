@@ -171,6 +171,7 @@ class Trainer(Watched):
             self.keep_best()
         self.go_back(rollback)
         self._save()
+        self.saver.wait()
         self.forget_since(rollback["to"])
 
     def _record(self) -> Metrics | None:
