@@ -88,6 +88,7 @@ class Trainer(Watched):
         snapshots = self.opponents.kept(t.steps, t.keep_checkpoints * t.save_every)
         snapshots = max(snapshots - len([*self.opponents.folder.glob("step_*")]), 0)
         others = snapshots + (self.warm_start is None) + bool(self.config.eval.every)
+        more += 2 * bool(self.config.watch.rollback)
         needed = more * checkpoint_bytes(self.model) + others * weight_bytes(self.model)
         check_space(path, needed, f"the run, which keeps {t.keep_checkpoints} checkpoints,")
 
@@ -169,9 +170,10 @@ class Trainer(Watched):
     def _go_back(self, rollback: Metrics) -> None:
         if self.best.step == self.step:
             self.keep_best()
+        self.saver.wait()
         self.go_back(rollback)
         self._save()
-        self.saver.wait()
+        self.saver.wait()  # nothing is forgotten before the checkpoint that says so is there
         self.forget_since(rollback["to"])
 
     def _record(self) -> Metrics | None:
