@@ -9,6 +9,7 @@ import json
 import random
 import re
 import shutil
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from duologue.rollout.games.deal import Deal, DealSettings
 from duologue.rollout.games.finals import Unread
 from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import SelectionSettings
-from tiny import TINY_DEAL, dialogues, lines, trained
+from tiny import TINY_DEAL, dialogues, dying, lines, selfplay, trained
 
 UNHEARD = {  # kinds that two scripts rarely or never have a reason for
     "deal": ("again", "hurry"),
@@ -307,8 +308,15 @@ def test_a_checkpoint_is_trained_in_english_and_goes_on_from_where_it_was(
     trained(whole, config)
     trained(half, load_config("deal", [*settings, "train.steps=1"]))
     Trainer(config, RunDir.resume(half, config.to_toml()), Progress(quiet=True), threading.Event()).run()
-    assert lines(half) == lines(whole)
-    assert dialogues(half) == dialogues(whole)
+    killed = tmp_path / "killed"
+    command = ["train", "deal", *settings, "train.steps=2", "--run-dir", str(killed)]
+    assert subprocess.run([*dying(2), *command], capture_output=True, timeout=400).returncode == -9
+    assert len(lines(killed)) == 2
+    assert main([*command, "--resume"]) == 0
+    for path in (half, killed):
+        assert lines(path) == lines(whole)
+        assert dialogues(path) == dialogues(whole)
+    assert [row["mismatch"] for row in selfplay(whole)] == [0.0, 0.0]
     assert all(
         "Talk in short messages" in text for d in dialogues(whole) for text in d["scenario"]["private"]
     )
