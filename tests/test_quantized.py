@@ -116,7 +116,7 @@ def test_a_run_trains_saves_and_resumes_on_packed_weights(
     save_model(make_model(), tiny_tokenizer, base)
     tiny = [word for word in TINY_DEAL if not word.startswith(("model.", "imitation.", "train.steps"))]
     command = ["train", "deal", "--model", str(base), *tiny, "imitation.steps=0", "grpo.imitation_coef=0"]
-    command += ["lora.rank=2", "lora.quantize=nf4"]
+    command += ["lora.rank=2", "lora.quantize=nf4", "game.telling=plain"]
     run = tmp_path / "run"
     assert main([*command, "train.steps=1", "--run-dir", str(run)]) == 0
     assert main([*command, "train.steps=2", "--run-dir", str(run), "--resume"]) == 0
