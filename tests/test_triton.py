@@ -57,10 +57,12 @@ def test_compile_check_for_one_chip() -> None:
     command = [sys.executable, "-m", "bench.compile_check", *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert row["kernel"].startswith("rotate_kernel")
-    assert 0 < row["registers"] < 256
-    assert row["spill_bytes"] == 0
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert len(rows) == 2  # of any number of heads, and of one
+    for row in rows:
+        assert row["kernel"].startswith("rotate_kernel")
+        assert 0 < row["registers"] < 256
+        assert row["spill_bytes"] == 0
 
 
 def test_compile_check_refuses_spills_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:
