@@ -37,7 +37,7 @@ def step_name(step: int) -> str:
 
 def step_of(path: Path) -> int:
     """Of a checkpoint, by its name."""
-    return int(path.name.removeprefix("step_"))
+    return int(path.name.rpartition("_")[2])
 
 
 def checkpoints(run: Path) -> list[Path]:

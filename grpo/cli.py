@@ -349,16 +349,19 @@ def _eval(options: argparse.Namespace) -> int:
         "eval.dialogues": options.dialogues,
         "eval.temperature": 0.0 if options.greedy else None,
     }
-    from duologue.grpo.commands import ability, players
-
     if options.ability:
+        from duologue.grpo.commands import ability
+
         return ability.run(options, lambda: _resolved(options, shortcuts))
     if not options.recipe or options.ifeval:
         raise ValueError("eval without --ability: accepted is --recipe RECIPE, and no --ifeval FILE")
     server = next((name for name in (*options.players, options.against or "") if "://" in name), None)
     if server is not None:
         shortcuts |= {"opponent.kind": "endpoint", "opponent.url": server}
-    return players.run(options, _resolved(options, shortcuts))
+    config = _resolved(options, shortcuts)
+    from duologue.grpo.commands.players import run
+
+    return run(options, config)
 
 
 # ---- the others --------------------------------------------------------------------------------------------

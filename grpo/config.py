@@ -33,7 +33,7 @@ from duologue.grpo.sections import (
     TrainSection,
 )
 from duologue.grpo.settings import Text, meant, to_toml, typed
-from duologue.model.checkpoint import CONFIGS, natural_dtype
+from duologue.model.checkpoint import natural_dtype
 from duologue.model.hub import local
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import (
@@ -285,17 +285,16 @@ def load_config(
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
             _override(table, name, Text(text.strip()))
-    if Path(recipe_or_path).name != RUN_FILE:
+    if Path(recipe_or_path).name != RUN_FILE:  # a run's own file says all
         _leave_to_checkpoint(raw, unsaid or {})
+        _suit_cuda(raw)
     if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
         raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
-    if Path(recipe_or_path).name != RUN_FILE:
-        _suit_cuda(raw)
     return from_dict(raw)
 
 
 def _suit_cuda(raw: dict[str, Any]) -> None:
-    """Of a run on a GPU: what is said of nothing but suits a CPU by default. A run's own file says all."""
+    """Of a run on a GPU: what is said of nothing but suits a CPU by default."""
     model, rollout = raw.get("model", {}), raw.setdefault("rollout", {})
     if not isinstance(model, dict) or not isinstance(rollout, dict):
         return
@@ -313,10 +312,10 @@ def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, str]) -> None:
         return
     if path := typed("model.path", model.get("path", ""), ""):
         unsaid = {"game.telling": "english"} | unsaid
+        device = typed("model.device", model.get("device", "cpu"), "")
         named = "dtype" in model or "model.dtype" in unsaid
-        if not named and any((local(path) / name).is_file() for name in CONFIGS):
-            device = typed("model.device", model.get("device", "cpu"), "")
-            unsaid["model.dtype"] = natural_dtype(local(path), device)
+        if not named and (dtype := natural_dtype(local(path), device)):
+            unsaid["model.dtype"] = dtype
     if typed("game.name", game.get("name", "deal"), "") not in ENGLISH:
         unsaid = {key: value for key, value in unsaid.items() if key != "game.telling"}
     for name, value in unsaid.items():

@@ -10,7 +10,7 @@ from pathlib import Path
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import RUN_FILE, Config, load_config
 from duologue.grpo.resume import settings_of
-from duologue.model.checkpoint import CONFIGS, natural_dtype
+from duologue.model.checkpoint import natural_dtype
 from duologue.model.hub import is_pinned, pinned
 from duologue.model.tokenizer import TEMPLATE
 
@@ -64,9 +64,9 @@ def unsaid(player: str | Path, device: str = "cpu") -> dict[str, str]:
         return {}
     found = {"game.telling": "english"} if knows_english(folder) else {}
     folder = latest_checkpoint(folder) or folder
-    if any((folder / name).is_file() for name in CONFIGS):
-        with contextlib.suppress(ValueError):  # of which its reader says more
-            found["model.dtype"] = natural_dtype(folder, device)
+    with contextlib.suppress(ValueError):  # of which its reader says more
+        if dtype := natural_dtype(folder, device):
+            found["model.dtype"] = dtype
     return found
 
 

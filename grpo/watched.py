@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from duologue.grpo.best import BEST, Best, measured
-from duologue.grpo.checkpoints import read_state
+from duologue.grpo.checkpoints import read_state, step_of
 from duologue.grpo.collapse import Watch
 from duologue.grpo.config import Config
 from duologue.grpo.crossplay import Player
@@ -134,7 +134,7 @@ class Watched(Steps):
 
     def good(self) -> list[Path]:
         """The checkpoints that a rollback can go to, the oldest first."""
-        return sorted((self.run_dir.path / "checkpoints").glob(f"{GOOD}[0-9]*"), key=_step_of)
+        return sorted((self.run_dir.path / "checkpoints").glob(f"{GOOD}[0-9]*"), key=step_of)
 
     def keep_good(self, save: Callable[[str], Any]) -> None:
         """Keep the policy by `save(name)` where a rollback may want it, and the two latest such."""
@@ -146,7 +146,7 @@ class Watched(Steps):
         written = self.run_dir.path / "checkpoints" / name
         if self.world.agree(self.world.is_first and not written.exists()):  # world
             save(name)
-        self._drop([path for path in self.good() if _step_of(path) <= self.step][:-2])
+        self._drop([path for path in self.good() if step_of(path) <= self.step][:-2])
 
     def go_back(self, rollback: Metrics) -> None:
         """To the weights, moments and baseline that `rollback` names; the step stays."""
@@ -168,20 +168,16 @@ class Watched(Steps):
 
     def _target(self) -> Path:
         """The older of the latest two that are good: a collapse may have begun before a rule saw it."""
-        good = [path for path in self.good() if _step_of(path) <= self.step][-2:]
+        good = [path for path in self.good() if step_of(path) <= self.step][-2:]
         return good[0] if good else self.run_dir.path / "checkpoints" / "warm_start"
 
     def forget_since(self, to: str) -> None:
         """After the checkpoint that says so was written: what was kept since `to` is of a policy gone bad."""
         step = int(to.removeprefix(GOOD)) if to.startswith(GOOD) else self.config.imitation.steps
-        self._drop([path for path in self.good() if _step_of(path) > step])
+        self._drop([path for path in self.good() if step_of(path) > step])
         self.opponents.go_back(step - self.config.imitation.steps)
 
     def _drop(self, folders: list[Path]) -> None:
         for folder in folders if self.world.is_first else ():
             shutil.rmtree(folder)
         self.world.agree(False)  # world: nobody looks for them before they are gone
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix(GOOD))

@@ -22,7 +22,6 @@ from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-CONFIGS = ("config.json", ADAPTER_CONFIG)  # a checkpoint's folder has one of them
 MOST_FP32 = 100_000_000  # parameters of a checkpoint that a GPU trains in float32 without being told so
 
 
@@ -103,11 +102,13 @@ def read_config(folder: Path) -> ModelConfig:
 
 def natural_dtype(folder: Path, device: str) -> str:
     """The type that a checkpoint runs in where nobody says it: that of its config.json; on a CPU float32 but
-    for bfloat16 on a processor that has it. An adapter's is its base's. ValueError where it would be float32
-    on a GPU, and too large for that to be meant.
+    for bfloat16 on a processor that has it. An adapter's is its base's; "" of a folder without a
+    checkpoint. ValueError where it would be float32 on a GPU, and too large for that to be meant.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         folder = Path(read_settings(folder).base)
+    elif not (folder / "config.json").is_file():
+        return ""
     config = read_config(folder)
     if device == "cpu":
         served = backend.instruction_set("cpu", torch.bfloat16) in ("amx", "avx512bf16")

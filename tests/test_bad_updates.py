@@ -18,13 +18,10 @@ from duologue.grpo.packing import Row
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import Trainer
 from duologue.grpo.update import UpdateStats, accumulate_policy_gradient
-from tiny import MODEL
+from tiny import LETTERS
 
-LETTERS = Path(__file__).parent.parent / "bench" / "letters.py"
 SETTINGS = [
-    *MODEL,
-    f"game.name={LETTERS}",
-    "model.num_layers=1",
+    *LETTERS,
     "train.steps=4",
     "train.save_every=1",
     "train.kl_every=0",

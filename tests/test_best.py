@@ -27,12 +27,10 @@ from duologue.grpo.world import ALONE, World
 from duologue.model.checkpoint import load_model
 from safetensors.torch import load_file
 from test_world import together
-from tiny import MODEL, dying, lines
+from tiny import LETTERS, dying, lines
 
 RUN = [  # of a game that a policy from nothing earns something in
-    *MODEL,
-    f"game.name={Path(__file__).parent.parent / 'bench' / 'letters.py'}",
-    "model.num_layers=1",
+    *LETTERS,
     "rollout.cache_tokens=16384",
     "train.steps=5",
     "train.save_every=1",

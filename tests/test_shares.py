@@ -20,13 +20,10 @@ from duologue.grpo.trainer import Trainer
 from duologue.grpo.world import World
 from safetensors.torch import load_file
 from thread_ranks import Meeting, Rank, on_ranks
-from tiny import MODEL, VOLATILE, decoder
+from tiny import LETTERS, MODEL, VOLATILE, decoder
 
-LETTERS = Path(__file__).parent.parent / "bench" / "letters.py"
 SETTINGS = [
-    *MODEL,
-    f"game.name={LETTERS}",
-    "model.num_layers=1",
+    *LETTERS,
     "train.shares=4",
     "train.threads=1",
     "train.save_every=1",

@@ -26,7 +26,7 @@ from judge_server import ASPECTS, JudgeServer
 from safetensors.torch import load_file
 from test_collective import SMALL
 from test_world import make_groups, together
-from tiny import MODEL, dying, lines
+from tiny import LETTERS, dying, lines
 
 SILENCE = '''
 class Silence:
@@ -48,11 +48,8 @@ class Silence:
     def scores(self):
         return tuple(1 - sum(self.said[side::2]) / 40 for side in (0, 1))
 '''
-LETTERS = Path(__file__).parent.parent / "bench" / "letters.py"
 RUN = [
-    *MODEL,
-    f"game.name={LETTERS}",
-    "model.num_layers=1",
+    *LETTERS,
     "rollout.cache_tokens=16384",
     "train.save_every=1",
     "train.keep_checkpoints=9",

@@ -26,6 +26,11 @@ MODEL = [
     "model.max_position=400",
     "rollout.cache_tokens=4096",
 ]
+LETTERS = [  # of the recipe text-game, where a policy from nothing earns something
+    *MODEL,
+    f"game.name={Path(__file__).parent.parent / 'bench' / 'letters.py'}",
+    "model.num_layers=1",
+]
 ALONE = [  # of the recipe deal: the policy with itself, after the game's own mixture of scripts
     "opponent.kind=self",
     "game.objective=cooperative",

@@ -29,6 +29,7 @@ from duologue.grpo.policy import load_policy
 from duologue.grpo.world import ALONE, World
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder
+from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -116,7 +117,7 @@ def at_end(
 def base_of(config: Config, policy: Subject) -> Subject:
     """What `model.path` holds; under an adapter that is new, the policy's own frozen weights."""
     path, model = config.model.folder, policy.model
-    if isinstance(model, LoraDecoder) and not (path / "adapter_config.json").is_file():
+    if isinstance(model, LoraDecoder) and not (path / ADAPTER_CONFIG).is_file():
         base, tokenizer = model.adapter_off, policy.tokenizer
     else:
         base, tokenizer = load_policy(path, config)

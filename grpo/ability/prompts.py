@@ -209,18 +209,6 @@ def _sections(rng: random.Random, task: str) -> tuple[str, Arguments]:
     return words, {"section_spliter": name, "num_sections": n}
 
 
-def _json(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "The whole answer has to be valid JSON and nothing else.", {}
-
-
-def _title(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "Give it a title in double angle brackets, <<such as this>>.", {}
-
-
-def _two_responses(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "Give two different answers, with six asterisks (******) and nothing else between them.", {}
-
-
 def _repeat(rng: random.Random, task: str) -> tuple[str, Arguments]:
     words = "But first repeat the sentence before this one word for word, without a word ahead of it."
     return words, {"prompt_to_repeat": task}
@@ -231,26 +219,15 @@ def _end(rng: random.Random, task: str) -> tuple[str, Arguments]:
     return f"The last words should be: {phrase} Nothing comes after them.", {"end_phrase": phrase}
 
 
-def _quotation(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "Put the whole answer between double quotation marks.", {}
-
-
 def _capital_words(rng: random.Random, task: str) -> tuple[str, Arguments]:
     n = rng.randint(2, 5)
     words = f"Write {n} words or more in capital letters only."
     return words, {"capital_relation": "at least", "capital_frequency": n}
 
 
-def _capital(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "Write in English and use nothing but capital letters.", {}
-
-
-def _lowercase(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "Write in English and use nothing but small letters.", {}
-
-
-def _no_comma(rng: random.Random, task: str) -> tuple[str, Arguments]:
-    return "Use no comma at all.", {}
+def _always(words: str) -> Template:
+    """An instruction without arguments."""
+    return lambda rng, task: (words, {})
 
 
 TEMPLATES: dict[str, Template] = {
@@ -269,14 +246,16 @@ TEMPLATES: dict[str, Template] = {
     "detectable_format:constrained_response": _constrained,
     "detectable_format:number_highlighted_sections": _highlighted,
     "detectable_format:multiple_sections": _sections,
-    "detectable_format:json_format": _json,
-    "detectable_format:title": _title,
-    "combination:two_responses": _two_responses,
+    "detectable_format:json_format": _always("The whole answer has to be valid JSON and nothing else."),
+    "detectable_format:title": _always("Give it a title in double angle brackets, <<such as this>>."),
+    "combination:two_responses": _always(
+        "Give two different answers, with six asterisks (******) and nothing else between them."
+    ),
     "combination:repeat_prompt": _repeat,
     "startend:end_checker": _end,
-    "startend:quotation": _quotation,
+    "startend:quotation": _always("Put the whole answer between double quotation marks."),
     "change_case:capital_word_frequency": _capital_words,
-    "change_case:english_capital": _capital,
-    "change_case:english_lowercase": _lowercase,
-    "punctuation:no_comma": _no_comma,
+    "change_case:english_capital": _always("Write in English and use nothing but capital letters."),
+    "change_case:english_lowercase": _always("Write in English and use nothing but small letters."),
+    "punctuation:no_comma": _always("Use no comma at all."),
 }

@@ -5,6 +5,7 @@ or two, is malformed and counted by its kind.
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from dataclasses import replace
 
 from duologue.rollout.games.english import CLOSED, DONE, LEFT, closes, normal
@@ -30,9 +31,9 @@ class ReadFinals(SelectionGame):
     close = DONE
     left = LEFT
 
+    @abstractmethod
     def read(self, words: str) -> str:
         """The plain statement of these words, which are in their normal spelling, or `Unread`."""
-        raise NotImplementedError
 
     def closes(self, text: str) -> bool:
         return closes(text)
