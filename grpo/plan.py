@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from duologue.grpo.blocks import block_of
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
-from duologue.grpo.optimizer import block_of
 from duologue.kernels import backend
 from duologue.kernels.head import CPU_BYTES, GPU_BYTES, MIN_ROWS
 from duologue.model.checkpoint import parse_dtype, read_config

@@ -17,10 +17,14 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(7, 13), nn.LayerNorm(13), nn.Linear(13, 3)).to(dtype)
 
 
-def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+def loss(model: nn.Module, step: int, scale: float = 1.0) -> torch.Tensor:
     g = torch.Generator().manual_seed(step)
     x = torch.randn(5, 7, generator=g).to(next(model.parameters()).dtype)
-    (model(x).float().square().sum() * scale).backward()
+    return model(x).float().square().sum() * scale
+
+
+def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    loss(model, step, scale).backward()
 
 
 def values(model: nn.Module) -> list[torch.Tensor]:
@@ -55,12 +59,12 @@ def test_twenty_steps_equal_torch(max_grad_norm: float) -> None:
 def test_low_precision_weights_follow_their_fp32_masters_in_place() -> None:
     """The bf16 weights are at every step the rounding of an fp32 AdamW that is fed the same gradients."""
     model, shadow = make_model(torch.bfloat16), make_model(torch.bfloat16).float()
-    storage = [parameter.data_ptr() for parameter in model.parameters()]
     optimizer, reference = (Optimizer(m, **{**SETTINGS, "max_grad_norm": 0.0}) for m in (model, shadow))
+    storage = [parameter.data_ptr() for parameter in model.parameters()]
     for step in range(20):
-        backward(model, step)
-        for parameter, master in zip(model.parameters(), shadow.parameters(), strict=True):
-            master.grad = parameter.grad.float()
+        grads = torch.autograd.grad(loss(model, step), list(model.parameters()))
+        torch.autograd.backward(list(model.parameters()), grads)
+        torch.autograd.backward(list(shadow.parameters()), [grad.float() for grad in grads])
         assert optimizer.step(1e-3) == reference.step(1e-3)
         assert all(
             torch.equal(p, m.bfloat16()) for p, m in zip(model.parameters(), shadow.parameters(), strict=True)
@@ -77,10 +81,12 @@ def test_low_precision_gradients_are_summed_in_fp32() -> None:
     optimizer = Optimizer(model, **SETTINGS)
     sums = [torch.zeros(parameter.shape) for parameter in model.parameters()]
     for step in range(6):
+        grads = torch.autograd.grad(loss(model, step, scale=0.1), list(model.parameters()))
+        for total, grad in zip(sums, grads, strict=True):
+            total += grad.float()
         backward(model, step, scale=0.1)
-        for total, parameter in zip(sums, model.parameters(), strict=True):
-            total += parameter.grad.float()
         optimizer.accumulate()
+        assert all(parameter.grad is None for parameter in model.parameters())
     expected = sum(float(total.double().square().sum()) for total in sums)
     assert float(optimizer.squared_grad_norm()) == pytest.approx(expected, rel=1e-6)
 
