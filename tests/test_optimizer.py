@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from duologue.grpo.optimizer import Optimizer, learning_rate
+from duologue.model.checkpoint import save_model
+from duologue.model.tokenizer import Tokenizer
+from duologue.model.weights import SINGLE
+from tiny import decoder
 from torch import nn
 
 SETTINGS = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -139,6 +146,67 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
         optimizer.step(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(weights, values(model), strict=True))
     assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state_dict().items())
+
+
+def held(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address and bytes of the memory that they lie in."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_and_gradients_lie_in_buffers_that_stay(
+    dtype: torch.dtype, tied: bool, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """One for the matrices of each layer and one for its vectors; what is saved does not show it."""
+    plain = decoder(num_layers=2, tie_word_embeddings=tied).to(dtype)
+    model = copy.deepcopy(plain)
+    optimizer = Optimizer(model, **SETTINGS)
+    for name, each in (("plain", plain), ("ours", model)):
+        save_model(each, tiny_tokenizer, tmp_path / name)
+    assert (tmp_path / "ours" / SINGLE).read_bytes() == (tmp_path / "plain" / SINGLE).read_bytes()
+    buffers = 2 * 2 + 2 + (not tied)  # and embedding, last norm, head
+    numbers = sum(p.numel() for p in model.parameters())
+    padding = 63 * len([*model.parameters()])
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for step in range(3):
+        model(torch.arange(8)[None] + step).square().sum().backward()
+        gradients = held(optimizer.gradients())
+        assert len(held(model.parameters())) == len(gradients) == buffers
+        assert 0 <= sum(held(model.parameters()).values()) // dtype.itemsize - numbers <= padding
+        assert 0 <= sum(gradients.values()) // 4 - numbers <= padding
+        if dtype == torch.float32:
+            assert held(p.grad for p in model.parameters()) == gradients
+        optimizer.step(1e-2)
+        if step == 1:
+            state = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
+            optimizer.reset()
+            optimizer.load_state_dict(state)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert all(address % 64 == 0 for address in addresses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_that_begins_anew_is_as_a_new_one(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = Optimizer(model, **SETTINGS)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step(1e-2)
+    backward(model, 3)  # of which nothing is left
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    other = copy.deepcopy(model)
+    optimizer.reset()
+    fresh = Optimizer(other, **SETTINGS)
+    for step in range(3, 6):
+        for each, of_each in ((model, optimizer), (other, fresh)):
+            backward(each, step)
+            of_each.step(1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(other), strict=True))
+    ours, new = optimizer.state_dict(), fresh.state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in new.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
