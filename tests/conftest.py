@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import own_cores  # noqa: F401 - before torch
 import pytest
 import torch
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
