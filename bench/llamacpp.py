@@ -47,7 +47,9 @@ class LlamaCpp:
 
     def __init__(self, gguf: Path, sequences: int, length: int, threads: int) -> None:
         self.api = api = library()
-        self.model = api.llama_model_load_from_file(str(gguf).encode(), api.llama_model_default_params())
+        loading = api.llama_model_default_params()
+        loading.use_extra_bufts = False
+        self.model = api.llama_model_load_from_file(str(gguf).encode(), loading)
         params = api.llama_context_default_params()
         params.n_ctx = sequences * length
         params.n_batch = params.n_ubatch = 2048
