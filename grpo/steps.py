@@ -26,7 +26,7 @@ from duologue.grpo.evaluate import check_finite
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch, imitated
 from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.opponents import Opponents
-from duologue.grpo.optimizer import Optimizer, learning_rate
+from duologue.grpo.optimizer import learning_rate
 from duologue.grpo.packing import Row
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import RunDir
@@ -57,7 +57,7 @@ class Steps:
         texts = self.corpus or ([] if latest else build.first_texts(config, self.game))
         self.model, self.tokenizer = policy.build_policy(config, texts, latest)
         self.model.recompute = config.train.recompute == "layer"
-        self.optimizer = self.new_optimizer()
+        self.optimizer = build.build_optimizer(config, self.model, world)
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
@@ -71,9 +71,6 @@ class Steps:
         self.scores: Metrics = {}  # of this step: the judge's costs, how the policy fared against opponents
         self.played: Sequence[Group] = ()  # by this step
         self.lengths = Lengths()
-
-    def new_optimizer(self) -> Optimizer:
-        return build.build_optimizer(self.config, self.model, self.world)
 
     def start_weights(self) -> Decoder:
         """Those that self-play began with."""

@@ -198,8 +198,7 @@ class Trainer(Watched):
             needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
-        self.optimizer.close()
-        self.optimizer = self.new_optimizer()
+        self.optimizer.reset()
         self._save()
 
     def _evaluate(self, policy: str) -> dict[str, float]:

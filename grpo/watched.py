@@ -154,8 +154,7 @@ class Watched(Steps):
         if reason := altered(folder):
             raise ValueError(f"{folder}, to which a rollback goes, is damaged ({reason})")
         restore_weights(self.model, folder)
-        self.optimizer.close()
-        self.optimizer = self.new_optimizer()
+        self.optimizer.reset()
         self.baseline.means = {}
         if folder.name.startswith(GOOD):
             state, moments = read_state(folder)
