@@ -231,6 +231,8 @@ def _update_rules(c: Config) -> Iterator[Rule]:
     yield "grpo.dual_clip", dual, not g.dual_clip or outside
     running = "true with grpo.advantage = 'running', which is per role"
     yield "grpo.per_role", running, g.per_role or g.advantage != "running"
+    any_group = "0 with grpo.advantage = 'running', by which any group teaches"
+    yield "grpo.resample", any_group, not g.resample or g.advantage != "running"
 
 
 def _partner_rules(c: Config) -> Iterator[Rule]:

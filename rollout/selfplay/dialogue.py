@@ -147,10 +147,19 @@ class Dialogue:
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """The G dialogues of one scenario with one first speaker: the unit of the group-relative advantage."""
+    """The G dialogues of one scenario with one first speaker: the unit of the group-relative advantage.
+
+    `dropped` were played before in its place, from other scenarios; nothing was to be learned in them.
+    """
 
     scenario: Scenario
     dialogues: list[Dialogue]
+    dropped: tuple[Group, ...] = ()
+
+    @property
+    def drawn(self) -> Group:
+        """The one that was played first: nothing that came of a group has chosen it."""
+        return self.dropped[0] if self.dropped else self
 
 
 def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
