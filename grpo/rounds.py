@@ -75,7 +75,7 @@ def _another(game: Game, met: set[str], rng: random.Random) -> Scenario:
 def teaches(group: Group, config: GrpoSection) -> bool:
     """Whether any token of it would be trained with an advantage other than 0."""
     rows, _ = grpo_rows([group], config, RunningBaseline())
-    return any(row.advantage != 0 and row.n_trained for row in rows)
+    return any(row.teaches for row in rows)
 
 
 def round_metrics(groups: Sequence[Group], config: GrpoSection, world: World) -> Mapping[str, float]:

@@ -156,6 +156,12 @@ class GrpoSection:
     advantage: str = setting(
         "std", "how rewards of a group become advantages (grpo/advantage.py)", one_of=METHODS
     )
+    credit: str = setting(
+        "dialogue",
+        "what a turn is trained with: 'dialogue', the whole reward; 'turn', what came from it on, of a game "
+        "whose score is known before its end",
+        one_of=("dialogue", "turn"),
+    )
     per_role: bool = setting(True, "whether each side is compared with its own side of the group only")
     kl_coef: float = like(LossConfig, "kl_coef")
     kl_estimator: str = like(LossConfig, "kl_estimator")
