@@ -37,7 +37,7 @@ class Question:
 
 class Talk:
     """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what
-    `turn` and `question` make.
+    `turn` and `question` make. With `rules.step_scores` it keeps the scores as they stand in `standing`.
     """
 
     def __init__(
@@ -58,6 +58,8 @@ class Talk:
         self.players = [POLICY, POLICY]
         if opponent is not None:
             self.players[opponent.role] = opponent.name
+        self.standing = 0.0, 0.0
+        self._so_far: list[tuple[float, float]] = []  # `standing` before each turn that was spoken
         self._left = False
         self.protocol: Generator[Any, Any, Outcome | None]  # it waits for `requests`
         self.requests: Sequence[Speak | Question] = ()
@@ -158,13 +160,17 @@ class Talk:
             branch.append(view.token_ids[len(branch) :])
         return view, branch
 
-    def question(self, kind: str) -> Question:
-        """A question to the judge about what was said so far."""
+    def question(self, kind: str, unfinished: bool = False) -> Question:
+        """A question to the judge about what was said so far; `unfinished`: this is what it is to score."""
+        completion = "".join(turn.text for turn in self.turns if turn.kind == "final")
+        if unfinished:
+            names = [persona.name for persona in self.scenario.personas]
+            completion = "\n\n".join(f"{names[turn.role]}: {turn.text}" for turn in self.turns)
         case = Case(
             dilemma=self.scenario.shared_text,
             personas=self.scenario.personas,
             turns=tuple((turn.role, turn.text) for turn in self.turns if turn.kind != "final"),
-            completion="".join(turn.text for turn in self.turns if turn.kind == "final"),
+            completion=completion,
         )
         return Question(kind=kind, case=case)
 
@@ -179,6 +185,7 @@ class Talk:
             version = completion.weights_version
             assert self._version in (-1, version), "the weights changed within a dialogue"
             self._version = version
+        self._so_far.append(self.standing)
         ids, logprobs = completion.token_ids, completion.logprobs or None
         support = completion.supports if logprobs else None
         opponent = self.players[asked.role] != POLICY
@@ -208,5 +215,6 @@ class Talk:
             view_roles=tuple(role for role, _ in self._views),
             players=(self.players[0], self.players[1]),
             outcome=outcome,
+            so_far=tuple(self._so_far) if self.rules.step_scores else (),
             weights_version=self._version,
         )
