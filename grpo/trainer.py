@@ -178,7 +178,9 @@ class Trainer(Watched):
 
     def _record(self) -> Metrics | None:
         """The dialogues of this step, in the order of the groups of all ranks. The first is returned."""
-        records = [[d.record(step=self.step, stage="selfplay") for d in g.dialogues] for g in self.played]
+        every = self.config.train.record_tokens
+        at: Any = {"by_token": bool(every) and self.selfplay_index % every == 0, "step": self.step}
+        records = [[d.record(**at, stage="selfplay") for d in g.dialogues] for g in self.played]
         self.played = ()
         of_all = self.world.gather(records)  # world
         if self.world.is_first:
@@ -208,8 +210,9 @@ class Trainer(Watched):
         metrics, dialogues = evaluate(
             self.opponents.engine, self.tokenizer, self.game, self.config, self.judge, self.world
         )
+        by_token = self.config.train.record_tokens > 0
         self.run_dir.append_dialogues(
-            d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
+            d.record(by_token, step=self.step, stage="eval", policy=policy) for d in dialogues
         )
         return metrics
 
