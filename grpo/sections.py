@@ -102,6 +102,12 @@ class TrainSection:
     threads: int = setting(0, "of the CPU; 0 is all cores", least=0, most=4096)
     tensorboard: bool = setting(False, "whether RUN_DIR/tensorboard gets the metrics as event files")
     wandb: str = setting("", "the project of Weights & Biases that gets the metrics; '': none")
+    record_tokens: int = setting(
+        0,
+        "steps from one whose dialogues are recorded with the entropy and the support size of their tokens, "
+        "and with the answers of the judge, to the next; evaluations are too; 0: none",
+        least=0,
+    )
     rank_timeout_s: float = setting(
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
     )

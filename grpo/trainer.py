@@ -180,7 +180,9 @@ class Trainer(Watched):
         """The dialogues of this step, in the order of the groups of all ranks, after them those that were
         dropped. The first is returned.
         """
-        what = {"step": self.step, "stage": "selfplay"}
+        every = self.config.train.record_tokens
+        by_token = bool(every) and self.selfplay_index % every == 0
+        what: Any = {"by_token": by_token, "step": self.step, "stage": "selfplay"}
         records = [
             (
                 [d.record(**what) for d in group.dialogues],
@@ -217,8 +219,9 @@ class Trainer(Watched):
         metrics, dialogues = evaluate(
             self.opponents.engine, self.tokenizer, self.game, self.config, self.judge, self.world
         )
+        by_token = self.config.train.record_tokens > 0
         self.run_dir.append_dialogues(
-            d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
+            d.record(by_token, step=self.step, stage="eval", policy=policy) for d in dialogues
         )
         return metrics
 

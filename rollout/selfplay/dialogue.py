@@ -7,8 +7,8 @@ together with its behaviour log-prob.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from duologue.model.chat import Chat
@@ -18,6 +18,7 @@ from duologue.rollout.games.game import Game, Outcome, Scenario
 POLICY = "policy"  # the player whose tokens are trained
 KINDS = ("prompt", "utterance", "final")  # a token's kind is an index into this; 0 is never trained
 PROMPT, UTTERANCE, FINAL = range(3)
+RECORDED = ("role", "kind", "text", "token_ids", "logprobs")  # of a turn, always
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +30,17 @@ class Turn:
     text: str  # a view for people and game rules; never tokenised again
     token_ids: list[int]
     logprobs: list[float] | None  # None: not sampled (a script, a person, a prompt)
+    entropies: list[float] = field(default_factory=list)  # nats, of what each was drawn from; empty: unknown
+    support_sizes: list[int] = field(default_factory=list)  # tokens that each was drawn from; 0: all
+
+    def record(self, by_token: bool = False) -> dict[str, Any]:
+        """As an object for dialogues.jsonl. Nine digits tell fp32 numbers apart."""
+        row: dict[str, Any] = {name: getattr(self, name) for name in RECORDED}
+        if by_token and self.entropies:
+            row["entropies"] = [float(f"{value:.9g}") for value in self.entropies]
+        if by_token and any(self.support_sizes):
+            row["support_sizes"] = self.support_sizes
+        return row
 
 
 @dataclass(slots=True)
@@ -104,6 +116,18 @@ class Transcript:
         self.turns.append(turn)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A question that the judge was asked about the first `turns` turns, and its answer, None where there is
+    none. The dialogue waited `seconds` for it: next to nothing where the ledger had the answer.
+    """
+
+    kind: str
+    turns: int
+    answer: dict[str, Any] | None
+    seconds: float
+
+
 @dataclass(kw_only=True, slots=True)
 class Dialogue:
     """One dialogue from start to outcome. `reward` is None while, or because, it is unscored.
@@ -126,9 +150,12 @@ class Dialogue:
     returns: tuple[tuple[float, float], ...] = ()
     turn_advantages: tuple[float, ...] = ()  # of the same turns, 0 where nothing is trained
     weights_version: int = 0
+    asked: Sequence[Asked] = ()
 
-    def record(self, **extra: Any) -> dict[str, Any]:
-        """The dialogue as an object for dialogues.jsonl."""
+    def record(self, by_token: bool = False, **extra: Any) -> dict[str, Any]:
+        """The dialogue as an object for dialogues.jsonl. `by_token`: with what is known of each token beside
+        its log-prob, and with what the judge was asked (train.record_tokens).
+        """
         s = self.scenario
         scenario = {"game": s.game, "id": s.id, "split": s.split, "private": list(s.private_text)}
         if s.shared_text:
@@ -138,11 +165,13 @@ class Dialogue:
             if outcome and outcome[name] in (None, ""):
                 del outcome[name]
         by_turn = {name: getattr(self, name) for name in ("so_far", "returns", "turn_advantages")}
+        more = {"asked": [asdict(asked) for asked in self.asked]} if by_token and self.asked else {}
         return {
             **extra,
+            **more,
             "scenario": scenario,
             "personas": [asdict(persona) for persona in s.personas],
-            "turns": [{f.name: getattr(turn, f.name) for f in fields(turn)} for turn in self.turns],
+            "turns": [turn.record(by_token) for turn in self.turns],
             "outcome": outcome,
             "reward": self.reward,
             "advantage": self.advantage,

@@ -20,8 +20,9 @@ from duologue.rollout.games.selection import SelectionGame
 from duologue.rollout.games.text_game import FULL, UNFINISHED, TextGame
 from duologue.rollout.judge.questions import AGREEMENT, SCORE
 from duologue.rollout.selfplay.dialogue import FINAL, POLICY
+from duologue.rollout.selfplay.question import Question
 from duologue.rollout.selfplay.speakers import Speak
-from duologue.rollout.selfplay.talk import Question, Talk
+from duologue.rollout.selfplay.talk import Talk
 
 Requests = Sequence[Speak | Question]
 Protocol = Generator[Requests, Any, Outcome | None]

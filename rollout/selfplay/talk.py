@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from duologue.rollout.engine.engine import Branch
@@ -17,22 +17,14 @@ from duologue.rollout.selfplay.dialogue import (
     KINDS,
     POLICY,
     UTTERANCE,
+    Asked,
     Dialogue,
     Transcript,
     Turn,
     View,
 )
+from duologue.rollout.selfplay.question import Question
 from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Question:
-    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there
-    is none.
-    """
-
-    kind: str
-    case: Case
 
 
 class Talk:
@@ -70,6 +62,7 @@ class Talk:
         self._transcript = Transcript(contexts.chat, contexts.private_ids(scenario))
         self._version = -1  # of the weights
         self._views: list[tuple[int, View]] = []  # with the role of each
+        self._asked: list[Asked] = []
         if contexts.grows:
             self._views += enumerate(self._transcript.views)
 
@@ -87,7 +80,10 @@ class Talk:
 
     def _heard(self, request: Speak | Question) -> Any:
         answer = self.answers[request]
-        return self._hear(request, answer) if isinstance(request, Speak) else answer
+        if isinstance(request, Speak):
+            return self._hear(request, answer)
+        self._asked.append(request.asked(answer))
+        return answer
 
     @property
     def turns(self) -> list[Turn]:
@@ -172,7 +168,7 @@ class Talk:
             turns=tuple((turn.role, turn.text) for turn in self.turns if turn.kind != "final"),
             completion=completion,
         )
-        return Question(kind=kind, case=case)
+        return Question(kind=kind, case=case, turns=len(self.turns))
 
     def _hear(self, asked: Speak, completion: Completion | None) -> str | None:
         """Take the words that were asked for into the dialogue."""
@@ -191,6 +187,7 @@ class Talk:
         opponent = self.players[asked.role] != POLICY
         text = self._contexts.tokenizer.decode(ids).strip()
         turn = Turn(role=asked.role, kind=KINDS[asked.kind], text=text, token_ids=ids, logprobs=logprobs)
+        turn.entropies, turn.support_sizes = completion.entropies, completion.supports.sizes
         if asked.grows:
             self._transcript.say(turn, support, opponent, heard=not self.game.observed)
             return text
@@ -217,4 +214,5 @@ class Talk:
             outcome=outcome,
             so_far=tuple(self._so_far) if self.rules.step_scores else (),
             weights_version=self._version,
+            asked=self._asked,
         )
