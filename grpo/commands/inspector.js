@@ -93,6 +93,7 @@
   const share = (x) => (x >= 0.9995 ? (100 * x).toFixed(2) : (100 * x).toPrecision(3)) + "%";
   const many = (n, one, more) => n.toLocaleString("en") + " " + (n === 1 ? one : more || one + "s");
   const isTraining = (i) => list.stage[i] === "selfplay";
+  const isCompared = (i) => list.stage[i] === "checkpoints";
   const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·");
 
   function rewards(i) {
@@ -101,13 +102,14 @@
     return a === b ? fixed(a, 2) : fixed(a, 2) + " : " + fixed(b, 2);
   }
 
+  const policyName = (i) => list.policy[i].replaceAll("_", " ");
+
   function place(i) {
     const members = groups.get(list.group[i]);
     const member = members.indexOf(i) + 1;
     const of = list.number[i] + 1;
     if (list.stage[i] === "selfplay") return "step " + list.step[i] + ", group " + of + ", dialogue " + member + " of " + members.length;
-    const policy = list.policy[i].replaceAll("_", " ");
-    return (list.stage[i] === "eval" ? "evaluation of " : "") + policy + ", context " + of;
+    return (isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i)) + ", context " + of;
   }
 
   // ---- measures ----------------------------------------------------------------------------------------------------
@@ -172,7 +174,7 @@
 
   function offerMeasures() {
     const r = about.recorded;
-    const there = { entropy: r.entropy, support: r.support, change: r.other };
+    const there = { entropy: r.entropy, support: r.entropy, change: r.other };
     for (const [name, m] of Object.entries(MEASURES)) {
       if (name === "change" && !r.other) continue;
       const missing = name in there && !there[name];
@@ -218,13 +220,13 @@
     select.replaceChildren(el("option", { value: "", text: all }), ...values.map(([key, text]) => el("option", { value: key, text })));
   }
 
+  const stepKey = (i) => list.stage[i] + " " + list.step[i] + " " + list.policy[i];
+
   function offerFilters() {
     const steps = new Map();
     for (let i = 0; i < size; i++) {
-      const policy = list.policy[i].replaceAll("_", " ");
-      const key = list.stage[i] + " " + list.step[i] + " " + list.policy[i];
-      const text = isTraining(i) ? "step " + list.step[i] : list.stage[i] === "eval" ? "evaluation: " + policy : policy;
-      steps.set(key, text);
+      const of = isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i);
+      steps.set(stepKey(i), isTraining(i) ? "step " + list.step[i] : of);
     }
     options($("step"), "all", [...steps]);
     const names = (values) => [...new Set(values)].sort().map((x) => [x, x]);
@@ -266,7 +268,7 @@
     shown = [];
     for (let i = 0; i < size; i++) {
       if (found && !found.has(i)) continue;
-      if (step && step !== list.stage[i] + " " + list.step[i] + " " + list.policy[i]) continue;
+      if (step && step !== stepKey(i)) continue;
       if (outcome === "+" ? !list.agreed[i] : outcome === "-" ? list.agreed[i] : outcome && outcome !== outcomeKind(list.verdict[i])) continue;
       if (players && players !== list.players[i]) continue;
       const worth = reward(i);
@@ -378,6 +380,9 @@
     return of[0] === of[1] ? of[0] : of.join(" : ");
   }
 
+  // A prompt with its places filled, all at once: what looks like a place in a text stays text.
+  const question = (a) => about.prompts[a.kind].replace(/\{(\w+)\}/g, (_, name) => a.places[name]);
+
   function drawJudge(d) {
     const asked = d.asked || [];
     $("judge").hidden = !asked.length && !d.reason;
@@ -386,7 +391,7 @@
         "article",
         null,
         el("h4", { text: a.kind + ", after " + many(a.turns, "turn") + ": waited " + fixed(a.seconds, 2) + " s" }),
-        ...(a.question ? [el("details", null, el("summary", { text: "the question" }), el("pre", { text: a.question }))] : []),
+        ...(a.places ? [el("details", null, el("summary", { text: "the question" }), el("pre", { text: question(a) }))] : []),
         el("pre", { text: a.answer === null ? "no valid answer" : JSON.stringify(a.answer, null, 1) }),
       ),
     );
@@ -399,7 +404,7 @@
     $("group").hidden = members.length < 2;
     const head = ["dialogue", "reward", "outcome", "tokens", "mean log-prob"];
     const rows = members.map((j, k) => {
-      const name = isTraining(j) ? String(k + 1) : list.policy[j].replaceAll("_", " ");
+      const name = isTraining(j) ? String(k + 1) : isCompared(j) ? list.policy[j] : policyName(j);
       const button = el("button", { type: "button", text: name, "aria-label": place(j), onclick: () => choose(j) });
       const cells = [rewards(j), list.verdict[j], list.tokens[j], fixed(list.logprob[j], 3)].map((text) => el("td", { text }));
       return el("tr", { "aria-current": j === i ? "true" : null }, el("td", null, button), ...cells);
@@ -412,6 +417,19 @@
     drawBeside();
   }
 
+  // The token at which the dialogues of a pair go apart, -1 for two that are the same.
+  function parting(all) {
+    const [a, b] = all.map((d) => d.tokens);
+    const n = Math.min(a.length, b.length);
+    for (let k = 0; k < n; k++) if (a[k].id !== b[k].id || a[k].turn !== b[k].turn) return k;
+    return a.length === b.length ? -1 : n;
+  }
+
+  function mean(values) {
+    const known = values.filter((x) => x !== null);
+    return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+  }
+
   async function drawBeside() {
     const box = $("columns");
     box.replaceChildren();
@@ -419,12 +437,18 @@
     const i = chosen;
     const all = await Promise.all(groups.get(list.group[i]).map(read));
     if (chosen !== i) return;
+    const apart = !isTraining(i) && all.length === 2 ? parting(all) : -1;
     box.replaceChildren(
       ...all.map((d) => {
         const article = el("article", { class: d.i === i ? "here" : "" }, el("h4", { text: place(d.i) + " · reward " + rewards(d.i) }));
         const column = el("div", { class: "talk" });
         talk(d, column, false);
+        if (apart >= 0 && apart < d.tokens.length) column.querySelectorAll(".t")[apart].before(el("mark", { class: "apart", text: "from here they differ" }));
         article.append(column, el("p", { class: list.agreed[d.i] ? "yes" : "no", text: d.verdict }));
+        if (isCompared(d.i)) {
+          const by = fixed(mean(d.tokens.map((t) => t.logprob)), 3) + " by itself, " + fixed(mean(d.tokens.map((t) => t.other)), 3) + " by the other";
+          article.append(el("p", { class: "soft", text: "mean log-prob " + by }));
+        }
         return article;
       }),
     );
@@ -510,12 +534,17 @@
     const rows = [
       ["Log-prob", "Recorded when the token was sampled, by the weights that sampled it, at the temperature of the talk (" + about.temperature + "), over what it was drawn from." + (about.exact ? " In exact mode these are the trainer's log-probs, bit for bit." : "")],
       ["Entropy", "Of the distribution that the token was drawn from, in nats. " + part(r.entropy)],
-      ["Support size", "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " + (r.support ? part(r.support) : "Of a dialogue that records entropies and no size all draws were from the whole vocabulary. " + way)],
+      ["Support size", "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " + part(r.entropy)],
       ["Advantage", "Recorded for each side of a dialogue; all trained tokens of the side have it."],
       ["Trained", "Computed here from the run's settings by the rule that masks rows: sampled by the policy, in a turn of grpo.train_kinds, on a side of grpo.train_roles, in a dialogue that is scored. Rows whose advantage is 0 count, but have no gradient unless a KL or entropy term is on."],
       ["Weights version", "Recorded for the dialogue: the step that played it. Weights never change within one."],
-      ["Judge", "Questions, answers and the seconds that a dialogue waited. " + part(r.asked)],
+      ["Context", "What each side was told is recorded. A talk's template and questions to a side are not shown: they are never sampled."],
+      ["Judge", "The answers, and the seconds that a dialogue waited for them, are recorded with tokens (" + r.asked.toLocaleString("en") + " dialogues have any). A question is written again from the prompt files of the run, as they are now."],
     ];
+    if (r.other) {
+      const [a, b] = about.checkpoints;
+      rows.push(["Two checkpoints", "Held by " + a + " and " + b + " when this page was made, each with itself, from the same contexts, seeds and openers; without a judge. The log-prob by the other is that of its training forward over what the token was drawn from. Each one's own training forward gives the log-probs of its draws to within " + about.mismatch + "."]);
+    }
     $("sources").replaceChildren(...rows.flatMap(([key, text]) => [el("dt", { text: key }), el("dd", { text })]));
   }
 
@@ -622,7 +651,12 @@
     drawSources();
     listen();
     $("count").textContent = many(size, "dialogue");
+    if (about.checkpoints.length) {
+      $("beside").open = true;
+      measure = $("measure").value = "change";
+    }
     await choose(fromAddress());
+    performance.mark("ready");
     document.documentElement.dataset.ready = "yes";
   }
 
