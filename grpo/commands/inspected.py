@@ -19,7 +19,8 @@ from duologue.grpo.commands.charts import is_number
 from duologue.grpo.commands.records import Record, with_numbers
 from duologue.grpo.run_dir import finite
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.game import Game
+from duologue.rollout.games.game import Game, Persona
+from duologue.rollout.judge.questions import AGREEMENT, Case, Prompt
 from duologue.rollout.selfplay.dialogue import POLICY
 
 PART = 128  # dialogues of a part
@@ -135,11 +136,19 @@ def _column(values: Sequence[float], short: bool) -> np.ndarray:
 class Dialogues:
     """Takes records of dialogues.jsonl one by one; then `index` and `parts` are what a page holds."""
 
-    def __init__(self, game: type[Game], grpo: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
-        self.game, self.grpo = game, grpo
+    def __init__(
+        self,
+        game: type[Game],
+        config: Record,
+        tokenizer: Tokenizer | None,
+        prompts: Mapping[str, Prompt] | None = None,
+    ) -> None:
+        """`config` is the run's; `prompts` are its judge's, by the kind of question."""
+        self.game, self.grpo, self.prompts = game, config["grpo"], prompts or {}
+        self._show_dialogue = bool(config.get("judge", {}).get("show_dialogue"))
         self.pieces = Pieces(tokenizer)
         self.parts: list[tuple[str, str]] = []
-        self.recorded = {"entropy": 0, "support": 0, "asked": 0}  # dialogues that have it
+        self.recorded = dict.fromkeys(("entropy", "asked", "other"), 0)  # dialogues that have it
         self._part = Part()
         self._list: dict[str, list[Any]] = {}
         self._groups: dict[tuple[Any, ...], int] = {}
@@ -149,11 +158,14 @@ class Dialogues:
     def __len__(self) -> int:
         return sum(len(values) for values in [*self._list.values()][:1])
 
-    def add(self, record: Record, tokens: Mapping[str, Sequence[float]] | None = None) -> None:
-        """`tokens` has columns that were computed, in place of the recorded ones."""
+    def add(self, record: Record, other: list[float] | None = None) -> None:
+        """`other` are the log-probs of its tokens by another checkpoint."""
         record = with_numbers(record)
         shown = self.game.shown(record)
-        tokens = {**self._tokens(record["turns"]), **(tokens or {})}
+        tokens = self._tokens(record["turns"])
+        if other is not None:
+            tokens["other"] = other
+            self.recorded["other"] += 1
         words = self._words(record, shown)
         self._enter(record, words, tokens["logprob"])
         self._part.add(words, tokens)
@@ -175,6 +187,8 @@ class Dialogues:
         columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
         for turn in turns:
             n = len(turn["token_ids"])
+            if "entropies" in turn and "support_sizes" not in turn:
+                turn = {**turn, "support_sizes": [0] * n}  # all tokens, each time
             for name, key in (
                 ("logprob", "logprobs"),
                 ("entropy", "entropies"),
@@ -215,8 +229,23 @@ class Dialogues:
             "version": record.get("weights_version"),
         }
         if "asked" in record:
-            words["asked"] = record["asked"]
+            words["asked"] = [self._asked(record, asked) for asked in record["asked"]]
         return words
+
+    def _asked(self, record: Record, asked: Record) -> Record:
+        """A question with what stood in the places of its prompt, where that is known."""
+        kind = asked["kind"]
+        if kind not in self.prompts:
+            return asked
+        said = record["turns"][: asked["turns"]]
+        case = Case(
+            dilemma=record["scenario"].get("shared", ""),
+            personas=tuple(Persona(**persona) for persona in record["personas"]),
+            turns=tuple((turn["role"], turn["text"]) for turn in said if turn["kind"] != "final"),
+            completion="".join(turn["text"] for turn in said if turn["kind"] == "final"),
+        )
+        places = self.prompts[kind].places(case, self._show_dialogue or kind == AGREEMENT)
+        return {**asked, "places": places}
 
     def _enter(self, record: Record, words: Record, logprobs: Sequence[float]) -> None:
         """A row of the list."""
@@ -243,7 +272,6 @@ class Dialogues:
             self._list.setdefault(key, []).append(value)
         sampled = [turn for turn in turns if turn["logprobs"] is not None]
         self.recorded["entropy"] += any("entropies" in turn for turn in sampled)
-        self.recorded["support"] += any("support_sizes" in turn for turn in sampled)
         self.recorded["asked"] += "asked" in record
 
     def _group(self, record: Record) -> tuple[int, int]:
