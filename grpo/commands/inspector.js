@@ -511,7 +511,7 @@
       ["Log-prob", "Recorded when the token was sampled, by the weights that sampled it, at the temperature of the talk (" + about.temperature + "), over what it was drawn from." + (about.exact ? " In exact mode these are the trainer's log-probs, bit for bit." : "")],
       ["Entropy", "Of the distribution that the token was drawn from, in nats. " + part(r.entropy)],
       ["Support size", "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " + (r.support ? part(r.support) : "Of a dialogue that records entropies and no size all draws were from the whole vocabulary. " + way)],
-      ["Advantage", "Recorded for each side of a dialogue; all trained tokens of the side have it."],
+      ["Advantage", "Recorded for each side of a dialogue, with grpo.credit = \"turn\" for each turn; all trained tokens of it have it."],
       ["Trained", "Computed here from the run's settings by the rule that masks rows: sampled by the policy, in a turn of grpo.train_kinds, on a side of grpo.train_roles, in a dialogue that is scored. Rows whose advantage is 0 count, but have no gradient unless a KL or entropy term is on."],
       ["Weights version", "Recorded for the dialogue: the step that played it. Weights never change within one."],
       ["Judge", "Questions, answers and the seconds that a dialogue waited. " + part(r.asked)],
