@@ -734,7 +734,10 @@
         "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " +
           part(r.entropy),
       ],
-      ["Advantage", "Recorded for each side of a dialogue; all trained tokens of the side have it."],
+      [
+        "Advantage",
+        'Recorded for each side of a dialogue, with grpo.credit = "turn" for each turn; all trained tokens of it have it.',
+      ],
       [
         "Trained",
         "Computed here from the run's settings by the rule that masks rows: sampled by the policy, in a turn of grpo.train_kinds, on a side of grpo.train_roles, in a dialogue that is scored. Rows whose advantage is 0 count, but have no gradient unless a KL or entropy term is on.",
