@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from duologue.grpo.commands import data
+from duologue.grpo.commands import data, inspect_options
 
 if TYPE_CHECKING:
     from duologue.grpo.config import Config
@@ -139,13 +139,17 @@ def _add_measures(commands: Any) -> None:
     add("--ability", action="store_true", help="measure what is kept of the language of its base")
     add("--ifeval", metavar="FILE", help="with --ability: prompts in IFEval's format, in place of ours")
     add("--json", type=Path, metavar="FILE", help="write the measures there")
+    add("--save-dialogues", type=Path, metavar="FILE", help="write the dialogues there, one JSON line each")
     add("--device", help=DEVICE)
 
-    add = _command(commands, "report", _report, "write report.html of a run, finished or not")
+    add = _command(commands, "report", _later("report"), "write report.html of a run, finished or not")
     add("run_dir", type=Path)
+    add("--inspect", action="store_true", help="with a link to inspect.html, which is written too")
     add = _command(commands, "watch", _later("watch"), "show a run that is under way, from its files")
     add("run_dir", type=Path)
     add("--once", action="store_true", help="print what there is and leave")
+    add = _command(commands, "inspect", _later("inspector"), "write a page of a run's dialogues, by token")
+    inspect_options.add_arguments(add)
     data.add_parser(commands).set_defaults(run=data.run, takes_settings=False)
 
     add = _command(
@@ -374,13 +378,6 @@ def _later(module: str) -> Callable[[argparse.Namespace], int]:
         return int(importlib.import_module(f"duologue.grpo.commands.{module}").run(options))
 
     return run
-
-
-def _report(options: argparse.Namespace) -> int:
-    from duologue.grpo.commands.report import write_report
-
-    print(write_report(options.run_dir))
-    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:

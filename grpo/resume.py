@@ -15,7 +15,7 @@ from duologue.model.checkpoint import parse_dtype
 from duologue.model.settings import keys
 
 LENGTH = "steps max_seconds patience"
-SEEN = "kl_every tensorboard wandb"
+SEEN = "kl_every tensorboard wandb record_tokens"
 PLACES = "url key_env concurrency timeout_s deadline_s"
 MAY_DIFFER = {  # on resume: how far it goes, where something is, how long it is waited for, how much is used
     "train": f"{LENGTH} {SEEN} save_every keep_checkpoints threads tokens_per_microbatch rank_timeout_s "

@@ -177,13 +177,25 @@ class Trainer(Watched):
         self.forget_since(rollback["to"])
 
     def _record(self) -> Metrics | None:
-        """The dialogues of this step, in the order of the groups of all ranks. The first is returned."""
-        records = [[d.record(step=self.step, stage="selfplay") for d in g.dialogues] for g in self.played]
+        """The dialogues of this step, in the order of the groups of all ranks, after them those that were
+        dropped. The first is returned.
+        """
+        every = self.config.train.record_tokens
+        by_token = bool(every) and self.selfplay_index % every == 0
+        what: Any = {"by_token": by_token, "step": self.step, "stage": "selfplay"}
+        records = [
+            (
+                [d.record(**what) for d in group.dialogues],
+                [d.record(**what, dropped=True) for other in group.dropped for d in other.dialogues],
+            )
+            for group in self.played
+        ]
         self.played = ()
         of_all = self.world.gather(records)  # world
         if self.world.is_first:
-            self.run_dir.append_dialogues(record for of_group in of_all for record in of_group)
-        return of_all[0][0] if of_all else None
+            kept, dropped = zip(*of_all, strict=True) if of_all else ((), ())
+            self.run_dir.append_dialogues(record for part in (*kept, *dropped) for record in part)
+        return of_all[0][0][0] if of_all else None
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.max_seconds
@@ -207,8 +219,9 @@ class Trainer(Watched):
         metrics, dialogues = evaluate(
             self.opponents.engine, self.tokenizer, self.game, self.config, self.judge, self.world
         )
+        by_token = self.config.train.record_tokens > 0
         self.run_dir.append_dialogues(
-            d.record(step=self.step, stage="eval", policy=policy) for d in dialogues
+            d.record(by_token, step=self.step, stage="eval", policy=policy) for d in dialogues
         )
         return metrics
 

@@ -5,21 +5,27 @@ Works on a run that is still going or was cut off: what exists is shown. All tex
 
 from __future__ import annotations
 
-import functools
+import argparse
 import json
 import math
 import time
-import tomllib
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-import jinja2
 from duologue.grpo.checkpoints import STATE, latest_checkpoint
-from duologue.grpo.commands import partners, watched
+from duologue.grpo.commands import inspector, partners, watched
 from duologue.grpo.commands.charts import HEIGHT, LEFT, RIGHT, WIDTH, Chart, chart, is_number
+from duologue.grpo.commands.records import (
+    UNLIKE_A_RUN,
+    Record,
+    any_tokenizer,
+    config_text,
+    template,
+    unlike_a_run,
+    with_numbers,
+)
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.run_dir import iter_lines, read_lines
 from duologue.grpo.settings import typed
@@ -28,12 +34,10 @@ from duologue.model.settings import keys
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.catalogue import game_kind
 from duologue.rollout.games.game import Game, Measure, Published
-from duologue.rollout.games.texts import read_text
 
+TEMPLATE = "report.html.j2"
 SHOWN = 12  # dialogues of a policy, the first ones: not chosen
 FAILED_SHOWN = 4
-UNLIKE_A_RUN = (LookupError, TypeError, AttributeError, ArithmeticError, ValueError, jinja2.TemplateError)
-Record = dict[str, Any]  # of JSON or TOML
 POLICIES = {"warm_start": "warm start", "trained": "trained"}
 # stage, title, metric -> label, whether a share; those of the game's own measures come first
 CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
@@ -52,15 +56,32 @@ CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
         {"no_variance_share": "of all", "clip_share": "clipped tokens"},
         True,
     ),
+    (
+        "selfplay",
+        "Groups that teach nothing",
+        {"flat_share_before": "as drawn", "flat_share_after": "after grpo.resample"},
+        True,
+    ),
     ("selfplay", "Gradient norm", {"grad_norm": "before clipping"}, False),
     ("imitation", "Imitation loss", {"loss": "nats per token"}, False),
 )
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run directory; ValueError when there is nothing to report."""
+def run(options: argparse.Namespace) -> int:
+    inspected = ""
+    if options.inspect:
+        inspected = inspector.PAGE
+        inspector.write_page(options.run_dir, options.run_dir / inspected)
+    print(write_report(options.run_dir, inspected))
+    return 0
+
+
+def write_report(run_dir: Path, inspected: str = "") -> Path:
+    """Write `report.html` into the run directory; ValueError when there is nothing to report. `inspected`
+    names a page of all dialogues beside it, which it links.
+    """
     path = Path(run_dir) / "report.html"
-    write_file(path, _page(path.parent).encode())
+    write_file(path, _page(path.parent, inspected=inspected).encode())
     return path
 
 
@@ -69,44 +90,23 @@ def check_lines(run_dir: Path) -> None:
     _page(run_dir, ended=False)
 
 
-def _page(run_dir: Path, ended: bool = True) -> str:
+def _page(run_dir: Path, ended: bool = True, inspected: str = "") -> str:
     try:
-        return _template().render(gather(run_dir, ended))
+        return template(TEMPLATE).render(gather(run_dir, ended), inspected=inspected)
     except UNLIKE_A_RUN as error:
         if str(run_dir) in str(error):
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())
-        way = "no step is computed from such a line of metrics.jsonl or dialogues.jsonl: it may be removed"
-        lines = f"{run_dir} holds lines that are no run's, or were altered ({what})"
-        raise ValueError(f"{lines}; {way}") from error
-
-
-@functools.cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2")
+        raise unlike_a_run(run_dir, error) from error
 
 
 def gather(run_dir: Path, ended: bool = True) -> Record:
     """Everything that the template shows; of a run that is to go on not its summary."""
-    if not (run_dir / "config.toml").is_file():
-        raise ValueError(f"{run_dir} holds no run: it has no config.toml")
-    try:
-        toml = read_text(run_dir / "config.toml")
-        config = tomllib.loads(toml)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"{run_dir / 'config.toml'} is not valid TOML: {error}") from error
+    toml, config = config_text(run_dir)
     game = game_kind(config["game"]["name"]) or Game
     metrics = read_lines(run_dir / "metrics.jsonl")
     summary = _summary(run_dir, ended)
     policies, recent = _dialogues(run_dir / "dialogues.jsonl")
-    tokenizer = _tokenizer(run_dir)
+    tokenizer = any_tokenizer(run_dir)
     sections = _sections(policies, recent)
     for rows in sections.values():
         for row in rows:
@@ -151,20 +151,14 @@ def _dialogues(path: Path) -> tuple[dict[str, list[Record]], list[Record]]:
     recent: deque[Record] = deque(maxlen=SHOWN)
     for record in iter_lines(path):
         if record["stage"] != "eval":
-            recent.append(record)
+            if not record.get("dropped"):
+                recent.append(record)
             continue
         of_policy = policies.setdefault(record["policy"], [])
         if of_policy and of_policy[0]["step"] != record["step"]:
             of_policy.clear()
         of_policy.append(record)
     return policies, list(recent)
-
-
-def _tokenizer(run_dir: Path) -> Tokenizer | None:
-    """Any checkpoint's: they share it."""
-    for file in sorted(run_dir.glob("checkpoints/[!.]*/tokenizer.json")):
-        return Tokenizer.from_dir(file.parent)
-    return None
 
 
 # ---- numbers -----------------------------------------------------------------------------------------------
@@ -305,7 +299,7 @@ def _row(records: Mapping[str, Record]) -> Record:
 
 def _dialogue(game: type[Game], record: Record, tokenizer: Tokenizer | None) -> Record:
     """What the template shows of a dialogue, in the game's own words."""
-    record = _with_numbers(record)
+    record = with_numbers(record)
     reward = record["reward"]
     turns = [{"side": t["role"], "kind": t["kind"], "pieces": _pieces(t, tokenizer)} for t in record["turns"]]
     shown = game.shown(record)
@@ -320,21 +314,6 @@ def _dialogue(game: type[Game], record: Record, tokenizer: Tokenizer | None) -> 
         "shown": shown,
         "measures": measures,
     }
-
-
-def _with_numbers(record: Record) -> Record:
-    """A record whose null scores, measures and rewards are NaN, which can be formatted."""
-
-    def number(value: Any) -> Any:
-        return math.nan if value is None else value
-
-    outcome = dict(record["outcome"] or {})
-    if "scores" in outcome:
-        outcome["scores"] = [number(value) for value in outcome["scores"] or (None, None)]
-    if "metrics" in outcome:
-        outcome["metrics"] = {key: number(value) for key, value in (outcome["metrics"] or {}).items()}
-    reward = record["reward"] and [number(value) for value in record["reward"]]
-    return {**record, "outcome": outcome or None, "reward": reward}
 
 
 def _pieces(turn: Record, tokenizer: Tokenizer | None) -> list[tuple[str, int, str]]:

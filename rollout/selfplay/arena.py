@@ -18,9 +18,10 @@ from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import Group
 from duologue.rollout.selfplay.partners import ScriptedSpeaker
 from duologue.rollout.selfplay.protocols import PROTOCOLS
+from duologue.rollout.selfplay.question import Question
 from duologue.rollout.selfplay.rules import Rules
 from duologue.rollout.selfplay.speakers import EngineSpeaker, Opponent, Speak, Speaker, Speakers, prefill
-from duologue.rollout.selfplay.talk import Question, Talk
+from duologue.rollout.selfplay.talk import Talk
 
 
 class Arena:

@@ -7,8 +7,8 @@ together with its behaviour log-prob.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from duologue.model.chat import Chat
@@ -18,6 +18,7 @@ from duologue.rollout.games.game import Game, Outcome, Scenario
 POLICY = "policy"  # the player whose tokens are trained
 KINDS = ("prompt", "utterance", "final")  # a token's kind is an index into this; 0 is never trained
 PROMPT, UTTERANCE, FINAL = range(3)
+RECORDED = ("role", "kind", "text", "token_ids", "logprobs")  # of a turn, always
 
 
 @dataclass(kw_only=True, slots=True)
@@ -29,6 +30,17 @@ class Turn:
     text: str  # a view for people and game rules; never tokenised again
     token_ids: list[int]
     logprobs: list[float] | None  # None: not sampled (a script, a person, a prompt)
+    entropies: list[float] = field(default_factory=list)  # nats, of what each was drawn from; empty: unknown
+    support_sizes: list[int] = field(default_factory=list)  # tokens that each was drawn from; 0: all
+
+    def record(self, by_token: bool = False) -> dict[str, Any]:
+        """As an object for dialogues.jsonl. Nine digits tell fp32 numbers apart."""
+        row: dict[str, Any] = {name: getattr(self, name) for name in RECORDED}
+        if by_token and self.entropies:
+            row["entropies"] = [float(f"{value:.9g}") for value in self.entropies]
+        if by_token and any(self.support_sizes):
+            row["support_sizes"] = self.support_sizes
+        return row
 
 
 @dataclass(slots=True)
@@ -104,6 +116,18 @@ class Transcript:
         self.turns.append(turn)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """A question that the judge was asked about the first `turns` turns, and its answer, None where there is
+    none. The dialogue waited `seconds` for it: next to nothing where the ledger had the answer.
+    """
+
+    kind: str
+    turns: int
+    answer: dict[str, Any] | None
+    seconds: float
+
+
 @dataclass(kw_only=True, slots=True)
 class Dialogue:
     """One dialogue from start to outcome. `reward` is None while, or because, it is unscored.
@@ -120,10 +144,18 @@ class Dialogue:
     outcome: Outcome | None = None
     reward: tuple[float, float] | None = None
     advantage: tuple[float, float] | None = None
+    # Before each turn that was spoken, where they are noted: the scores as they stood.
+    so_far: tuple[tuple[float, float], ...] = ()
+    # From each of these on: the reward less what those scores are worth.
+    returns: tuple[tuple[float, float], ...] = ()
+    turn_advantages: tuple[float, ...] = ()  # of the same turns, 0 where nothing is trained
     weights_version: int = 0
+    asked: Sequence[Asked] = ()
 
-    def record(self, **extra: Any) -> dict[str, Any]:
-        """The dialogue as an object for dialogues.jsonl."""
+    def record(self, by_token: bool = False, **extra: Any) -> dict[str, Any]:
+        """The dialogue as an object for dialogues.jsonl. `by_token`: with what is known of each token beside
+        its log-prob, and with what the judge was asked (train.record_tokens).
+        """
         s = self.scenario
         scenario = {"game": s.game, "id": s.id, "split": s.split, "private": list(s.private_text)}
         if s.shared_text:
@@ -132,25 +164,43 @@ class Dialogue:
         for name in ("rounds", "reason"):
             if outcome and outcome[name] in (None, ""):
                 del outcome[name]
+        by_turn = {name: getattr(self, name) for name in ("so_far", "returns", "turn_advantages")}
+        more = {"asked": [asdict(asked) for asked in self.asked]} if by_token and self.asked else {}
         return {
             **extra,
+            **more,
             "scenario": scenario,
             "personas": [asdict(persona) for persona in s.personas],
-            "turns": [{f.name: getattr(turn, f.name) for f in fields(turn)} for turn in self.turns],
+            "turns": [turn.record(by_token) for turn in self.turns],
             "outcome": outcome,
             "reward": self.reward,
             "advantage": self.advantage,
             "weights_version": self.weights_version,
             "players": self.players,
+            **{name: values for name, values in by_turn.items() if values},
         }
+
+    @property
+    def spoken(self) -> list[Turn]:
+        """The turns without what a game told the sides."""
+        return [turn for turn in self.turns if turn.kind != "prompt"]
 
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """The G dialogues of one scenario with one first speaker: the unit of the group-relative advantage."""
+    """The G dialogues of one scenario with one first speaker: the unit of the group-relative advantage.
+
+    `dropped` were played before in its place, from other scenarios; nothing was to be learned in them.
+    """
 
     scenario: Scenario
     dialogues: list[Dialogue]
+    dropped: tuple[Group, ...] = ()
+
+    @property
+    def drawn(self) -> Group:
+        """The one that was played first: nothing that came of a group has chosen it."""
+        return self.dropped[0] if self.dropped else self
 
 
 def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
@@ -160,3 +210,13 @@ def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
     for dialogue in dialogues:
         if dialogue.outcome is not None:  # else an opponent's server gave no answer
             dialogue.reward = game.rewards(dialogue.scenario, dialogue.outcome)
+        if dialogue.reward is not None:
+            dialogue.returns = tuple(_to_go(game, dialogue, scores) for scores in dialogue.so_far)
+
+
+def _to_go(game: Game, dialogue: Dialogue, scores: tuple[float, float]) -> tuple[float, float]:
+    """What the reward is more than that of a dialogue that ends with these scores."""
+    worth, reward = game.rewards(dialogue.scenario, Outcome(agreed=True, scores=scores)), dialogue.reward
+    assert worth is not None
+    assert reward is not None
+    return reward[0] - worth[0], reward[1] - worth[1]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from duologue.rollout.engine.engine import Branch
@@ -17,27 +17,19 @@ from duologue.rollout.selfplay.dialogue import (
     KINDS,
     POLICY,
     UTTERANCE,
+    Asked,
     Dialogue,
     Transcript,
     Turn,
     View,
 )
+from duologue.rollout.selfplay.question import Question
 from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers
-
-
-@dataclass(kw_only=True, slots=True, eq=False)
-class Question:
-    """What a protocol waits for from the judge. It is answered with the judge's answer, or None where there
-    is none.
-    """
-
-    kind: str
-    case: Case
 
 
 class Talk:
     """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what
-    `turn` and `question` make.
+    `turn` and `question` make. With `rules.step_scores` it keeps the scores as they stand in `standing`.
     """
 
     def __init__(
@@ -58,6 +50,8 @@ class Talk:
         self.players = [POLICY, POLICY]
         if opponent is not None:
             self.players[opponent.role] = opponent.name
+        self.standing = 0.0, 0.0
+        self._so_far: list[tuple[float, float]] = []  # `standing` before each turn that was spoken
         self._left = False
         self.protocol: Generator[Any, Any, Outcome | None]  # it waits for `requests`
         self.requests: Sequence[Speak | Question] = ()
@@ -68,6 +62,7 @@ class Talk:
         self._transcript = Transcript(contexts.chat, contexts.private_ids(scenario))
         self._version = -1  # of the weights
         self._views: list[tuple[int, View]] = []  # with the role of each
+        self._asked: list[Asked] = []
         if contexts.grows:
             self._views += enumerate(self._transcript.views)
 
@@ -85,7 +80,10 @@ class Talk:
 
     def _heard(self, request: Speak | Question) -> Any:
         answer = self.answers[request]
-        return self._hear(request, answer) if isinstance(request, Speak) else answer
+        if isinstance(request, Speak):
+            return self._hear(request, answer)
+        self._asked.append(request.asked(answer))
+        return answer
 
     @property
     def turns(self) -> list[Turn]:
@@ -158,15 +156,19 @@ class Talk:
             branch.append(view.token_ids[len(branch) :])
         return view, branch
 
-    def question(self, kind: str) -> Question:
-        """A question to the judge about what was said so far."""
+    def question(self, kind: str, unfinished: bool = False) -> Question:
+        """A question to the judge about what was said so far; `unfinished`: this is what it is to score."""
+        completion = "".join(turn.text for turn in self.turns if turn.kind == "final")
+        if unfinished:
+            names = [persona.name for persona in self.scenario.personas]
+            completion = "\n\n".join(f"{names[turn.role]}: {turn.text}" for turn in self.turns)
         case = Case(
             dilemma=self.scenario.shared_text,
             personas=self.scenario.personas,
             turns=tuple((turn.role, turn.text) for turn in self.turns if turn.kind != "final"),
-            completion="".join(turn.text for turn in self.turns if turn.kind == "final"),
+            completion=completion,
         )
-        return Question(kind=kind, case=case)
+        return Question(kind=kind, case=case, turns=len(self.turns))
 
     def _hear(self, asked: Speak, completion: Completion | None) -> str | None:
         """Take the words that were asked for into the dialogue."""
@@ -179,11 +181,13 @@ class Talk:
             version = completion.weights_version
             assert self._version in (-1, version), "the weights changed within a dialogue"
             self._version = version
+        self._so_far.append(self.standing)
         ids, logprobs = completion.token_ids, completion.logprobs or None
         support = completion.supports if logprobs else None
         opponent = self.players[asked.role] != POLICY
         text = self._contexts.tokenizer.decode(ids).strip()
         turn = Turn(role=asked.role, kind=KINDS[asked.kind], text=text, token_ids=ids, logprobs=logprobs)
+        turn.entropies, turn.support_sizes = completion.entropies, completion.supports.sizes
         if asked.grows:
             self._transcript.say(turn, support, opponent, heard=not self.game.observed)
             return text
@@ -208,5 +212,7 @@ class Talk:
             view_roles=tuple(role for role, _ in self._views),
             players=(self.players[0], self.players[1]),
             outcome=outcome,
+            so_far=tuple(self._so_far) if self.rules.step_scores else (),
             weights_version=self._version,
+            asked=self._asked,
         )
