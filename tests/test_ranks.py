@@ -5,13 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
-import multiprocessing
 import os
 import resource
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,13 +25,13 @@ from duologue.grpo.run_dir import read_lines
 from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.questions import REQUIRED, SCORE, Case, load_prompt
+from forked import FORKS, LIMIT_S, Started, chaos, limited_rank
 from judge_server import JudgeServer
 from safetensors.torch import load_file
 from tiny import MODEL
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TOOLS = Path(__file__).parent.parent / "bench"
 SETTINGS = [  # with rewards to learn from, and earlier selves among those that are met
     *MODEL,
@@ -54,60 +51,80 @@ SETTINGS = [  # with rewards to learn from, and earlier selves among those that 
     "dialogue.max_tokens_per_turn=10",
     "eval.dialogues=8",
 ]
-LIMIT_S = 600
-ROOT = TOOLS.parent
-sys.path.insert(0, str(ROOT))
-from bench import chaos  # noqa: E402 - it starts ranks without a starter, too
-
-FORKS = multiprocessing.get_context("forkserver")  # of a process that has imported everything
-FORKS.set_forkserver_preload(
-    [f"duologue.grpo.{m}" for m in ("trainer", "commands.report", "distributed.launch")]
-)
+LONG = ["train.steps=100000", "train.rank_timeout_s=100", "train.keep_checkpoints=3"]
 
 
-def start(*argv: str, by: tuple[str, ...] = (), **more: Any) -> subprocess.Popen[str]:
-    command = [*by, "-m", "duologue.grpo.cli"] if by else [sys.executable, "-m", "duologue.grpo.cli"]
-    return subprocess.Popen(
-        [*command, "train", "text-game", *SETTINGS, "train.threads=1", *argv],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **more,
-    )
+def train(run: Path, *more: str) -> list[str]:
+    """The command's arguments."""
+    resume = ["--resume"] if run.exists() else []
+    return ["train", "text-game", *SETTINGS, "train.threads=1", "--run-dir", str(run), *more, *resume]
 
 
-def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    try:
-        out, err = process.communicate(timeout=LIMIT_S)
-    finally:
-        process.kill()
-    return process.returncode, out, err
+class Forked:
+    """Ranks of a run, without a starter; what they say is in `said`."""
+
+    def __init__(
+        self, run: Path, *more: str, ranks: int = 2, file_bytes: int = resource.RLIM_INFINITY
+    ) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        argv = train(run, *more)
+        self.said = run.with_name(f"{run.name}.said")
+        self.said.unlink(missing_ok=True)
+        self.ranks = [
+            FORKS.Process(target=limited_rank, args=(file_bytes, argv, number, ranks, port, None, self.said))
+            for number in range(ranks)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def alive(self) -> bool:
+        return all(rank.is_alive() for rank in self.ranks)
+
+    def ended(self) -> tuple[list[int | None], str]:
+        """Exit codes, and what was said."""
+        for rank in self.ranks:
+            rank.join(LIMIT_S)
+        return [rank.exitcode for rank in self.ranks], self.said.read_text("utf-8")
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for rank in self.ranks:
+            rank.kill()
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The same run by 1, 2 and 4 ranks; that of 4 on two nodes, which meet by torchrun's rendezvous."""
+    """The same run by 1, 2 and 4 ranks; that of 2 on two nodes, which meet by torchrun's rendezvous."""
     folder = tmp_path_factory.mktemp("ranks")
-    with_nodes = ["--nnodes=2", "--nproc-per-node=2", "--rdzv-backend=c10d", "--rdzv-id=t"]
     port = 29_000 + os.getpid() % 2_000
-    by = (*TORCHRUN, *with_nodes, f"--rdzv-endpoint=localhost:{port}")
-    waiting = [
-        start("--run-dir", str(folder / "1")),
-        start("--run-dir", str(folder / "2"), "--ranks", "2"),
-        *[start("--run-dir", str(folder / "4"), by=by) for _ in range(2)],
-    ]
-    for process in waiting:
-        code, _, err = ended(process)
-        assert code == 0, err
+    meeting = ["--rdzv-backend=c10d", "--rdzv-id=t", f"--rdzv-endpoint=localhost:{port}"]
+    by_torchrun = ["--nnodes=2", "--nproc-per-node=1", *meeting, "-m", "duologue.grpo.cli"]
+    two = train(folder / "2")
+    nodes = [Started(folder / f"node{number}", "torchrun", *by_torchrun, *two) for number in range(2)]
+    for ranks in (1, 4):
+        with Forked(folder / str(ranks), ranks=ranks) as forked:
+            codes, said = forked.ended()
+            assert codes == [0] * ranks, said
+    for node in nodes:
+        code, _, err = node.ended()
+        assert not code, err
     return {n: folder / str(n) for n in (1, 2, 4)}
+
+
+def first_step(run: Path) -> list[dict[str, Any]]:
+    """Its dialogues."""
+    return [row for row in read_lines(run / "dialogues.jsonl") if row["step"] == 0]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_a_run_is_the_same_for_any_number_of_ranks(runs: dict[int, Path], ranks: int) -> None:
     one, many = runs[1], runs[ranks]
-    first = [[r for r in read_lines(run / "dialogues.jsonl") if r["step"] == 0] for run in (one, many)]
-    assert len(first[0]) >= 5 * 4
-    assert first[0] == first[1]
+    assert len(first_step(one)) >= 5 * 4
+    assert first_step(one) == first_step(many)
     last = "checkpoints/step_000005/model.safetensors"
     a, b = load_file(one / last), load_file(many / last)
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-6
@@ -153,35 +170,30 @@ def one_line(text: str) -> str:
     return line
 
 
-LONG = ["train.steps=100000", "train.rank_timeout_s=100", "train.keep_checkpoints=3"]
-
-
-def begun(process: subprocess.Popen[str], run: Path, steps: int = 2) -> list[int]:
-    """The ranks of a starter, once so many steps are saved."""
-    until_saved(run, lambda: process.poll() is None, steps)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text("ascii")
-    return [int(pid) for pid in children.split()]
-
-
-def test_a_dead_rank_ends_all_and_a_signal_to_the_starter_saves(tmp_path: Path) -> None:
+def test_a_dead_rank_ends_all_and_a_signal_to_the_starter_saves(
+    runs: dict[int, Path], tmp_path: Path
+) -> None:
     """One run, killed in a rank, then asked to end by each signal to the process that started it."""
     run, pids = tmp_path / "run", [0] * 0
     try:
-        process = start("--run-dir", str(run), "--ranks", "2", *LONG)
-        pids = begun(process, run)
+        starter = Started(run, "duologue", *train(run, "--ranks", "2", *LONG))
+        until_saved(run, starter.lives)
+        pids = starter.children()
         os.kill(pids[1], signal.SIGKILL)
-        code, _, err = ended(process)
+        code, _, err = starter.ended()
         assert code == 1
         (line,) = [line for line in err.splitlines() if line]
         assert line.startswith("duologue: rank 1 (step ")
         assert "died" in line
         assert not any(chaos.alive(pid) for pid in pids)
+        assert first_step(run) == first_step(runs[1])
         for number in (signal.SIGTERM, signal.SIGINT):
             before = max(chaos.steps_of(path) for path in (run / "checkpoints").glob("step_*"))
-            process = start("--run-dir", str(run), "--ranks", "2", *LONG, "--resume")
-            pids = begun(process, run, before + 1)
-            process.send_signal(number)
-            code, out, err = ended(process)
+            starter = Started(run, "duologue", *train(run, "--ranks", "2", *LONG))
+            until_saved(run, starter.lives, before + 1)
+            pids = starter.children()
+            starter.send_signal(number)
+            code, out, err = starter.ended()
             assert (code, err) == (0, "")
             assert "the state is saved" in out
             assert is_saved(run) > before
@@ -208,47 +220,6 @@ def test_a_signal_to_the_starter_is_no_success_where_a_rank_did_not_save(
 
 
 # ---- ranks without a starter -------------------------------------------------------------------------------
-
-
-def limited(file_bytes: int, *given: Any) -> None:
-    """A rank which can write no larger files."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
-    chaos.rank(*given)
-
-
-class Forked:
-    """Two ranks of a run; what they say is in `said`."""
-
-    def __init__(self, run: Path, *more: str, file_bytes: int = resource.RLIM_INFINITY) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        resume = ["--resume"] if run.exists() else []
-        argv = ["train", "text-game", *SETTINGS, "train.threads=1", "--run-dir", str(run), *more, *resume]
-        self.said = run.with_name("said")
-        self.said.unlink(missing_ok=True)
-        self.ranks = [
-            FORKS.Process(target=limited, args=(file_bytes, argv, number, 2, port, None, self.said))
-            for number in range(2)
-        ]
-        for rank in self.ranks:
-            rank.start()
-
-    def alive(self) -> bool:
-        return all(rank.is_alive() for rank in self.ranks)
-
-    def ended(self) -> tuple[list[int | None], str]:
-        """Exit codes, and what was said."""
-        for rank in self.ranks:
-            rank.join(LIMIT_S)
-        return [rank.exitcode for rank in self.ranks], self.said.read_text("utf-8")
-
-    def __enter__(self) -> Forked:
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for rank in self.ranks:
-            rank.kill()
 
 
 def test_a_signal_to_any_rank_saves_and_ends_all(tmp_path: Path) -> None:
@@ -296,17 +267,11 @@ def test_a_disk_that_is_full_ends_all_with_one_line(tmp_path: Path) -> None:
     ],
     ids=["ranks", "judged"],
 )
-def test_a_run_that_was_killed_comes_to_the_same(words: list[str], phases: list[str]) -> None:
+def test_a_run_that_was_killed_comes_to_the_same(words: list[str], phases: list[str], tmp_path: Path) -> None:
     sizes = ["--kills", str(len(phases)), "--steps", "6", "--forked"]
-    done = subprocess.run(
-        [sys.executable, str(TOOLS / "chaos.py"), *words, *sizes],
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    code, out, err = Started(tmp_path / "chaos", "chaos", *words, *sizes).ended()
+    assert code == 0, err
+    rows = [json.loads(line) for line in out.splitlines()]
     assert [row["differ"] for row in rows if "differ" in row][-1] == []
     assert [row["phase"] for row in rows if "kill" in row] == phases
 

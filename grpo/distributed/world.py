@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 T = TypeVar("T")
+GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # before torch 2.13
 FIRST_SHARE = 0.75  # of its fair share of groups is a rank's first batch; the others are single groups
 
 
@@ -121,7 +122,7 @@ class Ranks(World):
 
     def join(self, flat: Tensor) -> None:
         with self.watch.waiting():
-            dist.all_gather_into_tensor(flat, flat.chunk(self.size)[self.rank], group=self.group)
+            GATHER(flat, flat.chunk(self.size)[self.rank], group=self.group)
 
     @property
     def round(self) -> int:
