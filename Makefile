@@ -3,14 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/demo
+WORKERS ?= 2
 
 .PHONY: demo real test lint asan compile-check bench clean
 
 demo: $(VENV)/.core
 	$(BIN)/duologue train deal --run-dir $(RUN) $$(test -f $(RUN)/config.toml && echo --resume)
 
+# Files of tests are dealt over as many processes; tests/conftest.py gives each a core of its own.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -198,6 +198,7 @@ def update_once(place: Place, model: Decoder, rows: list[Row]) -> dict[str, Any]
     packing = min(timed(lambda: pack(rows, place.device)) for _ in range(2))
     profile = kernels_of(place, gradient, 1)
     stepping = timed(lambda: optimizer.step(1e-5))
+    optimizer.close()
     return {
         "tokens_per_s": round(tokens / seconds),
         "ms": round(seconds * 1e3, 1),

@@ -287,6 +287,7 @@ def saved(place: Place, model: Decoder, rows: list[Row]) -> dict[str, Any]:
     with torch.no_grad():
         for parameter, value in zip(model.parameters(), weights, strict=True):
             parameter.copy_(value)
+    optimizer.close()
     again = Optimizer(model, **settings)
     again.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     path.unlink()

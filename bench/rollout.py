@@ -2,6 +2,7 @@
 
     python -m bench.rollout [--only ours] [--json] [--save]  # at the root; needs `pip install -e '.[bench]'`
     python -m bench.rollout --checkpoint FOLDER [--prefill 256]  # a real model in bf16; or its prompts alone
+    python -m bench.rollout --checkpoint FOLDER --peer llamacpp --gguf FILE  # and llama.cpp
 
 Prompts of 64 tokens, 64 new tokens, sampled; `--prefill N` computes prompts of N tokens and samples nothing.
 Both sides run on all cores; they take turns, so that both see the same machine. The ceiling is the larger of
@@ -13,6 +14,7 @@ on either side, and the processor's time in place of the clock's.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import time
 from collections.abc import Callable
@@ -26,6 +28,7 @@ from duologue.model.decoder import Decoder
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
+from bench import llamacpp
 from bench.common import append_rows, copy_bandwidth, product_rate, tokens_per_second
 from bench.models import SAMPLED, SHAPES, both
 
@@ -101,8 +104,16 @@ def bench(name: str, batch: int, args: argparse.Namespace, theirs: Any, model: D
     if args.prefill:
         row["prompt_tokens"] = args.prefill
     clock = time.process_time if args.one_core else time.perf_counter
-    for side, speed in tokens_per_second(runs, args.repeats, clock).items():
+    with contextlib.ExitStack() as stack:
+        if args.peer == "llamacpp":
+            threads = 1 if args.one_core else torch.get_num_threads()
+            new = 0 if args.prefill else NEW
+            runs |= stack.enter_context(llamacpp.peers(args.gguf, prompts, new, threads))
+        speeds = tokens_per_second(runs, args.repeats, clock)
+    for side, speed in speeds.items():
         row[f"{side}_tokens_per_s"] = round(speed, 1)
+        if side.startswith("llamacpp"):
+            row[f"of_{side}"] = round(speeds["ours"] / speed, 2)
     if args.only != "ours":
         row["ratio"] = round(row["ours_tokens_per_s"] / row["transformers_tokens_per_s"], 2)
     if not args.prefill:  # the rates behind it are by the clock
@@ -135,8 +146,12 @@ def main() -> None:
         "--checkpoint", type=Path, help="a folder as transformers writes it, in place of --models"
     )
     parser.add_argument("--prefill", type=int, default=0, help="tokens of a prompt; nothing is sampled")
+    parser.add_argument("--peer", choices=["llamacpp"], help="beside transformers; needs llama-cpp-python")
+    parser.add_argument("--gguf", type=Path, help="the file that llama.cpp runs")
     parser.add_argument("--one-core", action="store_true", help="one thread, in processor time")
     args = parser.parse_args()
+    if args.peer and (args.gguf is None or not args.gguf.is_file()):
+        parser.error(f"--gguf {args.gguf}: accepted is the GGUF file of --checkpoint's weights")
     if args.one_core:
         torch.set_num_threads(1)
         backend.lib().set_threads(1)
@@ -148,7 +163,7 @@ def main() -> None:
             if not args.json:
                 print("  ".join(f"{k} {v}" for k, v in rows[-1].items()), flush=True)
     if args.save:
-        append_rows("prefill" if args.prefill else "rollout", rows)
+        append_rows(("prefill" if args.prefill else "rollout") + ("_llamacpp" if args.peer else ""), rows)
     print(json.dumps({"bench": "rollout", "backend": backend.describe(), "rows": rows}))
 
 

@@ -7,6 +7,7 @@ advantage is 0, and the caller masks its tokens and counts it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,3 +86,35 @@ def group_advantages(
             {role: mean for role, mean in enumerate(after.tolist()) if not math.isnan(mean)}
         )
     return Advantages(value=value, no_variance=int(flat.sum()), groups=int((counts > 0).sum()))
+
+
+def turn_advantages(
+    returns: Sequence[Sequence[float]],
+    group_ids: Tensor,
+    scored: Tensor,
+    *,
+    method: str = "std",
+    roles: Tensor | None = None,
+    baseline: RunningBaseline | None = None,
+) -> tuple[list[list[float]], Advantages]:
+    """Advantages of N members with a value for each of their turns, at least one: turn k is compared with
+    turn k of the others in its group. A member with fewer turns has the value of its last one there, so that
+    members whose values are all alike have the advantages of `group_advantages`.
+
+    Of what is returned beside them, a group has no variance where it has none at any turn.
+    """
+    most = max(map(len, returns), default=1)
+    how: Any = {"method": method, "roles": roles, "baseline": baseline}
+    by_turn = [
+        group_advantages(torch.tensor([of[min(k, len(of) - 1)] for of in returns]), group_ids, scored, **how)
+        for k in range(most)
+    ]
+    every = torch.stack([of_turn.value for of_turn in by_turn])  # [most, N]
+    values = [of_member[: len(of)] for of_member, of in zip(every.T.tolist(), returns, strict=True)]
+    if most == 1:
+        return values, by_turn[0]
+    cells = [*zip(group_ids.tolist(), [0] * len(returns) if roles is None else roles.tolist(), strict=True)]
+    of_scored = {cell for cell, known in zip(cells, scored.tolist(), strict=True) if known}
+    differ = {cell for cell, some in zip(cells, (every != 0).any(0).tolist(), strict=True) if some}
+    counts = {"no_variance": len(of_scored - differ), "groups": len(of_scored)}
+    return values, Advantages(value=every[0], **counts)

@@ -201,10 +201,19 @@ def build_arena(
     temperature: float | None = None,
 ) -> Arena:
     """An arena on `engine`; `temperature` replaces that of training, and a final is then always written."""
-    rules = config.dialogue if temperature is None else measuring_rules(config, temperature)
+    rules = training_rules(config, game) if temperature is None else measuring_rules(config, temperature)
     arena = Arena(engine, tokenizer, game, rules, judge)
     check_context(engine, arena.contexts)
     return arena
+
+
+def training_rules(config: Config, game: Game) -> Rules:
+    """The rules of a talk that a policy learns from."""
+    by_turn = config.grpo.credit == "turn"
+    if by_turn and isinstance(game, TextGame) and not game.has_step_scores:
+        lacks = f"{config.game.name} has no scores_so_far()"
+        raise ValueError(f"grpo.credit = 'turn': accepted is 'dialogue', for {lacks}")
+    return dataclasses.replace(config.dialogue, step_scores=by_turn)
 
 
 def measuring_rules(config: Config, temperature: float) -> Rules:

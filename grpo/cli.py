@@ -139,6 +139,7 @@ def _add_measures(commands: Any) -> None:
     add("--ability", action="store_true", help="measure what is kept of the language of its base")
     add("--ifeval", metavar="FILE", help="with --ability: prompts in IFEval's format, in place of ours")
     add("--json", type=Path, metavar="FILE", help="write the measures there")
+    add("--save-dialogues", type=Path, metavar="FILE", help="write the dialogues there, one JSON line each")
     add("--device", help=DEVICE)
 
     add = _command(commands, "report", _later("report"), "write report.html of a run, finished or not")

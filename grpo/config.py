@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from duologue.grpo.collapse import WatchSection
+from duologue.grpo.learning import Rule, learning_rules
 from duologue.grpo.mix import ENDPOINT, FROZEN, POOL, SCRIPTED
 from duologue.grpo.sections import (
     HELD,
@@ -104,8 +105,6 @@ class Config:
 
 # ---- rules between keys ------------------------------------------------------------------------------------
 
-Rule = tuple[str, str, bool]  # a key, what is accepted for it, whether it is so
-
 
 def rules(config: Config) -> Iterator[Rule]:
     """All of them, whether they hold or not."""
@@ -115,7 +114,7 @@ def rules(config: Config) -> Iterator[Rule]:
         _judge_rules,
         _mix_rules,
         _opponent_rules,
-        _update_rules,
+        _learning_rules,
         _partner_rules,
         _best_rules,
     )
@@ -217,20 +216,9 @@ def _opponent_rules(c: Config) -> Iterator[Rule]:
     yield "opponent.url", url, ENDPOINT not in met or plain
 
 
-def _update_rules(c: Config) -> Iterator[Rule]:
-    g = c.grpo
-    exact = "0 while rollout.exact = true, where the weight would be 1"
-    yield "grpo.tis_cap", exact, not (g.tis_cap and c.rollout.exact)
-    yield "grpo.updates_per_rollout", "1 with grpo.tis_cap", not g.tis_cap or g.updates_per_rollout == 1
-    betas = "a list of two numbers from 0 to below 1"
-    yield "grpo.betas", betas, len(g.betas) == 2 and all(0 <= b < 1 for b in g.betas)
-    kinds = "'utterance', 'final' or both, each once"
-    yield "grpo.train_kinds", kinds, 0 < len(set(g.train_kinds)) == len(g.train_kinds)
-    dual = f"0, or above 1 + clip_high = {1 + g.clip_high:g} for a loss other than cispo"
-    outside = g.dual_clip > 1 + g.clip_high and g.loss != "cispo"
-    yield "grpo.dual_clip", dual, not g.dual_clip or outside
-    running = "true with grpo.advantage = 'running', which is per role"
-    yield "grpo.per_role", running, g.per_role or g.advantage != "running"
+def _learning_rules(c: Config) -> Iterator[Rule]:
+    before_end = isinstance(c.game, TextGameSettings) or c.game.name == "dilemma"
+    yield from learning_rules(c.grpo, exact=c.rollout.exact, scores_before_end=before_end)
 
 
 def _partner_rules(c: Config) -> Iterator[Rule]:

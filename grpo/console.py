@@ -25,6 +25,7 @@ TRAINING = {
     "entropy": ("entropy", "{:.3f}"),
     "kl_start": ("KL start", "{:.4f}"),
     "mismatch": ("mismatch", "{:.1e}"),
+    "resampled_groups": ("played again", "{:.0f}"),
     "rollout_tokens_per_s": ("rollout tok/s", "{:,.0f}"),
     "update_tokens_per_s": ("update tok/s", "{:,.0f}"),
 }

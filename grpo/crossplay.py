@@ -54,6 +54,7 @@ class Pairing:
     seen: tuple[Values, Values]
     dialogues: int
     unscored: int
+    held: list[Dialogue]
 
 
 @dataclass(eq=False)
@@ -82,6 +83,11 @@ class CrossPlay:
         if (first, second) not in self._held:
             self._held[first, second] = self._play(first, second)
         return self._held[first, second]
+
+    @property
+    def pairings(self) -> list[Pairing]:
+        """Those that were held, in that order."""
+        return list(self._held.values())
 
     def fares(self, pairs: Iterable[tuple[Player, Player]], of: Player) -> Values:
         """The measures of several pairings, seen by `of` from its seats; by itself from both."""
@@ -128,6 +134,7 @@ class CrossPlay:
             seen=(seen[0], seen[1]),
             dialogues=len(outcomes),
             unscored=outcomes.count(None),
+            held=[dialogue for dialogues in held for dialogue in dialogues],
         )
 
     def _seated(self, first: Player, second: Player) -> tuple[Arena, Opponent | None]:

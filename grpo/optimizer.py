@@ -8,11 +8,13 @@ the new weights at once.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from duologue.grpo.blocks import blocks_of
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as apply
 
@@ -36,10 +38,23 @@ def learning_rate(
     return peak * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+@dataclass
+class Gradients:
+    """Of a block, summed: `flat` [size], its views by parameter, and the names of those that are there."""
+
+    flat: Tensor
+    views: dict[str, Tensor]
+    there: set[str] = field(default_factory=set)
+
+
 class Optimizer:
     """AdamW over `model`'s parameters; weight decay on matrices only.
 
-    bf16 and fp16 parameters get an fp32 master copy, and their gradients are summed in fp32 by `accumulate`.
+    From its construction on the parameters are views of one buffer per block (grpo/blocks.py), whose address
+    never changes, so make the optimizer before whatever keeps addresses. A backward's gradients are summed in
+    buffers of the same layout, as soon as autograd has them: those of fp32 parameters in place, so that
+    `parameter.grad` is a view too, those of bf16 and fp16 in fp32, so that no others are kept. The latter
+    have fp32 masters.
     """
 
     def __init__(
@@ -50,38 +65,79 @@ class Optimizer:
         weight_decay: float,
         max_grad_norm: float,
         offload: bool = False,
+        unit: int = 1,
     ) -> None:
-        """`offload`: the moments are in the host's memory."""
+        """`offload`: the moments are in the host's memory. Blocks are multiples of `unit` numbers."""
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.masters: dict[str, Tensor] = {
-            n: p if p.dtype.itemsize >= 4 else p.detach().float() for n, p in self.parameters.items()
-        }
         self.max_grad_norm = max_grad_norm  # 0 = no clipping
-        matrices, vectors = ([m for m in self.masters.values() if (m.dim() >= 2) == f] for f in (True, False))
+        self.blocks = blocks_of(self.parameters, unit)
+        self.flats = {key: block.take_in(self.parameters) for key, block in self.blocks.items()}
+        self.masters = self._make_masters()
+        matrices = [m for name, m in self.masters.items() if self._decays(name)]
+        vectors = [m for name, m in self.masters.items() if not self._decays(name)]
         self._adamw = adamw(matrices, vectors, betas, weight_decay, offload)
         self._offload = offload
+        self._gradients: dict[str, Gradients] = {}
+        self._hooks: list[Any] = []
+        for key, block in self.blocks.items():
+            for name in block.shapes:
+                listen: Any = self.parameters[name].register_post_accumulate_grad_hook
+                self._hooks.append(listen(partial(self._take, key, name)))
+
+    def _make_masters(self) -> dict[str, Tensor]:
+        """What AdamW steps, by parameter: fp32 ones themselves."""
+        views: dict[str, Tensor] = {}
+        self._wide = {key: flat.to(self.blocks[key].wide) for key, flat in self.flats.items()}
+        for key, block in self.blocks.items():
+            views |= block.views(self._wide[key])
+        return {name: views[name] for name in self.parameters}
+
+    def _decays(self, name: str) -> bool:
+        return self.parameters[name].dim() >= 2
+
+    def close(self) -> None:
+        """When another optimizer takes the parameters over."""
+        for hook in self._hooks:
+            hook.remove()
+
+    # ---- gradients -----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, key: str, name: str, parameter: Tensor) -> None:
+        """A backward has added to the parameter's gradient."""
+        gradients = self._of_block(key)
+        total = gradients.views[name]
+        if parameter.grad is total:
+            return
+        assert parameter.grad is not None
+        narrow = parameter.dtype != total.dtype
+        if narrow and name in gradients.there:
+            total.add_(parameter.grad)
+        else:
+            total.copy_(parameter.grad)
+        gradients.there.add(name)
+        self.masters[name].grad = total
+        parameter.grad = None if narrow else total
+
+    def _of_block(self, key: str) -> Gradients:
+        """Its gradients; a buffer for them from the first on."""
+        if key not in self._gradients:
+            flat = self.blocks[key].empty()
+            self._gradients[key] = Gradients(flat, self.blocks[key].views(flat))
+        return self._gradients[key]
 
     def accumulate(self) -> None:
-        """After a micro-batch: move low-precision gradients into fp32 sums; autograd sums the others well
-        enough.
-        """
-        for name, parameter in self.parameters.items():
-            master = self.masters[name]
-            if master is not parameter and parameter.grad is not None:
-                grad = parameter.grad.float()
-                master.grad = grad if master.grad is None else master.grad.add_(grad)
-                parameter.grad = None
+        """After a micro-batch. In one process its gradients are summed by now."""
 
     def gradients(self) -> list[Tensor]:
-        """What the next step clips and applies, fp32."""
-        self.accumulate()
+        """What the next step clips and applies, at least fp32."""
         return [m.grad for m in self.masters.values() if m.grad is not None]
 
     def drop_gradients(self) -> None:
-        """Of an update that is not to be taken."""
-        self.accumulate()
-        for master in self.masters.values():
-            master.grad = None
+        """Of an update that is taken, or is not to be taken; with their memory."""
+        for tensor in (*self.masters.values(), *self.parameters.values()):
+            tensor.grad = None
+        self._gradients = {}
 
     @torch.no_grad()
     def squared_grad_norm(self) -> Tensor:
@@ -89,6 +145,8 @@ class Optimizer:
         gradients = self.gradients()
         norms = torch._foreach_norm(gradients) if gradients else [torch.zeros(())]
         return torch.stack(norms).double().square().sum()
+
+    # ---- the step ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, lr: float, squared_norm: Tensor | float | None = None) -> float:
@@ -110,15 +168,39 @@ class Optimizer:
             step_offloaded(self._adamw)
         else:
             self._adamw.step()
-        # Fused AdamW leaves no trace in `_version`, by which the engine sees that its KV is stale.
-        torch.autograd.graph.increment_version(self.masters.values())
         self._write_back()
-        for master in self.masters.values():
-            master.grad = None
+        self.drop_gradients()
         return norm
 
-    def close(self) -> None:
-        """When another optimizer takes the parameters over."""
+    def _write_back(self) -> None:
+        """The parameters become what the masters are."""
+        for key, flat in self.flats.items():
+            if self._wide[key] is not flat:
+                flat.copy_(self._wide[key])
+        self._note_new_weights()
+
+    def _note_new_weights(self) -> None:
+        """A write into a buffer leaves no trace in its views' `_version`, by which the engine sees that its
+        KV is stale.
+        """
+        torch.autograd.graph.increment_version(self.parameters.values())
+
+    # ---- state ---------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Begin anew, with the parameters as they are now."""
+        self.drop_gradients()
+        for state in self._adamw.state.values():
+            for tensor in state.values():
+                tensor.zero_()
+        self._read_parameters()
+
+    def _read_parameters(self) -> None:
+        """The masters become what the parameters are."""
+        for key, flat in self.flats.items():
+            if self._wide[key] is not flat:
+                self._wide[key].copy_(flat)
 
     def state_dict(self) -> dict[str, Tensor]:
         """`step.NAME`, `exp_avg.NAME`, `exp_avg_sq.NAME`, and `master.NAME` for low precision; no copies are
@@ -127,7 +209,7 @@ class Optimizer:
         state: dict[str, Tensor] = {}
         for name, master in self.masters.items():
             state |= {f"{key}.{name}": self._adamw.state[master][key] for key in MOMENTS}
-            if master is not self.parameters[name]:
+            if master.dtype != self.parameters[name].dtype:
                 state[f"master.{name}"] = master
         return state
 
@@ -141,11 +223,6 @@ class Optimizer:
         for key, tensor in present.items():
             tensor.copy_(state[key])
         self._write_back()
-
-    def _write_back(self) -> None:
-        for name, parameter in self.parameters.items():
-            if self.masters[name] is not parameter:
-                parameter.copy_(self.masters[name])
 
 
 def adamw(
@@ -186,14 +263,6 @@ def step_offloaded(optimizer: torch.optim.AdamW) -> None:
             apply([master], *lists, beta1=beta1, beta2=beta2, **how)
             for name, moment in zip(MOMENTS[1:], here, strict=True):
                 held[name].copy_(moment)
-
-
-def block_of(name: str, parameter: Tensor) -> str:
-    """What is sent together where an optimizer is sharded: a layer's, or else the parameter alone; and
-    whether weight decay is on it.
-    """
-    layer = re.match(r"(.*\blayers\.\d+)\.", name)
-    return f"{layer[1] if layer else name} {'matrices' if parameter.dim() >= 2 else 'vectors'}"
 
 
 def check_state(shapes: Mapping[str, torch.Size], state: Mapping[str, Tensor]) -> None:

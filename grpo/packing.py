@@ -43,12 +43,22 @@ class Row:
     dialogue_id: int
     role: int
     supports: Supports | None = None  # [t] supports of truncated draws; None: all were from the full softmax
+    advantages: list[float] | None = None  # [t] of the tokens, in place of one for all
     weights: list[float] | None = None  # [t] of the tokens in an imitation loss; None: all count alike
     share: int = 0  # of the rows of a step, where these are dealt out
 
     @property
     def n_trained(self) -> int:
         return sum(self.loss_mask)
+
+    @property
+    def teaches(self) -> bool:
+        """Whether a trained token has an advantage other than 0."""
+        if self.advantages is None:
+            return self.advantage != 0 and any(self.loss_mask)
+        return any(
+            value != 0 for value, trained in zip(self.advantages, self.loss_mask, strict=True) if trained
+        )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,7 +110,7 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
         "cu_seqlens": starts.astype(np.int32),
         "loss_mask": loss_mask,
         "behaviour_logprobs": _joined([row.logprobs for row in rows], np.float32),
-        "advantages": np.repeat(np.array([row.advantage for row in rows], dtype=np.float32), lengths),
+        "advantages": _advantages(rows, lengths),
         "nodes": nodes,
         "first": first,
         "support_ids": support_ids,
@@ -115,6 +125,15 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
 def _joined(lists: Sequence[Sequence[float]], dtype: Any) -> np.ndarray:
     """One after the other."""
     return np.concatenate([np.array(values, dtype=dtype) for values in lists] or [np.empty(0, dtype)])
+
+
+def _advantages(rows: Sequence[Row], lengths: np.ndarray) -> np.ndarray:
+    """[T], a row's own by token where it has them."""
+    of_tokens = np.repeat(np.array([row.advantage for row in rows], dtype=np.float32), lengths)
+    for row, end in zip(rows, np.cumsum(lengths), strict=True):
+        if row.advantages is not None:
+            of_tokens[end - len(row.advantages) : end] = row.advantages
+    return of_tokens
 
 
 def _supports(

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from duologue.grpo.blocks import block_of
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
-from duologue.grpo.optimizer import block_of
 from duologue.kernels import backend
 from duologue.kernels.head import CPU_BYTES, GPU_BYTES, MIN_ROWS
 from duologue.model.checkpoint import parse_dtype, read_config
@@ -196,14 +196,14 @@ def make_plan(
     activations = activation_bytes(
         shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=t.recompute
     )
-    transit = trained * itemsize if itemsize < 4 else 2 * largest * 4
+    transit = 2 * largest * itemsize
     if sharded and not lora.rank:
         transit = _sharded_transit(model, itemsize, ranks)
     sums = 1 + (t.shares // ranks - 1).bit_length() if t.shares > ranks else 1
     plan = Plan(
         weights=weights,
         gradients=trained * 4 * sums // parts,
-        masters=trained * 4 // parts if itemsize < 4 or sharded else 0,
+        masters=trained * 4 // parts if itemsize < 4 else 0,
         moments=0 if t.offload_moments else trained * 8 // parts,
         activations=activations,
         head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),

@@ -138,6 +138,12 @@ class GrpoSection:
 
     group_size: int = setting(8, "dialogues of one scenario", least=2)
     groups_per_step: int = setting(16, "scenarios of a step", least=1)
+    resample: int = setting(
+        0,
+        "rounds in which groups that teach nothing are played again from other scenarios",
+        least=0,
+        most=100,
+    )
     updates_per_rollout: int = setting(1, "optimizer steps on the same dialogues", least=1, most=100)
     train_roles: str = setting("both", "the sides that are trained", one_of=("both", "first"))
     train_kinds: tuple[str, ...] = setting(
@@ -155,6 +161,12 @@ class GrpoSection:
     dual_clip: float = like(LossConfig, "dual_clip")
     advantage: str = setting(
         "std", "how rewards of a group become advantages (grpo/advantage.py)", one_of=METHODS
+    )
+    credit: str = setting(
+        "dialogue",
+        "what a turn is trained with: 'dialogue', the whole reward; 'turn', what came from it on, of a game "
+        "whose score is known before its end",
+        one_of=("dialogue", "turn"),
     )
     per_role: bool = setting(True, "whether each side is compared with its own side of the group only")
     kl_coef: float = like(LossConfig, "kl_coef")

@@ -22,12 +22,12 @@ from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.bad_updates import BadUpdates, Gradient
 from duologue.grpo.config import Config
-from duologue.grpo.evaluate import check_finite
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch, imitated
 from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.opponents import Opponents
-from duologue.grpo.optimizer import Optimizer, learning_rate
+from duologue.grpo.optimizer import learning_rate
 from duologue.grpo.packing import Row
+from duologue.grpo.rounds import play_again, play_groups, round_metrics
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import RunDir
 from duologue.grpo.shares import Lengths, dealt, joint_costs, rows_of_all, sampled_tokens
@@ -35,7 +35,7 @@ from duologue.grpo.update import UpdateStats, accumulate_policy_gradient
 from duologue.grpo.world import World
 from duologue.model.decoder import Decoder
 from duologue.rollout.seeds import derive_seed
-from duologue.rollout.selfplay.dialogue import Group, assign_rewards
+from duologue.rollout.selfplay.dialogue import Group
 
 Metrics = dict[str, Any]
 
@@ -57,7 +57,7 @@ class Steps:
         texts = self.corpus or ([] if latest else build.first_texts(config, self.game))
         self.model, self.tokenizer = policy.build_policy(config, texts, latest)
         self.model.recompute = config.train.recompute == "layer"
-        self.optimizer = self.new_optimizer()
+        self.optimizer = build.build_optimizer(config, self.model, world)
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
         build.add_server(config, self.arena, run.path / "opponent.sqlite")
@@ -71,9 +71,6 @@ class Steps:
         self.scores: Metrics = {}  # of this step: the judge's costs, how the policy fared against opponents
         self.played: Sequence[Group] = ()  # by this step
         self.lengths = Lengths()
-
-    def new_optimizer(self) -> Optimizer:
-        return build.build_optimizer(self.config, self.model, self.world)
 
     def start_weights(self) -> Decoder:
         """Those that self-play began with."""
@@ -110,29 +107,23 @@ class Steps:
         opponents = self.opponents.of_groups(self.selfplay_index, self._seed("opponents"), self.reference)
         for engine in self.opponents.engines:
             engine.name_weights(self.step)  # the same in a resumed run
-        groups: list[Group] = []
+        play = partial(play_groups, self.arena, c, opponents=opponents, step=self.step)
+        played: dict[int, Group] = {}  # by their numbers in the step
         with self.timing("play"):
             for numbers in self.world.hand_out(self.lengths.expected(opponents)):  # world
-                groups += self.arena.play(
-                    scenarios,
-                    group_size=c.group_size,
-                    seed=self._seed("play"),
-                    opponents=opponents,
-                    step=self.step,
-                    chosen=numbers,
-                )
-        dialogues = [dialogue for group in groups for dialogue in group.dialogues]
-        assign_rewards(self.game, dialogues)
-        check_finite(dialogues, f"step {self.step}")
+                played |= play(scenarios, self._seed("play"), numbers)
+            play_again(played, scenarios, self.game, c, self._seed("again"), play)
+        self.played = [*played.values()]
         costs = joint_costs(self.world.each({} if self.judge is None else self.judge.costs()))  # world
-        self.scores = {**costs, **self.opponents.score(groups)}
-        self.played = groups
-        return groups
+        payoff = self.opponents.score([group.drawn for group in self.played])
+        self.scores = {**costs, **payoff, **round_metrics(self.played, c, self.world)}
+        return self.played
 
     def outcomes(self, groups: Sequence[Group]) -> Metrics:
-        """What came of the dialogues of all ranks, by the game's measures, and their scores."""
+        """What came of the dialogues of all ranks as they were drawn at first, by the game's measures."""
         ended = [
-            [(d.outcome, d.reward, d.players, sampled_tokens(d)) for d in group.dialogues] for group in groups
+            [(d.outcome, d.reward, d.players, sampled_tokens(d)) for d in group.drawn.dialogues]
+            for group in groups
         ]
         of_all = [dialogue for group in self.world.gather(ended) for dialogue in group]  # world
         self.lengths.note((players, sampled) for *_, players, sampled in of_all)
@@ -142,7 +133,7 @@ class Steps:
             **self.game.summarise([outcome for outcome, *_ in of_all if outcome is not None]),
             "reward": sum(rewards) / max(len(rewards), 1),
             **self.scores,
-            "sampled_tokens": sum(sampled for *_, sampled in of_all),
+            "sampled_tokens": sum(n for *_, n in of_all) + self.scores.get("resampled_tokens", 0),
         }
 
     def update(self, rows: Sequence[Row]) -> Metrics:

@@ -177,15 +177,25 @@ class Trainer(Watched):
         self.forget_since(rollback["to"])
 
     def _record(self) -> Metrics | None:
-        """The dialogues of this step, in the order of the groups of all ranks. The first is returned."""
+        """The dialogues of this step, in the order of the groups of all ranks, after them those that were
+        dropped. The first is returned.
+        """
         every = self.config.train.record_tokens
-        at: Any = {"by_token": bool(every) and self.selfplay_index % every == 0, "step": self.step}
-        records = [[d.record(**at, stage="selfplay") for d in g.dialogues] for g in self.played]
+        by_token = bool(every) and self.selfplay_index % every == 0
+        what: Any = {"by_token": by_token, "step": self.step, "stage": "selfplay"}
+        records = [
+            (
+                [d.record(**what) for d in group.dialogues],
+                [d.record(**what, dropped=True) for other in group.dropped for d in other.dialogues],
+            )
+            for group in self.played
+        ]
         self.played = ()
         of_all = self.world.gather(records)  # world
         if self.world.is_first:
-            self.run_dir.append_dialogues(record for of_group in of_all for record in of_group)
-        return of_all[0][0] if of_all else None
+            kept, dropped = zip(*of_all, strict=True) if of_all else ((), ())
+            self.run_dir.append_dialogues(record for part in (*kept, *dropped) for record in part)
+        return of_all[0][0][0] if of_all else None
 
     def _out_of_time(self) -> bool:
         limit = self.config.train.max_seconds
@@ -200,8 +210,7 @@ class Trainer(Watched):
             needed=weight_bytes(self.model),
         )
         self.warm_start = self._evaluate("warm_start")
-        self.optimizer.close()
-        self.optimizer = self.new_optimizer()
+        self.optimizer.reset()
         self._save()
 
     def _evaluate(self, policy: str) -> dict[str, float]:

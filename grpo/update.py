@@ -168,7 +168,7 @@ def accumulate_policy_gradient(
     """
     total = normaliser(rows, budget, world)
     needs_all = bool(config.kl_coef or config.entropy_coef)
-    active = [row for row in rows if row.n_trained and (needs_all or row.advantage != 0.0)]
+    active = [row for row in rows if row.teaches or (needs_all and row.n_trained)]
     # These two need the tokens of a row together.
     level = "sequence" if config.variant in ("grpo", "gspo") else "token"
     parts = micro_batches(active, max_tokens, world, shares)

@@ -105,7 +105,8 @@ class Watched(Steps):
         if not self.config.watch.enabled:
             return {}
         before, self._weights = self._weights, self._fingerprint()
-        stats = talk_stats(self.played, self.tokenizer.stop_token_ids, self.world)
+        drawn = [group.drawn for group in self.played]
+        stats = talk_stats(drawn, self.tokenizer.stop_token_ids, self.world)
         return {"watch": {**stats, "changed": before != self._weights}}
 
     def note(self, row: Metrics) -> list[str]:
@@ -154,8 +155,7 @@ class Watched(Steps):
         if reason := altered(folder):
             raise ValueError(f"{folder}, to which a rollback goes, is damaged ({reason})")
         restore_weights(self.model, folder)
-        self.optimizer.close()
-        self.optimizer = self.new_optimizer()
+        self.optimizer.reset()
         self.baseline.means = {}
         if folder.name.startswith(GOOD):
             state, moments = read_state(folder)

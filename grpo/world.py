@@ -68,9 +68,10 @@ class World:
         """
         return lambda: [flat]
 
-    def join(self, part: Tensor) -> Tensor:
-        """The parts of all ranks, one after the other."""
-        return part
+    def join(self, flat: Tensor) -> None:
+        """In place: each rank's own part of this tensor becomes that part of every rank's. All have tensors
+        of equal size.
+        """
 
     def at_step(self, step: int) -> None:
         """Note how far this rank is, for whoever waits for it."""

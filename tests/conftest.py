@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import own_cores  # before torch
 import pytest
 import torch
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
@@ -67,6 +69,28 @@ def write_transformers_checkpoint(name: str, folder: Path) -> Any:
             parameter.copy_(spread if parameter.dim() > 1 else spread + 0.7)
     model.save_pretrained(folder)
     return model
+
+
+# Files that take longest: of tests that are dealt over processes they begin, so that all end together.
+LONGEST = ("gpu_sessions", "ranks", "triton", "collective", "readme", "bench", "faults_search", "run_dir")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Within a file tests stay in order."""
+    places = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
+@pytest.fixture
+def all_cores() -> Iterator[None]:
+    """Those of the machine, not this worker's share alone."""
+    if not own_cores.cores:
+        yield
+        return
+    share = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, own_cores.cores)
+    yield
+    os.sched_setaffinity(0, share)
 
 
 @pytest.fixture(scope="session")

@@ -255,9 +255,13 @@ def test_eval_measures_a_checkpoint_as_training_did(run: Path, tmp_path: Path) -
         0,
     )
     more = ["--dialogues", "7", "--greedy", "--json", str(tmp_path / "greedy.json")]
+    more += ["--save-dialogues", str(tmp_path / "greedy.jsonl")]
     assert main(["eval", str(checkpoint), "--recipe", "deal", *TINY_DEAL, *more]) == 0
     greedy = json.loads((tmp_path / "greedy.json").read_text())
     assert (greedy["dialogues"], greedy["temperature"]) == (7, 0.0)
+    held = [json.loads(line) for line in (tmp_path / "greedy.jsonl").read_text().splitlines()]
+    assert len(held) == 7
+    assert sum(d["outcome"]["agreed"] for d in held) / 7 == pytest.approx(greedy["agreement"])
 
 
 def test_report_is_written_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

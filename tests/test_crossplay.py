@@ -4,9 +4,11 @@ intervals by brute force and by the delta method, and the commands.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -326,8 +328,12 @@ def run_eval(tmp_path: Path, *argv: str) -> dict[str, Any]:
 
 
 def test_eval_against_the_start(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run_eval(tmp_path, str(runs[0]), "--against", "start")
+    saved = ["--save-dialogues", str(tmp_path / "dialogues.jsonl")]
+    found = run_eval(tmp_path, str(runs[0]), "--against", "start", *saved)
     (row,) = found["compared"]
+    lines = (tmp_path / "dialogues.jsonl").read_text().splitlines()
+    between = Counter(tuple(json.loads(line)["between"]) for line in lines)
+    assert between == dict.fromkeys(itertools.product((str(runs[0]), "start"), repeat=2), 4)
     assert (found["against"], row["A"], row["B"]) == ("start", str(runs[0]), "start")
     columns = [key for key in row if key not in "AB"]
     assert {"A with A", "B with B", "A as side 1 with B", "A as side 2 with B"} < {*columns}

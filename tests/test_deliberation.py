@@ -30,7 +30,7 @@ from duologue.rollout.games.template import fill
 from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
-from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, load_prompt
+from duologue.rollout.judge.questions import AGREEMENT, REQUIRED, SCORE, load_prompt
 from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import (
     FINAL,
@@ -256,6 +256,34 @@ def test_what_the_judge_was_asked_is_kept_and_can_be_written_again(table: Any, p
             assert (each["kind"], text) in here.backend.asked
             if each["kind"] == AGREEMENT:
                 assert each["answer"] == {"agreed": answer(text)["agreed"]}
+
+
+def test_credit_by_turn_has_the_talk_scored_before_each_round_and_the_final(
+    table: Any, tokenizer: Tokenizer
+) -> None:
+    here = table(tokenizer, step_scores=True)
+    plain = facts(here.play())
+    asked = [inside(text, "completion") for kind, text in here.backend.asked if kind == SCORE]
+    for d in every(here.play()):
+        assert d.outcome is not None
+        assert len(d.so_far) == len(d.returns) == len(d.turns)
+        for k, turn in enumerate(d.turns):
+            before = k if turn.kind == "final" else k - k % 2
+            said = "\n\n".join(f"{d.scenario.personas[t.role].name}: {t.text}" for t in d.turns[:before])
+            value = sum(scores(said)) / 4 if before else 0.0
+            assert d.so_far[k] == (value, value)
+            assert not before or [said.strip()] in asked
+            assert d.returns[k] == (d.outcome.scores[0] - value,) * 2
+    assert plain == facts(here.play())
+
+
+def test_a_talk_whose_score_nobody_gives_before_its_end_is_unscored(table: Any, plain: Tokenizer) -> None:
+    judge = lambda kind, text: None if kind == SCORE else {"agreed": False}  # noqa: E731
+    here = table(plain, step_scores=True, judge=judge)
+    here.judge.max_unscored_share = 1.0
+    for d in every(here.play()):
+        assert d.reward is None
+        assert len(d.turns) == 2
 
 
 def test_a_final_is_always_written_in_evaluation_but_scored_only_after_an_agreement(

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import io
+from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from duologue.grpo.optimizer import Optimizer, learning_rate
+from duologue.model.checkpoint import save_model
+from duologue.model.tokenizer import Tokenizer
+from duologue.model.weights import SINGLE
+from tiny import decoder
 from torch import nn
 
 SETTINGS = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -17,10 +24,14 @@ def make_model(dtype: torch.dtype = torch.float32) -> nn.Module:
     return nn.Sequential(nn.Linear(7, 13), nn.LayerNorm(13), nn.Linear(13, 3)).to(dtype)
 
 
-def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+def loss(model: nn.Module, step: int, scale: float = 1.0) -> torch.Tensor:
     g = torch.Generator().manual_seed(step)
     x = torch.randn(5, 7, generator=g).to(next(model.parameters()).dtype)
-    (model(x).float().square().sum() * scale).backward()
+    return model(x).float().square().sum() * scale
+
+
+def backward(model: nn.Module, step: int, scale: float = 1.0) -> None:
+    loss(model, step, scale).backward()
 
 
 def values(model: nn.Module) -> list[torch.Tensor]:
@@ -55,12 +66,12 @@ def test_twenty_steps_equal_torch(max_grad_norm: float) -> None:
 def test_low_precision_weights_follow_their_fp32_masters_in_place() -> None:
     """The bf16 weights are at every step the rounding of an fp32 AdamW that is fed the same gradients."""
     model, shadow = make_model(torch.bfloat16), make_model(torch.bfloat16).float()
-    storage = [parameter.data_ptr() for parameter in model.parameters()]
     optimizer, reference = (Optimizer(m, **{**SETTINGS, "max_grad_norm": 0.0}) for m in (model, shadow))
+    storage = [parameter.data_ptr() for parameter in model.parameters()]
     for step in range(20):
-        backward(model, step)
-        for parameter, master in zip(model.parameters(), shadow.parameters(), strict=True):
-            master.grad = parameter.grad.float()
+        grads = torch.autograd.grad(loss(model, step), list(model.parameters()))
+        torch.autograd.backward(list(model.parameters()), grads)
+        torch.autograd.backward(list(shadow.parameters()), [grad.float() for grad in grads])
         assert optimizer.step(1e-3) == reference.step(1e-3)
         assert all(
             torch.equal(p, m.bfloat16()) for p, m in zip(model.parameters(), shadow.parameters(), strict=True)
@@ -77,10 +88,12 @@ def test_low_precision_gradients_are_summed_in_fp32() -> None:
     optimizer = Optimizer(model, **SETTINGS)
     sums = [torch.zeros(parameter.shape) for parameter in model.parameters()]
     for step in range(6):
+        grads = torch.autograd.grad(loss(model, step, scale=0.1), list(model.parameters()))
+        for total, grad in zip(sums, grads, strict=True):
+            total += grad.float()
         backward(model, step, scale=0.1)
-        for total, parameter in zip(sums, model.parameters(), strict=True):
-            total += parameter.grad.float()
         optimizer.accumulate()
+        assert all(parameter.grad is None for parameter in model.parameters())
     expected = sum(float(total.double().square().sum()) for total in sums)
     assert float(optimizer.squared_grad_norm()) == pytest.approx(expected, rel=1e-6)
 
@@ -133,6 +146,67 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
         optimizer.step(1e-2)
     assert all(torch.equal(a, b) for a, b in zip(weights, values(model), strict=True))
     assert all(torch.equal(tensor, state[key]) for key, tensor in optimizer.state_dict().items())
+
+
+def held(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address and bytes of the memory that they lie in."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [False, True])
+def test_parameters_and_gradients_lie_in_buffers_that_stay(
+    dtype: torch.dtype, tied: bool, tiny_tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """One for the matrices of each layer and one for its vectors; what is saved does not show it."""
+    plain = decoder(num_layers=2, tie_word_embeddings=tied).to(dtype)
+    model = copy.deepcopy(plain)
+    optimizer = Optimizer(model, **SETTINGS)
+    for name, each in (("plain", plain), ("ours", model)):
+        save_model(each, tiny_tokenizer, tmp_path / name)
+    assert (tmp_path / "ours" / SINGLE).read_bytes() == (tmp_path / "plain" / SINGLE).read_bytes()
+    buffers = 2 * 2 + 2 + (not tied)  # and embedding, last norm, head
+    numbers = sum(p.numel() for p in model.parameters())
+    padding = 63 * len([*model.parameters()])
+    addresses = [p.data_ptr() for p in model.parameters()]
+    for step in range(3):
+        model(torch.arange(8)[None] + step).square().sum().backward()
+        gradients = held(optimizer.gradients())
+        assert len(held(model.parameters())) == len(gradients) == buffers
+        assert 0 <= sum(held(model.parameters()).values()) // dtype.itemsize - numbers <= padding
+        assert 0 <= sum(gradients.values()) // 4 - numbers <= padding
+        if dtype == torch.float32:
+            assert held(p.grad for p in model.parameters()) == gradients
+        optimizer.step(1e-2)
+        if step == 1:
+            state = {key: tensor.clone() for key, tensor in optimizer.state_dict().items()}
+            optimizer.reset()
+            optimizer.load_state_dict(state)
+    assert [p.data_ptr() for p in model.parameters()] == addresses
+    assert all(address % 64 == 0 for address in addresses)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_that_begins_anew_is_as_a_new_one(dtype: torch.dtype) -> None:
+    model = make_model(dtype)
+    optimizer = Optimizer(model, **SETTINGS)
+    for step in range(3):
+        backward(model, step)
+        optimizer.step(1e-2)
+    backward(model, 3)  # of which nothing is left
+    with torch.no_grad():
+        model[0].weight.mul_(0.5)
+    other = copy.deepcopy(model)
+    optimizer.reset()
+    fresh = Optimizer(other, **SETTINGS)
+    for step in range(3, 6):
+        for each, of_each in ((model, optimizer), (other, fresh)):
+            backward(each, step)
+            of_each.step(1e-2)
+    assert all(torch.equal(a, b) for a, b in zip(values(model), values(other), strict=True))
+    ours, new = optimizer.state_dict(), fresh.state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in new.items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -108,6 +108,7 @@ def test_every_command_of_a_page_runs(
     place: Path,
     judge_server: JudgeServer,
     tmp_path: Path,
+    all_cores: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -51,8 +51,9 @@ class Rank(World):
         parts = [part.chunk(self.size)[self.rank].clone() for part in self.each(flat.clone())]
         return lambda: parts
 
-    def join(self, part: Tensor) -> Tensor:
-        return torch.cat(self.each(part.clone()))
+    def join(self, flat: Tensor) -> None:
+        own = flat.chunk(self.size)[self.rank]
+        flat.copy_(torch.cat(self.each(own.clone())))
 
 
 def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:

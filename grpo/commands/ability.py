@@ -30,6 +30,8 @@ def run(options: argparse.Namespace, resolve: Callable[[], Config]) -> int:
     if len(options.players) > 1:
         names = " ".join(options.players)
         raise ValueError(f"{names}: accepted is one checkpoint with --ability, and with --against its base")
+    if options.save_dialogues:
+        raise ValueError("--save-dialogues: accepted without --ability, which holds no dialogues")
     path = Path(options.players[0])
     recipe = options.recipe or run_of(path)
     options.recipe = str(recipe or "deal")  # whose defaults serve where no game is named

@@ -20,8 +20,9 @@ from duologue.grpo.commands.records import Record, with_numbers
 from duologue.grpo.run_dir import finite
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.game import Game, Persona
-from duologue.rollout.judge.questions import AGREEMENT, Case, Prompt
-from duologue.rollout.selfplay.dialogue import POLICY
+from duologue.rollout.judge.questions import AGREEMENT, SCORE, Prompt
+from duologue.rollout.selfplay.dialogue import POLICY, RECORDED, Turn
+from duologue.rollout.selfplay.question import case_of
 
 PART = 128  # dialogues of a part
 SHORT = ("entropy",)
@@ -87,6 +88,7 @@ def why_untrained(record: Record, turn: Record, grpo: Mapping[str, Any]) -> str:
         (player != POLICY, f"said by {player}, not by the policy"),
         (turn["logprobs"] is None, "not sampled"),
         (record["stage"] != "selfplay", "not of training: nothing is learned from it"),
+        (record.get("dropped"), "of a group that taught nothing and was played again"),
         (record["reward"] is None, "the dialogue is unscored"),
         (kind not in grpo["train_kinds"], f"of kind {kind}, which grpo.train_kinds leaves out"),
         (turn["role"] == 1 and grpo["train_roles"] == "first", "side 2, which grpo.train_roles leaves out"),
@@ -203,6 +205,7 @@ class Dialogues:
     def _words(self, record: Record, shown: Record) -> Record:
         personas, advantage = record["personas"], record.get("advantage")
         told, scenario = shown["told"], record["scenario"]
+        by_turn = iter(record.get("turn_advantages", ()))  # of those that were spoken, with credit by turn
         turns = [
             {
                 "side": turn["role"],
@@ -210,7 +213,9 @@ class Dialogues:
                 "text": turn["text"],
                 "n": len(turn["token_ids"]),
                 "why": why_untrained(record, turn, self.grpo),
-                "advantage": advantage[turn["role"]] if advantage else None,
+                "advantage": next(by_turn, advantage[turn["role"]])
+                if advantage and turn["kind"] != "prompt"
+                else None,
             }
             for turn in record["turns"]
         ]
@@ -237,13 +242,10 @@ class Dialogues:
         kind = asked["kind"]
         if kind not in self.prompts:
             return asked
-        said = record["turns"][: asked["turns"]]
-        case = Case(
-            dilemma=record["scenario"].get("shared", ""),
-            personas=tuple(Persona(**persona) for persona in record["personas"]),
-            turns=tuple((turn["role"], turn["text"]) for turn in said if turn["kind"] != "final"),
-            completion="".join(turn["text"] for turn in said if turn["kind"] == "final"),
-        )
+        said = [Turn(**{name: turn[name] for name in RECORDED}) for turn in record["turns"][: asked["turns"]]]
+        unfinished = kind == SCORE and all(turn.kind != "final" for turn in said)
+        personas = tuple(Persona(**persona) for persona in record["personas"])
+        case = case_of(record["scenario"].get("shared", ""), personas, said, unfinished)
         places = self.prompts[kind].places(case, self._show_dialogue or kind == AGREEMENT)
         return {**asked, "places": places}
 
@@ -260,6 +262,7 @@ class Dialogues:
             "group": group,
             "number": number,
             "verdict": words["verdict"],
+            "dropped": bool(record.get("dropped")),
             "agreed": bool((record["outcome"] or {}).get("agreed")),
             "reward0": reward[0],
             "reward1": reward[1],
@@ -279,7 +282,7 @@ class Dialogues:
         evaluation have the same place in the evaluations of other policies.
         """
         scenario, is_training = record["scenario"]["id"], record["stage"] == "selfplay"
-        at = (record["step"], record["stage"], record.get("policy"))
+        at = (record["step"], record["stage"], record.get("policy"), record.get("dropped"))
         follows = is_training and self._last == (at, scenario) and self._size < int(self.grpo["group_size"])
         if self._last[:1] != (at,):
             self._number = 0

@@ -119,7 +119,13 @@
     const member = members.indexOf(i) + 1;
     const of = list.number[i] + 1;
     if (list.stage[i] === "selfplay")
-      return "step " + list.step[i] + ", group " + of + ", dialogue " + member + " of " + members.length;
+      return (
+        "step " +
+        list.step[i] +
+        (list.dropped[i] ? ", dropped group " : ", group ") +
+        of +
+        (", dialogue " + member + " of " + members.length)
+      );
     return (
       (isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i)) + ", context " + of
     );
@@ -473,8 +479,9 @@
 
   function advantages(d) {
     const of = [0, 1].map((side) => {
-      const turn = d.turns.find((t) => t.side === side && t.why === "" && t.advantage !== null);
-      return turn ? plus(turn.advantage, 3) : "–";
+      const own = d.turns.filter((t) => t.side === side && t.why === "" && t.advantage !== null);
+      const values = new Set(own.map((t) => t.advantage));
+      return values.size ? (values.size > 1 ? "by turn" : plus(own[0].advantage, 3)) : "–";
     });
     return of[0] === of[1] ? of[0] : of.join(" : ");
   }
@@ -734,7 +741,10 @@
         "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " +
           part(r.entropy),
       ],
-      ["Advantage", "Recorded for each side of a dialogue; all trained tokens of the side have it."],
+      [
+        "Advantage",
+        "Recorded for each side of a dialogue, or for each turn (grpo.credit); all its trained tokens have it.",
+      ],
       [
         "Trained",
         "Computed here from the run's settings by the rule that masks rows: sampled by the policy, in a turn of grpo.train_kinds, on a side of grpo.train_roles, in a dialogue that is scored. Rows whose advantage is 0 count, but have no gradient unless a KL or entropy term is on.",

@@ -53,7 +53,8 @@ def _alone(options: argparse.Namespace, config: Config) -> int:
     path = Path(options.players[0])
     model, tokenizer = load_policy(latest_checkpoint(path) or path, config)
     game = build_game(config)
-    metrics, _ = evaluate(build_engine(config, model), tokenizer, game, config, None)
+    metrics, dialogues = evaluate(build_engine(config, model), tokenizer, game, config, None)
+    _write_dialogues(options, [d.record(stage="eval") for d in dialogues])
     Progress(measures=game.measures_among(metrics)).results({path.name: metrics}, conditions(config))
     return _write(options, {**_settings(config), **metrics})
 
@@ -62,6 +63,8 @@ def _dilemmas(options: argparse.Namespace, config: Config) -> int:
     """Both held-out sets, greedy and sampled, and the answers of another checkpoint beside them."""
     if options.greedy:
         raise ValueError("--greedy: dilemmas are always measured both greedy and sampled (eval.temperature)")
+    if options.save_dialogues:
+        raise ValueError("--save-dialogues: accepted is a game whose rules score it; dilemmas write --json")
     if len(options.players) > 1:
         accepted = "one checkpoint with dilemmas, and with --against another"
         raise ValueError(f"{' '.join(options.players)}: accepted is {accepted}")
@@ -88,6 +91,21 @@ def _write(options: argparse.Namespace, measures: Row) -> int:
     return 0
 
 
+def _records(held: CrossPlay) -> list[Row]:
+    return [
+        d.record(stage="eval", between=[pairing.first.name, pairing.second.name])
+        for pairing in held.pairings
+        for d in pairing.held
+    ]
+
+
+def _write_dialogues(options: argparse.Namespace, records: Iterable[Row]) -> None:
+    """The file that --save-dialogues names, a line each as in a run's dialogues.jsonl."""
+    if options.save_dialogues:
+        lines = [json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records]
+        write_file(options.save_dialogues, "".join(lines).encode())
+
+
 # ---- players of a game with rules --------------------------------------------------------------------------
 
 
@@ -107,9 +125,11 @@ def _together(options: argparse.Namespace, config: Config) -> int:
             for other in others:
                 console.print(duel(held, player, other))
                 rows.append(duel_row(held, player, other))
+        _write_dialogues(options, _records(held))
         return _write(options, {"against": options.against, **_settings(config), "compared": rows})
     for key, measure in game.compared.items():
         console.print(matrix(held, key, measure))
+    _write_dialogues(options, _records(held))
     return _write(options, {**_settings(config), "pairings": matrix_rows(held)})
 
 

@@ -56,6 +56,12 @@ CHARTS: tuple[tuple[str, str, dict[str, str], bool], ...] = (
         {"no_variance_share": "of all", "clip_share": "clipped tokens"},
         True,
     ),
+    (
+        "selfplay",
+        "Groups that teach nothing",
+        {"flat_share_before": "as drawn", "flat_share_after": "after grpo.resample"},
+        True,
+    ),
     ("selfplay", "Gradient norm", {"grad_norm": "before clipping"}, False),
     ("imitation", "Imitation loss", {"loss": "nats per token"}, False),
 )
@@ -145,7 +151,8 @@ def _dialogues(path: Path) -> tuple[dict[str, list[Record]], list[Record]]:
     recent: deque[Record] = deque(maxlen=SHOWN)
     for record in iter_lines(path):
         if record["stage"] != "eval":
-            recent.append(record)
+            if not record.get("dropped"):
+                recent.append(record)
             continue
         of_policy = policies.setdefault(record["policy"], [])
         if of_policy and of_policy[0]["step"] != record["step"]:

@@ -88,7 +88,7 @@ class TextGame(Game):
             self._make = user_game.find(named)
         user_game.check_options(self._make, named, self.settings.options)
         opening = self.begin(0)
-        self.has_script = opening.can("script")
+        self.has_script, self.has_step_scores = opening.can("script"), opening.can("scores_so_far")
 
     def begin(self, seed: int) -> Match:
         return Match(self._make, self.settings.name, self.settings.options, seed)

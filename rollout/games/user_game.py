@@ -6,8 +6,8 @@
     scores() -> (float, float)  of side 0 and side 1, once it is done
 
 What it may have besides: told(side) -> what a side knows before anything is said; legal() -> the moves that
-are open, or None for any text; summary() -> measures by name; script(side, rng) -> what a scripted side
-would say now.
+are open, or None for any text; scores_so_far() -> the scores as they stand before the next move; summary() ->
+measures by name; script(side, rng) -> what a scripted side would say now.
 """
 
 from __future__ import annotations
@@ -188,6 +188,11 @@ class Match:
         text: str = self._checked("script", said, "a text", _is_text)
         return text
 
+    def scores_so_far(self) -> tuple[float, float]:
+        """Of both sides, as they stand before the next move."""
+        with self._own_generators():
+            return self._scores("scores_so_far")
+
     def can(self, method: str) -> bool:
         """Whether the game has it."""
         return callable(getattr(self._game, method, None))
@@ -202,9 +207,12 @@ class Match:
         self.legal = None if legal is None else list(legal)
 
     def _finish(self) -> None:
-        scores = self._checked("scores", self._call("scores"), "two finite numbers", _are_scores)
-        self.scores = float(scores[0]), float(scores[1])
+        self.scores = self._scores("scores")
         self.summary = self._summary()
+
+    def _scores(self, method: str) -> tuple[float, float]:
+        scores = self._checked(method, self._call(method), "two finite numbers", _are_scores)
+        return float(scores[0]), float(scores[1])
 
     def _told(self, side: int) -> str:
         told = self._call("told", side) if self.can("told") else ""

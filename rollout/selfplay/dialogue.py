@@ -144,6 +144,11 @@ class Dialogue:
     outcome: Outcome | None = None
     reward: tuple[float, float] | None = None
     advantage: tuple[float, float] | None = None
+    # Before each turn that was spoken, where they are noted: the scores as they stood.
+    so_far: tuple[tuple[float, float], ...] = ()
+    # From each of these on: the reward less what those scores are worth.
+    returns: tuple[tuple[float, float], ...] = ()
+    turn_advantages: tuple[float, ...] = ()  # of the same turns, 0 where nothing is trained
     weights_version: int = 0
     asked: Sequence[Asked] = ()
 
@@ -159,6 +164,7 @@ class Dialogue:
         for name in ("rounds", "reason"):
             if outcome and outcome[name] in (None, ""):
                 del outcome[name]
+        by_turn = {name: getattr(self, name) for name in ("so_far", "returns", "turn_advantages")}
         more = {"asked": [asdict(asked) for asked in self.asked]} if by_token and self.asked else {}
         return {
             **extra,
@@ -171,15 +177,30 @@ class Dialogue:
             "advantage": self.advantage,
             "weights_version": self.weights_version,
             "players": self.players,
+            **{name: values for name, values in by_turn.items() if values},
         }
+
+    @property
+    def spoken(self) -> list[Turn]:
+        """The turns without what a game told the sides."""
+        return [turn for turn in self.turns if turn.kind != "prompt"]
 
 
 @dataclass(kw_only=True, slots=True)
 class Group:
-    """The G dialogues of one scenario with one first speaker: the unit of the group-relative advantage."""
+    """The G dialogues of one scenario with one first speaker: the unit of the group-relative advantage.
+
+    `dropped` were played before in its place, from other scenarios; nothing was to be learned in them.
+    """
 
     scenario: Scenario
     dialogues: list[Dialogue]
+    dropped: tuple[Group, ...] = ()
+
+    @property
+    def drawn(self) -> Group:
+        """The one that was played first: nothing that came of a group has chosen it."""
+        return self.dropped[0] if self.dropped else self
 
 
 def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
@@ -189,3 +210,13 @@ def assign_rewards(game: Game, dialogues: Iterable[Dialogue]) -> None:
     for dialogue in dialogues:
         if dialogue.outcome is not None:  # else an opponent's server gave no answer
             dialogue.reward = game.rewards(dialogue.scenario, dialogue.outcome)
+        if dialogue.reward is not None:
+            dialogue.returns = tuple(_to_go(game, dialogue, scores) for scores in dialogue.so_far)
+
+
+def _to_go(game: Game, dialogue: Dialogue, scores: tuple[float, float]) -> tuple[float, float]:
+    """What the reward is more than that of a dialogue that ends with these scores."""
+    worth, reward = game.rewards(dialogue.scenario, Outcome(agreed=True, scores=scores)), dialogue.reward
+    assert worth is not None
+    assert reward is not None
+    return reward[0] - worth[0], reward[1] - worth[1]

@@ -55,6 +55,8 @@ def deliberation(talk: Talk) -> Protocol:
     game: DilemmaGame = talk.game
     agreed, rounds = game.alone, 0
     while not agreed and rounds < talk.rules.max_rounds and not talk.left():
+        if not (yield from _judged_so_far(talk)):
+            return game.outcome(rounds, failure=UNSCORED)
         for _ in range(2):
             (said,) = yield [talk.turn((talk.first + len(talk.turns)) % 2)]
             if said is None:
@@ -67,11 +69,23 @@ def deliberation(talk: Talk) -> Protocol:
             return game.outcome(rounds, failure=UNSCORED)
         agreed = answer["agreed"]
     if agreed or talk.rules.always_final:
+        if not (yield from _judged_so_far(talk)):
+            return game.outcome(rounds, failure=UNSCORED)
         yield [talk.turn(talk.players.index(POLICY), FINAL, draw="final")]
     if not agreed:
         return game.outcome(rounds, failure=NO_AGREEMENT)
     (answer,) = yield [talk.question(SCORE)]
     return game.outcome(rounds, agreed, None if answer else UNSCORED, answer)
+
+
+def _judged_so_far(talk: Talk) -> Generator[Requests, Any, bool]:
+    """Have the judge score the talk as it stands, where that is asked for; False where nobody answered."""
+    if talk.rules.step_scores and talk.turns:
+        (answer,) = yield [talk.question(SCORE, unfinished=True)]
+        if answer is None:
+            return False
+        talk.standing = talk.game.outcome(0, answer=answer).scores
+    return True
 
 
 def text_game(talk: Talk) -> Protocol:
@@ -84,6 +98,8 @@ def text_game(talk: Talk) -> Protocol:
             return game.outcome(match, UNFINISHED)
         if not talk.tell(match.side, match.text):
             return game.outcome(match, FULL)
+        if talk.rules.step_scores:
+            talk.standing = match.scores_so_far()
         (said,) = yield [talk.turn(match.side, legal=match.legal)]
         if said is None:
             return None

@@ -34,6 +34,7 @@ class Rules:
     )
     final_top_p: float = setting(0.0, "of a final statement; 0: as top_p", least=0, most=1)
     first_speaker: str = setting("random", "side that speaks first", one_of=("random", "first", "alternate"))
+    step_scores: bool = False  # no key: the score is noted before each turn, as it stands (grpo.credit)
     always_final: bool = False  # no key: a final is written, not scored, where a judge saw no agreement too
 
     def __post_init__(self) -> None:

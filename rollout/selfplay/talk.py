@@ -9,7 +9,6 @@ from typing import Any
 from duologue.rollout.engine.engine import Branch
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Outcome, Scenario
-from duologue.rollout.judge.questions import Case
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import (
@@ -23,13 +22,13 @@ from duologue.rollout.selfplay.dialogue import (
     Turn,
     View,
 )
-from duologue.rollout.selfplay.question import Question
+from duologue.rollout.selfplay.question import Question, case_of
 from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers
 
 
 class Talk:
     """A protocol reads `game`, `rules`, `scenario`, `first`, `players` and `turns`, and waits for what
-    `turn` and `question` make.
+    `turn` and `question` make. With `rules.step_scores` it keeps the scores as they stand in `standing`.
     """
 
     def __init__(
@@ -50,6 +49,8 @@ class Talk:
         self.players = [POLICY, POLICY]
         if opponent is not None:
             self.players[opponent.role] = opponent.name
+        self.standing = 0.0, 0.0
+        self._so_far: list[tuple[float, float]] = []  # `standing` before each turn that was spoken
         self._left = False
         self.protocol: Generator[Any, Any, Outcome | None]  # it waits for `requests`
         self.requests: Sequence[Speak | Question] = ()
@@ -154,14 +155,9 @@ class Talk:
             branch.append(view.token_ids[len(branch) :])
         return view, branch
 
-    def question(self, kind: str) -> Question:
-        """A question to the judge about what was said so far."""
-        case = Case(
-            dilemma=self.scenario.shared_text,
-            personas=self.scenario.personas,
-            turns=tuple((turn.role, turn.text) for turn in self.turns if turn.kind != "final"),
-            completion="".join(turn.text for turn in self.turns if turn.kind == "final"),
-        )
+    def question(self, kind: str, unfinished: bool = False) -> Question:
+        """A question to the judge about what was said so far; `unfinished`: this is what it is to score."""
+        case = case_of(self.scenario.shared_text, self.scenario.personas, self.turns, unfinished)
         return Question(kind=kind, case=case, turns=len(self.turns))
 
     def _hear(self, asked: Speak, completion: Completion | None) -> str | None:
@@ -175,6 +171,7 @@ class Talk:
             version = completion.weights_version
             assert self._version in (-1, version), "the weights changed within a dialogue"
             self._version = version
+        self._so_far.append(self.standing)
         ids, logprobs = completion.token_ids, completion.logprobs or None
         support = completion.supports if logprobs else None
         opponent = self.players[asked.role] != POLICY
@@ -205,6 +202,7 @@ class Talk:
             view_roles=tuple(role for role, _ in self._views),
             players=(self.players[0], self.players[1]),
             outcome=outcome,
+            so_far=tuple(self._so_far) if self.rules.step_scores else (),
             weights_version=self._version,
             asked=self._asked,
         )

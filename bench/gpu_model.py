@@ -1,0 +1,302 @@
+"""What the kernels as they are should reach on one H200: a roofline over every launch of a decode step, of a
+prefill and of an update, predicted without a GPU.
+
+    python -m bench.gpu_model [--models 0.6B,4B,8B] [--json] [--save] [--launches]      from the root
+
+Launches, bytes and FLOPs are counted by bench/gpu_count.py from the real code on tensors without memory.
+"roofline" takes each launch at the chip's rates alone. "predicted" adds what kernels of this form lose: whole
+waves of blocks over the multiprocessors, with what a block reads out of the L2 cache; the gap between two
+launches; the share of a rate that such kernels reach, an estimate from their compiled code (SHARES); and the
+host. None of it was measured on a GPU: --save appends to bench/results/gpu_model.csv as "predicted".
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from duologue.grpo.optimizer import Optimizer
+from duologue.kernels import ops
+from duologue.model.decoder import Decoder, PackedAttention
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
+from duologue.rollout.engine.attention import PagedAttention
+from duologue.rollout.engine.engine import Engine
+from duologue.rollout.engine.sequence import SamplingParams
+
+from bench.common import append_rows
+from bench.gpu_count import Launch, counted
+from bench.models import QWEN3, random_qwen3
+
+# One H200. The first two are what a copy of 2 GiB and a product of 8,192^3 reach (bench/gpu_suite.py prints
+# them); the data sheet has 4.8e12 and 989e12.
+HBM = 4.3e12  # bytes per second
+FLOPS = 790e12  # of bf16 products, per second
+MULTIPROCESSORS = 132  # data sheet
+L2 = 5.5e12  # bytes per second out of the cache: microbenchmarks of the H100, which has the same
+GRAPH_GAP = (
+    1.3e-6  # seconds between dependent kernels of a CUDA graph: NVIDIA, "Constant time launch ...", 2024
+)
+EAGER_LAUNCH = 6e-6  # seconds of host time per launch of PyTorch's dispatcher
+OUR_LAUNCH = 25e-6  # of one of our kernels, with its checks and its autograd node
+HOST_STEP = 1.2e-3  # of a decode step of 256 rows: ten milliseconds per call of eight steps
+SHARES = {  # of the rate that bounds a kernel
+    "linear_kernel": 0.6,  # cp.async, 3 stages, masks, not persistent
+    "attention_kernel": 0.45,  # one block per multiprocessor, a table load before every tile
+    "grad_query_kernel": 0.2,
+    "grad_key_kernel": 0.2,
+    "_varlen_attn": 0.6,
+    "_varlen_attn_backward": 0.45,
+    "mm": 0.9,
+    "addmm": 0.9,
+}
+OTHERS = 0.8
+
+ROWS, CONTEXT, PAGE = 256, 512, 64  # of a decode step
+PREFILL = 8_192  # tokens of a step
+TOKENS, LENGTH = 16_384, 1_024  # of a micro-batch and of its rows, half of whose tokens are trained
+PARTS = 8  # micro-batches of an update
+RANK = 32
+GOALS = {  # tokens per second: rollout, update
+    ("0.6B", 0): (48_000, 120_000),
+    ("4B", 0): (26_000, 22_000),
+    ("8B", 0): (20_000, 0),  # whose update does not fit one device
+    ("8B", RANK): (20_000, 12_000),
+}
+
+
+class Cost(NamedTuple):
+    """Of launches: what they ask for, and seconds by the rates alone and with what kernels lose."""
+
+    launches: int
+    ours: int  # of them by Triton
+    bytes: float
+    flops: float
+    roofline: float
+    predicted: float
+
+    def times(self, n: float) -> Cost:
+        return Cost(*(round(x * n) if i < 2 else x * n for i, x in enumerate(self)))  # type: ignore[arg-type]
+
+    def plus(self, other: Cost) -> Cost:
+        return Cost(*(a + b for a, b in zip(self, other, strict=True)))  # type: ignore[arg-type]
+
+
+def roofline(launch: Launch) -> float:
+    """Seconds at the chip's rates."""
+    return max(launch.bytes / HBM, launch.flops / FLOPS)
+
+
+def predicted(launch: Launch) -> float:
+    """Seconds of the launch alone, without the gap behind it."""
+    of_blocks = 0.0
+    if launch.loads:
+        waves = -(-launch.programs // MULTIPROCESSORS)
+        rate = FLOPS / MULTIPROCESSORS
+        of_blocks = waves * max(launch.flops / launch.programs / rate, launch.loads * MULTIPROCESSORS / L2)
+    return max(roofline(launch) / SHARES.get(launch.name, OTHERS), of_blocks)
+
+
+def cost(launches: Sequence[Launch], gap: float) -> Cost:
+    """`gap` seconds behind each launch."""
+    return Cost(
+        len(launches),
+        sum(launch.programs > 0 for launch in launches),
+        sum(launch.bytes for launch in launches),
+        sum(launch.flops for launch in launches),
+        sum(map(roofline, launches)),
+        sum(map(predicted, launches)) + gap * len(launches),
+    )
+
+
+# ---- what is run -------------------------------------------------------------------------------------------
+
+
+def model_of(name: str, layers: int, rank: int, exact: bool) -> Decoder:
+    hidden, inner, _, heads = QWEN3[name]
+    shape = {"hidden": hidden, "inner": inner, "layers": layers, "heads": heads, "tied": name != "8B"}
+    model: Decoder = random_qwen3("meta", torch.bfloat16, **shape)
+    if rank:
+        model = LoraDecoder(model, new_adapter(model, LoraSettings(rank=rank, base=""), 0))
+    model.use_exact(exact)
+    return model
+
+
+def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype, device="meta")
+
+
+def decode(model: Decoder) -> list[Launch]:
+    """A step of the engine's own loop: ROWS requests with CONTEXT tokens each, none truncated."""
+
+    def run() -> None:
+        engine = Engine(model, page_size=PAGE, cache_tokens=ROWS * (CONTEXT + 2 * PAGE), decode_steps=8)
+        engine._weights_seen = engine._weights_counter()
+        requests = []
+        for i in range(ROWS):
+            branch = engine.open([i] * CONTEXT)
+            requests.append(engine.start(branch, SamplingParams(max_new_tokens=PAGE, seed=i)))
+            engine._scheduler.grow(branch, CONTEXT + PAGE // 2)
+            branch.n_cached = CONTEXT - 1
+        loop: Any = engine._runner.loop
+        assert engine._runner.kv is loop.kv
+        buckets.append(loop._filled(requests))
+
+    buckets: list[Any] = []
+    counted(run)
+    return counted(torch.no_grad()(buckets[0].step), [(1, CONTEXT)] * ROWS)
+
+
+def prefill(model: Decoder) -> list[Launch]:
+    """A step of PREFILL tokens, whole prompts of CONTEXT tokens."""
+    S = PREFILL // CONTEXT
+    pages = S * CONTEXT // PAGE
+    config = model.config
+    shape = (config.num_layers, 2, pages, PAGE, config.num_kv_heads, config.head_dim)
+    attention = PagedAttention(
+        kv=zeros(*shape, dtype=torch.bfloat16),
+        slots=zeros(PREFILL),
+        block_table=zeros(S, pages // S, dtype=torch.int32),
+        cu_seqlens=zeros(S + 1, dtype=torch.int32),
+        context_lens=zeros(S, dtype=torch.int32),
+        scale=model.scale,
+    )
+    run = torch.no_grad()(partial(model.hidden, zeros(PREFILL), zeros(PREFILL), attention))
+    return counted(run, [(CONTEXT, CONTEXT)] * S)
+
+
+def gradient(model: Decoder) -> list[Launch]:
+    """A micro-batch: forward, loss and backward, and what the optimizer does after it."""
+    S = TOKENS // LENGTH
+    for parameter in model.parameters():
+        parameter.grad = None
+    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0)
+    for master in optimizer.masters.values():  # of the micro-batches before
+        master.grad = torch.zeros_like(master)
+
+    def run() -> None:
+        attention = PackedAttention(zeros(S + 1, dtype=torch.int32), model.scale, model.exact)
+        hidden = model.hidden(zeros(TOKENS), zeros(TOKENS), attention, model.rows(0))
+        before = hidden.index_select(0, zeros(TOKENS // 2))
+        loss = ops.linear_policy_loss(
+            before, model.head_weight, zeros(TOKENS // 2), lambda logp, *_: logp.sum(), exact=model.exact
+        ).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.accumulate()
+
+    return counted(run, [(LENGTH, LENGTH)] * S)
+
+
+def trained(model: Decoder) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def whole(run: Callable[[Decoder], list[Launch]], name: str, rank: int, exact: bool, gap: float) -> Cost:
+    """Of all layers, which are alike: counted with one and with two."""
+    one, two = (cost(run(model_of(name, layers, rank, exact)), gap) for layers in (1, 2))
+    return one.plus(two.plus(one.times(-1)).times(QWEN3[name][2] - 1))
+
+
+def stepping(name: str, rank: int) -> float:
+    """Bytes of the optimizer's step: the norm and the clipping of fp32 gradients, AdamW on masters and two
+    moments, and weights written back.
+    """
+    one, two = (trained(model_of(name, layers, rank, exact=True)) for layers in (1, 2))
+    parameters = one + (two - one) * (QWEN3[name][2] - 1)
+    return parameters * (4.0 + 8.0 + (4 + 3 * 8) + (4 + 2))
+
+
+# ---- rates -------------------------------------------------------------------------------------------------
+
+
+def rates(name: str, rank: int, exact: bool) -> Iterator[dict[str, Any]]:
+    """Rows of the table."""
+    goals = GOALS.get((name, rank), (0, 0))
+    of_model = {"model": name, "rank": rank, "exact": exact}
+
+    def row(stage: str, tokens: int, found: Cost, ideal: float, seconds: float, goal: int) -> dict[str, Any]:
+        return {
+            **of_model,
+            "stage": stage,
+            "launches": found.launches,
+            "gbytes": round(found.bytes / 1e9, 3),
+            "tflops": round(found.flops / 1e12, 3),
+            "roofline_tokens_per_s": round(tokens / ideal),
+            "predicted_tokens_per_s": round(tokens / seconds),
+            "goal": goal or "",
+            "kind": "predicted",
+            "chip": "H200",
+        }
+
+    found = whole(decode, name, rank, exact, GRAPH_GAP)
+    seconds = found.predicted + HOST_STEP
+    yield row("decode", ROWS, found, found.roofline, seconds, goals[0])
+    found = whole(prefill, name, rank, exact, 0.0)
+    yield row("prefill", PREFILL, found, found.roofline, eager(found), 0)
+    found = whole(gradient, name, rank, exact, 0.0)
+    step = stepping(name, rank) / HBM / PARTS
+    yield row("update", TOKENS, found, found.roofline + step, eager(found) + step / OTHERS, goals[1])
+
+
+def eager(found: Cost) -> float:
+    """Seconds of launches that the host makes one by one: its own time where that is longer."""
+    host = found.ours * OUR_LAUNCH + (found.launches - found.ours) * EAGER_LAUNCH
+    return max(found.predicted, host)
+
+
+def launches_of_layer(name: str, rank: int, exact: bool) -> Counter[str]:
+    """Launches of one layer in a decode step, by name."""
+    one, two = (decode(model_of(name, layers, rank, exact)) for layers in (1, 2))
+    found = Counter(launch.name for launch in two)
+    found.subtract(launch.name for launch in one)
+    return +found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| model | trained | exact | | launches | GB | TFLOP | roofline tok/s | predicted tok/s | goal |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        trained = f"LoRA {r['rank']}" if r["rank"] else "all"
+        sizes = f"{r['launches']:,} | {r['gbytes']:,.1f} | {r['tflops']:,.1f}"
+        speeds = f"{r['roofline_tokens_per_s']:,} | {r['predicted_tokens_per_s']:,}"
+        goal = f"{r['goal']:,}" if r["goal"] else ""
+        exact = "yes" if r["exact"] else "no"
+        lines.append(f"| {r['model']} | {trained} | {exact} | {r['stage']} | {sizes} | {speeds} | {goal} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="0.6B,4B,8B", help="with commas")
+    parser.add_argument("--launches", action="store_true", help="only those of a layer's decode step")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
+    parser.add_argument("--save", action="store_true", help="append to bench/results/gpu_model.csv")
+    args = parser.parse_args()
+    models = args.models.split(",")
+    if unknown := [name for name in models if name not in QWEN3]:
+        parser.error(f"--models {unknown[0]}: accepted are {', '.join(QWEN3)}")
+    if args.launches:
+        for name, exact in ((name, exact) for name in models for exact in (True, False)):
+            found = launches_of_layer(name, 0, exact)
+            print(f"{name} exact={exact}: {found.total()} launches: {dict(found)}")
+        return
+    cases = [(name, rank, exact) for name in models for rank in (0, RANK) for exact in (True, False)]
+    rows = [row for case in cases for row in rates(*case)]
+    print(json.dumps(rows) if args.json else table(rows))
+    if args.save:
+        append_rows("gpu_model", rows)
+
+
+if __name__ == "__main__":
+    main()
