@@ -239,25 +239,6 @@ def test_rounds_agreement_final_and_score(table: Any, tokenizer: Tokenizer, firs
     assert len(endings) > 2
 
 
-def test_what_the_judge_was_asked_is_kept_and_can_be_written_again(table: Any, plain: Tokenizer) -> None:
-    here = table(plain)
-    shown = Dialogues(DilemmaGame, {"grpo": {}}, None, here.judge.prompts)
-    for d in every(here.play(n=3)):
-        assert d.outcome is not None
-        rounds = [(AGREEMENT, 2 * n) for n in range(1, d.outcome.rounds + 1)]
-        last = [("score", len(d.turns))] if d.outcome.agreed else []
-        assert [(each.kind, each.turns) for each in d.asked] == rounds + last
-        assert all(each.seconds >= 0 for each in d.asked)
-        record = d.record(by_token=True)
-        assert "asked" not in d.record()
-        for each in record["asked"]:
-            places = shown._asked(record, each)["places"]
-            text = fill(here.judge.prompts[each["kind"]].template, places)
-            assert (each["kind"], text) in here.backend.asked
-            if each["kind"] == AGREEMENT:
-                assert each["answer"] == {"agreed": answer(text)["agreed"]}
-
-
 def test_credit_by_turn_has_the_talk_scored_before_each_round_and_the_final(
     table: Any, tokenizer: Tokenizer
 ) -> None:
@@ -284,6 +265,25 @@ def test_a_talk_whose_score_nobody_gives_before_its_end_is_unscored(table: Any, 
     for d in every(here.play()):
         assert d.reward is None
         assert len(d.turns) == 2
+
+
+def test_what_the_judge_was_asked_is_kept_and_can_be_written_again(table: Any, plain: Tokenizer) -> None:
+    here = table(plain)
+    shown = Dialogues(DilemmaGame, {"grpo": {}}, None, here.judge.prompts)
+    for d in every(here.play(n=3)):
+        assert d.outcome is not None
+        rounds = [(AGREEMENT, 2 * n) for n in range(1, d.outcome.rounds + 1)]
+        last = [("score", len(d.turns))] if d.outcome.agreed else []
+        assert [(each.kind, each.turns) for each in d.asked] == rounds + last
+        assert all(each.seconds >= 0 for each in d.asked)
+        record = d.record(by_token=True)
+        assert "asked" not in d.record()
+        for each in record["asked"]:
+            places = shown._asked(record, each)["places"]
+            text = fill(here.judge.prompts[each["kind"]].template, places)
+            assert (each["kind"], text) in here.backend.asked
+            if each["kind"] == AGREEMENT:
+                assert each["answer"] == {"agreed": answer(text)["agreed"]}
 
 
 def test_a_final_is_always_written_in_evaluation_but_scored_only_after_an_agreement(

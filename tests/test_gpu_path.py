@@ -403,3 +403,30 @@ def test_a_loop_owns_its_stream_and_the_pool_of_its_graphs(monkeypatch: pytest.M
     assert again[0][2] is None
     assert all(pool is not None for *_, pool in again[1:])
     assert {id(captured) for _, captured, _ in again} == {id(graphs.captures[0][1])}
+
+
+def test_a_prefill_leaves_the_graph_of_those_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that come while others decode: these go on by so many steps in the same step, with the same
+    draws.
+    """
+    monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
+    Graphs(monkeypatch)
+    model = decoder(vocab_size=70)
+    prompts = [[1, 2, 3], [4, 4], [5, 6], [7] * 20, [8, 9]]
+    params = [SamplingParams(max_new_tokens=14 - i, seed=i) for i in range(5)]
+    plain = drawn(Engine(model, decode_steps=1).generate(prompts, params))
+    engine = Engine(model, decode_steps=4)
+    loop: Any = engine._runner.loop
+    loop.capture = True
+    branches = [engine.open(prompt) for prompt in prompts]
+    requests = [engine.start(branch, how) for branch, how in zip(branches[:3], params, strict=False)]
+    engine.step()
+    assert [len(r.completion.token_ids) for r in requests] == [1, 1, 1]
+    engine.step()
+    requests += [engine.start(branch, how) for branch, how in zip(branches[3:], params[3:], strict=True)]
+    before = engine.stats.decode_tokens
+    engine.step()
+    assert [len(r.completion.token_ids) for r in requests] == [9, 9, 9, 1, 1]
+    assert engine.stats.decode_tokens == before + 12
+    engine.run()
+    assert drawn([r.completion for r in requests]) == plain

@@ -79,6 +79,17 @@ class Pieces:
         return texts
 
 
+def turn_advantages(record: Record) -> list[float | None]:
+    """Of each turn its own, with credit by turn, or that of its side."""
+    own, of_sides = iter(record.get("turn_advantages", ())), record.get("advantage")
+    found = []
+    for turn in record["turns"]:
+        by_turn = next(own, None) if turn["kind"] != "prompt" else None
+        of_side = of_sides[turn["role"]] if of_sides else None
+        found.append(of_side if by_turn is None else by_turn)
+    return found
+
+
 def why_untrained(record: Record, turn: Record, grpo: Mapping[str, Any]) -> str:
     """Why no update has a turn's tokens, "" where one has: the rule by which rows are masked."""
     player = record.get("players", (POLICY, POLICY))[turn["role"]]
@@ -88,8 +99,8 @@ def why_untrained(record: Record, turn: Record, grpo: Mapping[str, Any]) -> str:
         (player != POLICY, f"said by {player}, not by the policy"),
         (turn["logprobs"] is None, "not sampled"),
         (record["stage"] != "selfplay", "not of training: nothing is learned from it"),
-        (record.get("dropped"), "of a group that taught nothing and was played again"),
         (record["reward"] is None, "the dialogue is unscored"),
+        (record.get("dropped", False), "dropped: its group teaches nothing, another was played in its place"),
         (kind not in grpo["train_kinds"], f"of kind {kind}, which grpo.train_kinds leaves out"),
         (turn["role"] == 1 and grpo["train_roles"] == "first", "side 2, which grpo.train_roles leaves out"),
     )
@@ -203,9 +214,8 @@ class Dialogues:
         return columns
 
     def _words(self, record: Record, shown: Record) -> Record:
-        personas, advantage = record["personas"], record.get("advantage")
+        personas = record["personas"]
         told, scenario = shown["told"], record["scenario"]
-        by_turn = iter(record.get("turn_advantages", ()))  # of those that were spoken, with credit by turn
         turns = [
             {
                 "side": turn["role"],
@@ -213,11 +223,9 @@ class Dialogues:
                 "text": turn["text"],
                 "n": len(turn["token_ids"]),
                 "why": why_untrained(record, turn, self.grpo),
-                "advantage": next(by_turn, advantage[turn["role"]])
-                if advantage and turn["kind"] != "prompt"
-                else None,
+                "advantage": advantage,
             }
-            for turn in record["turns"]
+            for turn, advantage in zip(record["turns"], turn_advantages(record), strict=True)
         ]
         words = {
             "id": scenario["id"],

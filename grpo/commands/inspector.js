@@ -221,7 +221,7 @@
       legend.append(node);
     }
     if (dialogue && dialogue.tokens.some((t) => value(t, measure) === null))
-      legend.append(el("span", { class: "t none", text: "unknown" }));
+      legend.append(el("span", { class: "t none", text: "none" }));
   }
 
   function offerMeasures() {
@@ -341,12 +341,14 @@
     const found = text ? await matching(text, $("where").value) : null;
     if (run !== filterRun) return;
     const [step, outcome, players, of] = ["step", "outcome", "players", "reward-of"].map((id) => $(id).value);
+    const number = $("number").value;
     const [least, most] = ["least", "most"].map((id) => ($(id).value === "" ? null : Number($(id).value)));
     const reward = rewardOf(of);
     shown = [];
     for (let i = 0; i < size; i++) {
       if (found && !found.has(i)) continue;
       if (step && step !== stepKey(i)) continue;
+      if (number && Number(number) !== list.number[i] + 1) continue;
       if (
         outcome === "+"
           ? !list.agreed[i]
@@ -759,9 +761,9 @@
       ],
       [
         "Judge",
-        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens (" +
-          r.asked.toLocaleString("en") +
-          " dialogues have any). A question is written again from the prompt files of the run, as they are now.",
+        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens, here of " +
+          many(r.asked, "dialogue") +
+          ". A question is written again from the prompt files of the run, as they are now.",
       ],
     ];
     if (r.other) {

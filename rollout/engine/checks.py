@@ -55,6 +55,16 @@ def check_stop_strings(strings: Ids[str], decode: Callable[[list[int]], str] | N
                 )
 
 
+def says_stop(token_ids: list[int], strings: Ids[str], decode: Callable[[list[int]], str] | None) -> bool:
+    """Whether the text ends in one of the strings, give or take the rest of the last token."""
+    if not strings:
+        return False
+    assert decode is not None
+    longest = max(map(len, strings))
+    text = decode(token_ids[-(4 * longest + 4) :])  # a character takes four tokens at most
+    return any(s in text for s in strings)
+
+
 def allowed_ids(request: Request, vocab_size: int) -> Ids[int] | None:
     """What `SamplingParams.allow` answers, None for all. When it fails the request has an error."""
     if request.params.allow is None:

@@ -11,12 +11,14 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter
-from duologue.rollout.engine.sequence import BranchState, Draw, Request
+from duologue.rollout.engine.scheduler import Work
+from duologue.rollout.engine.sequence import BranchState, Draws, Request
 from torch import Tensor
 
 RequestSettings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seed, [n]
@@ -26,33 +28,38 @@ RequestSettings = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, 
 class DecodedSteps:
     """What k steps drew for n requests, on the host. Behind its last valid step a row means nothing."""
 
-    tokens: list[list[int]]  # [k][n]
-    logprobs: list[list[float]]  # [k][n]
-    entropies: list[list[float]]  # [k][n]
+    tokens: np.ndarray  # [k, n] int64
+    logprobs: np.ndarray  # [k, n] fp32
+    entropies: np.ndarray  # [k, n] fp32
     support_sizes: np.ndarray  # [k, n] int64: 0 for all tokens, -1 for more than the loop holds
-    support_ids: array[int]  # one support after the other
+    support_ids: np.ndarray  # int32, one support after the other, those of a step together
     seconds: float = 0.0  # blocked in host syncs
     candidate_logprobs: Mapping[int, list[float]] = field(default_factory=dict)  # by row, of the first step
-    _ends: np.ndarray = field(init=False)  # [k, n] of each support in `support_ids`
-
-    def __post_init__(self) -> None:
-        sizes = np.maximum(self.support_sizes, 0)
-        self._ends = sizes.cumsum().reshape(sizes.shape)
 
     def __len__(self) -> int:
         """Steps."""
         return len(self.tokens)
 
-    def overflows(self, step: int, row: int) -> bool:
-        """Whether the support of this draw is unknown, so that a plain step must draw the token again."""
-        return bool(self.support_sizes[step, row] < 0)
+    def rows(self) -> list[Draws]:
+        """Those of each request."""
+        arrays = (self.tokens, self.logprobs, self.entropies, self.support_sizes)
+        columns = (array.T.tolist() for array in arrays)
+        rows = [Draws(*values) for values in zip(*columns, self._supports(), strict=True)]
+        for row, logprobs in self.candidate_logprobs.items():
+            rows[row].candidate_logprobs = logprobs
+        return rows
 
-    def at(self, step: int, row: int) -> Draw:
-        end = int(self._ends[step, row])
-        support = self.support_ids[end - int(self.support_sizes[step, row]) : end]
-        candidates = self.candidate_logprobs.get(row, ()) if step == 0 else ()
-        token, logprob, entropy = self.tokens[step][row], self.logprobs[step][row], self.entropies[step][row]
-        return Draw(token, logprob, entropy, support, candidates)
+    def _supports(self) -> list[array[int]]:
+        """The ids of each request's supports."""
+        sizes = np.maximum(self.support_sizes, 0)
+        if not sizes.any():
+            return [array("i")] * sizes.shape[1]
+        begins = sizes.cumsum().reshape(sizes.shape) - sizes
+        of_row = sizes.T.ravel()
+        ends = of_row.cumsum()
+        at = np.repeat(begins.T.ravel() - (ends - of_row), of_row) + np.arange(ends[-1])
+        parts = np.split(self.support_ids[at], ends.reshape(sizes.T.shape)[:-1, -1])
+        return [array("i", part.tobytes()) for part in parts]
 
 
 class DecodeLoop(ABC):
@@ -82,6 +89,10 @@ class DecodeLoop(ABC):
             r.params.allow is not None or r.params.stop_strings or r.candidates for r in requests
         )
 
+    def parts(self, works: list[Work]) -> list[list[Work]]:
+        """What of a step runs together."""
+        return [works]
+
     @abstractmethod
     def reach(self, left: Sequence[int]) -> int:
         """Steps worth taking when the requests may draw so many tokens each."""
@@ -91,12 +102,13 @@ class DecodeLoop(ABC):
         """`steps` (at most `self.steps`) or fewer, for requests that it takes, whose pages reach so far."""
 
 
-def page_table(branches: Sequence[BranchState]) -> Tensor:
-    """[n, max_pages] int32, 0 behind a branch's last page."""
-    table = np.zeros((len(branches), max(len(b.pages) for b in branches)), dtype=np.int32)
-    for i, branch in enumerate(branches):
-        table[i, : len(branch.pages)] = branch.pages
-    return torch.from_numpy(table)
+def page_table(branches: Sequence[BranchState], width: int = 0, rows: int = 0, unused: int = 0) -> np.ndarray:
+    """[n, max_pages] int32, or [rows, width] where these are more; `unused` behind a branch's last page."""
+    lengths = np.array([len(b.pages) for b in branches])
+    table = np.full((max(rows, len(branches)), max(width, int(lengths.max()))), unused, dtype=np.int32)
+    held = np.arange(table.shape[1]) < lengths[:, None]
+    table[: len(branches)][held] = np.fromiter(chain.from_iterable(b.pages for b in branches), np.int32)
+    return table
 
 
 def sampling_settings(requests: Sequence[Request]) -> RequestSettings:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 
 import torch
@@ -42,14 +41,9 @@ class NativeLoop(DecodeLoop):
             torch.tensor([b.token_ids[-1] for b in branches]),
             *self.model.rotary_tables(position + (steps - 2)),
             self.kv,
-            page_table(branches),
+            torch.from_numpy(page_table(branches)),
             [r.stop_token_ids for r in requests],
             steps,
         )
-        return DecodedSteps(
-            tokens.tolist(),
-            logprobs.tolist(),
-            entropies.tolist(),
-            support_sizes.numpy(),
-            array("i", support_ids.numpy().tobytes()),
-        )
+        numbers = (tokens.numpy(), logprobs.numpy(), entropies.numpy())
+        return DecodedSteps(*numbers, support_sizes.numpy(), support_ids.numpy())

@@ -11,20 +11,19 @@ Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row, S s
 from __future__ import annotations
 
 import time
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from duologue.kernels import backend, ops
+from duologue.kernels import backend, ops, transfer
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
+from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
-from torch.nn.functional import pad
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows
 WIDTHS = (16, 64, 256, 1024, 4096, 1 << 20)  # pages of a row
@@ -34,7 +33,10 @@ UNUSED = (1.0, 0, 1.0, 0.0, 0)  # settings of a row without a request
 
 
 class _Rows(NamedTuple):
-    """What a step knows of each of B rows, of which those without a request have stopped."""
+    """What a step knows of each of B rows, of which those without a request have stopped; and of their
+    shared prefixes, where some have one (see `shared_groups`). Parts of one buffer, which is filled by one
+    copy.
+    """
 
     token: Tensor  # [B]
     position: Tensor  # [B]
@@ -47,53 +49,76 @@ class _Rows(NamedTuple):
     top_p: Tensor
     min_p: Tensor
     seed: Tensor
+    step_index: Tensor  # [1] where the next draws go
+    starts: Tensor | None = None  # [B + 1] int32
+    shared: Tensor | None = None  # [B] int32
 
 
-def _rows(requests: Sequence[Request], B: int, W: int, scratch: int) -> _Rows:
-    """On the host."""
-    branches = [r.branch for r in requests]
-    below = (0, B - len(requests))
-    stops = torch.full((B, STOPS), -1)
-    for i, request in enumerate(requests):
-        stops[i, : len(request.stop_token_ids)] = torch.tensor(sorted(request.stop_token_ids))
-    table = page_table(branches)
-    return _Rows(
-        pad(torch.tensor([b.token_ids[-1] for b in branches]), below),
-        pad(torch.tensor([b.n_cached for b in branches]), below),
-        pad(torch.tensor([r.branch.n_cached + r.n_left - 1 for r in requests]), below),
-        torch.arange(B) >= len(requests),
-        stops,
-        pad(table, (0, W - table.shape[1], *below), value=scratch),
-        *(
-            pad(values, below, value=unused)
-            for values, unused in zip(sampling_settings(requests), UNUSED, strict=True)
-        ),
-    )
+Arrays = dict[str, np.ndarray]
+
+
+def _settings(requests: Sequence[Request], B: int) -> Arrays:
+    """What of `_Rows` does not change while the requests are the same."""
+    n = len(requests)
+    stops = np.full((B, STOPS), -1)
+    for row, request in zip(stops, requests, strict=False):
+        row[: len(request.stop_token_ids)] = sorted(request.stop_token_ids)
+    names = ("temperature", "top_k", "top_p", "min_p", "seed")
+    settings = dict(zip(names, (x.numpy() for x in sampling_settings(requests)), strict=True))
+    unused = dict(zip(names, UNUSED, strict=True))
+    filled = {
+        name: np.concatenate((values, np.full(B - n, unused[name], values.dtype)))
+        for name, values in settings.items()
+    }
+    return {"done": np.arange(B) >= n, "stops": stops, **filled}
 
 
 class _Bucket:
-    """Buffers on a device, made like `rows`; `step` replays or runs one step on them."""
+    """Buffers on a device for rows like `arrays`; `step` replays or runs one step on them."""
 
-    def __init__(self, rows: _Rows, k: int, truncated: bool, grouped: bool, device: torch.device) -> None:
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        f32, i32 = torch.float32, torch.int32
-        B = len(rows.token)
-        self.support_limit = SUPPORT_IDS if truncated else 1
+    def __init__(self, arrays: Arrays, k: int, truncated: bool, device: torch.device) -> None:
+        B = len(arrays["token"])
+        self.pin = device.type == "cuda"
         # Zeros, for a graph's warm-up runs before they are filled, and reads the embedding of `token`.
-        self.rows = _Rows(*(torch.zeros_like(x, device=device) for x in rows))
-        self.cu_seqlens = torch.arange(B + 1, dtype=i32, device=device)
-        self.groups = (self.cu_seqlens.clone(), zeros(B, dtype=i32)) if grouped else None
-        self.step_index = zeros(1)
-        self.out = {  # in the order of what `ops.sample_bounded` returns
-            "token": zeros(k, B),
-            "logprob": zeros(k, B, dtype=f32),
-            "entropy": zeros(k, B, dtype=f32),
-            "support_ids": zeros(k, B, self.support_limit, dtype=i32),
-            "support_size": zeros(k, B),
+        self._memory = torch.zeros_like(transfer.joined(arrays, pin=False), device=device)
+        self.rows = _Rows(**transfer.parts(self._memory, arrays))
+        starts, shared = self.rows.starts, self.rows.shared
+        self.groups = None if starts is None or shared is None else (starts, shared)
+        self.cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=device)
+        self.step_index = self.rows.step_index
+        self.support_limit = SUPPORT_IDS if truncated else 1
+        self._drawn: Arrays = {
+            "token": np.zeros((k, B), np.int64),
+            "logprob": np.zeros((k, B), np.float32),
+            "entropy": np.zeros((k, B), np.float32),
+            "support_size": np.zeros((k, B), np.int32),
         }
+        self._out = torch.zeros_like(transfer.joined(self._drawn, pin=False), device=device)
+        self._support_ids = torch.zeros((k, B, self.support_limit), dtype=torch.int32, device=device)
+        out = transfer.parts(self._out, self._drawn)
+        size = out.pop("support_size")
+        # In the order of what `ops.sample_bounded` returns.
+        self.out = {**out, "support_ids": self._support_ids, "support_size": size}
         self.step: Callable[[], None]
+
+    def fill(self, arrays: Arrays) -> None:
+        """By one copy, which nobody waits for."""
+        self._memory.copy_(transfer.joined(arrays, self.pin), non_blocking=True)
+
+    def read(self, steps: int, n: int) -> DecodedSteps:
+        """What the first n rows drew in the first steps, by one copy, and another where a draw was
+        truncated.
+        """
+        began = time.perf_counter()
+        out = transfer.parts(self._out.to("cpu", copy=True), self._drawn)
+        seconds = time.perf_counter() - began
+        tokens, logprobs, entropies, sizes = (x[:steps, :n].numpy() for x in out.values())
+        support_sizes = np.where(sizes > self.support_limit, -1, sizes)
+        support_ids = np.empty(0, np.int32)
+        if support_sizes.any():
+            ids = self._support_ids[:steps, :n].cpu().numpy()
+            support_ids = ids[np.arange(ids.shape[2]) < support_sizes[..., None]]
+        return DecodedSteps(tokens, logprobs, entropies, support_sizes, support_ids, seconds)
 
 
 class DeviceLoop(DecodeLoop):
@@ -111,7 +136,9 @@ class DeviceLoop(DecodeLoop):
         self.device = model.head_weight.device
         self.page_size = 0
         self._address = 0
-        self._buckets: dict[tuple[torch.Size, bool, int, bool], _Bucket] = {}
+        self._buckets: dict[tuple[tuple[int, ...], bool, int, bool], _Bucket] = {}
+        self._known: list[Request] = []  # of the last call, whose settings are in `_settings`
+        self._settings: Arrays = {}
         self._memory: Any = None  # one pool for all graphs: they never run at the same time
         # Of warm-up and capture both. On another stream than its warm-up's, a capture takes cuBLAS' workspace
         # anew, inside the pool, and pins it there after the last graph is gone. On a stream of two loops, the
@@ -138,6 +165,16 @@ class DeviceLoop(DecodeLoop):
             and not any(r.plain or len(r.stop_token_ids) > STOPS for r in requests)
         )
 
+    def parts(self, works: list[Work]) -> list[list[Work]]:
+        """Rows that decode keep their graph beside the prefill of others."""
+        ahead: list[Work] = []
+        others: list[Work] = []
+        for work in works:
+            decodes = work.samples and work.n_tokens == 1 and self.takes([work.request])
+            (ahead if decodes else others).append(work)
+        apart = self.capture and ahead and others and self.takes([w.request for w in ahead])
+        return [others, ahead] if apart else [works]
+
     def reach(self, left: Sequence[int]) -> int:
         """Until the last one ends, for a row that has stopped costs nothing more."""
         return min(self.steps, max(left))
@@ -147,50 +184,50 @@ class DeviceLoop(DecodeLoop):
         bucket = self._filled(requests)
         for _ in range(steps):
             bucket.step()
-        n = len(requests)
-        out = {name: buffer[:steps, :n] for name, buffer in bucket.out.items()}
-        ints = torch.stack((out["token"], out["support_size"]))
-        floats = torch.stack((out["logprob"], out["entropy"]))
-        began = time.perf_counter()
-        tokens, support_sizes = ints.cpu().numpy()
-        seconds = time.perf_counter() - began
-        logprobs, entropies = floats.tolist()
-        support_sizes = np.where(support_sizes > bucket.support_limit, -1, support_sizes)
-        support_ids = array("i")
-        if support_sizes.any():
-            ids = out["support_ids"].cpu().numpy()
-            valid = np.arange(ids.shape[2]) < support_sizes[..., None]
-            support_ids = array("i", ids[valid].tobytes())
-        return DecodedSteps(tokens.tolist(), logprobs, entropies, support_sizes, support_ids, seconds)
+        return bucket.read(steps, len(requests))
 
     # ---- buffers -----------------------------------------------------------------------------------------
 
     def _filled(self, requests: Sequence[Request]) -> _Bucket:
         """The bucket for these requests, with their state in its first rows; the others are stopped."""
-        assert self.kv is not None
         branches = [r.branch for r in requests]
         size = next(b for b in BUCKETS if b >= len(requests))
-        groups = None
-        if backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
-            pages, cached = [b.pages for b in branches], [b.n_cached for b in branches]
-            groups = shared_groups(pages, cached, self.page_size, size)
         width = next(w for w in WIDTHS if w >= max(len(b.pages) for b in branches))
         width = min(width, -(-self.model.config.max_position_embeddings // self.page_size) + 1)
+        arrays = self._arrays(requests, size, width)
         truncated = any(r.params.truncates for r in requests)
-        rows = _rows(requests, size, width, self.scratch)
-        bucket = self._bucket(rows, truncated, branches[0].adapter, groups is not None)
-        for buffer, values in zip(bucket.rows, rows, strict=True):
-            buffer.copy_(values)
-        if bucket.groups is not None and groups is not None:
-            for buffer, values in zip(bucket.groups, map(torch.from_numpy, groups), strict=True):
-                buffer.copy_(values)
-        bucket.step_index.zero_()
+        bucket = self._bucket(arrays, truncated, branches[0].adapter)
+        bucket.fill(arrays)
         return bucket
 
-    def _bucket(self, rows: _Rows, truncated: bool, adapter: int, grouped: bool) -> _Bucket:
-        key = rows.table.shape, truncated, adapter, grouped
+    def _arrays(self, requests: Sequence[Request], B: int, W: int) -> Arrays:
+        """The state of the requests as `_Rows` has it."""
+        if list(requests) != self._known or len(self._settings["done"]) != B:
+            self._known, self._settings = list(requests), _settings(requests, B)
+        branches = [r.branch for r in requests]
+        n = len(requests)
+        numbers = np.zeros((3, B), np.int64)
+        numbers[0, :n] = [b.token_ids[-1] for b in branches]
+        numbers[1, :n] = cached = [b.n_cached for b in branches]
+        numbers[2, :n] = [r.n_left for r in requests]
+        numbers[2, :n] += numbers[1, :n] - 1
+        by_name = {
+            **dict(zip(("token", "position", "last"), numbers, strict=True)),
+            **self._settings,
+            "table": page_table(branches, W, B, self.scratch),
+            "step_index": np.zeros(1, np.int64),
+        }
+        arrays = {name: by_name[name] for name in _Rows._fields if name in by_name}
+        assert self.kv is not None
+        if backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
+            groups = shared_groups([b.pages for b in branches], cached, self.page_size, B)
+            arrays |= {} if groups is None else {"starts": groups[0], "shared": groups[1]}
+        return arrays
+
+    def _bucket(self, arrays: Arrays, truncated: bool, adapter: int) -> _Bucket:
+        key = arrays["table"].shape, truncated, adapter, "starts" in arrays
         if key not in self._buckets:
-            bucket = _Bucket(rows, self.steps, truncated, grouped, self.device)
+            bucket = _Bucket(arrays, self.steps, truncated, self.device)
             lora = self.adapters[adapter]
             step = self._step_of(bucket, truncated, AdapterRows([] if lora is None else [(lora, None)]))
             bucket.step = self._captured(bucket, step) if self.capture else step
@@ -217,7 +254,7 @@ class DeviceLoop(DecodeLoop):
                 groups=bucket.groups,
             )
             hidden = model.hidden(token, position, attention, lora)
-            settings = (*bucket.rows[6:], position + 1)
+            settings = (*bucket.rows[6:11], position + 1)
             drawn: tuple[Tensor, ...]
             if truncated:
                 drawn = ops.sample_bounded(model.head(hidden), *settings, bucket.support_limit)

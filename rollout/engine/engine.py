@@ -16,16 +16,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
+from itertools import chain
 from operator import attrgetter
 
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, LoraDecoder
-from duologue.rollout.engine.checks import allowed_ids, check_fits, check_ids, check_sizes, check_stop_strings
+from duologue.rollout.engine.checks import (
+    allowed_ids,
+    check_fits,
+    check_ids,
+    check_sizes,
+    check_stop_strings,
+    says_stop,
+)
 from duologue.rollout.engine.decode import DecodedSteps
 from duologue.rollout.engine.pages import CACHE_TOKENS, PagePool
 from duologue.rollout.engine.runner import Runner, measured_tokens
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
-from duologue.rollout.engine.sequence import BranchState, Completion, Draw, Request, SamplingParams
+from duologue.rollout.engine.sequence import BranchState, Completion, Draws, Request, SamplingParams
 
 _VERSION = attrgetter("_version")  # torch counts the writes into a tensor
 
@@ -257,14 +265,15 @@ class Engine:
         works = self._scheduler.plan()
         if not works:
             return []
-        pages = (page for w in works for page in w.request.branch.pages)
-        assert {self.pool.version[page] for page in pages} == {self.weights_version}, "KV of other weights"
-        steps = self._steps_ahead(works)
-        if steps:
-            decoded = self._runner.decode(works, steps)
-        else:
-            decoded = self._runner.execute(works, self._allowed(works))
-        return self._take_all(works, decoded, ahead=steps > 0)
+        pages = chain.from_iterable(w.request.branch.pages for w in works)
+        assert {*map(self.pool.version.__getitem__, pages)} == {self.weights_version}, "KV of other weights"
+        finished: list[Request] = []
+        runner = self._runner
+        for part in [works] if runner.loop is None else runner.loop.parts(works):
+            steps = self._steps_ahead(part)
+            decoded = runner.decode(part, steps) if steps else runner.execute(part, self._allowed(part))
+            finished += self._take_all(part, decoded, ahead=steps > 0)
+        return finished
 
     def _steps_ahead(self, works: list[Work]) -> int:
         """Steps without a host sync in between; reserves the pages of all. 0 when a plain step must do."""
@@ -281,59 +290,54 @@ class Engine:
     def _take_all(self, works: list[Work], decoded: DecodedSteps, ahead: bool) -> list[Request]:
         """Enter what was computed and drawn; the requests that are finished."""
         finished: list[Request] = []
-        row = taken = 0
+        taken = 0
+        draws = iter(decoded.rows())
         for work in works:
             request = work.request
-            taken += self._take(work, decoded, row)
-            row += work.samples
+            taken += self._take(work, next(draws)) if work.samples else self._take_prefill(work)
             if request.done:
                 finished.append(request)
                 self._detach(request)
-            elif ahead:
+            elif ahead and len(request.branch.pages) > self.pool.pages_for(request.branch.n_cached):
                 self.pool.trim(request.branch, request.branch.n_cached)
         self._scheduler.count_ahead(len(works), len(decoded), taken)
         self.stats.waited_seconds += decoded.seconds
         return finished
 
-    def _take(self, work: Work, decoded: DecodedSteps, row: int) -> int:
-        """Enter one work's share, `row` of the draws where it samples; the steps that count."""
+    def _take_prefill(self, work: Work) -> int:
+        """Enter the KV of a work that draws nothing; the steps that count."""
         request = work.request
-        request.plain = False
-        for step in range(len(decoded)):
-            if work.samples and decoded.overflows(step, row):
-                request.plain = True  # a step of its own draws this token again, with its whole support
-                return step
-            self.pool.computed(request.branch, work.n_tokens)
-            if work.samples:
-                self._append(request, decoded.at(step, row))
-            else:
-                request.done = request.prefill_only and request.n_todo == 0
-            if request.done:
-                return step + 1
-        return len(decoded)
+        self.pool.computed(request.branch, work.n_tokens)
+        request.done = request.prefill_only and request.n_todo == 0
+        return 1
 
-    def _append(self, request: Request, draw: Draw) -> None:
-        """A drawn token to the request's branch and completion."""
+    def _take(self, work: Work, draws: Draws) -> int:
+        """Enter one work's KV and draws as far as they count; the steps that do."""
+        request = work.request
         completion = request.completion
         if completion.error:
+            self.pool.computed(request.branch, work.n_tokens)
             request.finish("error")
-            return
-        request.branch.token_ids.append(draw.token)
-        completion.add(draw)
-        stop_strings = request.params.stop_strings
-        if draw.token in request.stop_token_ids or self._says_stop(completion.token_ids, stop_strings):
-            request.finish("stop")
-        elif request.n_left == 0:
-            request.finish("length")
-
-    def _says_stop(self, token_ids: list[int], strings: tuple[str, ...]) -> bool:
-        """Whether the text ends in one of the strings, give or take the rest of the last token."""
-        if not strings:
-            return False
-        assert self._decode is not None
-        longest = max(map(len, strings))
-        text = self._decode(token_ids[-(4 * longest + 4) :])  # a character takes four tokens at most
-        return any(s in text for s in strings)
+            return 1
+        n_left = request.n_left
+        tokens = draws.tokens[: min(draws.n_known, n_left)]
+        reason = "length" if len(tokens) == n_left else ""
+        if not request.stop_token_ids.isdisjoint(tokens):
+            last = next(i for i, token in enumerate(tokens) if token in request.stop_token_ids)
+            tokens = tokens[: last + 1]
+            reason = "stop"
+        n = len(tokens)
+        request.branch.token_ids += tokens
+        completion.add(draws, n)
+        self.pool.computed(request.branch, n * work.n_tokens)
+        if says_stop(completion.token_ids, request.params.stop_strings, self._decode):
+            reason = "stop"
+        if reason:
+            request.finish(reason)
+        request.plain = not reason and n < len(
+            draws.tokens
+        )  # its whole support is drawn by a step of its own
+        return n
 
     def _allowed(self, works: list[Work]) -> dict[int, Ids[int]]:
         """The allowed ids of the sampling rows that are restricted."""

@@ -6,7 +6,6 @@ D head dim, H hidden, V vocabulary.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence as Ids
 
 import numpy as np
@@ -138,7 +137,8 @@ class Runner:
         token_ids, positions, attention, last = self._inputs(works)
         hidden_NH = self._hidden(token_ids, positions, attention, last, self._adapter_rows(works))
         if len(last) == 0:
-            return DecodedSteps([[]], [[]], [[]], np.zeros((1, 0), dtype=np.int64), array("i"))
+            nothing = np.zeros((1, 0))
+            return DecodedSteps(nothing, nothing, nothing, nothing, nothing[0])
         settings = self._sampling(works)
         if allowed:
             token, logprob, entropy, support_ids, offsets = self._restricted(hidden_NH, settings, allowed)
@@ -147,11 +147,11 @@ class Runner:
                 hidden_NH, self.model.head_weight, *settings, exact=self.model.exact
             )
         return DecodedSteps(
-            [token.tolist()],
-            [logprob.tolist()],
-            [entropy.tolist()],
+            token.cpu().numpy()[None],
+            logprob.cpu().numpy()[None],
+            entropy.cpu().numpy()[None],
             np.diff(offsets.cpu().numpy())[None],
-            array("i", support_ids.cpu().numpy().tobytes()),
+            support_ids.cpu().numpy(),
             candidate_logprobs=self._candidates(hidden_NH, [w.request for w in works if w.samples]),
         )
 
@@ -242,7 +242,7 @@ class Runner:
         row = np.repeat(np.arange(len(works)), n)  # [T] the request of each token
         position = np.arange(ends[-1]) - (ends - n)[row] + start[row]
         pages = page_table(branches)
-        page = pages.numpy()[row, position // self.page_size].astype(np.int64)
+        page = pages[row, position // self.page_size].astype(np.int64)
         slots = page * self.page_size + position % self.page_size
         ids: list[int] = []
         for branch, work in zip(branches, works, strict=True):
@@ -256,7 +256,7 @@ class Runner:
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),
-            block_table=self._to_device(pages),
+            block_table=self._tensor(pages),
             cu_seqlens=self._tensor(np.concatenate(([0], ends)).astype(np.int32)),
             context_lens=self._tensor((start + n).astype(np.int32)),
             scale=self.model.scale,

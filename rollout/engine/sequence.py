@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 LEAST_TEMPERATURE = 1e-6  # above 0; logits over a lower one leave the range of fp32
 
@@ -74,23 +73,26 @@ class Supports:
     sizes: list[int] = field(default_factory=list)  # [n], one per token
     ids: array[int] = field(default_factory=lambda: array("i"))
 
-    def add(self, ids: array[int]) -> None:
-        self.sizes.append(len(ids))
-        self.ids += ids
-
     def extend(self, other: Supports) -> None:
         self.sizes += other.sizes
         self.ids += other.ids
 
 
-class Draw(NamedTuple):
-    """One sampled token."""
+@dataclass(slots=True)
+class Draws:
+    """Tokens sampled for one request, one after the other."""
 
-    token: int
-    logprob: float  # of softmax(logits / temperature) over the support
-    entropy: float  # nats, of the same
-    support: array[int]  # ascending ids; empty for all tokens
+    tokens: list[int]  # [k]
+    logprobs: list[float]  # [k] of softmax(logits / temperature) over the support
+    entropies: list[float]  # [k] nats, of the same
+    support_sizes: list[int]  # [k] 0 for all tokens, -1 where the support is not known
+    support_ids: array[int]  # of one support after the other, each ascending
     candidate_logprobs: Ids[float] = ()  # of SamplingParams.candidates, where they were asked for
+
+    @property
+    def n_known(self) -> int:
+        """Draws before the first whose support is not known: a plain step must draw that token again."""
+        return self.support_sizes.index(-1) if -1 in self.support_sizes else len(self.support_sizes)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -98,7 +100,7 @@ class Completion:
     """The tokens that the policy sampled, the stop token included: it was sampled, so it is trained too."""
 
     token_ids: list[int] = field(default_factory=list)  # [n]
-    logprobs: list[float] = field(default_factory=list)  # [n], see `Draw`
+    logprobs: list[float] = field(default_factory=list)  # [n], see `Draws`
     entropies: list[float] = field(default_factory=list)  # [n]
     supports: Supports = field(default_factory=Supports)  # [n]
     candidate_logprobs: list[float] = field(default_factory=list)  # of all tokens' softmax at temperature 1
@@ -106,12 +108,14 @@ class Completion:
     weights_version: int = 0
     error: str = ""  # what the callback raised
 
-    def add(self, draw: Draw) -> None:
-        self.token_ids.append(draw.token)
-        self.logprobs.append(draw.logprob)
-        self.entropies.append(draw.entropy)
-        self.supports.add(draw.support)
-        self.candidate_logprobs += draw.candidate_logprobs
+    def add(self, draws: Draws, n: int) -> None:
+        """The first `n` of them."""
+        sizes = draws.support_sizes[:n]
+        self.token_ids += draws.tokens[:n]
+        self.logprobs += draws.logprobs[:n]
+        self.entropies += draws.entropies[:n]
+        self.supports.extend(Supports(sizes, draws.support_ids[: sum(sizes)]))
+        self.candidate_logprobs += draws.candidate_logprobs if n else ()
 
 
 @dataclass(slots=True, eq=False)
