@@ -218,7 +218,7 @@ def test_tokens_that_split_a_character_show_it_once() -> None:
 
 @pytest.mark.parametrize("roles", ["both", "first"])
 def test_the_page_marks_the_tokens_that_rows_mark(roles: str, tmp_path: Path) -> None:
-    """The masks of the training rows are the oracle, beside opponents, untrained kinds and an unscored one."""
+    """The masks of rows are the oracle, beside opponents, untrained kinds and an unscored dialogue."""
     who = ["opponent.kind=mix", "opponent.mix={self = 0.5, scripted = 0.5}", "grpo.groups_per_step=4"]
     what = [f"grpo.train_roles={roles}", "grpo.train_kinds=['utterance']", "imitation.steps=0"]
     config = load_config("deal", [*TINY, *who, *what, "grpo.imitation_coef=0.5", "train.kl_every=0"])
