@@ -9,22 +9,30 @@ import gzip
 import json
 import re
 import shutil
+import threading
+import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.cli import main
-from duologue.grpo.commands.inspected import Pieces
+from duologue.grpo.commands.inspected import Dialogues, Pieces, why_untrained
 from duologue.grpo.commands.same_contexts import compare
 from duologue.grpo.config import load_config
-from duologue.grpo.run_dir import read_lines
+from duologue.grpo.console import Progress
+from duologue.grpo.rows import grpo_rows
+from duologue.grpo.run_dir import RunDir, read_lines
+from duologue.grpo.trainer import Trainer
 from duologue.model.checkpoint import load_model
 from duologue.model.decoder import score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
+from duologue.rollout.games.deal import DealGame
 from safetensors.torch import load_file
-from tiny import TINY_DEAL
+from tiny import TINY, TINY_DEAL
 
 SETTINGS = ["dialogue.top_p=0.9", "dialogue.final_top_p=1", "grpo.imitation_coef=0.5"]
 
@@ -206,3 +214,38 @@ def test_tokens_that_split_a_character_show_it_once() -> None:
     shown = [pieces.table[place] for place in pieces.of(ids)]
     assert [i for i, _ in shown] == ids
     assert "".join(text for _, text in shown) == "café ☕ déjà"
+
+
+@pytest.mark.parametrize("roles", ["both", "first"])
+def test_the_page_marks_the_tokens_that_rows_mark(roles: str, tmp_path: Path) -> None:
+    """The masks of rows are the oracle, beside opponents, untrained kinds and an unscored dialogue."""
+    who = ["opponent.kind=mix", "opponent.mix={self = 0.5, scripted = 0.5}", "grpo.groups_per_step=4"]
+    what = [f"grpo.train_roles={roles}", "grpo.train_kinds=['utterance']", "imitation.steps=0"]
+    config = load_config("deal", [*TINY, *who, *what, "grpo.imitation_coef=0.5", "train.kl_every=0"])
+    run = RunDir.create(tmp_path / "run", config.to_toml())
+    trainer = Trainer(config, run, Progress(quiet=True), threading.Event())
+    groups = trainer.play()
+    dialogues = [d for group in groups for d in group.dialogues]
+    dialogues[1].reward = None
+    rows, _ = grpo_rows(groups, config.grpo, RunningBaseline())
+    trained = Counter[tuple[int, int]]()
+    for row in rows:
+        trained[row.dialogue_id, row.role] += row.n_trained
+    grpo = tomllib.loads(config.to_toml())["grpo"]
+    marked = Counter[tuple[int, int]]()
+    for i, d in enumerate(dialogues):
+        record = d.record(step=0, stage="selfplay")
+        for turn in record["turns"]:
+            marked[i, turn["role"]] += len(turn["token_ids"]) * (why_untrained(record, turn, grpo) == "")
+    assert +marked == +trained
+    assert {name for d in dialogues for name in d.players} > {"policy"}
+
+
+def test_dropped_groups_stand_apart(run: Path) -> None:
+    (record, *_) = [row for row in read_lines(run / "dialogues.jsonl") if row["stage"] == "selfplay"]
+    dialogues = Dialogues(DealGame, tomllib.loads((run / "config.toml").read_text()), None)
+    for row in (record, record, record | {"dropped": True}):
+        dialogues.add(row)
+    index = json.loads(gzip.decompress(base64.b64decode(dialogues.index())))["list"]
+    assert index["group"] == [0, 0, 1]
+    assert index["dropped"] == [False, False, True]

@@ -119,7 +119,13 @@
     const member = members.indexOf(i) + 1;
     const of = list.number[i] + 1;
     if (list.stage[i] === "selfplay")
-      return "step " + list.step[i] + ", group " + of + ", dialogue " + member + " of " + members.length;
+      return (
+        "step " +
+        list.step[i] +
+        (list.dropped[i] ? ", dropped group " : ", group ") +
+        of +
+        (", dialogue " + member + " of " + members.length)
+      );
     return (
       (isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i)) + ", context " + of
     );
@@ -215,7 +221,7 @@
       legend.append(node);
     }
     if (dialogue && dialogue.tokens.some((t) => value(t, measure) === null))
-      legend.append(el("span", { class: "t none", text: "unknown" }));
+      legend.append(el("span", { class: "t none", text: "none" }));
   }
 
   function offerMeasures() {
@@ -335,12 +341,14 @@
     const found = text ? await matching(text, $("where").value) : null;
     if (run !== filterRun) return;
     const [step, outcome, players, of] = ["step", "outcome", "players", "reward-of"].map((id) => $(id).value);
+    const number = $("number").value;
     const [least, most] = ["least", "most"].map((id) => ($(id).value === "" ? null : Number($(id).value)));
     const reward = rewardOf(of);
     shown = [];
     for (let i = 0; i < size; i++) {
       if (found && !found.has(i)) continue;
       if (step && step !== stepKey(i)) continue;
+      if (number && Number(number) !== list.number[i] + 1) continue;
       if (
         outcome === "+"
           ? !list.agreed[i]
@@ -473,8 +481,9 @@
 
   function advantages(d) {
     const of = [0, 1].map((side) => {
-      const turn = d.turns.find((t) => t.side === side && t.why === "" && t.advantage !== null);
-      return turn ? plus(turn.advantage, 3) : "–";
+      const own = d.turns.filter((t) => t.side === side && t.why === "" && t.advantage !== null);
+      const values = new Set(own.map((t) => t.advantage));
+      return values.size ? (values.size > 1 ? "by turn" : plus(own[0].advantage, 3)) : "–";
     });
     return of[0] === of[1] ? of[0] : of.join(" : ");
   }
@@ -736,7 +745,7 @@
       ],
       [
         "Advantage",
-        'Recorded for each side of a dialogue, with grpo.credit = "turn" for each turn; all trained tokens of it have it.',
+        "Recorded for each side of a dialogue, or for each turn (grpo.credit); all its trained tokens have it.",
       ],
       [
         "Trained",
@@ -752,9 +761,9 @@
       ],
       [
         "Judge",
-        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens (" +
-          r.asked.toLocaleString("en") +
-          " dialogues have any). A question is written again from the prompt files of the run, as they are now.",
+        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens, here of " +
+          many(r.asked, "dialogue") +
+          ". A question is written again from the prompt files of the run, as they are now.",
       ],
     ];
     if (r.other) {

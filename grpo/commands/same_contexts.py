@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game, check_context, measuring_rules
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import draw_contexts, hold
 from duologue.grpo.packing import Row, pack, split_rows
@@ -74,8 +75,10 @@ class Silent:
 
 
 def find(run_dir: Path, name: str) -> Path:
-    """A checkpoint by its name in the run, by its step, or by its folder."""
+    """A checkpoint by its name in the run, by its step, as its last one, or by its folder."""
     folder = run_dir / "checkpoints"
+    if name == "last" and (latest := latest_checkpoint(run_dir)):
+        return latest
     names = [name, f"step_{int(name):06d}"] if name.isdecimal() else [name]
     places = [*(folder / each for each in names), Path(name)]
     for place in places:
