@@ -37,6 +37,7 @@ RUN = [
     "grpo.groups_per_step=16",
     "grpo.train_roles=first",
     "grpo.resample=3",
+    "grpo.credit=turn",
     "grpo.learning_rate=1e-3",
     "dialogue.max_tokens_per_turn=10",
     "eval.dialogues=2",
@@ -151,6 +152,9 @@ def test_a_run_is_the_same_for_any_number_of_ranks_and_after_a_resume(tmp_path: 
         assert dropped == [False] * 32 + [True] * row["resampled_dialogues"]
         assert row["dialogues"] == 32
         assert not any(any(d["advantage"]) for d in of_step[32:])
+        assert not any(any(d["turn_advantages"]) for d in of_step[32:])
+        assert all(len(d["turn_advantages"]) == len(d["so_far"]) == 4 for d in of_step)
+        assert any(len({*d["turn_advantages"]}) > 2 for d in of_step)
         tokens = [sum(len(t["logprobs"] or ()) for t in d["turns"]) for d in of_step]
         assert row["sampled_tokens"] == sum(tokens)
         assert row["flat_share_after"] <= row["flat_share_before"]
