@@ -135,6 +135,31 @@ def test_each_checkpoint_is_asked_how_likely_the_others_words_are(run: Path, gre
     assert held[0].own != held[0].other
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_entropy_and_support_are_those_of_the_softmax(run: Path, top_p: float) -> None:
+    """Sorted probabilities in float64 are the oracle."""
+    names = {name: run / "checkpoints" / name for name in ("warm_start", "step_000004")}
+    (one, _) = compare(load_config(str(run / "config.toml"), [f"dialogue.top_p={top_p}"]), names, 2, False)
+    model, _ = load_model(names["warm_start"], "cpu")
+    for d in one.dialogues:
+        expected: list[list[torch.Tensor]] = [[], []]  # of each side's tokens, the likeliest first
+        for role, view in zip(d.view_roles, d.views, strict=True):
+            with torch.no_grad():
+                p = model(torch.tensor([view.token_ids]))[0].double().softmax(-1).sort(descending=True)[0]
+            expected[role] += [p[t - 1] for t, kind in enumerate(view.kinds) if kind]
+        sides = [iter(rows) for rows in expected]
+        for turn in d.turns:
+            cut = top_p < 1 and turn.kind == "utterance"
+            assert [size > 0 for size in turn.support_sizes] == [cut] * len(turn.token_ids)
+            for entropy, size in zip(turn.entropies, turn.support_sizes, strict=True):
+                p = next(sides[turn.role])
+                if cut:
+                    assert p[: size - 1].sum() < top_p + 1e-5
+                    assert p[:size].sum() > top_p - 1e-5
+                    p = p[:size] / p[:size].sum()
+                assert entropy == pytest.approx(float(-(p * p.log()).sum()), abs=1e-4)
+
+
 def test_draws_from_a_part_of_the_vocabulary_are_compared_over_that_part(run: Path, tmp_path: Path) -> None:
     """A checkpoint and its copy say the same and agree on its likelihood, to the bit."""
     copy = tmp_path / "copy"
