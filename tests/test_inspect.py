@@ -86,6 +86,25 @@ def test_recording_tokens_changes_nothing_else(run: Path, tmp_path: Path) -> Non
         assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
+@pytest.mark.parametrize("every", [2, 1])
+def test_a_killed_run_records_its_tokens_as_if_it_had_not_been(run: Path, tmp_path: Path, every: int) -> None:
+    """Killed in the midst of a line after its last checkpoint; another setting holds from there on."""
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    shutil.rmtree(path / "checkpoints" / "step_000004")
+    (path / "summary.json").unlink()
+    with open(path / "dialogues.jsonl", "a") as file:
+        file.write('{"step":4,"stage":"eval","turns":[{"entropies":[0.1')
+    run_deal(path, f"train.record_tokens={every}", "grpo.group_size=3", "--resume")
+    before, after = read_lines(run / "dialogues.jsonl"), read_lines(path / "dialogues.jsonl")
+    for old, new in zip(before, after, strict=True):
+        if every == 1 and (old["step"], old["stage"]) == (3, "selfplay"):
+            assert all(len(turn.pop("entropies")) == len(turn["token_ids"]) for turn in new["turns"])
+            for turn in new["turns"]:
+                turn.pop("support_sizes", None)
+        assert old == new
+
+
 def test_the_page_has_the_recorded_numbers_of_every_token(run: Path, page: str) -> None:
     records = read_lines(run / "dialogues.jsonl")
     words, by_name = columns(page)
