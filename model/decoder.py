@@ -21,8 +21,9 @@ from typing import Protocol
 import torch
 from duologue.kernels import backend, fused, ops
 from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
-from duologue.model.config import ModelConfig, RopeScaling
+from duologue.model.config import ModelConfig
 from duologue.model.recompute import Drawing, recomputed
+from duologue.model.rotary import rope_tables
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
@@ -356,53 +357,6 @@ def empty_decoder(config: ModelConfig) -> Decoder:
     """A decoder on the meta device, for weights that are put in afterwards."""
     with torch.device("meta"):
         return Decoder(config)
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama
-    3.1).
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    slowed = frequency / scaling.factor
-    if scaling.kind == "linear":
-        return slowed
-    if scaling.kind == "yarn":
-        kept = _yarn_kept(config, scaling)
-        return slowed * (1 - kept) + frequency * kept
-    waves = (
-        scaling.original_max_position * frequency / (2 * math.pi)
-    )  # how often it turns in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (waves - low) / (high - low)
-    return torch.where(
-        waves < low, slowed, torch.where(waves > high, frequency, torch.lerp(slowed, frequency, blend))
-    )
-
-
-def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """[D / 2] the share of each pair's own frequency that YaRN keeps: 1 for fast ones, 0 for slow ones."""
-    D, original = config.head_dim, scaling.original_max_position
-
-    def pair(turns: float) -> float:  # the one that turns so often in the original context
-        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    width = high - low if high != low else 0.001
-    return 1 - ((torch.arange(D // 2, device="cpu").float() - low) / width).clamp(0, 1)
-
-
-def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0 to rows - 1, each [rows, D / 2] fp32."""
-    angles = torch.arange(rows, device="cpu").float().unsqueeze(1) * rope_frequencies(config)
-    factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
-    return angles.cos() * factor, angles.sin() * factor
 
 
 def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) -> list[Tensor]:
