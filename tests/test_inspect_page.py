@@ -27,6 +27,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 if BROWSER is None:
     pytest.skip("no Chromium here", allow_module_level=True)
 
+PATIENCE_MS = 240_000  # with a machine that does much else
 COUNT = 300  # dialogues: three parts, three steps
 HOSTILE = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & <b>"
@@ -61,7 +62,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as player:
-        chromium = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        chromium = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=PATIENCE_MS)
         yield chromium
         chromium.close()
 
@@ -76,6 +77,7 @@ def address(run: Path) -> str:
 def page(browser: Any, address: str) -> Iterator[Any]:
     """The page, just opened; whatever it loads or fails at fails the test."""
     tab = browser.new_page(viewport={"width": 1400, "height": 900})
+    tab.set_default_timeout(PATIENCE_MS)
     asked: list[str] = []
     faults: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
@@ -183,8 +185,9 @@ def test_outcome_side_reward_step_and_order(page: Any, records: list[dict[str, A
     page.fill("#least", "0.5")
     rich = [r["reward"][1] for r in records if r["reward"] and r["reward"][1] >= 0.5]
     count(page, f"{len(rich)} dialogues of {COUNT}")
+    runs = int(page.get_attribute("#count", "data-run"))
     page.select_option("#sort", "reward-down")
-    page.wait_for_selector("#rows .row")
+    page.wait_for_selector(f"#count[data-run='{runs + 1}']")
     page.focus("#list")
     page.keyboard.press("Home")
     page.wait_for_selector("#rows [aria-selected=true][aria-posinset='1']")
@@ -323,6 +326,7 @@ def test_two_checkpoints_stand_side_by_side_from_where_they_differ(
     one, two = compare(load_config("deal", [*TINY_DEAL, *rules]), folders, 2, greedy=False)
     write_page(run, tmp_path / "page.html", (40, 40), [one, two])
     tab = browser.new_page(viewport={"width": 1400, "height": 900})
+    tab.set_default_timeout(PATIENCE_MS)
     tab.goto((tmp_path / "page.html").as_uri())
     tab.wait_for_selector("#columns article:nth-of-type(2)")
     assert "Checkpoint one, context 1" in tab.inner_text("#title")

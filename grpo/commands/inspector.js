@@ -367,13 +367,15 @@
       shown.push(i);
     }
     sortShown($("sort").value, reward);
+    if (!shown.includes(chosen) && shown.length) await choose(shown[0]);
+    if (run !== filterRun) return;
+    scrollToChosen();
+    drawList();
     $("count").textContent =
       shown.length === size
         ? many(size, "dialogue")
         : many(shown.length, "dialogue") + " of " + size.toLocaleString("en");
-    if (!shown.includes(chosen) && shown.length) await choose(shown[0]);
-    scrollToChosen();
-    drawList();
+    $("count").dataset.run = run;
   }
 
   function rewardOf(of) {
@@ -515,6 +517,7 @@
   function drawGroup(i) {
     const members = groups.get(list.group[i]);
     $("group").hidden = members.length < 2;
+    $("group-heading").textContent = isTraining(i) ? "The group" : "The same context by others";
     const head = ["dialogue", "reward", "outcome", "tokens", "mean log-prob"];
     const rows = members.map((j, k) => {
       const name = isTraining(j) ? String(k + 1) : isCompared(j) ? list.policy[j] : policyName(j);
@@ -732,9 +735,9 @@
     const rows = [
       [
         "Log-prob",
-        "Recorded when the token was sampled, by the weights that sampled it, at the temperature of the talk (" +
-          about.temperature +
-          "), over what it was drawn from." +
+        "Recorded when the token was sampled, by the weights that sampled it, at the temperature of its draw (" +
+          about.temperatures.join(" in training, ") +
+          " in evaluations), over what it was drawn from." +
           (about.exact ? " In exact mode these are the trainer's log-probs, bit for bit." : ""),
       ],
       ["Entropy", "Of the distribution that the token was drawn from, in nats. " + part(r.entropy)],
@@ -774,7 +777,7 @@
           a +
           " and " +
           b +
-          " when this page was made, each with itself, from the same contexts, seeds and openers; without a judge. The log-prob by the other is that of its training forward over what the token was drawn from. Each one's own training forward gives the log-probs of its draws to within " +
+          " when this page was made, each with itself, from the same contexts, seeds and openers; without a judge. Greedy draws have the log-probs of temperature 1. The log-prob by the other is that of its training forward over what the token was drawn from. Each one's own training forward gives the log-probs of its draws to within " +
           about.mismatch +
           ".",
       ]);
@@ -915,5 +918,7 @@
     document.documentElement.dataset.ready = "yes";
   }
 
-  begin();
+  begin().catch((error) => {
+    $("summary").textContent = "This browser cannot show the page: " + error;
+  });
 })();

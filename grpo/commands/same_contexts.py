@@ -4,6 +4,7 @@ likely each finds the other's words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,7 @@ class Held:
     def mismatch(self) -> float:
         """The largest difference between `own` and what the engine gave when it drew the tokens."""
         drawn = [x for d in self.dialogues for turn in d.turns for x in turn.logprobs or ()]
-        own = [x for values in self.own for x in values if x == x]
+        own = [x for values in self.own for x in values if not math.isnan(x)]
         return max((abs(a - b) for a, b in zip(drawn, own, strict=True)), default=0.0)
 
 
@@ -131,7 +132,7 @@ def logprobs(model: Decoder, dialogues: Sequence[Dialogue], rules: Rules, max_to
         left = [iter(side) for side in sides]
         values.append(
             [
-                float("nan") if turn.logprobs is None else next(left[turn.role])
+                math.nan if turn.logprobs is None else next(left[turn.role])
                 for turn in dialogue.turns
                 for _ in turn.token_ids
             ]
