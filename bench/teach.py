@@ -4,6 +4,7 @@ also the variance of the gradient at a fixed policy.
 
     taskset -c 1 python -m bench.teach    # some minutes; a table, a JSON line last
     python -m bench.teach --seeds 1 --save
+    python -m bench.teach --deal runs/demo/checkpoints/warm_start    # resample in `deal`, from a warm start
 """
 
 from __future__ import annotations
@@ -139,6 +140,38 @@ def steps_to(goal: float, settings: Sequence[str], seed: int, paired: bool) -> d
     }
 
 
+# ---- deal --------------------------------------------------------------------------------------------------
+
+DEAL_GOAL = 0.85  # of a step's dialogues, as they were drawn, are agreed and Pareto-optimal
+DEAL = [
+    "imitation.steps=0",
+    "game.telling=plain",
+    "opponent.kind=self",
+    "train.kl_every=0",
+    "watch.enabled=false",
+]
+
+
+def steps_in_deal(start: Path, resample: int, seed: int) -> dict[str, Any]:
+    """Self-play of the recipe `deal` from a warm start until the goal holds over the last steps."""
+    config = load_config(
+        "deal", [*DEAL, f"model.path={start}", f"train.seed={seed}", f"grpo.resample={resample}"]
+    )
+    shares: list[float] = []
+    dialogues = 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        path = RunDir.create(Path(folder) / "run", config.to_toml())
+        run = Trainer(config, path, Progress(quiet=True), threading.Event())
+        while len(shares) < MOST_STEPS and statistics.fmean(shares[-LOOK_BACK:] or [0.0]) < DEAL_GOAL:
+            metrics = run.selfplay_step()
+            run.step += 1
+            shares.append(metrics["agreement"] * metrics["pareto"])
+            dialogues += metrics["dialogues"] + metrics.get("resampled_dialogues", 0)
+        run.run_dir.close()
+    found = {"steps": len(shares), "dialogues": int(dialogues)}
+    return {**found, "skill": round(statistics.fmean(shares[-LOOK_BACK:]), 3)}
+
+
 # ---- the gradient at a fixed policy ------------------------------------------------------------------------
 
 
@@ -216,23 +249,40 @@ def gradient_variance(
 # ---- the table ---------------------------------------------------------------------------------------------
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--save", action="store_true", help="append the rows to results/teach.csv")
-    options = parser.parse_args()
-    began, rows = time.process_time(), []
+def in_deal(start: Path, seeds: int) -> list[dict[str, Any]]:
+    rows = []
+    for seed in range(seeds):
+        for n in (0, 2):
+            found = steps_in_deal(start, n, seed)
+            rows.append({**EMPTY, "question": "resample in deal", "kind": str(n), "seed": seed, **found})
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def in_words(seeds: int) -> list[dict[str, Any]]:
+    rows = []
     weights = {name: practised(settings, 0) for name, settings in PRACTISED.items()}
     for kind, variant in GRADIENTS.items():
         found = gradient_variance(weights[kind.partition(":")[0]], 0, *variant)
         rows.append({**EMPTY, "question": "gradient", "kind": kind, "seed": 0, **found})
         print(*rows[-1].values(), flush=True)
-    for seed in range(options.seeds):
+    for seed in range(seeds):
         for question, (goal, shared, kinds) in QUESTIONS.items():
             for kind, more in kinds.items():
                 found = steps_to(goal, [*shared, *more], seed, kind.startswith("pairs"))
                 rows.append({**EMPTY, "question": question, "kind": kind, "seed": seed, **found})
                 print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--save", action="store_true", help="append the rows to results/teach.csv")
+    parser.add_argument("--deal", type=Path, metavar="DIR", help="the game of `deal`, from this checkpoint")
+    options = parser.parse_args()
+    began = time.process_time()
+    rows = in_deal(options.deal, options.seeds) if options.deal else in_words(options.seeds)
     if options.save:
         append_rows("teach", rows)
     show(rows)
