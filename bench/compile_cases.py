@@ -16,7 +16,7 @@ Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
 LAUNCH = ("num_stages", "enable_fp_fusion")  # constants that are launch options
 NAMES = {  # what arguments of these names are, wherever a case does not say otherwise
-    "i32": "M O K N S R V H D Hq Hk size limit max_position max_pages n_chunks",
+    "i32": "M O O_0 O_1 O_2 K N S R V T H D Hq Hk size limit max_position max_pages n_chunks",
     "fp32": "eps sign scale temperature softcap",
     "*i32": "table cu_seqlens context_lens shared top_ks ids sizes",
     "*i64": "targets positions slots tokens seeds source order rows starts offsets places",
@@ -47,16 +47,37 @@ def linear_cases() -> Iterator[Case]:
             yield case(linear.linear_kernel, element, {"HAS_BIAS": False, **tile}, out=out)
 
 
+def fused_cases() -> Iterator[Case]:
+    """Several ops of a decode step in one launch."""
+    for few, O, element in ((True, 1024, "*bf16"), (True, 4096, "*bf16"), (False, 4096, "*bf16")):
+        tile = {"HAS_BIAS": False, **linear.tile(few, O, element == "*bf16")}
+        yield case(linear.linears_kernel, element, tile)
+        yield case(linear.gate_up_kernel, element, tile)
+    for element in ("*fp32", "*bf16"):
+        tile = {"HAS_BIAS": True, **linear.tile(True, 1024, False)}
+        yield case(linear.linears_kernel, element, tile)
+        yield case(linear.gate_up_kernel, element, tile)
+        for D, on in ((64, False), (128, True)):
+            heads = {"HAS_NORM": on, **rows.FIXED, **rows.rotate_write_tile(D)}
+            yield case(rows.rotate_write_kernel, element, heads)
+
+
 def rows_cases() -> Iterator[Case]:
     for element in ("*fp32", "*bf16"):
         for K, on in product((128, 4096), (False, True)):
-            flags = {"HAS_RESIDUAL": on, "HAS_TOTAL": on, "STEPS": rows.STEPS, **rows.norm_tile(K)}
+            flags = {
+                "HAS_RESIDUAL": on,
+                "HAS_TOTAL": on,
+                "STEPS": rows.STEPS,
+                **rows.norm_tile(K),
+                **rows.FIXED,
+            }
             yield case(rows.rms_norm_kernel, element, flags)
             yield case(rows.rms_norm_backward_kernel, element, flags)
         for on in (False, True):
-            gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4}
+            gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4, **rows.FIXED}
             yield case(rows.silu_mul_kernel, element, gate)
-        rotate = {"HALF": 64, "HEADS": rows.HEADS, "num_warps": 4}
+        rotate = {"HALF": 64, "HEADS": rows.HEADS, "num_warps": 4, **rows.FIXED}
         yield case(rows.rotate_kernel, element, rotate)
         yield case(rows.write_kv_kernel, element, {"BLOCK": rows.KV, "num_warps": 4})
 
@@ -120,12 +141,14 @@ def one_cases() -> Iterator[Case]:
             yield case(attention.attention_kernel, "*bf16", split, out="*fp32")
         yield case(attention.grad_query_kernel, "*bf16", {**tile, **heads})
         yield case(attention.grad_key_kernel, "*bf16", {**tile, **heads})
-    yield case(rows.rotate_kernel, "*bf16", {"H": 1, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4})
+    yield case(
+        rows.rotate_kernel, "*bf16", {"H": 1, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4, **rows.FIXED}
+    )
     yield case(softmax.support_kernel, "*fp32", {"limit": 1, **softmax.LAUNCH})
     yield case(linear.linear_kernel, "*bf16", {"O": 1, "HAS_BIAS": True, **linear.tile(True, 1, True)})
     yield case(gather.sum_rows_kernel, "*fp32", {"K": 1, "BLOCK": 1, "num_warps": 4})
     for on in (False, True):
-        gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4}
+        gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4, **rows.FIXED}
         yield case(rows.silu_mul_kernel, "*bf16", gate, size="i64")
 
 
@@ -133,6 +156,7 @@ FAMILIES = (
     gather_cases,
     one_cases,
     linear_cases,
+    fused_cases,
     rows_cases,
     attention_cases,
     sampler_cases,

@@ -153,6 +153,15 @@ def _linear(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, floa
     return {"flops": 2.0 * max(whole, M * O) * K, "loads": loads}
 
 
+def _linears(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    loads = (x["ROWS"] + x["COLUMNS"]) * x["K"] * x["x"].element_size()
+    return {"flops": 2.0 * math.prod(grid) * x["ROWS"] * x["COLUMNS"] * x["K"], "loads": loads}
+
+
+def _gate_up(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    return {name: 2 * value for name, value in _linears(x, grid, lengths).items()}
+
+
 def _linear_sample(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
     return {"flops": 2.0 * x["N"] * x["V"] * x["K"]}
 
@@ -185,6 +194,10 @@ def _rotate(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, floa
     return {"bytes": nbytes([x["x"], x["out"]]) + tables}
 
 
+def _rotate_write(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    return {"bytes": 2 * nbytes([x["q"], x["k"], x["v"]]) + len(x["positions"]) * x["D"] * 4}
+
+
 def _write_kv(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
     return {"bytes": 2 * nbytes([x["k"], x["v"]])}
 
@@ -199,11 +212,14 @@ def _support(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, flo
 
 COSTS: dict[str, Callable[[Named, tuple[int, ...], Lengths], dict[str, float]]] = {
     "linear_kernel": _linear,
+    "linears_kernel": _linears,
+    "gate_up_kernel": _gate_up,
     "linear_sample_kernel": _linear_sample,
     "attention_kernel": _attention,
     "grad_query_kernel": _grad_query,
     "grad_key_kernel": _grad_key,
     "rotate_kernel": _rotate,
+    "rotate_write_kernel": _rotate_write,
     "write_kv_kernel": _write_kv,
     "sample_kernel": _sample,
     "support_kernel": _support,

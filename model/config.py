@@ -29,7 +29,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long texts (decoder.rope_frequencies).
+    """How rotary frequencies are stretched for long texts (rotary.rope_frequencies).
 
     `kind` "linear" divides every one by `factor`, "llama3" and "yarn" the low ones only: those that turn
     less often than `low_freq_factor` or `beta_slow` times in the original context.

@@ -15,13 +15,15 @@ sequences.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-from duologue.kernels import backend, ops
+from duologue.kernels import backend, fused, ops
 from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
-from duologue.model.config import ModelConfig, RopeScaling
+from duologue.model.config import ModelConfig
 from duologue.model.recompute import Drawing, recomputed
+from duologue.model.rotary import rope_tables
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor, Tensor]  # cos and sin [rows, D / 2] fp32, positions [T] int64
@@ -40,6 +42,9 @@ class Adapters(Drawing, Protocol):
     """What a forward adds to what the linear `name` makes of x [T, K]: to `out` [T, O], in place."""
 
     def add(self, name: str, x_TK: Tensor, out_TO: Tensor) -> Tensor: ...
+
+    def changes(self, name: str) -> bool:
+        """Whether some token has such a part."""
 
 
 class PackedAttention:
@@ -72,6 +77,21 @@ class Linear(nn.Module):
         assert weight is not None
         out = ops.linear(x, weight, self.bias, exact=self.exact)
         return out if lora is None else lora.add(self.name, x, out)
+
+
+def one_launch(linears: Sequence[Linear], x: Tensor) -> bool:
+    """Whether the rows x go through all of these in one launch, where a decode step asks for few of them."""
+    return len(x) <= fused.FEW and fused.serves(x) and all(type(linear) is Linear for linear in linears)
+
+
+def project(linears: tuple[Linear, Linear, Linear], x: Tensor, lora: Adapters | None) -> Sequence[Tensor]:
+    """What each makes of x [T, K]."""
+    if not one_launch(linears, x):
+        return [linear.forward(x, lora) for linear in linears]
+    outs = fused.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
+    if lora is None:
+        return outs
+    return [lora.add(linear.name, x, out) for linear, out in zip(linears, outs, strict=True)]
 
 
 class RMSNorm(nn.Module):
@@ -117,13 +137,22 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_TH: Tensor, rotary: Rotary, attn: AttentionContext, lora: Adapters | None) -> Tensor:
         T, D = len(x_TH), self.head_dim
-        q_TAD = self.q_proj.forward(x_TH, lora).view(T, -1, D)
-        k_TGD = self.k_proj.forward(x_TH, lora).view(T, -1, D)
-        v_TGD = self.v_proj.forward(x_TH, lora).view(T, -1, D)
+        projected = project((self.q_proj, self.k_proj, self.v_proj), x_TH, lora)
+        q_TAD, k_TGD, v_TGD = (x.view(T, -1, D) for x in projected)
+        paged = getattr(attn, "rotated", None) if fused.serves(x_TH) else None
+        if paged is not None:
+            attended = paged(self.layer, q_TAD, k_TGD, v_TGD, self._norms(), rotary)
+            return self.o_proj.forward(attended.view(T, -1), lora)
         if self.q_norm is not None and self.k_norm is not None:
             q_TAD, k_TGD = self.q_norm.forward(q_TAD), self.k_norm.forward(k_TGD)
         q_TAD, k_TGD = ops.rope(q_TAD, k_TGD, *rotary)
         return self.o_proj.forward(attn(self.layer, q_TAD, k_TGD, v_TGD).view(T, -1), lora)
+
+    def _norms(self) -> tuple[Tensor, Tensor, float] | None:
+        """Weights of the norms of queries and keys, and their eps."""
+        if self.q_norm is None or self.k_norm is None:
+            return None
+        return self.q_norm.weight, self.k_norm.weight, self.q_norm.eps
 
 
 class MLP(nn.Module):
@@ -138,6 +167,10 @@ class MLP(nn.Module):
         _at_hand(self)
 
     def forward(self, x_TH: Tensor, lora: Adapters | None) -> Tensor:
+        pair = (self.gate_proj, self.up_proj)
+        if one_launch(pair, x_TH) and not (lora and any(lora.changes(linear.name) for linear in pair)):
+            product = fused.gate_up(x_TH, pair[0].weight, pair[1].weight, [linear.bias for linear in pair])
+            return self.down_proj.forward(product, lora)
         gate, up = self.gate_proj.forward(x_TH, lora), self.up_proj.forward(x_TH, lora)
         return self.down_proj.forward(ops.silu_mul(gate, up, self.exact), lora)
 
@@ -324,53 +357,6 @@ def empty_decoder(config: ModelConfig) -> Decoder:
     """A decoder on the meta device, for weights that are put in afterwards."""
     with torch.device("meta"):
         return Decoder(config)
-
-
-def rope_frequencies(config: ModelConfig) -> Tensor:
-    """[D / 2] fp32 angular frequencies; "llama3" slows those whose wave exceeds the original context (Llama
-    3.1).
-    """
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64, device="cpu").float() / config.head_dim
-    frequency = 1.0 / (config.rope_theta**exponent)
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequency
-    slowed = frequency / scaling.factor
-    if scaling.kind == "linear":
-        return slowed
-    if scaling.kind == "yarn":
-        kept = _yarn_kept(config, scaling)
-        return slowed * (1 - kept) + frequency * kept
-    waves = (
-        scaling.original_max_position * frequency / (2 * math.pi)
-    )  # how often it turns in the original context
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (waves - low) / (high - low)
-    return torch.where(
-        waves < low, slowed, torch.where(waves > high, frequency, torch.lerp(slowed, frequency, blend))
-    )
-
-
-def _yarn_kept(config: ModelConfig, scaling: RopeScaling) -> Tensor:
-    """[D / 2] the share of each pair's own frequency that YaRN keeps: 1 for fast ones, 0 for slow ones."""
-    D, original = config.head_dim, scaling.original_max_position
-
-    def pair(turns: float) -> float:  # the one that turns so often in the original context
-        return D * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(config.rope_theta))
-
-    low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, D - 1)
-    width = high - low if high != low else 0.001
-    return 1 - ((torch.arange(D // 2, device="cpu").float() - low) / width).clamp(0, 1)
-
-
-def rope_tables(config: ModelConfig, rows: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0 to rows - 1, each [rows, D / 2] fp32."""
-    angles = torch.arange(rows, device="cpu").float().unsqueeze(1) * rope_frequencies(config)
-    factor = config.rope_scaling.attention_factor if config.rope_scaling else 1.0
-    return angles.cos() * factor, angles.sin() * factor
 
 
 def score(model: Decoder, sequences: list[list[int]], temperature: float = 1.0) -> list[Tensor]:

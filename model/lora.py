@@ -115,6 +115,9 @@ class AdapterRows:
             out_TO = out_TO.add_(delta) if rows is None else out_TO.index_add_(0, rows, delta)
         return out_TO
 
+    def changes(self, name: str) -> bool:
+        return any(name in adapter.pairs for adapter, _ in self.parts)
+
     @property
     def drawn(self) -> Tensor | None:
         return None if self._generator is None else self._generator.get_state()

@@ -9,7 +9,7 @@ import torch
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.packing import Row
 from duologue.grpo.update import accumulate_policy_gradient
-from duologue.kernels import backend, gather, head, ops
+from duologue.kernels import backend, fused, gather, head, ops
 from duologue.kernels.gpu import gather as gpu_gather
 from tiny import decoder
 from torch import Tensor
@@ -105,3 +105,63 @@ def test_untruncated_rows_of_a_sparse_batch_take_the_head_in_chunks(monkeypatch:
     torch.testing.assert_close(entropy, spread)
     theirs = torch.autograd.grad((expected - 0.1 * spread).sum(), (hidden, weight))
     torch.testing.assert_close(found, theirs, rtol=1e-4, atol=1e-5)
+
+
+def random(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("T", "biased"), [(1, True), (7, False), (66, True)])
+def test_products_of_one_launch_are_the_single_ones(T: int, biased: bool, dtype: torch.dtype) -> None:
+    K, sizes = 70, (37, 20, 16)
+    x = random(T, K, dtype=dtype, seed=0)
+    weights = [random(O, K, dtype=dtype, seed=O) / 8 for O in sizes]
+    biases = [random(O, dtype=dtype, seed=1) if biased else None for O in sizes]
+    with torch.no_grad():
+        assert fused.serves(x)
+        single = [ops.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        assert all(map(torch.equal, fused.linears(x, weights, biases), single))
+        up, bias = random(37, K, dtype=dtype, seed=9), biases[0]
+        expected = ops.silu_mul(single[0], ops.linear(x, up, bias))
+        assert torch.equal(fused.gate_up(x, weights[0], up, [bias, bias]), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("Hq", "Hk", "D", "normed"), [(4, 2, 16, True), (3, 1, 12, True), (5, 5, 2, False)])
+def test_norm_rotation_and_write_of_one_launch_are_the_single_ones(
+    Hq: int, Hk: int, D: int, normed: bool, dtype: torch.dtype
+) -> None:
+    """Heads that fill no program, a token out of range, pages that keep what nobody writes."""
+    T, P, B = 9, 4, 16
+    q, k, v = (random(T, H, D, dtype=dtype, seed=H + i) for i, H in enumerate((Hq, Hk, Hk)))
+    norms = (random(D, dtype=dtype, seed=5), random(D, dtype=dtype, seed=6)) if normed else None
+    angles = random(30, D // 2, dtype=torch.float32, seed=7)
+    positions = torch.tensor([3, 0, 29, 7, 30, 11, -1, 2, 5])
+    rotary = (angles.cos(), angles.sin(), positions)
+    slots = torch.tensor([63, 0, 17, 5, 40, 41, 2, 16, 33])
+    before = random(2, P, B, Hk, D, dtype=dtype, seed=8)
+    with torch.no_grad():
+        found = before.clone()
+        out = fused.rotate_write(q, k, v, norms, 1e-6, rotary, (found[0], found[1]), slots)
+        if norms is not None:
+            q, k = ops.rms_norm(q, norms[0], 1e-6), ops.rms_norm(k, norms[1], 1e-6)
+        q, k = ops.rope(q, k, *rotary)
+        expected = before.clone()
+        ops.write_kv(k, v, expected[0], expected[1], slots)
+    assert torch.equal(out.nan_to_num(-77.0), q.nan_to_num(-77.0))
+    assert bool(out.isnan().any())
+    assert torch.equal(found.nan_to_num(-77.0), expected.nan_to_num(-77.0))
+
+
+def test_fused_ops_refuse_what_does_not_fit() -> None:
+    x = torch.ones(2, 8)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"linears: weights\[1\] has shape \(4, 7\)"):
+            fused.linears(x, [torch.ones(4, 8), torch.ones(4, 7), torch.ones(4, 8)], [None] * 3)
+        with pytest.raises(ValueError, match=r"gate_up: up has shape \(5, 8\)"):
+            fused.gate_up(x, torch.ones(4, 8), torch.ones(5, 8), [None] * 2)
+
+
+def test_gradients_are_left_to_the_single_ops() -> None:
+    assert not fused.serves(torch.ones(1))

@@ -13,7 +13,8 @@ import torch
 from duologue.model import decoder as decoder_module
 from duologue.model.checkpoint import load_weights, read_config
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder, Linear, PackedAttention, rope_frequencies, score
+from duologue.model.decoder import Decoder, Linear, PackedAttention, score
+from duologue.model.rotary import rope_frequencies
 from tiny import model_config
 
 Get = Callable[[str], tuple[Path, Any]]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import backend, ops, reference
+from duologue.kernels import backend, fused, ops, reference
 from torch import Tensor
 
 pytestmark = [
@@ -168,6 +168,28 @@ def test_decode_prefill_and_training_have_one_set_of_bits(
         torch.tensor([0, 512], dtype=torch.int32, device="cuda"),
     )
     assert torch.equal(gpu_attention.forward(q[:6].contiguous(), *arguments, groups), alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("T", [1, 65, 256])
+@torch.no_grad()
+def test_ops_of_one_launch_have_the_bits_of_the_single_ones(T: int, dtype: torch.dtype) -> None:
+    """A decode step asks for these, training for the single ones."""
+    x = randn(T, 1024, dtype=dtype)
+    weights = [randn(O, 1024, dtype=dtype, seed=O) / 32 for O in (2048, 1024, 1024)]
+    single = [ops.linear(x, weight) for weight in weights]
+    assert all(map(torch.equal, fused.linears(x, weights, [None] * 3), single))
+    assert torch.equal(fused.gate_up(x, *weights[1:], [None] * 2), ops.silu_mul(single[1], single[2]))
+    q, k, v = (y.view(T, -1, 128) for y in single)
+    norms = randn(128, dtype=dtype, seed=1), randn(128, dtype=dtype, seed=2)
+    rotary = (*TABLES.to("cuda"), torch.arange(T, device="cuda") * 7)
+    slots = torch.arange(T, device="cuda") * 3
+    pages, expected = (torch.zeros(2, 16, 64, 8, 128, device="cuda", dtype=dtype) for _ in range(2))
+    found = fused.rotate_write(q, k, v, norms, 1e-6, rotary, (pages[0], pages[1]), slots)
+    normed = ops.rope(ops.rms_norm(q, norms[0], 1e-6), ops.rms_norm(k, norms[1], 1e-6), *rotary)
+    ops.write_kv(normed[1], v, expected[0], expected[1], slots)
+    assert torch.equal(found, normed[0])
+    assert torch.equal(pages, expected)
 
 
 def test_sample_reports_logprob_and_draws_as_on_cpu() -> None:

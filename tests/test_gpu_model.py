@@ -72,17 +72,32 @@ def test_bytes_of_a_decode_step(exact: bool) -> None:
     launches = gpu_model.decode(model)
     M = gpu_model.ROWS
     weights = [p for name, p in model.named_parameters() if name.endswith("proj.weight")]
-    expected = sum(2 * p.numel() + M * 2 * (p.shape[0] + p.shape[1]) for p in weights)
+    H, I, Q, G = 256, 384, 4 * 128, 2 * 128
+    rows = (
+        (H + Q + 2 * G) + (Q + H) + (H + I) + (I + H)
+    )  # q, k and v; o; gate and up, whose input is read once
+    expected = sum(2 * p.numel() for p in weights) + 2 * 2 * M * rows
     head = model.head_weight
-    name = "linear_kernel" if exact else "mm"
-    found = sum(x.bytes for x in launches if x.name == name)  # without exact the sampler has the head
+    names = ("linears_kernel", "gate_up_kernel", "linear_kernel", "mm")
+    found = sum(x.bytes for x in launches if x.name in names)  # without exact the sampler has the head
     of_head = 2 * head.numel() + M * (2 * head.shape[1] + 4 * head.shape[0])
     assert found == expected + (of_head if exact else 0)
     reads = 2 * 2 * gpu_model.CONTEXT * M * 2 * 128  # keys and values of two heads
     rows = M * 4 * (128 * 2 + 128 * 2 + 8)  # queries, outputs, statistics
     attention = [x for x in launches if x.name == "attention_kernel"]
     assert [x.bytes for x in attention] == [reads + rows] * 2
-    assert sum(x.bytes for x in launches if x.name == "write_kv_kernel") == 2 * 4 * M * 2 * 128 * 2
+    written = 2 * M * 2 * (Q + 2 * G) + M * 128 * 4  # and a row of cosines and one of sines
+    assert [x.bytes for x in launches if x.name == "rotate_write_kernel"] == [written] * 2
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("exact", [True, False])
+def test_a_layer_is_nine_launches_at_most(rank: int, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a decode step; an adapter adds four to each of its seven linears, and undoes the gate's fusion."""
+    monkeypatch.setitem(gpu_model.QWEN3, "tiny", (256, 384, 2, 8))
+    found = gpu_model.launches_of_layer("tiny", rank, exact)
+    assert found["linears_kernel"] == found["rotate_write_kernel"] == found["attention_kernel"] == 1
+    assert found.total() <= (9 if not rank else 9 + 2 + 4 * 7)
 
 
 def test_trained_parameters() -> None:

@@ -9,22 +9,30 @@ import gzip
 import json
 import re
 import shutil
+import threading
+import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.cli import main
-from duologue.grpo.commands.inspected import Pieces
+from duologue.grpo.commands.inspected import Dialogues, Pieces, why_untrained
 from duologue.grpo.commands.same_contexts import compare
 from duologue.grpo.config import load_config
-from duologue.grpo.run_dir import read_lines
+from duologue.grpo.console import Progress
+from duologue.grpo.rows import grpo_rows
+from duologue.grpo.run_dir import RunDir, read_lines
+from duologue.grpo.trainer import Trainer
 from duologue.model.checkpoint import load_model
 from duologue.model.decoder import score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
+from duologue.rollout.games.deal import DealGame
 from safetensors.torch import load_file
-from tiny import TINY_DEAL
+from tiny import TINY, TINY_DEAL
 
 SETTINGS = ["dialogue.top_p=0.9", "dialogue.final_top_p=1", "grpo.imitation_coef=0.5"]
 
@@ -78,6 +86,25 @@ def test_recording_tokens_changes_nothing_else(run: Path, tmp_path: Path) -> Non
         assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
 
 
+@pytest.mark.parametrize("every", [2, 1])
+def test_a_killed_run_records_its_tokens_as_if_it_had_not_been(run: Path, tmp_path: Path, every: int) -> None:
+    """Killed in the midst of a line after its last checkpoint; another setting holds from there on."""
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    shutil.rmtree(path / "checkpoints" / "step_000004")
+    (path / "summary.json").unlink()
+    with open(path / "dialogues.jsonl", "a") as file:
+        file.write('{"step":4,"stage":"eval","turns":[{"entropies":[0.1')
+    run_deal(path, f"train.record_tokens={every}", "grpo.group_size=3", "--resume")
+    before, after = read_lines(run / "dialogues.jsonl"), read_lines(path / "dialogues.jsonl")
+    for old, new in zip(before, after, strict=True):
+        if every == 1 and (old["step"], old["stage"]) == (3, "selfplay"):
+            assert all(len(turn.pop("entropies")) == len(turn["token_ids"]) for turn in new["turns"])
+            for turn in new["turns"]:
+                turn.pop("support_sizes", None)
+        assert old == new
+
+
 def test_the_page_has_the_recorded_numbers_of_every_token(run: Path, page: str) -> None:
     records = read_lines(run / "dialogues.jsonl")
     words, by_name = columns(page)
@@ -125,6 +152,31 @@ def test_each_checkpoint_is_asked_how_likely_the_others_words_are(run: Path, gre
     first, second = ([d.scenario.id for d in each.dialogues] for each in held)
     assert first == second
     assert held[0].own != held[0].other
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_entropy_and_support_are_those_of_the_softmax(run: Path, top_p: float) -> None:
+    """Sorted probabilities in float64 are the oracle."""
+    names = {name: run / "checkpoints" / name for name in ("warm_start", "step_000004")}
+    (one, _) = compare(load_config(str(run / "config.toml"), [f"dialogue.top_p={top_p}"]), names, 2, False)
+    model, _ = load_model(names["warm_start"], "cpu")
+    for d in one.dialogues:
+        expected: list[list[torch.Tensor]] = [[], []]  # of each side's tokens, the likeliest first
+        for role, view in zip(d.view_roles, d.views, strict=True):
+            with torch.no_grad():
+                p = model(torch.tensor([view.token_ids]))[0].double().softmax(-1).sort(descending=True)[0]
+            expected[role] += [p[t - 1] for t, kind in enumerate(view.kinds) if kind]
+        sides = [iter(rows) for rows in expected]
+        for turn in d.turns:
+            cut = top_p < 1 and turn.kind == "utterance"
+            assert [size > 0 for size in turn.support_sizes] == [cut] * len(turn.token_ids)
+            for entropy, size in zip(turn.entropies, turn.support_sizes, strict=True):
+                p = next(sides[turn.role])
+                if cut:
+                    assert p[: size - 1].sum() < top_p + 1e-5
+                    assert p[:size].sum() > top_p - 1e-5
+                    p = p[:size] / p[:size].sum()
+                assert entropy == pytest.approx(float(-(p * p.log()).sum()), abs=1e-4)
 
 
 def test_draws_from_a_part_of_the_vocabulary_are_compared_over_that_part(run: Path, tmp_path: Path) -> None:
@@ -206,3 +258,38 @@ def test_tokens_that_split_a_character_show_it_once() -> None:
     shown = [pieces.table[place] for place in pieces.of(ids)]
     assert [i for i, _ in shown] == ids
     assert "".join(text for _, text in shown) == "café ☕ déjà"
+
+
+@pytest.mark.parametrize("roles", ["both", "first"])
+def test_the_page_marks_the_tokens_that_rows_mark(roles: str, tmp_path: Path) -> None:
+    """The masks of rows are the oracle, beside opponents, untrained kinds and an unscored dialogue."""
+    who = ["opponent.kind=mix", "opponent.mix={self = 0.5, scripted = 0.5}", "grpo.groups_per_step=4"]
+    what = [f"grpo.train_roles={roles}", "grpo.train_kinds=['utterance']", "imitation.steps=0"]
+    config = load_config("deal", [*TINY, *who, *what, "grpo.imitation_coef=0.5", "train.kl_every=0"])
+    run = RunDir.create(tmp_path / "run", config.to_toml())
+    trainer = Trainer(config, run, Progress(quiet=True), threading.Event())
+    groups = trainer.play()
+    dialogues = [d for group in groups for d in group.dialogues]
+    dialogues[1].reward = None
+    rows, _ = grpo_rows(groups, config.grpo, RunningBaseline())
+    trained = Counter[tuple[int, int]]()
+    for row in rows:
+        trained[row.dialogue_id, row.role] += row.n_trained
+    grpo = tomllib.loads(config.to_toml())["grpo"]
+    marked = Counter[tuple[int, int]]()
+    for i, d in enumerate(dialogues):
+        record = d.record(step=0, stage="selfplay")
+        for turn in record["turns"]:
+            marked[i, turn["role"]] += len(turn["token_ids"]) * (why_untrained(record, turn, grpo) == "")
+    assert +marked == +trained
+    assert {name for d in dialogues for name in d.players} > {"policy"}
+
+
+def test_dropped_groups_stand_apart(run: Path) -> None:
+    (record, *_) = [row for row in read_lines(run / "dialogues.jsonl") if row["stage"] == "selfplay"]
+    dialogues = Dialogues(DealGame, tomllib.loads((run / "config.toml").read_text()), None)
+    for row in (record, record, record | {"dropped": True}):
+        dialogues.add(row)
+    index = json.loads(gzip.decompress(base64.b64decode(dialogues.index())))["list"]
+    assert index["group"] == [0, 0, 1]
+    assert index["dropped"] == [False, False, True]

@@ -13,7 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 from duologue.grpo.commands.inspector import write_page
+from duologue.grpo.commands.same_contexts import compare
+from duologue.grpo.config import load_config
 from duologue.grpo.run_dir import read_lines
+from duologue.model.checkpoint import save_model
+from duologue.model.tokenizer import Tokenizer
+from tiny import TINY_DEAL, decoder
 
 from bench.inspect_page import GROUP, GROUPS, make_run
 
@@ -22,6 +27,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 if BROWSER is None:
     pytest.skip("no Chromium here", allow_module_level=True)
 
+PATIENCE_MS = 240_000  # with a machine that does much else
 COUNT = 300  # dialogues: three parts, three steps
 HOSTILE = (
     "</script><script>document.title='taken'</script><img src=x onerror=\"document.title='taken'\"> & <b>"
@@ -56,7 +62,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as player:
-        chromium = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        chromium = player.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"], timeout=PATIENCE_MS)
         yield chromium
         chromium.close()
 
@@ -71,6 +77,7 @@ def address(run: Path) -> str:
 def page(browser: Any, address: str) -> Iterator[Any]:
     """The page, just opened; whatever it loads or fails at fails the test."""
     tab = browser.new_page(viewport={"width": 1400, "height": 900})
+    tab.set_default_timeout(PATIENCE_MS)
     asked: list[str] = []
     faults: list[str] = []
     tab.on("request", lambda request: asked.append(request.url))
@@ -160,6 +167,10 @@ def test_outcome_side_reward_step_and_order(page: Any, records: list[dict[str, A
     there = [i for i, r in enumerate(records) if agreed[i] and r["step"] == steps[1]]
     assert 0 < len(there) <= GROUP * GROUPS
     count(page, f"{len(there)} dialogues of {COUNT}")
+    page.fill("#number", "2")
+    second = [i for i in there if (i - GROUP * GROUPS) // GROUP == 1]
+    count(page, f"{len(second)} dialogues of {COUNT}")
+    wait_for(page, second[0])
     page.click("button[type=reset]")
     count(page, f"{COUNT} dialogues")
     page.select_option("#players", "policy and pool")
@@ -174,8 +185,9 @@ def test_outcome_side_reward_step_and_order(page: Any, records: list[dict[str, A
     page.fill("#least", "0.5")
     rich = [r["reward"][1] for r in records if r["reward"] and r["reward"][1] >= 0.5]
     count(page, f"{len(rich)} dialogues of {COUNT}")
+    runs = int(page.get_attribute("#count", "data-run"))
     page.select_option("#sort", "reward-down")
-    page.wait_for_selector("#rows .row")
+    page.wait_for_selector(f"#count[data-run='{runs + 1}']")
     page.focus("#list")
     page.keyboard.press("Home")
     page.wait_for_selector("#rows [aria-selected=true][aria-posinset='1']")
@@ -299,3 +311,37 @@ def test_it_can_be_read_in_both_schemes_and_by_a_screen_reader(page: Any, scheme
     assert page.is_visible("#help")
     page.keyboard.press("Escape")
     assert not page.is_visible("#help")
+
+
+def test_two_checkpoints_stand_side_by_side_from_where_they_differ(
+    browser: Any, run: Path, tmp_path: Path
+) -> None:
+    tokenizer = Tokenizer.from_dir(run / "checkpoints" / "warm_start")
+    folders = {name: tmp_path / name for name in ("one", "two")}
+    for seed, folder in enumerate(folders.values()):
+        save_model(
+            decoder(seed, vocab_size=tokenizer.vocab_size, max_position_embeddings=640), tokenizer, folder
+        )
+    rules = ["dialogue.max_rounds=1", "dialogue.max_tokens_per_turn=8", "dialogue.max_tokens_final=6"]
+    one, two = compare(load_config("deal", [*TINY_DEAL, *rules]), folders, 2, greedy=False)
+    write_page(run, tmp_path / "page.html", (40, 40), [one, two])
+    tab = browser.new_page(viewport={"width": 1400, "height": 900})
+    tab.set_default_timeout(PATIENCE_MS)
+    tab.goto((tmp_path / "page.html").as_uri())
+    tab.wait_for_selector("#columns article:nth-of-type(2)")
+    assert "Checkpoint one, context 1" in tab.inner_text("#title")
+    assert tab.input_value("#measure") == "change"
+    said = [[i for turn in each.dialogues[0].turns for i in turn.token_ids] for each in (one, two)]
+    agree = next(n for n, (a, b) in enumerate(zip(*said, strict=False)) if a != b)
+    before = "[...document.querySelectorAll('#columns .apart')].map((mark) => {"
+    before += " const all = [...mark.closest('article').querySelectorAll('.t')];"
+    before += " return all.indexOf(mark.nextElementSibling); })"
+    assert tab.evaluate(before) == [agree, agree]
+    tab.keyboard.press("ArrowRight")
+    turn = one.dialogues[0].turns[0]
+    assert turn.logprobs is not None
+    assert number(tab, "log-prob") == turn.logprobs[0]
+    assert float(
+        tab.inner_text("#token dd[data-key='log-prob by the other']").split("\n")[0].replace("\u2212", "-")
+    ) == round(one.other[0][0], 5)
+    tab.close()

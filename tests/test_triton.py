@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,19 @@ def test_compile_check_refuses_spills_and_shared_memory(monkeypatch: pytest.Monk
     monkeypatch.setattr(compile_check, "SPILL_BYTES", -1)
     monkeypatch.setitem(compile_check.SHARED_BYTES, 90, row["shared_bytes"])
     assert "spills" in compile_check.check(index, 90)["error"]
+
+
+def test_a_fused_norm_sums_by_the_layout_of_the_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of a sum is its layout's: which elements a thread has, and which threads a row."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import compile_check
+
+    found = []
+    for start in ("rms_norm_kernel bf16 HAS_RESIDUAL=0 ROWS=16", "rotate_write_kernel bf16/fp32 HAS_NORM=1"):
+        (case,) = [case for name, case in compile_check.cases() if name.startswith(start)]
+        text = compile_check.compile_one(case, 90).asm["ttgir"]
+        summed = re.findall(r"tt.reduce.*?\}\) : \((tensor<[^>]*), (#\w+)>\) ->", text, re.DOTALL)
+        (layout,) = re.findall(rf"^{summed[0][1]} = (.*)$", text, re.MULTILINE)
+        found.append((len(summed), summed[0][0], layout))
+    assert found[0] == found[1]
+    assert found[0][0] == 1

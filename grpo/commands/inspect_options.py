@@ -14,7 +14,7 @@ def add_arguments(add: Callable[..., Any]) -> None:
     add("--out", type=Path, metavar="FILE", help="the page (default: inspect.html in the run directory)")
     add("--step", type=int, metavar="N", help="of the dialogues of one step alone")
     add("--steps", metavar="A:B", help="of those of the steps from A to B; one of both may be missing")
-    two = "and hold dialogues with two of its checkpoints (names, steps or folders) on the same contexts"
+    two = "and hold dialogues with two of its checkpoints (steps, names, last) on the same contexts"
     add("--checkpoints", nargs=2, metavar=("A", "B"), help=two)
     add(
         "--contexts", type=int, default=CONTEXTS, metavar="N", help=f"how many of these (default: {CONTEXTS})"

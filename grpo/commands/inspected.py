@@ -20,8 +20,9 @@ from duologue.grpo.commands.records import Record, with_numbers
 from duologue.grpo.run_dir import finite
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.game import Game, Persona
-from duologue.rollout.judge.questions import AGREEMENT, Case, Prompt
-from duologue.rollout.selfplay.dialogue import POLICY
+from duologue.rollout.judge.questions import AGREEMENT, SCORE, Prompt
+from duologue.rollout.selfplay.dialogue import POLICY, RECORDED, Turn
+from duologue.rollout.selfplay.question import case_of
 
 PART = 128  # dialogues of a part
 SHORT = ("entropy",)
@@ -249,13 +250,10 @@ class Dialogues:
         kind = asked["kind"]
         if kind not in self.prompts:
             return asked
-        said = record["turns"][: asked["turns"]]
-        case = Case(
-            dilemma=record["scenario"].get("shared", ""),
-            personas=tuple(Persona(**persona) for persona in record["personas"]),
-            turns=tuple((turn["role"], turn["text"]) for turn in said if turn["kind"] != "final"),
-            completion="".join(turn["text"] for turn in said if turn["kind"] == "final"),
-        )
+        said = [Turn(**{name: turn[name] for name in RECORDED}) for turn in record["turns"][: asked["turns"]]]
+        unfinished = kind == SCORE and all(turn.kind != "final" for turn in said)
+        personas = tuple(Persona(**persona) for persona in record["personas"])
+        case = case_of(record["scenario"].get("shared", ""), personas, said, unfinished)
         places = self.prompts[kind].places(case, self._show_dialogue or kind == AGREEMENT)
         return {**asked, "places": places}
 
@@ -272,6 +270,7 @@ class Dialogues:
             "group": group,
             "number": number,
             "verdict": words["verdict"],
+            "dropped": bool(record.get("dropped")),
             "agreed": bool((record["outcome"] or {}).get("agreed")),
             "reward0": reward[0],
             "reward1": reward[1],
@@ -291,7 +290,7 @@ class Dialogues:
         evaluation have the same place in the evaluations of other policies.
         """
         scenario, is_training = record["scenario"]["id"], record["stage"] == "selfplay"
-        at = (record["step"], record["stage"], record.get("policy"))
+        at = (record["step"], record["stage"], record.get("policy"), record.get("dropped"))
         follows = is_training and self._last == (at, scenario) and self._size < int(self.grpo["group_size"])
         if self._last[:1] != (at,):
             self._number = 0

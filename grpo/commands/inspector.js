@@ -119,7 +119,13 @@
     const member = members.indexOf(i) + 1;
     const of = list.number[i] + 1;
     if (list.stage[i] === "selfplay")
-      return "step " + list.step[i] + ", group " + of + ", dialogue " + member + " of " + members.length;
+      return (
+        "step " +
+        list.step[i] +
+        (list.dropped[i] ? ", dropped group " : ", group ") +
+        of +
+        (", dialogue " + member + " of " + members.length)
+      );
     return (
       (isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i)) + ", context " + of
     );
@@ -215,7 +221,7 @@
       legend.append(node);
     }
     if (dialogue && dialogue.tokens.some((t) => value(t, measure) === null))
-      legend.append(el("span", { class: "t none", text: "unknown" }));
+      legend.append(el("span", { class: "t none", text: "none" }));
   }
 
   function offerMeasures() {
@@ -335,12 +341,14 @@
     const found = text ? await matching(text, $("where").value) : null;
     if (run !== filterRun) return;
     const [step, outcome, players, of] = ["step", "outcome", "players", "reward-of"].map((id) => $(id).value);
+    const number = $("number").value;
     const [least, most] = ["least", "most"].map((id) => ($(id).value === "" ? null : Number($(id).value)));
     const reward = rewardOf(of);
     shown = [];
     for (let i = 0; i < size; i++) {
       if (found && !found.has(i)) continue;
       if (step && step !== stepKey(i)) continue;
+      if (number && Number(number) !== list.number[i] + 1) continue;
       if (
         outcome === "+"
           ? !list.agreed[i]
@@ -359,13 +367,15 @@
       shown.push(i);
     }
     sortShown($("sort").value, reward);
+    if (!shown.includes(chosen) && shown.length) await choose(shown[0]);
+    if (run !== filterRun) return;
+    scrollToChosen();
+    drawList();
     $("count").textContent =
       shown.length === size
         ? many(size, "dialogue")
         : many(shown.length, "dialogue") + " of " + size.toLocaleString("en");
-    if (!shown.includes(chosen) && shown.length) await choose(shown[0]);
-    scrollToChosen();
-    drawList();
+    $("count").dataset.run = run;
   }
 
   function rewardOf(of) {
@@ -473,8 +483,9 @@
 
   function advantages(d) {
     const of = [0, 1].map((side) => {
-      const turn = d.turns.find((t) => t.side === side && t.why === "" && t.advantage !== null);
-      return turn ? plus(turn.advantage, 3) : "–";
+      const own = d.turns.filter((t) => t.side === side && t.why === "" && t.advantage !== null);
+      const values = new Set(own.map((t) => t.advantage));
+      return values.size ? (values.size > 1 ? "by turn" : plus(own[0].advantage, 3)) : "–";
     });
     return of[0] === of[1] ? of[0] : of.join(" : ");
   }
@@ -506,6 +517,7 @@
   function drawGroup(i) {
     const members = groups.get(list.group[i]);
     $("group").hidden = members.length < 2;
+    $("group-heading").textContent = isTraining(i) ? "The group" : "The same context by others";
     const head = ["dialogue", "reward", "outcome", "tokens", "mean log-prob"];
     const rows = members.map((j, k) => {
       const name = isTraining(j) ? String(k + 1) : isCompared(j) ? list.policy[j] : policyName(j);
@@ -723,9 +735,9 @@
     const rows = [
       [
         "Log-prob",
-        "Recorded when the token was sampled, by the weights that sampled it, at the temperature of the talk (" +
-          about.temperature +
-          "), over what it was drawn from." +
+        "Recorded when the token was sampled, by the weights that sampled it, at the temperature of its draw (" +
+          about.temperatures.join(" in training, ") +
+          " in evaluations), over what it was drawn from." +
           (about.exact ? " In exact mode these are the trainer's log-probs, bit for bit." : ""),
       ],
       ["Entropy", "Of the distribution that the token was drawn from, in nats. " + part(r.entropy)],
@@ -736,7 +748,7 @@
       ],
       [
         "Advantage",
-        'Recorded for each side of a dialogue, with grpo.credit = "turn" for each turn; all trained tokens of it have it.',
+        "Recorded for each side of a dialogue, or for each turn (grpo.credit); all its trained tokens have it.",
       ],
       [
         "Trained",
@@ -752,9 +764,9 @@
       ],
       [
         "Judge",
-        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens (" +
-          r.asked.toLocaleString("en") +
-          " dialogues have any). A question is written again from the prompt files of the run, as they are now.",
+        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens, here of " +
+          many(r.asked, "dialogue") +
+          ". A question is written again from the prompt files of the run, as they are now.",
       ],
     ];
     if (r.other) {
@@ -765,7 +777,7 @@
           a +
           " and " +
           b +
-          " when this page was made, each with itself, from the same contexts, seeds and openers; without a judge. The log-prob by the other is that of its training forward over what the token was drawn from. Each one's own training forward gives the log-probs of its draws to within " +
+          " when this page was made, each with itself, from the same contexts, seeds and openers; without a judge. Greedy draws have the log-probs of temperature 1. The log-prob by the other is that of its training forward over what the token was drawn from. Each one's own training forward gives the log-probs of its draws to within " +
           about.mismatch +
           ".",
       ]);
@@ -906,5 +918,7 @@
     document.documentElement.dataset.ready = "yes";
   }
 
-  begin();
+  begin().catch((error) => {
+    $("summary").textContent = "This browser cannot show the page: " + error;
+  });
 })();

@@ -126,7 +126,7 @@ def _page(name: str, dialogues: Dialogues, config: Record, held: Sequence[Held])
     about = {
         "game": config["game"]["name"],
         "recorded": dialogues.recorded,
-        "temperature": config["dialogue"]["temperature"],
+        "temperatures": [config["dialogue"]["temperature"], config["eval"]["temperature"]],
         "exact": config["rollout"]["exact"],
         "prompts": {kind: prompt.template for kind, prompt in dialogues.prompts.items()},
         "checkpoints": [each.name for each in held],

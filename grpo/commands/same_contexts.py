@@ -4,12 +4,14 @@ likely each finds the other's words.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game, check_context, measuring_rules
+from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import draw_contexts, hold
 from duologue.grpo.packing import Row, pack, split_rows
@@ -51,7 +53,7 @@ class Held:
     def mismatch(self) -> float:
         """The largest difference between `own` and what the engine gave when it drew the tokens."""
         drawn = [x for d in self.dialogues for turn in d.turns for x in turn.logprobs or ()]
-        own = [x for values in self.own for x in values if x == x]
+        own = [x for values in self.own for x in values if not math.isnan(x)]
         return max((abs(a - b) for a, b in zip(drawn, own, strict=True)), default=0.0)
 
 
@@ -74,8 +76,10 @@ class Silent:
 
 
 def find(run_dir: Path, name: str) -> Path:
-    """A checkpoint by its name in the run, by its step, or by its folder."""
+    """A checkpoint by its name in the run, by its step, as its last one, or by its folder."""
     folder = run_dir / "checkpoints"
+    if name == "last" and (latest := latest_checkpoint(run_dir)):
+        return latest
     names = [name, f"step_{int(name):06d}"] if name.isdecimal() else [name]
     places = [*(folder / each for each in names), Path(name)]
     for place in places:
@@ -128,7 +132,7 @@ def logprobs(model: Decoder, dialogues: Sequence[Dialogue], rules: Rules, max_to
         left = [iter(side) for side in sides]
         values.append(
             [
-                float("nan") if turn.logprobs is None else next(left[turn.role])
+                math.nan if turn.logprobs is None else next(left[turn.role])
                 for turn in dialogue.turns
                 for _ in turn.token_ids
             ]

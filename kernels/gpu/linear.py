@@ -15,6 +15,46 @@ import triton.language as tl
 from duologue.kernels.gpu.launcher import launch
 from torch import Tensor
 
+FEW = 64  # rows of one tile
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+@triton.jit
+def _place(M, columns, ROWS: tl.constexpr):
+    """(row tile, column tile) of a program: eight row tiles in turn share a panel of the weight."""
+    rows = tl.cdiv(M, ROWS)
+    group = tl.program_id(0) // (8 * columns)
+    place = tl.program_id(0) % (8 * columns)
+    height = tl.minimum(rows - group * 8, 8)
+    return group * 8 + place % height, place // height
+
+
+@triton.jit
+def _product(
+    x,
+    weight,
+    bias,
+    i,
+    j,
+    M,
+    O,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Rows i and columns j of x [M, K] @ weight [O, K]^T + bias [O], in fp32."""
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, K, STEP):
+        k = start + tl.arange(0, STEP)
+        a = tl.load(x + i[:, None] * K + k[None, :], (i < M)[:, None] & (k < K)[None, :], 0.0)
+        b = tl.load(weight + j[None, :] * K + k[:, None], (j < O)[None, :] & (k < K)[:, None], 0.0)
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    if HAS_BIAS:
+        acc += tl.load(bias + j, j < O, 0.0).to(tl.float32)[None, :]
+    return acc
+
 
 @triton.jit(do_not_specialize=["M"])
 def linear_kernel(
@@ -30,25 +70,92 @@ def linear_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of out [M, O] = x [M, K] @ weight [O, K]^T + bias [O]; eight row tiles in turn share a panel
-    of the weight."""
-    rows = tl.cdiv(M, ROWS)
-    columns = tl.cdiv(O, COLUMNS)
-    group = tl.program_id(0) // (8 * columns)
-    place = tl.program_id(0) % (8 * columns)
-    height = tl.minimum(rows - group * 8, 8)
-    i = (group * 8 + place % height).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    j = (place // height).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    for start in range(0, K, STEP):
-        k = start + tl.arange(0, STEP)
-        a = tl.load(x + i[:, None] * K + k[None, :], (i < M)[:, None] & (k < K)[None, :], 0.0)
-        b = tl.load(weight + j[None, :] * K + k[:, None], (j < O)[None, :] & (k < K)[:, None], 0.0)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-    if HAS_BIAS:
-        acc += tl.load(bias + j, j < O, 0.0).to(tl.float32)[None, :]
+    """One tile of out [M, O]."""
+    row, column = _place(M, tl.cdiv(O, COLUMNS), ROWS)
+    i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = _product(x, weight, bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
     at = out + i[:, None] * O + j[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def linears_kernel(
+    x,
+    weight_0,
+    weight_1,
+    weight_2,
+    bias_0,
+    bias_1,
+    bias_2,
+    out_0,
+    out_1,
+    out_2,
+    M,
+    O_0,
+    O_1,
+    O_2,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """`linear_kernel` of three weights: their column tiles lie side by side."""
+    first = tl.cdiv(O_0, COLUMNS)
+    second = first + tl.cdiv(O_1, COLUMNS)
+    row, column = _place(M, second + tl.cdiv(O_2, COLUMNS), ROWS)
+    weight = weight_0
+    bias = bias_0
+    out = out_0
+    O = O_0
+    before = first * 0
+    if column >= second:
+        weight = weight_2
+        bias = bias_2
+        out = out_2
+        O = O_2
+        before = second
+    elif column >= first:
+        weight = weight_1
+        bias = bias_1
+        out = out_1
+        O = O_1
+        before = first
+    i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = (column - before).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    acc = _product(x, weight, bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
+    at = out + i[:, None] * O + j[None, :]
+    tl.store(at, acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def gate_up_kernel(
+    x,
+    gate,
+    up,
+    gate_bias,
+    up_bias,
+    out,
+    M,
+    O,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of silu(x @ gate^T) * (x @ up^T), both rounded as `linear_kernel` stores them."""
+    row, column = _place(M, tl.cdiv(O, COLUMNS), ROWS)
+    i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    g = _product(x, gate, gate_bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
+    u = _product(x, up, up_bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
+    g = g.to(out.dtype.element_ty).to(tl.float32)
+    u = u.to(out.dtype.element_ty).to(tl.float32)
+    y = g * (1.0 / (1.0 + tl.exp(-g))) * u
+    at = out + i[:, None] * O + j[None, :]
+    tl.store(at, y.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
 
 
 def tile(few: bool, O: int, narrow: bool) -> dict[str, int]:
@@ -60,17 +167,44 @@ def tile(few: bool, O: int, narrow: bool) -> dict[str, int]:
     return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}
 
 
+def linears(x: Tensor, weights: Three, biases: Three | None, outs: Three) -> Three:
+    """Fills each out [M, O] from x [M, K] and its weight [O, K], as `forward` does, in one launch."""
+    M, K = x.shape
+    sizes = [len(weight) for weight in weights]
+    if M:
+        tiles = tile(M <= FEW, min(sizes), x.element_size() == 2)
+        columns = sum(triton.cdiv(O, tiles["COLUMNS"]) for O in sizes)
+        tensors = (x, *weights, *(weights if biases is None else biases), *outs)
+        grid = (triton.cdiv(M, tiles["ROWS"]) * columns,)
+        launch(linears_kernel, grid, *tensors, M, *sizes, K, HAS_BIAS=biases is not None, **tiles)
+    return outs
+
+
+def gate_up(x: Tensor, gate: Tensor, up: Tensor, biases: tuple[Tensor, Tensor] | None, out: Tensor) -> Tensor:
+    """Fills out [M, O] with silu(x @ gate^T) * (x @ up^T), in one launch. For few rows."""
+    O, K = gate.shape
+    if M := len(x):
+        tiles = tile(M <= FEW, O, x.element_size() == 2)
+        tensors = (x, gate, up, *((gate, up) if biases is None else biases), out)
+        grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
+        launch(gate_up_kernel, grid, *tensors, M, O, K, HAS_BIAS=biases is not None, **tiles)
+    return out
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, exact: bool) -> Tensor:
     """Fills out [..., O]; all contiguous. Unless `exact` by torch, whose bits depend on M."""
     O, K = weight.shape
     x = x.view(-1, K) if K else x.flatten(0, -2)
     M = out.numel() // max(O, 1)
     if not exact:
+        if bias is None and out.dtype == x.dtype:
+            torch.mm(x, weight.t(), out=out.view(M, O))
+            return out
         wider = x.is_cuda and out.dtype != x.dtype
         product = torch.mm(x, weight.t(), out_dtype=out.dtype) if wider else torch.mm(x, weight.t())
         return out.copy_((product if bias is None else product + bias).view(out.shape))
     if M * O:
-        tiles = tile(M <= 64, O, x.element_size() == 2)
+        tiles = tile(M <= FEW, O, x.element_size() == 2)
         grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         tensors = (x, weight, x if bias is None else bias, out)
         launch(linear_kernel, grid, *tensors, M, O, K, HAS_BIAS=bias is not None, **tiles)

@@ -16,6 +16,7 @@ STEPS = 8  # row tiles that share a partial sum
 GATE = 1024  # elements of a program of silu_mul
 HEADS = 8  # of a program of rotate
 KV = 1024  # elements of a program of write_kv
+FIXED = {"enable_fp_fusion": False}  # of kernels that must round alike: products are fused only by tl.fma
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -100,6 +101,13 @@ def silu_mul_kernel(gate, up, grad, out, grad_up, size, BACKWARD: tl.constexpr, 
 
 
 @triton.jit
+def _turn(low, high, c, s):
+    """By an angle of this cosine and sine. Else the compiler chooses which product it fuses, and with it the
+    bits."""
+    return tl.fma(-high, s, low * c), tl.fma(high, c, low * s)
+
+
+@triton.jit
 def rotate_kernel(
     x, out, cos, sin, positions, H, D, max_position, sign, HALF: tl.constexpr, HEADS: tl.constexpr
 ):
@@ -116,8 +124,8 @@ def rotate_kernel(
     s = sign * tl.load(sin + position * half + d, known, float("nan"))[None, :]
     low = tl.load(x + at, real, 0.0).to(tl.float32)
     high = tl.load(x + at + half, real, 0.0).to(tl.float32)
-    tl.store(out + at, (low * c - high * s).to(out.dtype.element_ty), real)
-    high = tl.fma(high, c, low * s)  # else the compiler chooses which product it fuses, and with it the bits
+    low, high = _turn(low, high, c, s)
+    tl.store(out + at, low.to(out.dtype.element_ty), real)
     tl.store(out + at + half, high.to(out.dtype.element_ty), real)
 
 
@@ -129,6 +137,90 @@ def write_kv_kernel(k, v, k_pages, v_pages, slots, size, BLOCK: tl.constexpr):
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     tl.store(k_pages + slot * size + i, tl.load(k + t * size + i, i < size), i < size)
     tl.store(v_pages + slot * size + i, tl.load(v + t * size + i, i < size), i < size)
+
+
+@triton.jit
+def _half(x, weight, at, d, half, real, scale, HAS_NORM: tl.constexpr):
+    """Half of each head in fp32, normed and rounded as `rms_norm_kernel` stores it."""
+    z = tl.load(x + at, real, 0.0)
+    if HAS_NORM:
+        normed = (z.to(tl.float32) * scale[:, None]).to(z.dtype).to(tl.float32)
+        w = tl.load(weight + d, d < half, 0.0).to(tl.float32)
+        z = (normed * w[None, :]).to(z.dtype)
+    return z.to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["T"])
+def rotate_write_kernel(
+    q,
+    k,
+    v,
+    q_weight,
+    k_weight,
+    cos,
+    sin,
+    positions,
+    slots,
+    out,
+    k_pages,
+    v_pages,
+    T,
+    Hq,
+    Hk,
+    D,
+    max_position,
+    eps,
+    HAS_NORM: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """`rms_norm_kernel` on the heads of q and k, `rotate_kernel`, and `write_kv_kernel`: q [T, Hq, D] to out,
+    k and v [T, Hk, D] to the tokens' slots. A program has ROWS heads of q or of k, and then those of v.
+
+    A row is summed by the layout of `rms_norm_kernel`, so with its bits; its halves are then read again.
+    """
+    blocks = tl.cdiv(T * Hq, ROWS)
+    block = tl.program_id(0)
+    is_key = block >= blocks
+    x = q
+    weight = q_weight
+    to = out
+    H = Hq
+    if is_key:
+        x = k
+        weight = k_weight
+        to = k_pages
+        H = Hk
+        block -= blocks
+    n = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    t = n // H
+    mine = t < T
+    wide = tl.arange(0, BLOCK)
+    real = mine[:, None] & (wide < D)[None, :]
+    scale = tl.zeros((ROWS,), tl.float32)
+    if HAS_NORM:
+        z = tl.load(x + n[:, None] * D + wide[None, :], real, 0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(z * z, 1) / D + eps)
+    half = D // 2
+    d = tl.arange(0, HALF)
+    position = tl.load(positions + t, mine, 0)
+    known = (d < half)[None, :] & ((position >= 0) & (position < max_position))[:, None]
+    c = tl.load(cos + position[:, None] * half + d[None, :], known, float("nan"))
+    s = tl.load(sin + position[:, None] * half + d[None, :], known, float("nan"))
+    at = n[:, None] * D + d[None, :]
+    there = mine[:, None] & (d < half)[None, :]
+    low = _half(x, weight, at, d, half, there, scale, HAS_NORM)
+    high = _half(x, weight + half, at + half, d, half, there, scale, HAS_NORM)
+    low, high = _turn(low, high, c, s)
+    row = n
+    if is_key:
+        row = tl.load(slots + t, mine, 0) * H + n % H
+        values = tl.load(v + n[:, None] * D + wide[None, :], real, 0.0)
+        tl.store(v_pages + row[:, None] * D + wide[None, :], values, real)
+    to = to + row[:, None] * D + d[None, :]
+    tl.store(to, low.to(q.dtype.element_ty), there)
+    tl.store(to + half, high.to(q.dtype.element_ty), there)
 
 
 def norm_tile(K: int) -> dict[str, int]:
@@ -144,7 +236,7 @@ def rms_norm(
     if N := x.numel() // max(K, 1):
         tensors = (x, x if residual is None else residual, weight, out, total)
         grid = (triton.cdiv(N, tile["ROWS"]),)
-        launch(rms_norm_kernel, grid, *tensors, N, K, eps, HAS_RESIDUAL=residual is not None, **tile)
+        launch(rms_norm_kernel, grid, *tensors, N, K, eps, HAS_RESIDUAL=residual is not None, **FIXED, **tile)
     return out, total
 
 
@@ -168,7 +260,9 @@ def silu_mul(
     if size := gate.numel():
         tensors = (gate, up, gate if grad is None else grad, out, grad_up)
         grid = (triton.cdiv(size, GATE),)
-        launch(silu_mul_kernel, grid, *tensors, size, BACKWARD=grad is not None, BLOCK=GATE, num_warps=4)
+        launch(
+            silu_mul_kernel, grid, *tensors, size, BACKWARD=grad is not None, BLOCK=GATE, num_warps=4, **FIXED
+        )
     return out, grad_up
 
 
@@ -178,7 +272,22 @@ def rotate(x: Tensor, out: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, 
     if T * H:
         tile = {"HALF": triton.next_power_of_2(triton.cdiv(D, 2)), "HEADS": HEADS}
         grid = (T, triton.cdiv(H, HEADS))
-        launch(rotate_kernel, grid, x, out, cos, sin, positions, H, D, len(cos), sign, **tile, num_warps=4)
+        launch(
+            rotate_kernel,
+            grid,
+            x,
+            out,
+            cos,
+            sin,
+            positions,
+            H,
+            D,
+            len(cos),
+            sign,
+            **tile,
+            num_warps=4,
+            **FIXED,
+        )
     return out
 
 
@@ -188,3 +297,31 @@ def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tens
         size = k[0].numel()
         grid = (len(k), triton.cdiv(size, KV))
         launch(write_kv_kernel, grid, k, v, k_pages, v_pages, slots, size, BLOCK=KV, num_warps=4)
+
+
+def rotate_write_tile(D: int) -> dict[str, int]:
+    """Rows as in `norm_tile`: their number decides the order of a sum."""
+    return {**norm_tile(D), "HALF": triton.next_power_of_2(triton.cdiv(D, 2))}
+
+
+def rotate_write(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    eps: float,
+    rotary: tuple[Tensor, Tensor, Tensor],
+    pages: tuple[Tensor, Tensor],
+    slots: Tensor,
+    out: Tensor,
+) -> Tensor:
+    """Fills out [T, Hq, D] and the slots of the pages; `rotary` are cos, sin and positions."""
+    T, Hq, D = q.shape
+    Hk = k.shape[1]
+    if T:
+        tile = rotate_write_tile(D)
+        grid = (triton.cdiv(T * Hq, tile["ROWS"]) + triton.cdiv(T * Hk, tile["ROWS"]),)
+        tensors = (q, k, v, *(norms or (q, k)), *rotary, slots, out, *pages)
+        sizes = (T, Hq, Hk, D, len(rotary[0]), eps)
+        launch(rotate_write_kernel, grid, *tensors, *sizes, HAS_NORM=norms is not None, **FIXED, **tile)
+    return out

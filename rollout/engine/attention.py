@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from duologue.kernels import ops
+from duologue.kernels import fused, ops
 from torch import Tensor
 
 LEAST_SHARED = 512  # keys in common that are worth a pass of their own: two chunks of the kernel
@@ -74,13 +74,25 @@ class PagedAttention:
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         k_pages, v_pages = self.kv[layer]
         ops.write_kv(k_TGD, v_TGD, k_pages, v_pages, self.slots)
-        return ops.paged_attention(
-            q_TAD,
-            k_pages,
-            v_pages,
-            self.block_table,
-            self.cu_seqlens,
-            self.context_lens,
-            self.scale,
-            self.groups,
-        )
+        return self._attend(layer, q_TAD)
+
+    def rotated(
+        self,
+        layer: int,
+        q_TAD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
+        norms: tuple[Tensor, Tensor, float] | None,
+        rotary: tuple[Tensor, Tensor, Tensor],
+    ) -> Tensor:
+        """The same of q and k before norms (weights and eps) and rotation, where `fused.serves` them."""
+        weights, eps = (None, 0.0) if norms is None else (norms[:2], norms[2])
+        k_pages, v_pages = self.kv[layer]
+        pages = (k_pages, v_pages)
+        q_TAD = fused.rotate_write(q_TAD, k_TGD, v_TGD, weights, eps, rotary, pages, self.slots)
+        return self._attend(layer, q_TAD)
+
+    def _attend(self, layer: int, q_TAD: Tensor) -> Tensor:
+        lengths = (self.block_table, self.cu_seqlens, self.context_lens)
+        k_pages, v_pages = self.kv[layer]
+        return ops.paged_attention(q_TAD, k_pages, v_pages, *lengths, self.scale, self.groups)
