@@ -1,11 +1,13 @@
 """One GRPO step, rollout and update, against TRL's `GRPOTrainer` on the same weights, prompts and rewards.
 
-    python bench/step.py [--only ours|trl] [--json] [--device cpu] [--steps 8]
+    python -m bench.step [--only ours|trl] [--json] [--device cpu] [--steps 8] [--save]
+    python -m bench.step --checkpoint FOLDER [--prompts 4]  # a real model in bf16
 
 4.2M parameters (Qwen3: hidden 256, 4 layers, 4 heads, 2 KV heads, intermediate 768, vocab 4096, tied), fp32;
 8 prompts of 64 tokens x 8 completions of exactly 64; one on-policy update (dapo, no KL). Checkpoint and
 tokenizer are made on the spot, nothing is downloaded. A step is all of rollout, reward, forward, backward and
-optimizer. The last line is JSON.
+optimizer. Of a checkpoint the prompts are the first 64 tokens of our dilemmas; TRL trains its bf16 weights
+themselves, ours has fp32 masters. The last line is JSON; --save adds it to bench/results/step.csv.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.grpo.advantage import group_advantages
 from duologue.grpo.config import from_dict
 from duologue.grpo.loss import LossConfig
@@ -33,14 +37,29 @@ from duologue.model.checkpoint import load_model
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 
-PROMPTS, GROUP, PROMPT_TOKENS, NEW_TOKENS, VOCAB = 8, 8, 64, 64, 4096
-SAMPLED = PROMPTS * GROUP * NEW_TOKENS
+from bench.common import append_rows
+
+DILEMMAS = Path(__file__).resolve().parent.parent / "rollout" / "data" / "dilemmas.jsonl"
+GROUP, PROMPT_TOKENS, NEW_TOKENS, VOCAB = 8, 64, 64, 4096
 RATE, BETAS, CLIP = 1e-5, (0.9, 0.999), 0.2
 WARMUP = 2  # steps that are not counted
 
 
-def make_checkpoint(folder: Path) -> list[list[int]]:
-    """A random model and a tokenizer of one word per id, as transformers writes them; returns the prompts."""
+class Job(NamedTuple):
+    folder: Path
+    dtype: torch.dtype
+    prompts: list[list[int]]
+    texts: list[str]  # of the same tokens
+    steps: int
+    device: str
+
+    @property
+    def sampled(self) -> int:
+        return len(self.prompts) * GROUP * NEW_TOKENS
+
+
+def make_checkpoint(folder: Path, n: int) -> tuple[list[list[int]], list[str]]:
+    """A random model and a tokenizer of one word per id, as transformers writes them; returns `n` prompts."""
     import tokenizers
     from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
@@ -66,7 +85,24 @@ def make_checkpoint(folder: Path) -> list[list[int]]:
     core.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "w0", "eos_token": "w1", "pad_token": "w2"}
     PreTrainedTokenizerFast(tokenizer_object=core, **special).save_pretrained(folder)
-    return torch.randint(4, VOCAB, (PROMPTS, PROMPT_TOKENS)).tolist()
+    prompts = torch.randint(4, VOCAB, (n, PROMPT_TOKENS)).tolist()
+    return prompts, [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
+
+
+def prompts_for(folder: Path, n: int) -> tuple[list[list[int]], list[str]]:
+    """The beginnings of `n` dilemmas that are PROMPT_TOKENS tokens of a checkpoint's tokenizer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    found: dict[str, list[int]] = {}
+    for line in DILEMMAS.read_text("utf-8").splitlines():
+        text = tokenizer.decode(tokenizer(json.loads(line)["text"])["input_ids"][:PROMPT_TOKENS])
+        ids = tokenizer(text)["input_ids"]
+        if len(ids) == PROMPT_TOKENS and len(found) < n:
+            found[text] = ids
+    if len(found) < n:
+        raise SystemExit(f"--prompts {n}: accepted is at most {len(found)} with {folder}")
+    return list(found.values()), list(found)
 
 
 def reward(token_ids: list[int]) -> float:
@@ -74,18 +110,18 @@ def reward(token_ids: list[int]) -> float:
     return sum(t % 2 == 0 for t in token_ids) / len(token_ids)
 
 
-def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
+def run_ours(job: Job) -> dict[str, list[float]]:
     """Seconds of each step, and of its rollout and update."""
-    threads = torch.get_num_threads()
-    use_device(from_dict({"model": {"device": device}}))  # as `duologue train` does
-    model, _ = load_model(folder, device)
+    threads, prompts = torch.get_num_threads(), job.prompts
+    use_device(from_dict({"model": {"device": job.device}}))  # as `duologue train` does
+    model, _ = load_model(job.folder, job.device, job.dtype)
     engine = Engine(model)
     optimizer = Optimizer(model, betas=BETAS, weight_decay=0.0, max_grad_norm=1.0)
     loss = LossConfig(variant="dapo", clip_low=CLIP, clip_high=CLIP)
     params = SamplingParams(max_new_tokens=NEW_TOKENS)
-    group_ids = torch.arange(PROMPTS).repeat_interleave(GROUP)
+    group_ids = torch.arange(len(prompts)).repeat_interleave(GROUP)
     seconds: dict[str, list[float]] = {"step": [], "rollout": [], "update": []}
-    for _ in range(WARMUP + steps):
+    for _ in range(WARMUP + job.steps):
         began = time.perf_counter()
         completions = rollout(engine, prompts, params)
         rolled = time.perf_counter()
@@ -107,7 +143,7 @@ def run_ours(folder: Path, prompts: list[list[int]], steps: int, device: str) ->
         accumulate_policy_gradient(model, rows, loss, temperature=1.0, max_tokens=16_384)
         optimizer.step(RATE)
         ended = time.perf_counter()
-        assert sum(row.n_trained for row in rows) == SAMPLED
+        assert sum(row.n_trained for row in rows) == job.sampled
         for name, value in (("step", ended - began), ("rollout", rolled - began), ("update", ended - rolled)):
             seconds[name].append(value)
     torch.set_num_threads(threads)
@@ -126,7 +162,7 @@ def rollout(engine: Engine, prompts: list[list[int]], params: SamplingParams) ->
     return [request.completion for request in requests]
 
 
-def run_trl(folder: Path, prompts: list[list[int]], steps: int, device: str) -> dict[str, list[float]]:
+def run_trl(job: Job) -> dict[str, list[float]]:
     """Seconds of each step of GRPOTrainer: its defaults, but for what makes the step the same, and no
     checkpointing."""
     import datasets
@@ -143,24 +179,23 @@ def run_trl(folder: Path, prompts: list[list[int]], steps: int, device: str) -> 
         assert all(len(ids) == NEW_TOKENS for ids in completion_ids)
         return [reward(ids) for ids in completion_ids]
 
-    text = [" ".join(f"w{token}" for token in prompt) for prompt in prompts]
     trainer = trl.GRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        model=AutoModelForCausalLM.from_pretrained(job.folder, dtype=job.dtype),
         reward_funcs=trivial_reward,
-        train_dataset=datasets.Dataset.from_dict({"prompt": text}),
-        processing_class=AutoTokenizer.from_pretrained(folder, padding_side="left"),
+        train_dataset=datasets.Dataset.from_dict({"prompt": job.texts}),
+        processing_class=AutoTokenizer.from_pretrained(job.folder, padding_side="left"),
         callbacks=[Clock()],
         args=trl.GRPOConfig(
-            output_dir=str(folder / "trl"),
-            use_cpu=device == "cpu",
+            output_dir=tempfile.mkdtemp(prefix="trl-"),
+            use_cpu=job.device == "cpu",
             bf16=False,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,
             logging_steps=10_000,
-            max_steps=WARMUP + 1 + steps,
+            max_steps=WARMUP + 1 + job.steps,
             seed=0,
-            per_device_train_batch_size=PROMPTS * GROUP,
+            per_device_train_batch_size=len(job.prompts) * GROUP,
             num_generations=GROUP,
             gradient_accumulation_steps=1,
             max_completion_length=NEW_TOKENS,
@@ -193,16 +228,21 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="no table")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--checkpoint", type=Path, help="a folder as transformers writes it, trained in bf16")
+    parser.add_argument("--prompts", type=int, default=8, help=f"of a step; each has {GROUP} completions")
+    parser.add_argument("--save", action="store_true", help="add a row to bench/results/step.csv")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        prompts = make_checkpoint(folder)
+        folder = args.checkpoint or Path(name)
+        prompts, texts = (prompts_for if args.checkpoint else make_checkpoint)(folder, args.prompts)
+        dtype = torch.bfloat16 if args.checkpoint else torch.float32
+        job = Job(folder, dtype, prompts, texts, args.steps, args.device)
         chosen = [p for p in PROVIDERS if args.only in (None, p)]
-        times = {p: PROVIDERS[p](folder, prompts, args.steps, args.device) for p in chosen}
+        times = {p: PROVIDERS[p](job) for p in chosen}
     medians = {
         p: {part: statistics.median(values) for part, values in parts.items()} for p, parts in times.items()
     }
-    speeds = {p: SAMPLED / parts["step"] for p, parts in medians.items()}
+    speeds = {p: job.sampled / parts["step"] for p, parts in medians.items()}
     if not args.json:
         columns = ("s / step", "fastest", "slowest", "rollout", "update", "tokens/s")
         print(" " * 6 + "".join(f"{name:>10}" for name in columns))
@@ -216,13 +256,18 @@ def main() -> None:
     result: dict[str, Any] = {
         "bench": "step",
         "device": args.device,
-        "dtype": "float32",
+        "model": args.checkpoint.name if args.checkpoint else "4.2M",
+        "prompts": len(prompts),
+        "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }
     result |= {"tokens_per_s": speeds["ours"]} if "ours" in speeds else {}
     result |= {"trl_tokens_per_s": speeds["trl"]} if "trl" in speeds else {}
     result |= {"ratio": speeds["ours"] / speeds["trl"]} if len(speeds) == 2 else {}
     result |= {f"{p}_{part}_s": value for p, parts in medians.items() for part, value in parts.items()}
+    if args.save:
+        row = {key: value for key, value in result.items() if key not in ("bench", "device", "threads")}
+        append_rows("step", [{"device_type": args.device, **row}])
     print(json.dumps(result))
 
 

@@ -1,4 +1,4 @@
-"""The `duologue` command: train, config, eval, play, report, watch, data, export, doctor, plan.
+"""The `duologue` command: train, config, eval, play, report, inspect, watch, data, export, doctor, plan.
 
 Exit codes: 0 done, 1 failure, 2 bad usage or configuration, 130 interrupted (`train` has saved; --resume goes
 on). An error is one line that names the thing, its value and what is accepted; DUOLOGUE_DEBUG=1 shows the

@@ -102,9 +102,8 @@ class Optimizer:
 
     # ---- gradients -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _take(self, key: str, name: str, parameter: Tensor) -> None:
-        """A backward has added to the parameter's gradient."""
+        """A backward, which records nothing, has added to the parameter's gradient."""
         gradients = self._of_block(key)
         total = gradients.views[name]
         if parameter.grad is total:

@@ -18,6 +18,8 @@ import pytest
 import torch
 from duologue.grpo.advantage import RunningBaseline, group_advantages, turn_advantages
 from duologue.grpo.build import build_game, training_rules
+from duologue.grpo.commands.inspected import turn_advantages as turn_advantages_shown
+from duologue.grpo.commands.inspected import why_untrained
 from duologue.grpo.config import Config, GrpoSection, load_config
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.packing import Row, pack
@@ -265,6 +267,21 @@ def test_the_talk_is_the_same_with_and_without(tmp_path: Path, tokenizer: Tokeni
             record = a.record()
             assert len(record.pop("so_far")) == len(record.pop("returns")) == len(a.spoken)
             assert record == b.record()
+
+
+def test_the_inspector_shows_what_each_turn_was_trained_with(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    _, groups = played(coins(tmp_path), tokenizer)
+    config = GrpoSection(credit="turn")
+    grpo_rows(groups, config, RunningBaseline())
+    section = {"train_kinds": ["utterance", "final"], "train_roles": "both"}
+    for dialogue in (d for group in groups for d in group.dialogues):
+        record = dialogue.record(stage="selfplay")
+        shown = zip(dialogue.turns, turn_advantages_shown(record), strict=True)
+        own = [value for turn, value in shown if turn.kind != "prompt"]
+        assert own == [*dialogue.turn_advantages]
+        assert why_untrained(record, record["turns"][-1], section) == ""
+        record = dialogue.record(stage="selfplay", dropped=True)
+        assert why_untrained(record, record["turns"][-1], section).startswith("dropped")
 
 
 def test_a_cooperative_reward_goes_by_the_mean_of_both(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from duologue.grpo import update
 from duologue.grpo.advantage import RunningBaseline
+from duologue.grpo.commands.inspected import Dialogues
 from duologue.grpo.config import GrpoSection
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.packing import Batch, Row, hidden_nodes
@@ -25,6 +26,7 @@ from duologue.model.decoder import Decoder, score
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.dilemma import AloneGame, DilemmaGame, DilemmaSettings
+from duologue.rollout.games.template import fill
 from duologue.rollout.judge.asking import Ask
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger
@@ -263,6 +265,25 @@ def test_a_talk_whose_score_nobody_gives_before_its_end_is_unscored(table: Any, 
     for d in every(here.play()):
         assert d.reward is None
         assert len(d.turns) == 2
+
+
+def test_what_the_judge_was_asked_is_kept_and_can_be_written_again(table: Any, plain: Tokenizer) -> None:
+    here = table(plain)
+    shown = Dialogues(DilemmaGame, {"grpo": {}}, None, here.judge.prompts)
+    for d in every(here.play(n=3)):
+        assert d.outcome is not None
+        rounds = [(AGREEMENT, 2 * n) for n in range(1, d.outcome.rounds + 1)]
+        last = [("score", len(d.turns))] if d.outcome.agreed else []
+        assert [(each.kind, each.turns) for each in d.asked] == rounds + last
+        assert all(each.seconds >= 0 for each in d.asked)
+        record = d.record(by_token=True)
+        assert "asked" not in d.record()
+        for each in record["asked"]:
+            places = shown._asked(record, each)["places"]
+            text = fill(here.judge.prompts[each["kind"]].template, places)
+            assert (each["kind"], text) in here.backend.asked
+            if each["kind"] == AGREEMENT:
+                assert each["answer"] == {"agreed": answer(text)["agreed"]}
 
 
 def test_a_final_is_always_written_in_evaluation_but_scored_only_after_an_agreement(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.commands.report import gather
 from duologue.grpo.config import load_config
 from duologue.grpo.console import Progress
 from duologue.grpo.distributed.run_dir import FollowerDir, LeaderDir
@@ -37,8 +38,10 @@ RUN = [
     "grpo.groups_per_step=16",
     "grpo.train_roles=first",
     "grpo.resample=3",
+    "grpo.credit=turn",
     "grpo.learning_rate=1e-3",
     "dialogue.max_tokens_per_turn=10",
+    "dialogue.temperature=0.05",  # the same is said often
     "eval.dialogues=2",
     "eval.partners=[]",
 ]
@@ -151,10 +154,15 @@ def test_a_run_is_the_same_for_any_number_of_ranks_and_after_a_resume(tmp_path: 
         assert dropped == [False] * 32 + [True] * row["resampled_dialogues"]
         assert row["dialogues"] == 32
         assert not any(any(d["advantage"]) for d in of_step[32:])
+        assert not any(any(d["turn_advantages"]) for d in of_step[32:])
+        assert all(len(d["turn_advantages"]) == len(d["so_far"]) == 4 for d in of_step)
+        assert any(len({*d["turn_advantages"]}) > 2 for d in of_step)
         tokens = [sum(len(t["logprobs"] or ()) for t in d["turns"]) for d in of_step]
         assert row["sampled_tokens"] == sum(tokens)
         assert row["flat_share_after"] <= row["flat_share_before"]
         assert row["no_variance_share"] < 1
+    (drawn,) = [c for c in gather(tmp_path / "1")["charts"] if c.title == "Groups that teach nothing"]
+    assert [series.label for series in drawn.series] == ["as drawn", "after grpo.resample"]
     with pytest.raises(ValueError, match=r"was started with grpo\.resample = 3, not 2, which can change"):
         run(tmp_path / "1", 1, 2, "grpo.resample=2")
 

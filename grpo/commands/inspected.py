@@ -19,8 +19,10 @@ from duologue.grpo.commands.charts import is_number
 from duologue.grpo.commands.records import Record, with_numbers
 from duologue.grpo.run_dir import finite
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.game import Game
-from duologue.rollout.selfplay.dialogue import POLICY
+from duologue.rollout.games.game import Game, Persona
+from duologue.rollout.judge.questions import AGREEMENT, SCORE, Prompt
+from duologue.rollout.selfplay.dialogue import POLICY, RECORDED, Turn
+from duologue.rollout.selfplay.question import case_of
 
 PART = 128  # dialogues of a part
 SHORT = ("entropy",)
@@ -77,6 +79,17 @@ class Pieces:
         return texts
 
 
+def turn_advantages(record: Record) -> list[float | None]:
+    """Of each turn its own, with credit by turn, or that of its side."""
+    own, of_sides = iter(record.get("turn_advantages", ())), record.get("advantage")
+    found = []
+    for turn in record["turns"]:
+        by_turn = next(own, None) if turn["kind"] != "prompt" else None
+        of_side = of_sides[turn["role"]] if of_sides else None
+        found.append(of_side if by_turn is None else by_turn)
+    return found
+
+
 def why_untrained(record: Record, turn: Record, grpo: Mapping[str, Any]) -> str:
     """Why no update has a turn's tokens, "" where one has: the rule by which rows are masked."""
     player = record.get("players", (POLICY, POLICY))[turn["role"]]
@@ -87,6 +100,7 @@ def why_untrained(record: Record, turn: Record, grpo: Mapping[str, Any]) -> str:
         (turn["logprobs"] is None, "not sampled"),
         (record["stage"] != "selfplay", "not of training: nothing is learned from it"),
         (record["reward"] is None, "the dialogue is unscored"),
+        (record.get("dropped", False), "dropped: its group teaches nothing, another was played in its place"),
         (kind not in grpo["train_kinds"], f"of kind {kind}, which grpo.train_kinds leaves out"),
         (turn["role"] == 1 and grpo["train_roles"] == "first", "side 2, which grpo.train_roles leaves out"),
     )
@@ -135,11 +149,19 @@ def _column(values: Sequence[float], short: bool) -> np.ndarray:
 class Dialogues:
     """Takes records of dialogues.jsonl one by one; then `index` and `parts` are what a page holds."""
 
-    def __init__(self, game: type[Game], grpo: Mapping[str, Any], tokenizer: Tokenizer | None) -> None:
-        self.game, self.grpo = game, grpo
+    def __init__(
+        self,
+        game: type[Game],
+        config: Record,
+        tokenizer: Tokenizer | None,
+        prompts: Mapping[str, Prompt] | None = None,
+    ) -> None:
+        """`config` is the run's; `prompts` are its judge's, by the kind of question."""
+        self.game, self.grpo, self.prompts = game, config["grpo"], prompts or {}
+        self._show_dialogue = bool(config.get("judge", {}).get("show_dialogue"))
         self.pieces = Pieces(tokenizer)
         self.parts: list[tuple[str, str]] = []
-        self.recorded = {"entropy": 0, "support": 0, "asked": 0}  # dialogues that have it
+        self.recorded = dict.fromkeys(("entropy", "asked", "other"), 0)  # dialogues that have it
         self._part = Part()
         self._list: dict[str, list[Any]] = {}
         self._groups: dict[tuple[Any, ...], int] = {}
@@ -149,11 +171,14 @@ class Dialogues:
     def __len__(self) -> int:
         return sum(len(values) for values in [*self._list.values()][:1])
 
-    def add(self, record: Record, tokens: Mapping[str, Sequence[float]] | None = None) -> None:
-        """`tokens` has columns that were computed, in place of the recorded ones."""
+    def add(self, record: Record, other: list[float] | None = None) -> None:
+        """`other` are the log-probs of its tokens by another checkpoint."""
         record = with_numbers(record)
         shown = self.game.shown(record)
-        tokens = {**self._tokens(record["turns"]), **(tokens or {})}
+        tokens = self._tokens(record["turns"])
+        if other is not None:
+            tokens["other"] = other
+            self.recorded["other"] += 1
         words = self._words(record, shown)
         self._enter(record, words, tokens["logprob"])
         self._part.add(words, tokens)
@@ -175,6 +200,8 @@ class Dialogues:
         columns: dict[str, list[float]] = {name: [] for name in COLUMNS}
         for turn in turns:
             n = len(turn["token_ids"])
+            if "entropies" in turn and "support_sizes" not in turn:
+                turn = {**turn, "support_sizes": [0] * n}  # all tokens, each time
             for name, key in (
                 ("logprob", "logprobs"),
                 ("entropy", "entropies"),
@@ -187,7 +214,7 @@ class Dialogues:
         return columns
 
     def _words(self, record: Record, shown: Record) -> Record:
-        personas, advantage = record["personas"], record.get("advantage")
+        personas = record["personas"]
         told, scenario = shown["told"], record["scenario"]
         turns = [
             {
@@ -196,9 +223,9 @@ class Dialogues:
                 "text": turn["text"],
                 "n": len(turn["token_ids"]),
                 "why": why_untrained(record, turn, self.grpo),
-                "advantage": advantage[turn["role"]] if advantage else None,
+                "advantage": advantage,
             }
-            for turn in record["turns"]
+            for turn, advantage in zip(record["turns"], turn_advantages(record), strict=True)
         ]
         words = {
             "id": scenario["id"],
@@ -215,8 +242,20 @@ class Dialogues:
             "version": record.get("weights_version"),
         }
         if "asked" in record:
-            words["asked"] = record["asked"]
+            words["asked"] = [self._asked(record, asked) for asked in record["asked"]]
         return words
+
+    def _asked(self, record: Record, asked: Record) -> Record:
+        """A question with what stood in the places of its prompt, where that is known."""
+        kind = asked["kind"]
+        if kind not in self.prompts:
+            return asked
+        said = [Turn(**{name: turn[name] for name in RECORDED}) for turn in record["turns"][: asked["turns"]]]
+        unfinished = kind == SCORE and all(turn.kind != "final" for turn in said)
+        personas = tuple(Persona(**persona) for persona in record["personas"])
+        case = case_of(record["scenario"].get("shared", ""), personas, said, unfinished)
+        places = self.prompts[kind].places(case, self._show_dialogue or kind == AGREEMENT)
+        return {**asked, "places": places}
 
     def _enter(self, record: Record, words: Record, logprobs: Sequence[float]) -> None:
         """A row of the list."""
@@ -231,6 +270,7 @@ class Dialogues:
             "group": group,
             "number": number,
             "verdict": words["verdict"],
+            "dropped": bool(record.get("dropped")),
             "agreed": bool((record["outcome"] or {}).get("agreed")),
             "reward0": reward[0],
             "reward1": reward[1],
@@ -243,7 +283,6 @@ class Dialogues:
             self._list.setdefault(key, []).append(value)
         sampled = [turn for turn in turns if turn["logprobs"] is not None]
         self.recorded["entropy"] += any("entropies" in turn for turn in sampled)
-        self.recorded["support"] += any("support_sizes" in turn for turn in sampled)
         self.recorded["asked"] += "asked" in record
 
     def _group(self, record: Record) -> tuple[int, int]:
@@ -251,7 +290,7 @@ class Dialogues:
         evaluation have the same place in the evaluations of other policies.
         """
         scenario, is_training = record["scenario"]["id"], record["stage"] == "selfplay"
-        at = (record["step"], record["stage"], record.get("policy"))
+        at = (record["step"], record["stage"], record.get("policy"), record.get("dropped"))
         follows = is_training and self._last == (at, scenario) and self._size < int(self.grpo["group_size"])
         if self._last[:1] != (at,):
             self._number = 0

@@ -1,6 +1,6 @@
 "use strict";
-// The page of `duologue inspect`. An index of all dialogues is unpacked at the beginning; words and numbers of a part
-// when one of its dialogues is shown. All text of the run enters the page by textContent alone.
+// The page of `duologue inspect`. An index of all dialogues is unpacked at the beginning; words and numbers of
+// a part when one of its dialogues is shown. All text of the run enters the page by textContent alone.
 (() => {
   const $ = (id) => document.getElementById(id);
   const ROW = 56; // pixels of a row of the list
@@ -14,11 +14,13 @@
   let measure = "logprob";
   let filterRun = 0;
 
-  // ---- data --------------------------------------------------------------------------------------------------------
+  // ---- data -----------------------------------------------------------------------------------------------
 
   async function unpacked(id) {
     const text = $(id).textContent;
-    const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
+    const bytes = Uint8Array.fromBase64
+      ? Uint8Array.fromBase64(text)
+      : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
     const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
     return new Response(stream).arrayBuffer();
   }
@@ -60,7 +62,15 @@
       for (let k = 0; k < turn.n; k++) {
         const at = tokens.length;
         const [id, text] = pieces[columns.piece[at]];
-        const row = { id, text, turn: t, side: turn.side, kind: turn.kind, why: turn.why, version: own.version };
+        const row = {
+          id,
+          text,
+          turn: t,
+          side: turn.side,
+          kind: turn.kind,
+          why: turn.why,
+          version: own.version,
+        };
         for (const name of ["logprob", "entropy", "support", "other"]) {
           const value = columns[name] ? columns[name][at] : NaN;
           row[name] = Number.isNaN(value) ? null : value;
@@ -73,7 +83,7 @@
     return { i, ...own, tokens };
   }
 
-  // ---- words -------------------------------------------------------------------------------------------------------
+  // ---- words ----------------------------------------------------------------------------------------------
 
   function el(tag, props, ...children) {
     const node = document.createElement(tag);
@@ -93,6 +103,7 @@
   const share = (x) => (x >= 0.9995 ? (100 * x).toFixed(2) : (100 * x).toPrecision(3)) + "%";
   const many = (n, one, more) => n.toLocaleString("en") + " " + (n === 1 ? one : more || one + "s");
   const isTraining = (i) => list.stage[i] === "selfplay";
+  const isCompared = (i) => list.stage[i] === "checkpoints";
   const visible = (text) => text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(" ", "·");
 
   function rewards(i) {
@@ -101,37 +112,79 @@
     return a === b ? fixed(a, 2) : fixed(a, 2) + " : " + fixed(b, 2);
   }
 
+  const policyName = (i) => list.policy[i].replaceAll("_", " ");
+
   function place(i) {
     const members = groups.get(list.group[i]);
     const member = members.indexOf(i) + 1;
     const of = list.number[i] + 1;
-    if (list.stage[i] === "selfplay") return "step " + list.step[i] + ", group " + of + ", dialogue " + member + " of " + members.length;
-    const policy = list.policy[i].replaceAll("_", " ");
-    return (list.stage[i] === "eval" ? "evaluation of " : "") + policy + ", context " + of;
+    if (list.stage[i] === "selfplay")
+      return (
+        "step " +
+        list.step[i] +
+        (list.dropped[i] ? ", dropped group " : ", group ") +
+        of +
+        (", dialogue " + member + " of " + members.length)
+      );
+    return (
+      (isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i)) + ", context " + of
+    );
   }
 
-  // ---- measures ----------------------------------------------------------------------------------------------------
+  // ---- measures -------------------------------------------------------------------------------------------
 
   // Each: title, how a value is written, its [class, strength from 0 to 1], steps of the legend.
   const heat = (x) => ["heat", Math.min(Math.max(x, 0), 1)];
   const both = (x) => [x < 0 ? "minus" : "plus", Math.min(Math.abs(x), 1)];
   const MEASURES = {
     logprob: {
-      title: "log-prob", say: (x) => fixed(x, 4), colour: (x) => heat(-x / 3.5), legend: [0, -0.7, -1.4, -2.1, -2.8, -3.5],
+      title: "log-prob",
+      say: (x) => fixed(x, 4),
+      colour: (x) => heat(-x / 3.5),
+      legend: [0, -0.7, -1.4, -2.1, -2.8, -3.5],
       step: (x) => (x === 0 ? "p = 1" : (100 * Math.exp(x)).toFixed(0) + "%"),
     },
-    entropy: { title: "entropy", say: (x) => fixed(x, 4) + " nats", colour: (x) => heat(x / 2.5), legend: [0, 0.5, 1, 1.5, 2, 2.5], step: (x) => String(x) },
+    entropy: {
+      title: "entropy",
+      say: (x) => fixed(x, 4) + " nats",
+      colour: (x) => heat(x / 2.5),
+      legend: [0, 0.5, 1, 1.5, 2, 2.5],
+      step: (x) => String(x),
+    },
     advantage: {
-      title: "advantage", say: (x) => plus(x, 4), colour: (x) => both(x / advantageScale()), legend: null, step: (x) => plus(x, 2),
+      title: "advantage",
+      say: (x) => plus(x, 4),
+      colour: (x) => both(x / advantageScale()),
+      legend: null,
+      step: (x) => plus(x, 2),
     },
-    trained: { title: "trained", say: (x) => (x ? "yes" : "no"), colour: (x) => ["plus", x ? 0.8 : 0], legend: [1, 0], step: (x) => (x ? "trained" : "not") },
+    trained: {
+      title: "trained",
+      say: (x) => (x ? "yes" : "no"),
+      colour: (x) => ["plus", x ? 0.8 : 0],
+      legend: [1, 0],
+      step: (x) => (x ? "trained" : "not"),
+    },
     support: {
-      title: "support size", say: (x) => (x === 0 ? "all tokens" : many(x, "token")), colour: (x) => heat(x === 0 ? 1 : Math.log10(x) / 5),
-      legend: [1, 10, 100, 1000, 0], step: (x) => (x === 0 ? "all" : String(x)),
+      title: "support size",
+      say: (x) => (x === 0 ? "all tokens" : many(x, "token")),
+      colour: (x) => heat(x === 0 ? 1 : Math.log10(x) / 5),
+      legend: [1, 10, 100, 1000, 0],
+      step: (x) => (x === 0 ? "all" : String(x)),
     },
-    version: { title: "weights version", say: (x) => String(x), colour: () => ["plus", 0.35], legend: null, step: (x) => String(x) },
+    version: {
+      title: "weights version",
+      say: (x) => String(x),
+      colour: () => ["plus", 0.35],
+      legend: null,
+      step: (x) => String(x),
+    },
     change: {
-      title: "change of log-prob", say: (x) => plus(x, 4), colour: (x) => both(x / 2), legend: [-2, -1, 0, 1, 2], step: (x) => plus(x, 0),
+      title: "change of log-prob",
+      say: (x) => plus(x, 4),
+      colour: (x) => both(x / 2),
+      legend: [-2, -1, 0, 1, 2],
+      step: (x) => plus(x, 0),
     },
   };
 
@@ -167,21 +220,28 @@
       node.style.setProperty("--v", strength.toFixed(3));
       legend.append(node);
     }
-    if (dialogue && dialogue.tokens.some((t) => value(t, measure) === null)) legend.append(el("span", { class: "t none", text: "unknown" }));
+    if (dialogue && dialogue.tokens.some((t) => value(t, measure) === null))
+      legend.append(el("span", { class: "t none", text: "none" }));
   }
 
   function offerMeasures() {
     const r = about.recorded;
-    const there = { entropy: r.entropy, support: r.support, change: r.other };
+    const there = { entropy: r.entropy, support: r.entropy, change: r.other };
     for (const [name, m] of Object.entries(MEASURES)) {
       if (name === "change" && !r.other) continue;
       const missing = name in there && !there[name];
-      $("measure").append(el("option", { value: name, text: m.title + (missing ? " (not recorded)" : ""), disabled: missing ? "" : null }));
+      $("measure").append(
+        el("option", {
+          value: name,
+          text: m.title + (missing ? " (not recorded)" : ""),
+          disabled: missing ? "" : null,
+        }),
+      );
     }
     $("measure").value = measure;
   }
 
-  // ---- the list ----------------------------------------------------------------------------------------------------
+  // ---- the list -------------------------------------------------------------------------------------------
 
   function drawList() {
     const box = $("list");
@@ -194,9 +254,22 @@
       const agreed = list.agreed[i];
       const row = el(
         "div",
-        { class: "row", role: "option", id: "row-" + i, "aria-setsize": shown.length, "aria-posinset": at + 1, "aria-selected": i === chosen },
+        {
+          class: "row",
+          role: "option",
+          id: "row-" + i,
+          "aria-setsize": shown.length,
+          "aria-posinset": at + 1,
+          "aria-selected": i === chosen,
+        },
         el("b", null, el("span", { text: place(i) }), el("span", { text: rewards(i) })),
-        el("p", null, el("span", { class: agreed ? "yes" : "no", text: agreed ? "✓ " : "✗ " }), el("span", { class: "hidden", text: list.verdict[i] + ". " }), list.head[i]),
+        el(
+          "p",
+          null,
+          el("span", { class: agreed ? "yes" : "no", text: agreed ? "✓ " : "✗ " }),
+          el("span", { class: "hidden", text: list.verdict[i] + ". " }),
+          list.head[i],
+        ),
       );
       row.style.top = at * ROW + "px";
       row.addEventListener("click", () => choose(i));
@@ -211,20 +284,24 @@
     if (at < 0) return;
     const box = $("list");
     if (at * ROW < box.scrollTop) box.scrollTop = at * ROW;
-    else if ((at + 1) * ROW > box.scrollTop + box.clientHeight) box.scrollTop = (at + 1) * ROW - box.clientHeight;
+    else if ((at + 1) * ROW > box.scrollTop + box.clientHeight)
+      box.scrollTop = (at + 1) * ROW - box.clientHeight;
   }
 
   function options(select, all, values) {
-    select.replaceChildren(el("option", { value: "", text: all }), ...values.map(([key, text]) => el("option", { value: key, text })));
+    select.replaceChildren(
+      el("option", { value: "", text: all }),
+      ...values.map(([key, text]) => el("option", { value: key, text })),
+    );
   }
+
+  const stepKey = (i) => list.stage[i] + " " + list.step[i] + " " + list.policy[i];
 
   function offerFilters() {
     const steps = new Map();
     for (let i = 0; i < size; i++) {
-      const policy = list.policy[i].replaceAll("_", " ");
-      const key = list.stage[i] + " " + list.step[i] + " " + list.policy[i];
-      const text = isTraining(i) ? "step " + list.step[i] : list.stage[i] === "eval" ? "evaluation: " + policy : policy;
-      steps.set(key, text);
+      const of = isCompared(i) ? "checkpoint " + list.policy[i] : "evaluation of " + policyName(i);
+      steps.set(stepKey(i), isTraining(i) ? "step " + list.step[i] : of);
     }
     options($("step"), "all", [...steps]);
     const names = (values) => [...new Set(values)].sort().map((x) => [x, x]);
@@ -246,7 +323,10 @@
       const [, all] = await words(part);
       if (run !== filterRun) return null;
       all.forEach((d, k) => {
-        const said = where === "" || where === "0" || where === "1" ? d.turns.filter((t) => where === "" || String(t.side) === where).map((t) => t.text) : [];
+        const said =
+          where === "" || where === "0" || where === "1"
+            ? d.turns.filter((t) => where === "" || String(t.side) === where).map((t) => t.text)
+            : [];
         const told = where === "" || where === "told" ? [...d.told, d.shared || "", d.id] : [];
         if (said.concat(told).join("\n").toLowerCase().includes(needle)) found.add(part * perPart + k);
       });
@@ -261,23 +341,41 @@
     const found = text ? await matching(text, $("where").value) : null;
     if (run !== filterRun) return;
     const [step, outcome, players, of] = ["step", "outcome", "players", "reward-of"].map((id) => $(id).value);
+    const number = $("number").value;
     const [least, most] = ["least", "most"].map((id) => ($(id).value === "" ? null : Number($(id).value)));
     const reward = rewardOf(of);
     shown = [];
     for (let i = 0; i < size; i++) {
       if (found && !found.has(i)) continue;
-      if (step && step !== list.stage[i] + " " + list.step[i] + " " + list.policy[i]) continue;
-      if (outcome === "+" ? !list.agreed[i] : outcome === "-" ? list.agreed[i] : outcome && outcome !== outcomeKind(list.verdict[i])) continue;
+      if (step && step !== stepKey(i)) continue;
+      if (number && Number(number) !== list.number[i] + 1) continue;
+      if (
+        outcome === "+"
+          ? !list.agreed[i]
+          : outcome === "-"
+            ? list.agreed[i]
+            : outcome && outcome !== outcomeKind(list.verdict[i])
+      )
+        continue;
       if (players && players !== list.players[i]) continue;
       const worth = reward(i);
-      if ((least !== null && !(worth !== null && worth >= least)) || (most !== null && !(worth !== null && worth <= most))) continue;
+      if (
+        (least !== null && !(worth !== null && worth >= least)) ||
+        (most !== null && !(worth !== null && worth <= most))
+      )
+        continue;
       shown.push(i);
     }
     sortShown($("sort").value, reward);
-    $("count").textContent = shown.length === size ? many(size, "dialogue") : many(shown.length, "dialogue") + " of " + size.toLocaleString("en");
     if (!shown.includes(chosen) && shown.length) await choose(shown[0]);
+    if (run !== filterRun) return;
     scrollToChosen();
     drawList();
+    $("count").textContent =
+      shown.length === size
+        ? many(size, "dialogue")
+        : many(shown.length, "dialogue") + " of " + size.toLocaleString("en");
+    $("count").dataset.run = run;
   }
 
   function rewardOf(of) {
@@ -294,7 +392,7 @@
     shown.sort((a, b) => last(by(a)) - last(by(b)) || a - b);
   }
 
-  // ---- a dialogue --------------------------------------------------------------------------------------------------
+  // ---- a dialogue -----------------------------------------------------------------------------------------
 
   async function choose(i) {
     chosen = i;
@@ -318,7 +416,13 @@
     d.turns.forEach((turn) => {
       const say = el("div", { class: "say r" + turn.side + " " + turn.kind });
       const does = turn.kind === "final" ? " states" : turn.kind === "prompt" ? " hears" : "";
-      say.append(el("span", { class: "who", text: d.sides[turn.side] + does + (turn.why && isTraining(d.i) ? " · not trained: " + turn.why : "") }));
+      say.append(
+        el("span", {
+          class: "who",
+          text:
+            d.sides[turn.side] + does + (turn.why && isTraining(d.i) ? " · not trained: " + turn.why : ""),
+        }),
+      );
       if (!turn.n) say.append(turn.text);
       for (let k = 0; k < turn.n; k++, at++) {
         const t = d.tokens[at];
@@ -330,7 +434,9 @@
           span.addEventListener("mouseenter", () => tell(here));
           span.addEventListener("click", () => tell(here, true));
         } else {
-          span.addEventListener("mouseenter", () => { span.title = titleOf(t); });
+          span.addEventListener("mouseenter", () => {
+            span.title = titleOf(t);
+          });
         }
         say.append(span);
       }
@@ -357,11 +463,16 @@
       fact("context", d.id + " (" + d.split + ")"),
     );
     $("shared").textContent = d.shared || "";
-    $("told").replaceChildren(...d.told.map((text, side) => el("div", null, el("b", { text: d.sides[side] || "" }), text)));
+    $("told").replaceChildren(
+      ...d.told.map((text, side) => el("div", null, el("b", { text: d.sides[side] || "" }), text)),
+    );
     $("talk").replaceChildren();
     $("talk").className = "talk";
     talk(d, $("talk"), true);
-    $("verdict").replaceChildren(el("b", { class: list.agreed[i] ? "yes" : "no", text: d.verdict }), ...d.measures.map((text) => el("span", { text })));
+    $("verdict").replaceChildren(
+      el("b", { class: list.agreed[i] ? "yes" : "no", text: d.verdict }),
+      ...d.measures.map((text) => el("span", { text })),
+    );
     drawJudge(d);
     drawGroup(i);
     drawTable();
@@ -372,11 +483,15 @@
 
   function advantages(d) {
     const of = [0, 1].map((side) => {
-      const turn = d.turns.find((t) => t.side === side && t.why === "" && t.advantage !== null);
-      return turn ? plus(turn.advantage, 3) : "–";
+      const own = d.turns.filter((t) => t.side === side && t.why === "" && t.advantage !== null);
+      const values = new Set(own.map((t) => t.advantage));
+      return values.size ? (values.size > 1 ? "by turn" : plus(own[0].advantage, 3)) : "–";
     });
     return of[0] === of[1] ? of[0] : of.join(" : ");
   }
+
+  // A prompt with its places filled, all at once: what looks like a place in a text stays text.
+  const question = (a) => about.prompts[a.kind].replace(/\{(\w+)\}/g, (_, name) => a.places[name]);
 
   function drawJudge(d) {
     const asked = d.asked || [];
@@ -385,23 +500,36 @@
       el(
         "article",
         null,
-        el("h4", { text: a.kind + ", after " + many(a.turns, "turn") + ": waited " + fixed(a.seconds, 2) + " s" }),
-        ...(a.question ? [el("details", null, el("summary", { text: "the question" }), el("pre", { text: a.question }))] : []),
+        el("h4", {
+          text: a.kind + ", after " + many(a.turns, "turn") + ": waited " + fixed(a.seconds, 2) + " s",
+        }),
+        ...(a.places
+          ? [el("details", null, el("summary", { text: "the question" }), el("pre", { text: question(a) }))]
+          : []),
         el("pre", { text: a.answer === null ? "no valid answer" : JSON.stringify(a.answer, null, 1) }),
       ),
     );
-    if (!asked.length && d.reason) rows.push(el("article", null, el("h4", { text: "reason" }), el("pre", { text: d.reason })));
+    if (!asked.length && d.reason)
+      rows.push(el("article", null, el("h4", { text: "reason" }), el("pre", { text: d.reason })));
     $("asked").replaceChildren(...rows);
   }
 
   function drawGroup(i) {
     const members = groups.get(list.group[i]);
     $("group").hidden = members.length < 2;
+    $("group-heading").textContent = isTraining(i) ? "The group" : "The same context by others";
     const head = ["dialogue", "reward", "outcome", "tokens", "mean log-prob"];
     const rows = members.map((j, k) => {
-      const name = isTraining(j) ? String(k + 1) : list.policy[j].replaceAll("_", " ");
-      const button = el("button", { type: "button", text: name, "aria-label": place(j), onclick: () => choose(j) });
-      const cells = [rewards(j), list.verdict[j], list.tokens[j], fixed(list.logprob[j], 3)].map((text) => el("td", { text }));
+      const name = isTraining(j) ? String(k + 1) : isCompared(j) ? list.policy[j] : policyName(j);
+      const button = el("button", {
+        type: "button",
+        text: name,
+        "aria-label": place(j),
+        onclick: () => choose(j),
+      });
+      const cells = [rewards(j), list.verdict[j], list.tokens[j], fixed(list.logprob[j], 3)].map((text) =>
+        el("td", { text }),
+      );
       return el("tr", { "aria-current": j === i ? "true" : null }, el("td", null, button), ...cells);
     });
     $("members").replaceChildren(
@@ -412,6 +540,19 @@
     drawBeside();
   }
 
+  // The token at which the dialogues of a pair go apart, -1 for two that are the same.
+  function parting(all) {
+    const [a, b] = all.map((d) => d.tokens);
+    const n = Math.min(a.length, b.length);
+    for (let k = 0; k < n; k++) if (a[k].id !== b[k].id || a[k].turn !== b[k].turn) return k;
+    return a.length === b.length ? -1 : n;
+  }
+
+  function mean(values) {
+    const known = values.filter((x) => x !== null);
+    return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
+  }
+
   async function drawBeside() {
     const box = $("columns");
     box.replaceChildren();
@@ -419,45 +560,94 @@
     const i = chosen;
     const all = await Promise.all(groups.get(list.group[i]).map(read));
     if (chosen !== i) return;
+    const apart = !isTraining(i) && all.length === 2 ? parting(all) : -1;
     box.replaceChildren(
       ...all.map((d) => {
-        const article = el("article", { class: d.i === i ? "here" : "" }, el("h4", { text: place(d.i) + " · reward " + rewards(d.i) }));
+        const article = el(
+          "article",
+          { class: d.i === i ? "here" : "" },
+          el("h4", { text: place(d.i) + " · reward " + rewards(d.i) }),
+        );
         const column = el("div", { class: "talk" });
         talk(d, column, false);
+        if (apart >= 0 && apart < d.tokens.length)
+          column
+            .querySelectorAll(".t")
+            [apart].before(el("mark", { class: "apart", text: "from here they differ" }));
         article.append(column, el("p", { class: list.agreed[d.i] ? "yes" : "no", text: d.verdict }));
+        if (isCompared(d.i)) {
+          const by =
+            fixed(mean(d.tokens.map((t) => t.logprob)), 3) +
+            " by itself, " +
+            fixed(mean(d.tokens.map((t) => t.other)), 3) +
+            " by the other";
+          article.append(el("p", { class: "soft", text: "mean log-prob " + by }));
+        }
         return article;
       }),
     );
     paintAll();
   }
 
-  // ---- a token -----------------------------------------------------------------------------------------------------
+  // ---- a token --------------------------------------------------------------------------------------------
 
   function numbersOf(t) {
     const r = about.recorded;
     const rows = [
-      ["log-prob", t.logprob === null ? "–" : fixed(t.logprob, 5) + ", p " + share(Math.exp(t.logprob)), t.logprob === null ? t.why : String(t.logprob)],
-      ["entropy", t.entropy === null ? "–" : fixed(t.entropy, 5) + " nats", t.entropy === null ? "not recorded" : String(t.entropy)],
-      ["advantage", t.advantage === null ? "–" : plus(t.advantage, 5), t.advantage === null ? t.why || "none" : String(t.advantage)],
+      [
+        "log-prob",
+        t.logprob === null ? "–" : fixed(t.logprob, 5) + ", p " + share(Math.exp(t.logprob)),
+        t.logprob === null ? t.why : String(t.logprob),
+      ],
+      [
+        "entropy",
+        t.entropy === null ? "–" : fixed(t.entropy, 5) + " nats",
+        t.entropy === null ? "not recorded" : String(t.entropy),
+      ],
+      [
+        "advantage",
+        t.advantage === null ? "–" : plus(t.advantage, 5),
+        t.advantage === null ? t.why || "none" : String(t.advantage),
+      ],
       ["trained", t.trained ? "yes" : "no", t.why],
-      ["support", t.support === null ? "–" : MEASURES.support.say(t.support), t.support === null ? "not recorded" : ""],
+      [
+        "support",
+        t.support === null ? "–" : MEASURES.support.say(t.support),
+        t.support === null ? "not recorded" : "",
+      ],
       ["weights version", t.version === null ? "–" : String(t.version), ""],
     ];
-    if (r.other) rows.push(["log-prob by the other", fixed(t.other, 5), t.other === null ? "" : plus(t.other - t.logprob, 5) + " to this one's"]);
+    if (r.other)
+      rows.push([
+        "log-prob by the other",
+        fixed(t.other, 5),
+        t.other === null ? "" : plus(t.other - t.logprob, 5) + " to this one's",
+      ]);
     return rows;
   }
 
-  const titleOf = (t) => numbersOf(t).map(([key, text]) => key + " " + text).join("\n");
+  const titleOf = (t) =>
+    numbersOf(t)
+      .map(([key, text]) => key + " " + text)
+      .join("\n");
 
   function drawToken() {
     const box = $("token");
     if (token < 0) {
-      box.replaceChildren(el("p", { class: "soft", text: "Point at a token, or go from one to the next with the arrow keys." }));
+      box.replaceChildren(
+        el("p", { class: "soft", text: "Point at a token, or go from one to the next with the arrow keys." }),
+      );
       return;
     }
     const t = dialogue.tokens[token];
     const dl = el("dl");
-    const what = [["id", String(t.id), "token " + (token + 1) + " of " + dialogue.tokens.length + ", turn " + (t.turn + 1)]];
+    const what = [
+      [
+        "id",
+        String(t.id),
+        "token " + (token + 1) + " of " + dialogue.tokens.length + ", turn " + (t.turn + 1),
+      ],
+    ];
     for (const [key, text, small] of [...what, ...numbersOf(t)]) {
       const dd = el("dd", { text, "data-key": key });
       if (small) dd.append(el("small", { text: small }));
@@ -477,19 +667,51 @@
     if (!aloud) return;
     span.scrollIntoView({ block: "nearest" });
     const t = dialogue.tokens[at];
-    $("said").textContent = "“" + (t.text.trim() || "end of turn") + "”: " + numbersOf(t).slice(0, 4).map(([key, text]) => key + " " + text).join(", ");
+    $("said").textContent =
+      "“" +
+      (t.text.trim() || "end of turn") +
+      "”: " +
+      numbersOf(t)
+        .slice(0, 4)
+        .map(([key, text]) => key + " " + text)
+        .join(", ");
   }
 
   function drawTable() {
     const table = $("tokens");
     table.replaceChildren();
     if (!$("table").open || !dialogue) return;
-    const head = ["token", "id", "turn", "side", "log-prob", "p", "entropy", "advantage", "trained", "support", "version"];
+    const head = [
+      "token",
+      "id",
+      "turn",
+      "side",
+      "log-prob",
+      "p",
+      "entropy",
+      "advantage",
+      "trained",
+      "support",
+      "version",
+    ];
     if (about.recorded.other) head.push("other's log-prob");
     const rows = dialogue.tokens.map((t) => {
       const p = t.logprob === null ? "–" : share(Math.exp(t.logprob));
-      const cells = [t.text ? visible(t.text) : "⏎", t.id, t.turn + 1, dialogue.sides[t.side], fixed(t.logprob, 5), p, fixed(t.entropy, 4)];
-      cells.push(t.advantage === null ? "–" : plus(t.advantage, 4), t.trained ? "yes" : "no", t.support === null ? "–" : t.support || "all", t.version);
+      const cells = [
+        t.text ? visible(t.text) : "⏎",
+        t.id,
+        t.turn + 1,
+        dialogue.sides[t.side],
+        fixed(t.logprob, 5),
+        p,
+        fixed(t.entropy, 4),
+      ];
+      cells.push(
+        t.advantage === null ? "–" : plus(t.advantage, 4),
+        t.trained ? "yes" : "no",
+        t.support === null ? "–" : t.support || "all",
+        t.version,
+      );
       if (about.recorded.other) cells.push(fixed(t.other, 5));
       return el("tr", null, ...cells.map((text) => el("td", { text })));
     });
@@ -500,26 +722,72 @@
     );
   }
 
-  // ---- what the numbers are ----------------------------------------------------------------------------------------
+  // ---- what the numbers are -------------------------------------------------------------------------------
 
   function drawSources() {
     const r = about.recorded;
     const n = size.toLocaleString("en");
     const way = "train.record_tokens = n records them of every n-th step, and of evaluations.";
-    const part = (count) => (count ? "Recorded for " + count.toLocaleString("en") + " of " + n + " dialogues. " : "Not recorded by this run. ") + way;
+    const part = (count) =>
+      (count
+        ? "Recorded for " + count.toLocaleString("en") + " of " + n + " dialogues. "
+        : "Not recorded by this run. ") + way;
     const rows = [
-      ["Log-prob", "Recorded when the token was sampled, by the weights that sampled it, at the temperature of the talk (" + about.temperature + "), over what it was drawn from." + (about.exact ? " In exact mode these are the trainer's log-probs, bit for bit." : "")],
+      [
+        "Log-prob",
+        "Recorded when the token was sampled, by the weights that sampled it, at the temperature of its draw (" +
+          about.temperatures.join(" in training, ") +
+          " in evaluations), over what it was drawn from." +
+          (about.exact ? " In exact mode these are the trainer's log-probs, bit for bit." : ""),
+      ],
       ["Entropy", "Of the distribution that the token was drawn from, in nats. " + part(r.entropy)],
-      ["Support size", "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " + (r.support ? part(r.support) : "Of a dialogue that records entropies and no size all draws were from the whole vocabulary. " + way)],
-      ["Advantage", "Recorded for each side of a dialogue; all trained tokens of the side have it."],
-      ["Trained", "Computed here from the run's settings by the rule that masks rows: sampled by the policy, in a turn of grpo.train_kinds, on a side of grpo.train_roles, in a dialogue that is scored. Rows whose advantage is 0 count, but have no gradient unless a KL or entropy term is on."],
-      ["Weights version", "Recorded for the dialogue: the step that played it. Weights never change within one."],
-      ["Judge", "Questions, answers and the seconds that a dialogue waited. " + part(r.asked)],
+      [
+        "Support size",
+        "How many tokens a draw was from, where top-k, top-p, min-p or a form of words leaves some out. " +
+          part(r.entropy),
+      ],
+      [
+        "Advantage",
+        "Recorded for each side of a dialogue, or for each turn (grpo.credit); all its trained tokens have it.",
+      ],
+      [
+        "Trained",
+        "Computed here from the run's settings by the rule that masks rows: sampled by the policy, in a turn of grpo.train_kinds, on a side of grpo.train_roles, in a dialogue that is scored. Rows whose advantage is 0 count, but have no gradient unless a KL or entropy term is on.",
+      ],
+      [
+        "Weights version",
+        "Recorded for the dialogue: the step that played it. Weights never change within one.",
+      ],
+      [
+        "Context",
+        "What each side was told is recorded. A talk's template and questions to a side are not shown: they are never sampled.",
+      ],
+      [
+        "Judge",
+        "The answers, and the seconds that a dialogue waited for them, are recorded with tokens, here of " +
+          many(r.asked, "dialogue") +
+          ". A question is written again from the prompt files of the run, as they are now.",
+      ],
     ];
-    $("sources").replaceChildren(...rows.flatMap(([key, text]) => [el("dt", { text: key }), el("dd", { text })]));
+    if (r.other) {
+      const [a, b] = about.checkpoints;
+      rows.push([
+        "Two checkpoints",
+        "Held by " +
+          a +
+          " and " +
+          b +
+          " when this page was made, each with itself, from the same contexts, seeds and openers; without a judge. Greedy draws have the log-probs of temperature 1. The log-prob by the other is that of its training forward over what the token was drawn from. Each one's own training forward gives the log-probs of its draws to within " +
+          about.mismatch +
+          ".",
+      ]);
+    }
+    $("sources").replaceChildren(
+      ...rows.flatMap(([key, text]) => [el("dt", { text: key }), el("dd", { text })]),
+    );
   }
 
-  // ---- keyboard and pointer ----------------------------------------------------------------------------------------
+  // ---- keyboard and pointer -------------------------------------------------------------------------------
 
   function move(by) {
     const at = shown.indexOf(chosen);
@@ -557,11 +825,24 @@
   }
 
   const KEYS = {
-    j: () => move(1), k: () => move(-1), ArrowDown: () => move(1), ArrowUp: () => move(-1),
-    g: () => moveGroup(1), G: () => moveGroup(-1),
-    ArrowRight: () => moveToken(1), ArrowLeft: () => moveToken(-1), l: () => moveToken(1), h: () => moveToken(-1),
-    "/": () => { $("text").focus(); $("text").select(); },
-    c: () => nextMeasure(1), C: () => nextMeasure(-1), s: () => toggle("beside"), t: () => toggle("table"),
+    j: () => move(1),
+    k: () => move(-1),
+    ArrowDown: () => move(1),
+    ArrowUp: () => move(-1),
+    g: () => moveGroup(1),
+    G: () => moveGroup(-1),
+    ArrowRight: () => moveToken(1),
+    ArrowLeft: () => moveToken(-1),
+    l: () => moveToken(1),
+    h: () => moveToken(-1),
+    "/": () => {
+      $("text").focus();
+      $("text").select();
+    },
+    c: () => nextMeasure(1),
+    C: () => nextMeasure(-1),
+    s: () => toggle("beside"),
+    t: () => toggle("table"),
     "?": () => $("help").showModal(),
   };
 
@@ -590,8 +871,14 @@
       later = setTimeout(filter, event.target.id === "text" ? 120 : 0);
     });
     $("filters").addEventListener("reset", () => setTimeout(filter));
-    $("filters").addEventListener("submit", (event) => { event.preventDefault(); $("list").focus(); });
-    $("measure").addEventListener("input", () => { measure = $("measure").value; paintAll(); });
+    $("filters").addEventListener("submit", (event) => {
+      event.preventDefault();
+      $("list").focus();
+    });
+    $("measure").addEventListener("input", () => {
+      measure = $("measure").value;
+      paintAll();
+    });
     $("previous").addEventListener("click", () => move(-1));
     $("next").addEventListener("click", () => move(1));
     $("beside").addEventListener("toggle", drawBeside);
@@ -622,9 +909,16 @@
     drawSources();
     listen();
     $("count").textContent = many(size, "dialogue");
+    if (about.checkpoints.length) {
+      $("beside").open = true;
+      measure = $("measure").value = "change";
+    }
     await choose(fromAddress());
+    performance.mark("ready");
     document.documentElement.dataset.ready = "yes";
   }
 
-  begin();
+  begin().catch((error) => {
+    $("summary").textContent = "This browser cannot show the page: " + error;
+  });
 })();

@@ -60,7 +60,6 @@ class ShardedOptimizer(Optimizer):
 
     # ---- gradients -----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def _take(self, key: str, name: str, parameter: Tensor) -> None:
         """A gradient is there. Blocks are sent in one order on all ranks, whatever order they come in."""
         assert parameter.grad is not None

@@ -69,12 +69,16 @@ class Prompt:
 
     def fill(self, case: Case, show_dialogue: bool = True) -> str:
         """The text of the question about `case`."""
+        return fill(self.template, self.places(case, show_dialogue))
+
+    def places(self, case: Case, show_dialogue: bool = True) -> dict[str, str]:
+        """What goes into its places."""
         personas = (
             _tag("persona", f"{p.name}. {p.instructions}", f' speaker="{i}"')
             for i, p in enumerate(case.personas, 1)
         )
         turns = (_tag("turn", text, f' speaker="{role + 1}"') for role, text in case.turns if show_dialogue)
-        places = {
+        return {
             "dilemma": _tag("dilemma", case.dilemma),
             "personas": "\n".join(personas),
             "transcript": "\n".join(turns),
@@ -83,7 +87,6 @@ class Prompt:
                 _tag("answer", text, f' id="{i}"') for i, text in enumerate(case.answers, 1)
             ),
         }
-        return fill(self.template, places)
 
 
 @dataclass(frozen=True, kw_only=True)

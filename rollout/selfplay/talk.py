@@ -9,7 +9,6 @@ from typing import Any
 from duologue.rollout.engine.engine import Branch
 from duologue.rollout.engine.sequence import Completion
 from duologue.rollout.games.game import Outcome, Scenario
-from duologue.rollout.judge.questions import Case
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.contexts import Contexts
 from duologue.rollout.selfplay.dialogue import (
@@ -23,7 +22,7 @@ from duologue.rollout.selfplay.dialogue import (
     Turn,
     View,
 )
-from duologue.rollout.selfplay.question import Question
+from duologue.rollout.selfplay.question import Question, case_of
 from duologue.rollout.selfplay.speakers import LEFT, Opponent, Speak, Speakers
 
 
@@ -158,16 +157,7 @@ class Talk:
 
     def question(self, kind: str, unfinished: bool = False) -> Question:
         """A question to the judge about what was said so far; `unfinished`: this is what it is to score."""
-        completion = "".join(turn.text for turn in self.turns if turn.kind == "final")
-        if unfinished:
-            names = [persona.name for persona in self.scenario.personas]
-            completion = "\n\n".join(f"{names[turn.role]}: {turn.text}" for turn in self.turns)
-        case = Case(
-            dilemma=self.scenario.shared_text,
-            personas=self.scenario.personas,
-            turns=tuple((turn.role, turn.text) for turn in self.turns if turn.kind != "final"),
-            completion=completion,
-        )
+        case = case_of(self.scenario.shared_text, self.scenario.personas, self.turns, unfinished)
         return Question(kind=kind, case=case, turns=len(self.turns))
 
     def _hear(self, asked: Speak, completion: Completion | None) -> str | None:
