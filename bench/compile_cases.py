@@ -35,26 +35,27 @@ def case(kernel: Any, element: str, constants: dict[str, Any], **types: str) -> 
     return kernel, signature, known, constants["num_warps"]
 
 
+SIZES = ((1, 1024), (64, 4096), (64, 12_288), (256, 4096), (256, 12_288))  # M, O
+
+
 def linear_cases() -> Iterator[Case]:
-    for few, O, element in (
-        (True, 1024, "*bf16"),
-        (True, 4096, "*bf16"),
-        (False, 4096, "*bf16"),
-        (False, 4096, "*fp32"),
-    ):
-        tile = linear.tile(few, O, element == "*bf16")
-        for out in sorted({element, "*fp32"}):
-            yield case(linear.linear_kernel, element, {"HAS_BIAS": False, **tile}, out=out)
+    """Each tile once."""
+    tiles = {str(tile): tile for M, O in SIZES if (tile := linear.tile(M, (O,), True))}
+    assert len(tiles) == len(linear.TILES)
+    for tile in tiles.values():
+        for out in ("*bf16", "*fp32"):
+            yield case(linear.linear_kernel, "*bf16", {"HAS_BIAS": False, **tile}, out=out)
+    yield case(linear.linear_kernel, "*fp32", {"HAS_BIAS": False, **linear.tile(1, (64,), False)})
 
 
 def fused_cases() -> Iterator[Case]:
     """Several ops of a decode step in one launch."""
-    for few, O, element in ((True, 1024, "*bf16"), (True, 4096, "*bf16"), (False, 4096, "*bf16")):
-        tile = {"HAS_BIAS": False, **linear.tile(few, O, element == "*bf16")}
-        yield case(linear.linears_kernel, element, tile)
-        yield case(linear.gate_up_kernel, element, tile)
+    tiles = {str(tile): tile for M, O in SIZES if (tile := linear.tile(M, (O,), True))}
+    for tile in tiles.values():
+        yield case(linear.linears_kernel, "*bf16", {"HAS_BIAS": False, **tile})
+        yield case(linear.gate_up_kernel, "*bf16", {"HAS_BIAS": False, **tile})
     for element in ("*fp32", "*bf16"):
-        tile = {"HAS_BIAS": True, **linear.tile(True, 1024, False)}
+        tile = {"HAS_BIAS": True, **linear.tile(1, (1024,), element == "*bf16")}
         yield case(linear.linears_kernel, element, tile)
         yield case(linear.gate_up_kernel, element, tile)
         for D, on in ((64, False), (128, True)):
@@ -145,7 +146,7 @@ def one_cases() -> Iterator[Case]:
         rows.rotate_kernel, "*bf16", {"H": 1, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4, **rows.FIXED}
     )
     yield case(softmax.support_kernel, "*fp32", {"limit": 1, **softmax.LAUNCH})
-    yield case(linear.linear_kernel, "*bf16", {"O": 1, "HAS_BIAS": True, **linear.tile(True, 1, True)})
+    yield case(linear.linear_kernel, "*bf16", {"O": 1, "HAS_BIAS": True, **linear.tile(1, (1,), True)})
     yield case(gather.sum_rows_kernel, "*fp32", {"K": 1, "BLOCK": 1, "num_warps": 4})
     for on in (False, True):
         gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4, **rows.FIXED}

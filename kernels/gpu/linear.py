@@ -2,9 +2,9 @@
 launcher.
 
 Why a row's bits do not depend on M: K is walked in ascending order in one loop by one program (no split-K),
-fp32 accumulates, and rows past M are zeros. Tiles of few and of many rows differ only in their rows and
-columns, which share no sum; both are at least 64 rows high, so that Hopper multiplies both by the same
-instruction family (wgmma), in steps of 16 along K. fp32 inputs are multiplied in fp32, without tensor cores.
+fp32 accumulates, and rows past M are zeros. Tiles differ only in their rows and columns, which share no sum;
+all are at least 64 rows high, so that Hopper multiplies them by the same instruction family (wgmma), in steps
+of 16 along K. fp32 inputs are multiplied in fp32, without tensor cores.
 """
 
 from __future__ import annotations
@@ -16,6 +16,15 @@ from duologue.kernels.gpu.launcher import launch
 from torch import Tensor
 
 FEW = 64  # rows of one tile
+DECODE = 512  # rows, beyond which products are bound by the multiplying
+MULTIPROCESSORS = 132  # of an H100; other chips have about as many
+TILES = (
+    {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3},
+    {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 4},
+    {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 4},
+    {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 6},
+    {"ROWS": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 6},
+)
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -158,13 +167,24 @@ def gate_up_kernel(
     tl.store(at, y.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
 
 
-def tile(few: bool, O: int, narrow: bool) -> dict[str, int]:
-    """The launch for few (at most 64) or many rows, O outputs, and inputs of 16 bits or of 32."""
+def tile(M: int, blocks_of: tuple[int, ...], narrow: bool) -> dict[str, int]:
+    """The launch for M rows, outputs `blocks_of` that share no tile, and inputs of 16 bits or of 32.
+
+    Up to DECODE rows it is bound by reading: the tile with which a multiprocessor reads least in all.
+    """
     if not narrow:
         return {"ROWS": 64, "COLUMNS": 32, "STEP": 32, "num_warps": 4, "num_stages": 3}
-    if few:  # bound by reading the weight: enough tiles for all multiprocessors
-        return {"ROWS": 64, "COLUMNS": 16 if O < 4096 else 32, "STEP": 64, "num_warps": 4, "num_stages": 6}
-    return {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}
+    if M > DECODE:
+        return {**TILES[0], "STEP": 64}
+
+    def reads(tiles: dict[str, int]) -> int:
+        columns = sum(triton.cdiv(O, tiles["COLUMNS"]) for O in blocks_of)
+        waves = triton.cdiv(triton.cdiv(M, tiles["ROWS"]) * columns, MULTIPROCESSORS)
+        return int(waves * (tiles["ROWS"] + tiles["COLUMNS"]))
+
+    fitting = [tiles for tiles in TILES if tiles["ROWS"] <= FEW or M > FEW]
+    least: dict[str, int] = min(fitting, key=reads)
+    return {**least, "STEP": 64}
 
 
 def linears(x: Tensor, weights: Three, biases: Three | None, outs: Three) -> Three:
@@ -172,7 +192,7 @@ def linears(x: Tensor, weights: Three, biases: Three | None, outs: Three) -> Thr
     M, K = x.shape
     sizes = [len(weight) for weight in weights]
     if M:
-        tiles = tile(M <= FEW, min(sizes), x.element_size() == 2)
+        tiles = tile(M, tuple(sizes), x.element_size() == 2)
         columns = sum(triton.cdiv(O, tiles["COLUMNS"]) for O in sizes)
         tensors = (x, *weights, *(weights if biases is None else biases), *outs)
         grid = (triton.cdiv(M, tiles["ROWS"]) * columns,)
@@ -184,7 +204,7 @@ def gate_up(x: Tensor, gate: Tensor, up: Tensor, biases: tuple[Tensor, Tensor] |
     """Fills out [M, O] with silu(x @ gate^T) * (x @ up^T), in one launch. For few rows."""
     O, K = gate.shape
     if M := len(x):
-        tiles = tile(M <= FEW, O, x.element_size() == 2)
+        tiles = tile(M, (O,), x.element_size() == 2)
         tensors = (x, gate, up, *((gate, up) if biases is None else biases), out)
         grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         launch(gate_up_kernel, grid, *tensors, M, O, K, HAS_BIAS=biases is not None, **tiles)
@@ -204,7 +224,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, exact: 
         product = torch.mm(x, weight.t(), out_dtype=out.dtype) if wider else torch.mm(x, weight.t())
         return out.copy_((product if bias is None else product + bias).view(out.shape))
     if M * O:
-        tiles = tile(M <= FEW, O, x.element_size() == 2)
+        tiles = tile(M, (O,), x.element_size() == 2)
         grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         tensors = (x, weight, x if bias is None else bias, out)
         launch(linear_kernel, grid, *tensors, M, O, K, HAS_BIAS=bias is not None, **tiles)
