@@ -26,7 +26,7 @@ from duologue.grpo.cli import main
 from duologue.grpo.config import load_config
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.policy import load_beside
-from duologue.kernels import libraries
+from duologue.kernels import backend, libraries
 from duologue.kernels.gpu import launcher
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
@@ -156,8 +156,12 @@ def test_a_command_makes_its_gpu_the_current_one(
         )
 
 
-def test_a_run_on_a_gpu_has_settings_that_suit_one(checkpoint: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("served", "on_cpu"), [("avx2", "float32"), ("amx", "bfloat16")])
+def test_a_run_on_a_gpu_has_settings_that_suit_one(
+    served: str, on_cpu: str, checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where nothing is said; what is said stays, and a run's own file is taken as it is."""
+    monkeypatch.setattr(backend, "instruction_set", lambda device, dtype: served)
     folder = tmp_path / "model"
     shutil.copytree(checkpoint("qwen3")[0], folder)
     config = json.loads((folder / "config.json").read_text("utf-8"))
@@ -166,7 +170,7 @@ def test_a_run_on_a_gpu_has_settings_that_suit_one(checkpoint: Any, tmp_path: Pa
         load_config("collective-agency", [f"model.device={device}", f"model.path={folder}"])
         for device in ("cpu", "cuda")
     )
-    assert (cpu.model.dtype, gpu.model.dtype) == ("float32", "bfloat16")
+    assert (cpu.model.dtype, gpu.model.dtype) == (on_cpu, "bfloat16")
     assert (cpu.rollout.page_size, cpu.rollout.max_step_tokens) == (16, 1024)
     assert (gpu.rollout.page_size, gpu.rollout.max_step_tokens) == (64, 8192)
     assert gpu.rollout.cache_tokens > cpu.rollout.cache_tokens
