@@ -256,7 +256,7 @@ def test_a_queue_keeps_the_work_and_the_bound_of_list_scheduling() -> None:
 def test_ranks_add_up_and_what_lacks_is_said() -> None:
     answers, port = loopback()
     assert answers.ok
-    assert reduction(2, port, "gloo").ok
+    assert reduction(2, port, "gloo", seconds=600).ok
     assert not devices(4, 0, 2).ok
     assert not devices(4, 2, 64).ok
     assert devices(2, 2, 1).ok
