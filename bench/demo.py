@@ -1,4 +1,5 @@
-"""Append finished runs to bench/results/deal.csv: one row per run, warm start and trained side by side.
+"""Append finished runs to bench/results/deal.csv: one row per run, warm start and trained side by side. Runs
+told in English are rows of deal-english.csv, price-english.csv and so on.
 
 python bench/demo.py runs/demo [RUN_DIR ...]
 """
@@ -17,7 +18,7 @@ MEASURES = ("agreement", "pareto", "joint_ratio", "nash_ratio")
 
 
 def main(paths: list[str]) -> int:
-    rows = []
+    rows: dict[str, list[dict[str, object]]] = {}
     for path in map(Path, paths):
         summary = json.loads((path / "summary.json").read_text())
         config = tomllib.loads((path / "config.toml").read_text())
@@ -26,18 +27,21 @@ def main(paths: list[str]) -> int:
             row |= {f"{policy}_{key}": round(summary[policy][key], 4) for key in MEASURES}
         row |= {
             "imitation_steps": config["imitation"]["steps"],
-            "selfplay_steps": config["train"]["steps"],
+            "selfplay_steps": summary["steps"] - config["imitation"]["steps"],
             "threads": config["train"]["threads"] or "all",
             "train_seconds": round(summary["train_seconds"]),
             "peak_memory_mb": round(summary["peak_memory_bytes"] / 2**20),
             "parameters": summary["parameters"],
         }
-        rows.append(row)
+        game = config["game"]
+        name = game["name"] + ("-english" if game["telling"] == "english" else "")
+        rows.setdefault(name, []).append(row)
         print(row)
     if not rows:
         print(__doc__)
         return 2
-    append_rows("deal", rows)
+    for name, of_game in rows.items():
+        append_rows(name, of_game)
     return 0
 
 
