@@ -41,6 +41,14 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dtype": "bfloat16",
     },
 }
+TINY = [  # settings of a decoder that a run makes from nothing
+    "model.hidden_size=32",
+    "model.intermediate_size=48",
+    "model.num_layers=1",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=16",
+]
 QWEN3 = {  # name: hidden, inner, layers, heads
     "0.6B": (1024, 3072, 28, 16),
     "1.7B": (2048, 6144, 28, 16),

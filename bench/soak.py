@@ -25,15 +25,11 @@ from duologue.grpo.run_dir import RunDir
 from duologue.grpo.trainer import Trainer
 
 from bench.common import append_rows
+from bench.models import TINY
 
 SETTINGS = [  # opponents, evaluations, saves: whatever could keep something
     f"game.name={Path(__file__).parent / 'letters.py'}",
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
+    *TINY,
     "rollout.cache_tokens=4096",
     "grpo.group_size=2",
     "grpo.groups_per_step=2",

@@ -41,15 +41,11 @@ from duologue.rollout.games.text_game import TextGame
 from duologue.rollout.selfplay.dialogue import POLICY, Group
 
 from bench.common import append_rows
+from bench.models import TINY
 
 SETTINGS = [
     f"game.name={Path(__file__).parent / 'words.py'}",
-    "model.hidden_size=32",
-    "model.intermediate_size=48",
-    "model.num_layers=1",
-    "model.num_heads=2",
-    "model.num_kv_heads=1",
-    "model.head_dim=16",
+    *TINY,
     "model.vocab_size=300",
     "model.max_position=256",
     "rollout.cache_tokens=16384",
@@ -121,23 +117,25 @@ class Run(Trainer):
         )
 
 
-def steps_to(goal: float, settings: Sequence[str], seed: int, paired: bool) -> dict[str, Any]:
-    """Until the mean skill of the last steps is at the goal."""
+def until(goal: float, run: Trainer, skill: Callable[[dict[str, Any]], float]) -> dict[str, Any]:
+    """Self-play until the mean skill of the last steps is at the goal; `skill` has the step's metrics."""
     skills: list[float] = []
     dialogues = 0.0
+    while len(skills) < MOST_STEPS and statistics.fmean(skills[-LOOK_BACK:] or [-1.0]) < goal:
+        metrics = run.selfplay_step()
+        run.step += 1
+        skills.append(skill(metrics))
+        dialogues += metrics["dialogues"] + metrics.get("resampled_dialogues", 0)
+    run.run_dir.close()
+    found = {"steps": len(skills), "dialogues": int(dialogues)}
+    return {**found, "skill": round(statistics.fmean(skills[-LOOK_BACK:]), 3)}
+
+
+def steps_to(goal: float, settings: Sequence[str], seed: int, paired: bool) -> dict[str, Any]:
+    """In the game of words, from nothing."""
     with tempfile.TemporaryDirectory() as folder:
         run = Run(settings, seed, folder, paired)
-        while len(skills) < MOST_STEPS and statistics.fmean(skills[-LOOK_BACK:] or [-1.0]) < goal:
-            metrics = run.selfplay_step()
-            run.step += 1
-            skills.append(run.skill())
-            dialogues += metrics["dialogues"] + metrics.get("resampled_dialogues", 0)
-        run.run_dir.close()
-    return {
-        "steps": len(skills),
-        "dialogues": int(dialogues),
-        "skill": round(statistics.fmean(skills[-LOOK_BACK:]), 3),
-    }
+        return until(goal, run, lambda metrics: run.skill())
 
 
 # ---- deal --------------------------------------------------------------------------------------------------
@@ -157,19 +155,10 @@ def steps_in_deal(start: Path, resample: int, seed: int) -> dict[str, Any]:
     config = load_config(
         "deal", [*DEAL, f"model.path={start}", f"train.seed={seed}", f"grpo.resample={resample}"]
     )
-    shares: list[float] = []
-    dialogues = 0.0
     with tempfile.TemporaryDirectory() as folder:
         path = RunDir.create(Path(folder) / "run", config.to_toml())
         run = Trainer(config, path, Progress(quiet=True), threading.Event())
-        while len(shares) < MOST_STEPS and statistics.fmean(shares[-LOOK_BACK:] or [0.0]) < DEAL_GOAL:
-            metrics = run.selfplay_step()
-            run.step += 1
-            shares.append(metrics["agreement"] * metrics["pareto"])
-            dialogues += metrics["dialogues"] + metrics.get("resampled_dialogues", 0)
-        run.run_dir.close()
-    found = {"steps": len(shares), "dialogues": int(dialogues)}
-    return {**found, "skill": round(statistics.fmean(shares[-LOOK_BACK:]), 3)}
+        return until(DEAL_GOAL, run, lambda metrics: metrics["agreement"] * metrics["pareto"])
 
 
 # ---- the gradient at a fixed policy ------------------------------------------------------------------------

@@ -36,11 +36,12 @@ def use_device(config: Config) -> None:
     cores to the C++ kernels on CPU: torch's OpenMP threads spin after every call and would starve them.
     """
     check_device(config)
-    if config.model.device != "cpu":
-        torch.cuda.set_device(config.model.device)
-    if config.model.device == "cpu":
+    on_cpu = config.model.device == "cpu"
+    if on_cpu:
         keep_freed_memory()
-    if config.model.device == "cpu" and backend.available():
+    else:
+        torch.cuda.set_device(config.model.device)
+    if on_cpu and backend.available():
         backend.lib().set_threads(config.train.threads)
         torch.set_num_threads(1)
     elif config.train.threads:

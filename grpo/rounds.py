@@ -49,9 +49,9 @@ def play_again(
     """Put another group in the place of each that teaches nothing, until it does or `grpo.resample` rounds
     are through. A group keeps those that it replaces in `dropped`.
     """
-    scenarios = [*scenarios]
+    scenarios, numbers = [*scenarios], [*played]
     for number_of_round in range(config.resample):
-        numbers = [number for number, group in played.items() if not teaches(group, config)]
+        numbers = [number for number in numbers if not teaches(played[number], config)]
         if not numbers:
             return
         of_round = derive_seed(seed, number_of_round)

@@ -155,7 +155,7 @@ class RunDir:
         try:
             with open(self.path / name, "a", encoding="utf-8") as file:
                 for row in rows:
-                    file.write(json.dumps(finite(row), ensure_ascii=False, separators=(",", ":")) + "\n")
+                    file.write(compact(row) + "\n")
         except OSError as error:
             whole = "--resume goes on from the last checkpoint"
             raise OSError(f"{self.path / name} could not be written ({error}); {whole}") from error
@@ -326,6 +326,11 @@ def _whole_lines(path: Path, noted: int, step: int) -> int:
             break
         whole, last = end, at
     return whole
+
+
+def compact(value: Any) -> str:
+    """As JSON, in one line."""
+    return json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"))
 
 
 def finite(value: Any) -> Any:

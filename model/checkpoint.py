@@ -100,6 +100,11 @@ def read_config(folder: Path) -> ModelConfig:
         raise ValueError(f"{folder}: {error}") from error
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a model's or an adapter's configuration is there."""
+    return any((folder / name).is_file() for name in (ADAPTER_CONFIG, "config.json"))
+
+
 def natural_dtype(folder: Path, device: str) -> str:
     """The type that a checkpoint runs in where nobody says it: that of its config.json; on a CPU float32 but
     for bfloat16 on a processor that has it. An adapter's is its base's; "" of a folder without a

@@ -5,7 +5,6 @@ number of ranks and after a resume.
 from __future__ import annotations
 
 import random
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,15 @@ import pytest
 import torch
 from duologue.grpo.commands.report import gather
 from duologue.grpo.config import load_config
-from duologue.grpo.console import Progress
-from duologue.grpo.distributed.run_dir import FollowerDir, LeaderDir
 from duologue.grpo.rounds import Numbered, play_again, round_metrics, teaches
 from duologue.grpo.run_dir import read_lines
 from duologue.grpo.sections import GrpoSection
-from duologue.grpo.trainer import Trainer
 from duologue.grpo.world import ALONE
 from duologue.rollout.games.catalogue import GAMES
 from duologue.rollout.games.game import Outcome, Scenario
 from duologue.rollout.selfplay.dialogue import Dialogue, Group, View
 from safetensors.torch import load_file
-from thread_ranks import Rank, on_ranks
+from thread_ranks import train_on_ranks
 from tiny import LETTERS, VOLATILE, dialogues
 
 DEAL = GAMES["deal"]()
@@ -118,18 +114,7 @@ def run(path: Path, ranks: int, steps: int, *more: str) -> None:
     """From its start, or from where it is."""
     config = load_config("text-game", [*RUN, f"train.steps={steps}", *more])
 
-    def work(rank: Rank) -> None:
-        if rank.rank == 0:
-            opened = LeaderDir.resume if path.exists() else LeaderDir.create
-            leader: Any = opened(path, config.to_toml())
-            leader.world = rank
-        rank.agree(False)
-        follower: Any = FollowerDir(path, rank)  # type: ignore[arg-type]
-        of_rank = follower if rank.rank else leader
-        Trainer(config, of_rank, Progress(quiet=True), threading.Event(), rank).run()
-        of_rank.close()
-
-    on_ranks(ranks, work)
+    train_on_ranks(config, path, ranks)
 
 
 def metrics(path: Path) -> list[dict[str, Any]]:

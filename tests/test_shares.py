@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +10,12 @@ import pytest
 import torch
 from duologue.grpo.build import build_optimizer
 from duologue.grpo.config import load_config
-from duologue.grpo.console import Progress
-from duologue.grpo.distributed.run_dir import FollowerDir, LeaderDir
 from duologue.grpo.packing import Row
 from duologue.grpo.run_dir import read_lines
 from duologue.grpo.shares import dealt, micro_batches, share_numbers
-from duologue.grpo.trainer import Trainer
 from duologue.grpo.world import World
 from safetensors.torch import load_file
-from thread_ranks import Meeting, Rank, on_ranks
+from thread_ranks import Meeting, Rank, on_ranks, train_on_ranks
 from tiny import LETTERS, MODEL, VOLATILE, decoder
 
 SETTINGS = [
@@ -43,18 +39,7 @@ def run(path: Path, ranks: int, steps: int, *more: str) -> None:
     """A run, from its start or from where it is."""
     config = load_config("text-game", [*SETTINGS, f"train.steps={steps}", *more])
 
-    def work(rank: Rank) -> None:
-        if rank.rank == 0:
-            opened = LeaderDir.resume if path.exists() else LeaderDir.create
-            leader: Any = opened(path, config.to_toml())
-            leader.world = rank
-        rank.agree(False)
-        follower: Any = FollowerDir(path, rank)  # type: ignore[arg-type]
-        of_rank = follower if rank.rank else leader
-        Trainer(config, of_rank, Progress(quiet=True), threading.Event(), rank).run()
-        of_rank.close()
-
-    on_ranks(ranks, work)
+    train_on_ranks(config, path, ranks)
 
 
 def outcome(path: Path) -> tuple[Any, ...]:

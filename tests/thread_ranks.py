@@ -5,9 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from duologue.grpo.config import Config
+from duologue.grpo.console import Progress
+from duologue.grpo.distributed.run_dir import FollowerDir, LeaderDir
+from duologue.grpo.trainer import Trainer
 from duologue.grpo.world import World
 from torch import Tensor
 
@@ -69,3 +74,20 @@ def on_ranks(size: int, work: Callable[[Rank], Any]) -> list[Any]:
 
     with ThreadPoolExecutor(size) as pool:
         return list(pool.map(of_rank, range(size)))
+
+
+def train_on_ranks(config: Config, path: Path, ranks: int) -> None:
+    """A run, from its start or from where it is."""
+
+    def work(rank: Rank) -> None:
+        if rank.rank == 0:
+            opened = LeaderDir.resume if path.exists() else LeaderDir.create
+            leader: Any = opened(path, config.to_toml())
+            leader.world = rank
+        rank.agree(False)
+        follower: Any = FollowerDir(path, rank)  # type: ignore[arg-type]
+        of_rank = follower if rank.rank else leader
+        Trainer(config, of_rank, Progress(quiet=True), threading.Event(), rank).run()
+        of_rank.close()
+
+    on_ranks(ranks, work)

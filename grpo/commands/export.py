@@ -11,7 +11,7 @@ from duologue.grpo.best import BEST, NOTE
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.commands.card import card
 from duologue.model.atomic import write_folder
-from duologue.model.checkpoint import load_model, parse_dtype, write_checkpoint
+from duologue.model.checkpoint import is_checkpoint, load_model, parse_dtype, write_checkpoint
 from duologue.model.lora import LoraDecoder, merged
 from safetensors import SafetensorError
 
@@ -23,7 +23,7 @@ def find_checkpoint(path: Path, best: bool = False) -> Path:
         if not (kept / NOTE).is_file():
             raise ValueError(f"--best: there is no {kept}; accepted is a run with eval.every above 0")
         return kept
-    if any((path / name).is_file() for name in ("adapter_config.json", "config.json")):
+    if is_checkpoint(path):
         return path
     latest = latest_checkpoint(path)
     if latest is None:

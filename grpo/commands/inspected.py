@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from duologue.grpo.commands.charts import is_number
 from duologue.grpo.commands.records import Record, with_numbers
-from duologue.grpo.run_dir import finite
+from duologue.grpo.run_dir import compact
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.game import Game, Persona
 from duologue.rollout.judge.questions import AGREEMENT, SCORE, Prompt
@@ -36,8 +35,7 @@ def packed(data: bytes) -> str:
 
 
 def packed_json(value: Any) -> str:
-    text = json.dumps(finite(value), ensure_ascii=False, separators=(",", ":"))
-    return packed(text.encode("utf-8", "replace"))
+    return packed(compact(value).encode("utf-8", "replace"))
 
 
 @dataclass(eq=False)

@@ -21,7 +21,7 @@ from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.evaluate import evaluate
 from duologue.grpo.partners import SCRIPTED, in_full, load_player, start_of
 from duologue.grpo.policy import load_policy, use_device
-from duologue.grpo.run_dir import finite
+from duologue.grpo.run_dir import compact, finite
 from duologue.model.atomic import write_file
 from duologue.rollout.games.dilemma import DilemmaSettings
 from duologue.rollout.games.game import Measure
@@ -102,8 +102,8 @@ def _records(held: CrossPlay) -> list[Row]:
 def _write_dialogues(options: argparse.Namespace, records: Iterable[Row]) -> None:
     """The file that --save-dialogues names, a line each as in a run's dialogues.jsonl."""
     if options.save_dialogues:
-        lines = [json.dumps(finite(record), ensure_ascii=False) + "\n" for record in records]
-        write_file(options.save_dialogues, "".join(lines).encode())
+        lines = "".join(f"{compact(record)}\n" for record in records)
+        write_file(options.save_dialogues, lines.encode())
 
 
 # ---- players of a game with rules --------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from duologue.grpo.packing import Row, pack, split_rows
 from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.rows import view_row
 from duologue.grpo.update import trained_logprobs
+from duologue.model.checkpoint import is_checkpoint
 from duologue.model.decoder import Decoder
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -83,7 +84,7 @@ def find(run_dir: Path, name: str) -> Path:
     names = [name, f"step_{int(name):06d}"] if name.isdecimal() else [name]
     places = [*(folder / each for each in names), Path(name)]
     for place in places:
-        if any((place / file).is_file() for file in ("config.json", "adapter_config.json")):
+        if is_checkpoint(place):
             return place
     there = ", ".join(sorted(path.name for path in folder.glob("[!.]*") if path.is_dir())) or "none yet"
     raise ValueError(f"--checkpoints {name}: accepted is a folder, or one of {folder}: {there}")
