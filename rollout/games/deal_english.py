@@ -17,7 +17,7 @@ from duologue.rollout.games.priorities import ALONE, PrioritiesGame
 from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import Vector
 
-OFFERS = ("offer", "mine", "yours", "joint")
+OFFERS = ("offer", "mine", "yours", "joint", "recap")
 ITEM_KINDS = ("want", "spare", "reason")
 FRAMES = (  # of values: of each type with its number, of the first, of the others
     ("a {0} is worth {1}", "a {0} {1}"),
@@ -48,6 +48,8 @@ class DealWords:
         said = []
         if act.accept or act.confirm:
             said.append(pick(words, "agree" if act.accept else "confirm", rng))
+        if act.accept and side.agreed is not None:
+            said.append(self._recap(side, side.agreed))
         lost = side.heard > 0 and side.last == Act() and not act.accept
         if lost and not act.close:
             said.append(pick(words, "again", rng))
@@ -101,6 +103,19 @@ class DealWords:
         as_words, whole = rng.random() < 0.5, rng.random() < 0.6
         shares = [self._share(side, share, as_words, whole) for share in (take, yours)]
         return pick(words, rng.choice(kinds), rng, *shares)
+
+    def _recap(self, side: Any, take: Vector) -> str:
+        """What was agreed, with every number, as both sides state it in the end."""
+        shares = [
+            listed(
+                [
+                    f"{n} {self._packages(n, True)}{self.name(item, n)}"
+                    for n, item in zip(share, side.game.items, strict=True)
+                ]
+            )
+            for share in (take, less(side.counts, take))
+        ]
+        return pick(english.words_of(self.files), "recap", side.rng, *shares)
 
     def _share(self, side: Any, share: Vector, as_words: bool, whole: bool) -> str:
         if not any(share):

@@ -13,7 +13,7 @@ from duologue.rollout.games.scripted import Act
 
 FILES = ("english", "price_english")
 LIMIT = re.compile(r"\b(?:limit|most|least|maximum|minimum|max|min|budget|more than|less than|above|below)\b")
-SLOTTED = ("compare", "middle", "limit", "bid")
+BOTH = ("compare", "middle", "recap", "ask", *english.SHARED)  # kinds of sentences of either side
 
 
 class PriceWords:
@@ -21,11 +21,13 @@ class PriceWords:
 
     def utter(self, side: Any, act: Act) -> str:
         words, rng, who = english.words_of(FILES), side.rng, "buyer" if side.buys else "seller"
-        fill = [str(vector[0] if vector else 0) for vector in (act.take, act.against, act.reveal)]
+        named = (side.agreed if act.accept else act.take, act.against, act.reveal)
+        fill = [str(vector[0] if vector else 0) for vector in named]
         bid = "compare" if act.against else "middle" if act.best else f"{who}_bid"
         lost = side.heard > 0 and side.last == Act() and not act.accept
         parts = (
             (act.accept, "agree"),
+            (act.accept and side.agreed, "recap"),
             (act.confirm, "confirm"),
             (lost and not act.close, "again"),
             (act.refuse, f"{who}_refuse"),
@@ -47,7 +49,7 @@ class PriceWords:
 def _sentence(who: str, sentence: str, asks: bool) -> Act | None:
     """What the other side says with it."""
     own = tuple(f"{who}_{kind}" for kind in ("limit", "bid", "refuse"))
-    for kind, slots in english.matches(sentence, FILES, ("compare", "middle", "ask", *own, *english.SHARED)):
+    for kind, slots in english.matches(sentence, FILES, (*own, *BOTH)):
         kind = kind.removeprefix(f"{who}_")
         if not slots:
             return english.simple(kind)

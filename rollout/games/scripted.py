@@ -8,7 +8,7 @@ import random
 import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -100,8 +100,12 @@ class Side(ABC):
 
     def hear(self, act: Act) -> None:
         """Another offer or a refusal takes back what was agreed; a close takes an offer that stands, and a
-        character's own offer is meant by a close that says nothing else.
+        character's own offer is meant by a close that says nothing else. An acceptance may say again what
+        was offered; of something else it is an offer.
         """
+        if act.accept and act.take is not None:
+            same = self.left_by(act.take) == self.offered
+            act = replace(act, accept=same, take=None if same else act.take)
         self.last = act
         self.heard += 1
         self.theirs = act.reveal or self.theirs
