@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -113,3 +114,31 @@ def test_the_judge_of_words_counts_them(monkeypatch: pytest.MonkeyPatch) -> None
     assert found == {"knowledge": 0, "benevolence": 2, "power": 2, "vitality": 4, "reason": "counted"}
     turns = '<turn speaker="1">Yes we do.</turn><turn speaker="2">Good.</turn>'
     assert answer(turns) == {"agreed": True, "assent": {"1": "Yes", "2": "Good."}}
+
+
+def test_rows_with_new_columns_leave_the_older_ones_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    common.append_rows("made", [{"model": "a, b", "rate": 1.5}])
+    first = (tmp_path / "made.csv").read_bytes()
+    common.append_rows("made", [{"model": "c", "rate": 2.5}])
+    assert (tmp_path / "made.csv").read_bytes().startswith(first)
+    common.append_rows("made", [{"rate": 3.5, "share": 0.5}])
+    with open(tmp_path / "made.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["rate"], row["share"]) for row in rows] == [
+        ("a, b", "1.5", ""), ("c", "2.5", ""), ("", "3.5", "0.5"),
+    ]  # fmt: skip
+    assert list(rows[0]) == ["model", "rate", "share", "device", "commit", "date"]
+    assert all(row["device"] and row["date"] for row in rows)
+
+
+def test_every_row_of_the_results_has_the_columns_of_its_file() -> None:
+    for path in (ROOT / "bench" / "results").glob("*.csv"):
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        assert all(len(row) == len(header) for row in rows), path.name
