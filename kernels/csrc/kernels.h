@@ -12,6 +12,8 @@ struct LinearArgs {
   void *out;                     // [M, O]
   int64_t M, O, K;
   int dtype, out_dtype;
+  const void *next; // what is read after the weights, `next_bytes` of it: worth fetching meanwhile
+  int64_t next_bytes;
 };
 
 // C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r], one stride 1; r runs in
