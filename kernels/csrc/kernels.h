@@ -25,13 +25,14 @@ struct MatmulArgs {
   bool add; // to what C holds
 };
 
-// The same with b in bf16, and `a` in fp32 (rounded to bf16) or bf16. An output is one chain over r.
+// The same with b in bf16, `a` in fp32 (rounded to bf16) or bf16, and c in fp32 or, unless it is added to,
+// bf16. An output is one chain over r.
 struct TiledMatmulArgs {
   const void *a, *b;
-  float *c;
+  void *c;
   int64_t I, R, C, stride_i, stride_r;
   bool add;
-  int a_dtype;
+  int a_dtype, c_dtype;
 };
 
 struct RowArgs { // rms_norm and silu_mul, forward and backward; unused fields are null
