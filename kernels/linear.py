@@ -51,8 +51,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
 
 
 def matmul_tiles(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
-    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32."""
-    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype])
+    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32, or in bf16
+    where nothing is added to it."""
+    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
 
 
 def backward(
@@ -73,11 +74,12 @@ def backward(
         grad = grad.contiguous() if tiled else grad.float().contiguous()
         M, O = grad.shape
         K = x.shape[1]
+        of_product = dtype if tiled else torch.float32
         if need_x:
-            grad_x = x.new_empty(M, K, dtype=torch.float32)
+            grad_x = x.new_empty(M, K, dtype=of_product)
             product(grad, weight, grad_x, (M, O, K, O, 1), add=False)
         if need_weight:
-            grad_weight = x.new_empty(O, K, dtype=torch.float32)
+            grad_weight = x.new_empty(O, K, dtype=of_product)
             product(grad, x, grad_weight, (O, M, K, 1, O), add=False)
     else:
         grad = grad.to(dtype)
