@@ -210,6 +210,15 @@ def test_a_measured_pool(monkeypatch: pytest.MonkeyPatch) -> None:
             assert runner.measured_tokens(fake, 16) == tokens
 
 
+def groups_of(
+    pages: list[list[int]], cached: list[int], size: int, rows: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """With -1 in the table behind a row's last page."""
+    width = max(map(len, pages))
+    table = np.array([[*ids, *[-1] * (width - len(ids))] for ids in pages])
+    return shared_groups(table, np.array(cached), size, rows)
+
+
 def test_shared_groups_are_what_the_tables_say() -> None:
     """Against a comparison of every row with its neighbour, page by page."""
     rng = random.Random(0)
@@ -220,7 +229,7 @@ def test_shared_groups_are_what_the_tables_say() -> None:
         pages.sort()
         cached = [rng.randint(0, len(p) * size) for p in pages]
         rows = n + rng.randint(0, 3)
-        found = shared_groups(pages, cached, size, rows)
+        found = groups_of(pages, cached, size, rows)
         if found is None:
             found = np.arange(rows + 1), np.zeros(rows, dtype=int)
         starts, shared = found
@@ -241,7 +250,7 @@ def test_shared_groups_are_what_the_tables_say() -> None:
 
 def test_neighbours_that_share_two_chunks_are_one_group() -> None:
     common = list(range(32))
-    starts, shared = shared_groups(
+    starts, shared = groups_of(
         [[*common, 40], [*common, 41], [50], [*common, 42]], [520, 600, 3, 520], 16, 6
     ) or ([], [])
     assert list(starts) == [0, 2, 3, 4, 5, 6, 6]

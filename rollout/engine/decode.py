@@ -84,10 +84,8 @@ class DecodeLoop(ABC):
 
     def takes(self, requests: Sequence[Request]) -> bool:
         """Whether these can be drawn without a host sync in between."""
-        one_adapter = len({r.branch.adapter for r in requests}) == 1
-        return one_adapter and not any(
-            r.params.allow is not None or r.params.stop_strings or r.candidates for r in requests
-        )
+        adapter = requests[0].branch.adapter
+        return not any(r.plain or r.guided or r.branch.adapter != adapter for r in requests)
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
         """What of a step runs together."""
@@ -107,7 +105,8 @@ def page_table(branches: Sequence[BranchState], width: int = 0, rows: int = 0, u
     lengths = np.array([len(b.pages) for b in branches])
     table = np.full((max(rows, len(branches)), max(width, int(lengths.max()))), unused, dtype=np.int32)
     held = np.arange(table.shape[1]) < lengths[:, None]
-    table[: len(branches)][held] = np.fromiter(chain.from_iterable(b.pages for b in branches), np.int32)
+    pages = chain.from_iterable([b.pages for b in branches])
+    table[: len(branches)][held] = np.fromiter(pages, np.int32, lengths.sum())
     return table
 
 

@@ -162,7 +162,7 @@ class DeviceLoop(DecodeLoop):
         return (
             super().takes(requests)
             and len(requests) <= BUCKETS[-1]
-            and not any(r.plain or len(r.stop_token_ids) > STOPS for r in requests)
+            and max(len(r.stop_token_ids) for r in requests) <= STOPS
         )
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
@@ -170,8 +170,9 @@ class DeviceLoop(DecodeLoop):
         ahead: list[Work] = []
         others: list[Work] = []
         for work in works:
-            decodes = work.samples and work.n_tokens == 1 and self.takes([work.request])
-            (ahead if decodes else others).append(work)
+            request = work.request
+            decodes = work.samples and work.n_tokens == 1 and not (request.plain or request.guided)
+            (ahead if decodes and len(request.stop_token_ids) <= STOPS else others).append(work)
         apart = self.capture and ahead and others and self.takes([w.request for w in ahead])
         return [others, ahead] if apart else [works]
 
@@ -208,7 +209,7 @@ class DeviceLoop(DecodeLoop):
         n = len(requests)
         numbers = np.zeros((3, B), np.int64)
         numbers[0, :n] = [b.token_ids[-1] for b in branches]
-        numbers[1, :n] = cached = [b.n_cached for b in branches]
+        numbers[1, :n] = [b.n_cached for b in branches]
         numbers[2, :n] = [r.n_left for r in requests]
         numbers[2, :n] += numbers[1, :n] - 1
         by_name = {
@@ -220,7 +221,7 @@ class DeviceLoop(DecodeLoop):
         arrays = {name: by_name[name] for name in _Rows._fields if name in by_name}
         assert self.kv is not None
         if backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
-            groups = shared_groups([b.pages for b in branches], cached, self.page_size, B)
+            groups = shared_groups(by_name["table"][:n], numbers[1, :n], self.page_size, B)
             arrays |= {} if groups is None else {"starts": groups[0], "shared": groups[1]}
         return arrays
 

@@ -251,8 +251,7 @@ class Runner:
         groups = None
         decodes_only = ends[-1] == len(works)
         if decodes_only and backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
-            cached = [b.n_cached for b in branches]
-            groups = shared_groups([b.pages for b in branches], cached, self.page_size, len(works))
+            groups = shared_groups(pages, start, self.page_size, len(works))
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),

@@ -114,8 +114,11 @@ class Completion:
         self.token_ids += draws.tokens[:n]
         self.logprobs += draws.logprobs[:n]
         self.entropies += draws.entropies[:n]
-        self.supports.extend(Supports(sizes, draws.support_ids[: sum(sizes)]))
-        self.candidate_logprobs += draws.candidate_logprobs if n else ()
+        self.supports.sizes += sizes
+        if draws.support_ids:
+            self.supports.ids += draws.support_ids[: sum(sizes)]
+        if n and draws.candidate_logprobs:
+            self.candidate_logprobs += draws.candidate_logprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +151,12 @@ class Request:
     prefill_only: bool = False  # compute the KV of the context and sample nothing
     done: bool = False
     preempted: bool = False
-    plain: bool = False  # its next token must be drawn by a step of its own: its support is large
+    plain: bool = field(init=False)  # its next token must be drawn by a step of its own
+    guided: bool = field(init=False)  # the host looks at each token before the next is drawn
+
+    def __post_init__(self) -> None:
+        self.plain = bool(self.params.candidates)  # and later where a support does not fit the loop
+        self.guided = self.params.allow is not None or bool(self.params.stop_strings)
 
     @property
     def n_left(self) -> int:
