@@ -27,7 +27,7 @@ from duologue.rollout.engine.checks import (
     check_sizes,
     check_stop_strings,
 )
-from duologue.rollout.engine.decode import DecodedSteps
+from duologue.rollout.engine.decode import DecodedSteps, Read
 from duologue.rollout.engine.entry import enter_draws, enter_prefill
 from duologue.rollout.engine.pages import CACHE_TOKENS, PagePool
 from duologue.rollout.engine.runner import Runner, measured_tokens
@@ -265,26 +265,30 @@ class Engine:
         if not works:
             return []
         assert self.pool.all_present([w.request.branch for w in works]), "KV of other weights"
-        finished: list[Request] = []
-        runner = self._runner
-        for part in [works] if runner.loop is None else runner.loop.parts(works):
-            steps = self._steps_ahead(part)
-            decoded = runner.decode(part, steps) if steps else runner.execute(part, self._allowed(part))
-            finished += self._take_all(part, decoded, ahead=steps > 0)
-        return finished
+        loop = self._runner.loop
+        launched = [self._launch(part) for part in ([works] if loop is None else loop.parts(works))]
+        return [request for part, read, ahead in launched for request in self._take_all(part, read(), ahead)]
 
-    def _steps_ahead(self, works: list[Work]) -> int:
-        """Steps without a host sync in between; reserves the pages of all. 0 when a plain step must do."""
+    def _launch(self, works: list[Work]) -> tuple[list[Work], Read, bool]:
+        """Put works on their way: how to read what comes of them, and whether in several steps."""
+        steps = self._steps_ahead(works)
+        if steps is None:
+            return works, self._runner.execute(works, self._allowed(works)), False
+        return works, self._runner.decode(works, steps), True
+
+    def _steps_ahead(self, works: list[Work]) -> int | None:
+        """Steps without a host sync in between; reserves the pages of all. None when a plain step must do."""
         loop = self._runner.loop
         if loop is None or not all(w.n_tokens == 1 and w.samples for w in works):
-            return 0
+            return None
         requests = [w.request for w in works]
         if not loop.takes(requests):
-            return 0
-        left = [r.n_left for r in requests]
-        steps = loop.reach(left)
-        wanted = [(r.branch, min(steps, n)) for r, n in zip(requests, left, strict=True)]
-        return steps if steps > 1 and self._scheduler.reserve(wanted) else 0
+            return None
+        steps = loop.reach([r.n_left - r.ahead for r in requests])
+        if steps <= 1 and not any(r.ahead for r in requests):
+            return None
+        reserved = self._scheduler.reserve((r.branch, min(r.ahead + steps, r.n_left)) for r in requests)
+        return steps if reserved else None
 
     def _take_all(self, works: list[Work], decoded: DecodedSteps, ahead: bool) -> list[Request]:
         """Enter what was computed and drawn; the requests that are finished."""
@@ -301,7 +305,7 @@ class Engine:
             if request.done:
                 finished.append(request)
                 self._detach(request)
-            elif ahead and len(branch.pages) * pool.page_size - branch.n_cached >= pool.page_size:
+            elif ahead and not request.ahead and len(branch.pages) > pool.pages_for(branch.n_cached):
                 pool.trim(branch, branch.n_cached)
         self._scheduler.count_ahead(len(works), len(decoded), taken)
         self.stats.waited_seconds += decoded.seconds

@@ -163,6 +163,7 @@ class Scheduler:
         self.stats.preemptions += 1
         self.running.remove(victim)
         victim.preempted = True
+        victim.ahead = 0
         self.waiting.appendleft(victim)
         self.pool.release(victim.branch)
 

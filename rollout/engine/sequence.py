@@ -89,6 +89,10 @@ class Draws:
     support_ids: array[int]  # of one support after the other, each ascending
     candidate_logprobs: Ids[float] = ()  # of SamplingParams.candidates, where they were asked for
 
+    def drop(self, n: int) -> None:
+        """The first `n`, which have no supports."""
+        del self.tokens[:n], self.logprobs[:n], self.entropies[:n], self.support_sizes[:n]
+
     @property
     def n_known(self) -> int:
         """Draws before the first whose support is not known: a plain step must draw that token again."""
@@ -152,6 +156,7 @@ class Request:
     done: bool = False
     preempted: bool = False
     plain: bool = field(init=False)  # its next token must be drawn by a step of its own
+    ahead: int = 0  # tokens that a loop has drawn beyond those that are entered, into pages that are reserved
     guided: bool = field(init=False)  # the host looks at each token before the next is drawn
 
     def __post_init__(self) -> None:
