@@ -394,7 +394,7 @@ def test_opcheck() -> None:
     )
     torch.library.opcheck(registered.silu_mul.default, (x, x.detach().clone().requires_grad_()))
     torch.library.opcheck(
-        registered.rope.default, (q, torch.ones(8, 8), torch.ones(8, 8), torch.arange(5), 1.0)
+        registered.rope.default, (q, k, torch.ones(8, 8), torch.ones(8, 8), torch.arange(5), 1.0)
     )
     torch.library.opcheck(attention.packed_op, (q, k, k.detach().clone().requires_grad_(), cu, 0.25))
     torch.library.opcheck(registered.logprob.default, (x, torch.tensor([0, 8, 3]), None, 0.7))
