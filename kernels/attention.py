@@ -32,7 +32,7 @@ def packed_with_stats(
 ) -> tuple[Tensor, Tensor]:
     """(out [T, Hq, D], each row's largest score and 1 / sum [T, Hq, 2] fp32 for the backward)."""
     op = "packed_attention"
-    q, k, v, cu_seqlens = (x.contiguous() for x in (q, k, v, cu_seqlens))
+    q, k, v, cu_seqlens = map(Tensor.contiguous, (q, k, v, cu_seqlens))
     device = q.device.type
     check(op, device, q=(q, (None, None, None), None))
     T, Hq, D = q.shape
@@ -74,7 +74,7 @@ def packed_backward(
     grad: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v."""
-    q, k, v, grad, cu_seqlens = (x.contiguous() for x in (q, k, v, grad, cu_seqlens))
+    q, k, v, grad, cu_seqlens = map(Tensor.contiguous, (q, k, v, grad, cu_seqlens))
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if triton(q):
         from duologue.kernels.gpu import attention as gpu_attention

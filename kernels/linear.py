@@ -23,14 +23,14 @@ def forward(
 ) -> Tensor:
     """`ops.linear` by a kernel; `out`, contiguous, is written where it is given."""
     x = x.contiguous()
-    K = x.shape[-1]
-    O = weight.shape[0]
+    dtype = x.dtype
+    *rows, K = x.shape
+    O = len(weight)
     if out is None:
-        out = x.new_empty((*x.shape[:-1], O), dtype=out_dtype or x.dtype)
-    device = x.device.type
-    check("linear", device, weight=(weight, (None, K), x.dtype), bias=(bias, (O,), x.dtype))
+        out = x.new_empty((*rows, O), dtype=out_dtype or dtype)
+    check("linear", x.device.type, weight=(weight, (None, K), dtype), bias=(bias, (O,), dtype))
     bias = None if bias is None else bias.contiguous()
-    if out.dtype not in (x.dtype, torch.float32):
+    if out.dtype != dtype and out.dtype != torch.float32:
         raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {x.dtype} or torch.float32")
     weight = weight.contiguous()
     if backend.triton(x):
@@ -51,8 +51,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
 
 
 def matmul_tiles(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
-    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32."""
-    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype])
+    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32, or in bf16
+    where nothing is added to it."""
+    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
 
 
 def backward(
@@ -63,27 +64,29 @@ def backward(
     On CPU not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the
     workers of these kernels.
     """
-    grad_x, grad_weight = x.new_empty(0), x.new_empty(0)
     shape, dtype = x.shape, x.dtype
-    x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-    if backend.cpp(x):
-        tiled = backend.tiled(x)
-        product = matmul_tiles if tiled else matmul
-        x, weight = (tensor.contiguous() if tiled else tensor.float().contiguous() for tensor in (x, weight))
-        grad = grad.contiguous() if tiled else grad.float().contiguous()
-        M, O = grad.shape
-        K = x.shape[1]
-        if need_x:
-            grad_x = x.new_empty(M, K, dtype=torch.float32)
-            product(grad, weight, grad_x, (M, O, K, O, 1), add=False)
-        if need_weight:
-            grad_weight = x.new_empty(O, K, dtype=torch.float32)
-            product(grad, x, grad_weight, (O, M, K, 1, O), add=False)
-    else:
+    if len(shape) != 2:
+        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
+    if not backend.cpp(x):
         grad = grad.to(dtype)
-        grad_x = grad @ weight if need_x else grad_x
-        grad_weight = grad.t() @ x if need_weight else grad_weight
-    grad_x = grad_x.view(shape) if need_x else grad_x
+        grad_x = (grad @ weight).view(shape) if need_x else x.new_empty(0)
+        return grad_x, grad.t() @ x if need_weight else x.new_empty(0)
+    product, of_product = matmul_tiles, dtype
+    if not backend.tiled(x):
+        product, of_product = matmul, torch.float32
+        x, weight, grad = x.float(), weight.float(), grad.float()
+    x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
+    M, K = x.shape
+    O = len(weight)
+    grad_x = torch.empty_like(x, dtype=of_product) if need_x else x.new_empty(0)
+    if need_x:
+        product(grad, weight, grad_x, (M, O, K, O, 1), False)
+        grad_x = grad_x.view(shape)
+    grad_weight = torch.empty_like(weight, dtype=of_product) if need_weight else x.new_empty(0)
+    if need_weight:
+        product(grad, x, grad_weight, (O, M, K, 1, O), False)
+    if of_product == dtype:
+        return grad_x, grad_weight
     return grad_x.to(dtype), grad_weight.to(dtype)
 
 

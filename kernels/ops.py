@@ -53,8 +53,13 @@ def _form(
     gradient of one of the inputs is wanted, the one with gradients (backend.with_gradients)."""
     if backend.library(x) == "reference":
         return plain
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    return op if wanted or torch.compiler.is_compiling() else kernel
+    if torch.compiler.is_compiling():
+        return op
+    if torch.is_grad_enabled():
+        for tensor in inputs:
+            if tensor is not None and tensor.requires_grad:
+                return op
+    return kernel
 
 
 # ---- layers ------------------------------------------------------------------------------------------------
@@ -93,8 +98,8 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor) -> t
     """Rotary embedding (Su et al. 2021) in the half-rotation layout: q [T, Hq, D], k [T, Hk, D], cos and sin
     [max_position, D/2] fp32, positions [T] int64 -> rotated (q, k). Values: positions within the tables.
     """
-    run = _form(reference.rotate, rows.rotate, rows.rotate_grad, q, q, k)
-    return run(q, cos, sin, positions), run(k, cos, sin, positions)
+    run = _form(reference.rope, rows.rope, rows.rope_grad, q, q, k)
+    return run(q, k, cos, sin, positions)
 
 
 def silu_mul(gate: Tensor, up: Tensor, exact: bool = True) -> Tensor:

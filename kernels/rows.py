@@ -55,7 +55,7 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """(gradient of the normed input, gradient of the weight). `grad_total` is added when the sum has another
     use."""
-    total, weight, grad = (x.contiguous() for x in (total, weight, grad))
+    total, weight, grad = map(Tensor.contiguous, (total, weight, grad))
     grad_total = None if grad_total is None else grad_total.contiguous()
     grad_x = torch.empty_like(total)
     if triton(total):
@@ -119,7 +119,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 
 def silu_mul_backward(gate: Tensor, up: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of gate and up."""
-    gate, up, grad = (x.contiguous() for x in (gate, up, grad))
+    gate, up, grad = map(Tensor.contiguous, (gate, up, grad))
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if triton(gate):
         from duologue.kernels.gpu import rows as gpu_rows
@@ -150,50 +150,54 @@ silu_mul_grad = with_gradients(
 # ---- rotary embedding --------------------------------------------------------------------------------------
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0) -> Tensor:
-    """x [T, H, D], each head rotated by its token's position; back again with sign -1."""
-    x = x.contiguous()
-    device = x.device.type
-    check("rope", device, x=(x, (None, None, None), None))
-    T, H, D = x.shape
+def rope(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """q [T, Hq, D] and k [T, Hk, D], each head rotated by its token's position; back again with sign -1."""
+    q, k, cos, sin, positions = map(Tensor.contiguous, (q, k, cos, sin, positions))
+    device = q.device.type
+    check("rope", device, x=(q, (None, None, None), None))
+    T, _, D = q.shape
     if D % 2:
         raise ValueError(f"rope: the head dim is {D}, accepted is an even number")
     check(
         "rope",
         device,
+        k=(k, (T, None, D), q.dtype),
         cos=(cos, (None, D // 2), torch.float32),
         sin=(sin, cos.shape, torch.float32),
         positions=(positions, (T,), torch.int64),
     )
-    cos, sin, positions = (tensor.contiguous() for tensor in (cos, sin, positions))
-    out = torch.empty_like(x)
-    if triton(x):
+    outs = torch.empty_like(q), torch.empty_like(k)
+    tables = (cos, sin, positions)
+    if triton(q):
         from duologue.kernels.gpu import rows as gpu_rows
 
-        return gpu_rows.rotate(x, out, cos, sin, positions, sign)
-    tensors = pointers(x, out, cos, sin, positions)
-    bad = lib().rope(*tensors, T, H, D, len(cos), sign, DTYPES[x.dtype])
-    if bad:
-        position = int(positions[bad - 1])
-        raise ValueError(f"rope: positions[{bad - 1}] = {position}, accepted is 0 to {len(cos) - 1}")
-    return out
+        return gpu_rows.rotate(q, outs[0], *tables, sign), gpu_rows.rotate(k, outs[1], *tables, sign)
+    for x, out in zip((q, k), outs, strict=True):
+        tensors = pointers(x, out, *tables)
+        bad = lib().rope(*tensors, T, x.shape[1], D, len(cos), sign, DTYPES[x.dtype])
+        if bad:
+            position = int(positions[bad - 1])
+            raise ValueError(f"rope: positions[{bad - 1}] = {position}, accepted is 0 to {len(cos) - 1}")
+    return outs
 
 
-rotate_op = library_op("rope", rotate, 0)
+rope_op = library_op("rope", rope, 0, 1)
 
 
-def _rotate_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.sign = inputs[4] if len(inputs) > 4 else 1.0
-    ctx.save_for_backward(*inputs[1:4])
+def _rope_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.sign = inputs[5] if len(inputs) > 5 else 1.0
+    ctx.save_for_backward(*inputs[2:5])
 
 
-def _rotate_backward(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _rope_backward(run: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     """A rotation's transpose is the rotation back."""
-    rotated = run(grad, *ctx.saved_tensors, -ctx.sign)
-    return (rotated, *[None] * (len(ctx.needs_input_grad) - 1))
+    of_tables = [None] * (len(ctx.needs_input_grad) - 2)
+    return *run(*grads, *ctx.saved_tensors, -ctx.sign), *of_tables
 
 
-rotate_grad = with_gradients(rotate_op, rotate, _rotate_setup, _rotate_backward, rotate_op, rotate)
+rope_grad = with_gradients(rope_op, rope, _rope_setup, _rope_backward, rope_op, rope)
 
 
 # ---- KV writes ---------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(duologue.rms_norm.default, (x, norm, 1e-6))
     torch.library.opcheck(duologue.add_rms_norm.default, (x, x.detach().clone().requires_grad_(), norm, 1e-6))
     torch.library.opcheck(duologue.silu_mul.default, (x, x.detach().clone().requires_grad_()))
-    torch.library.opcheck(duologue.rope.default, (q, cos, cos.clone(), torch.arange(3), 1.0))
+    torch.library.opcheck(duologue.rope.default, (q, q.clone(), cos, cos.clone(), torch.arange(3), 1.0))
 
 
 @needs_cpp

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from duologue.kernels.gpu.launcher import launch
+from duologue.kernels.gpu.launcher import capability, launch
 from torch import Tensor
 
 CHUNK = 256  # keys
@@ -81,7 +81,10 @@ def _chunk(
     for first in range(start, tl.minimum(start + CHUNK, limit), KEYS):
         key = first + tl.arange(0, KEYS)
         token = begin + key
-        if PAGE:
+        if PAGE and PAGE % KEYS == 0:  # a tile of keys lies in one page
+            page = tl.load(table + first // PAGE).to(tl.int64)
+            token = page * PAGE + first % PAGE + tl.arange(0, KEYS)
+        elif PAGE:
             token = tl.load(table + key // PAGE, key < limit, 0).to(tl.int64) * PAGE + key % PAGE
         at = ((token * Hk + g) * D)[:, None] + d[None, :]
         real = (key < limit)[:, None] & (d < D)[None, :]
@@ -292,13 +295,22 @@ def grad_key_kernel(
         tl.store(grad_v + of_key, grad_values.to(grad_v.dtype.element_ty), real)
 
 
-def tile(D: int, narrow: bool) -> dict[str, Any]:
-    """The launch for head dim D and inputs of 16 bits or of 32, whatever the number of rows: bits depend on
-    it."""
+def tile(D: int, narrow: bool, form: str, chip: int) -> dict[str, Any]:
+    """The launch of a form, "packed" or "paged" (forward), "grad_query" or "grad_key", for head dim D, inputs
+    of 16 bits or of 32, and a GPU of this capability; whatever the number of rows, for bits depend on it.
+
+    Warps: on Hopper eight compute the same scores twice and let one block fill a multiprocessor, four do not
+    and spill at most 48 bytes; before, four spill 300, and Blackwell's products belong to no warp. Forward
+    forms have the same, so that decode and training have the same bits. Stages change none.
+    """
     size = 64 if narrow else 32
     block = max(16, triton.next_power_of_2(D))
-    fixed = {"ROWS": size, "KEYS": size, "BLOCK": block, "num_warps": 4 if block <= 64 else 8}
-    return {**fixed, "num_stages": 2 if narrow else 1, "enable_fp_fusion": False}
+    hopper = 90 <= chip < 100 or chip == 0
+    few = hopper or (chip >= 100 and form.startswith("grad"))
+    warps = 4 if block <= 64 or (block == 128 and narrow and few) else 8
+    stages = 3 if hopper and form == "paged" else 2
+    fixed = {"ROWS": size, "KEYS": size, "BLOCK": block, "num_warps": warps}
+    return {**fixed, "num_stages": stages if narrow else 1, "enable_fp_fusion": False}
 
 
 def forward(
@@ -334,7 +346,8 @@ def forward(
         page = k.shape[1]
         max_pages = table.shape[1]
         n_chunks = triton.cdiv(max_pages * page, CHUNK)
-    tiles = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
+    form = "paged" if page else "packed"
+    tiles = {**tile(D, q.element_size() == 2, form, capability(q)), "CHUNK": CHUNK, "PAGE": page}
     blocks = T * Hq // Hk // tiles["ROWS"] + 1  # of rows, but for one more per sequence
     if split is None:
         split = groups is not None or (n_chunks > 1 and (blocks + S) * Hk < FILL)
@@ -383,12 +396,14 @@ def backward(
     T, Hq, D = q.shape
     Hk = k.shape[1]
     S = len(cu_seqlens) - 1
-    tiles = tile(D, q.element_size() == 2)
+    narrow, chip = q.element_size() == 2, capability(q)
     inputs = (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens)
     sizes = (scale, S, Hq, Hk, D)
     if T:
+        tiles = tile(D, narrow, "grad_query", chip)
         of_rows = (triton.cdiv(T * Hq // Hk, tiles["ROWS"]) + S, Hk)
         launch(grad_query_kernel, of_rows, *inputs, grads[0], *sizes, **tiles)
+        tiles = tile(D, narrow, "grad_key", chip)
         of_keys = (triton.cdiv(T, tiles["KEYS"]) + S, Hk)
         launch(grad_key_kernel, of_keys, *inputs, *grads[1:], *sizes, **tiles)
     return grads
