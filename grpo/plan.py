@@ -22,7 +22,7 @@ from duologue.grpo.blocks import block_of
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
 from duologue.kernels import backend
-from duologue.kernels.head import CPU_BYTES, GPU_BYTES, MIN_ROWS
+from duologue.kernels.head import CPU_BYTES, MIN_ROWS, gpu_bytes
 from duologue.model.checkpoint import parse_dtype, read_config
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import empty_decoder
@@ -154,13 +154,15 @@ def activation_bytes(
 
 
 def head_bytes(
-    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, step: int = 0
+    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, memory: int, step: int = 0
 ) -> int:
-    """Of kernels/head.py over `rows` trained tokens; `step` rows at a time, 0 for its own choice."""
+    """Of kernels/head.py over `rows` trained tokens on a device with `memory`; `step` rows at a time, 0 for
+    its own choice.
+    """
     H, V = shape.hidden_size, shape.vocab_size
     native = device == "cpu" and backend.available()
     per_logit = 4 if native or (device != "cpu" and itemsize == 4) else 16 if device == "cpu" else 6
-    budget = max(CPU_BYTES if device == "cpu" else GPU_BYTES, MIN_ROWS * V * per_logit)
+    budget = max(CPU_BYTES if device == "cpu" else gpu_bytes(memory), MIN_ROWS * V * per_logit)
     chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
     weight = V * H * 4 if trained else 0
     cast = V * H * itemsize if trained and itemsize < 4 else 0
@@ -206,7 +208,9 @@ def make_plan(
         masters=trained * 4 // parts if itemsize < 4 else 0,
         moments=0 if t.offload_moments else trained * 8 // parts,
         activations=activations,
-        head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),
+        head=head_bytes(
+            shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device, memory=memory
+        ),
         again=_again(config, shape, itemsize) if t.recompute == "layer" else 0,
         transit=transit,
         pool=r.cache_tokens * kv,
