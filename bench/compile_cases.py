@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels.gpu import attention, gather, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import attention, attention_backward, gather, linear, rows, sampler, softmax, sparse
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -48,6 +48,18 @@ def linear_cases() -> Iterator[Case]:
     yield case(linear.linear_kernel, "*fp32", {"HAS_BIAS": False, **linear.tile(1, (64,), False)})
 
 
+def tma_cases(chip: int) -> Iterator[Case]:
+    """By tensor descriptors, of the chips that have them."""
+    for bytes_, element in ((2, "bf16"), (4, "fp32")) if chip in linear.TMA_CHIPS else ():
+        tile = linear.tma_tile(bytes_, chip)
+        blocks = {
+            "x": f"tensordesc<bf16[{tile['ROWS']}, {tile['STEP']}]>",
+            "weight": f"tensordesc<bf16[{tile['COLUMNS']}, {tile['STEP']}]>",
+            "out": f"tensordesc<{element}[{tile['ROWS']}, {tile['COLUMNS']}]>",
+        }
+        yield case(linear.linear_tma_kernel, "*bf16", {"HAS_BIAS": bytes_ == 2, **tile}, **blocks)
+
+
 def fused_cases() -> Iterator[Case]:
     """Several ops of a decode step in one launch."""
     tiles = {str(tile): tile for M, O in SIZES if (tile := linear.tile(M, (O,), True))}
@@ -83,18 +95,21 @@ def rows_cases() -> Iterator[Case]:
         yield case(rows.write_kv_kernel, element, {"BLOCK": rows.KV, "num_warps": 4})
 
 
-def attention_cases() -> Iterator[Case]:
+def attention_cases(chip: int) -> Iterator[Case]:
     for D, element in ((64, "*bf16"), (128, "*bf16"), (128, "*fp32")):
-        tile = {**attention.tile(D, element == "*bf16"), "CHUNK": attention.CHUNK}
-        for page, prefix in ((0, 0), (16, 0)):
-            loop = {"PAGE": page, "SPLIT": False, "PREFIX": prefix, **tile}
+        narrow = element == "*bf16"
+        for page in (0, 16, 64):
+            tile = attention.tile(D, narrow, "paged" if page else "packed", chip)
+            loop = {"PAGE": page, "SPLIT": False, "PREFIX": 0, "CHUNK": attention.CHUNK, **tile}
             yield case(attention.attention_kernel, element, loop)
         for prefix in (0, 1, 2):
-            split = {"PAGE": 16, "SPLIT": True, "PREFIX": prefix, **tile}
+            split = {**loop, "PAGE": 16, "SPLIT": True, "PREFIX": prefix}
             yield case(attention.attention_kernel, element, split, out="*fp32")
         yield case(attention.merge_kernel, element, {**tile, "num_warps": 1})
-        yield case(attention.grad_query_kernel, element, tile)
-        yield case(attention.grad_key_kernel, element, tile)
+        yield case(
+            attention_backward.grad_query_kernel, element, attention.tile(D, narrow, "grad_query", chip)
+        )
+        yield case(attention_backward.grad_key_kernel, element, attention.tile(D, narrow, "grad_key", chip))
 
 
 def sampler_cases() -> Iterator[Case]:
@@ -128,20 +143,27 @@ def gather_cases() -> Iterator[Case]:
         yield case(gather.sum_rows_kernel, element, {"BLOCK": gather.block(4096), "num_warps": 4})
 
 
-def one_cases() -> Iterator[Case]:
-    """Triton makes a constant of a size that is 1 and compiles another kernel: of one key head, one query
-    head, one id of a support, one number per row; and sizes beyond 2^31 are 64 bits wide.
+def one_head_cases(chip: int) -> Iterator[Case]:
+    """Triton makes a constant of a size that is 1 and compiles another kernel: of one key head, and of one
+    query head too.
     """
-    tile = {**attention.tile(128, True), "CHUNK": attention.CHUNK}
+    packed, paged, grad_query, grad_key = (
+        {"CHUNK": attention.CHUNK, **attention.tile(128, True, form, chip)}
+        for form in ("packed", "paged", "grad_query", "grad_key")
+    )
     for heads in ({"Hk": 1}, {"Hk": 1, "Hq": 1}):
-        packed = {"PAGE": 0, "SPLIT": False, "PREFIX": 0, **tile, **heads}
-        yield case(attention.attention_kernel, "*bf16", packed)
-        yield case(attention.attention_kernel, "*bf16", {**packed, "PAGE": 64})
+        loop = {"PAGE": 0, "SPLIT": False, "PREFIX": 0, **heads}
+        yield case(attention.attention_kernel, "*bf16", {**loop, **packed})
+        yield case(attention.attention_kernel, "*bf16", {**loop, **paged, "PAGE": 64})
         for prefix in (0, 1, 2):
-            split = {**packed, "PAGE": 64, "SPLIT": True, "PREFIX": prefix}
+            split = {**loop, **paged, "PAGE": 64, "SPLIT": True, "PREFIX": prefix}
             yield case(attention.attention_kernel, "*bf16", split, out="*fp32")
-        yield case(attention.grad_query_kernel, "*bf16", {**tile, **heads})
-        yield case(attention.grad_key_kernel, "*bf16", {**tile, **heads})
+        yield case(attention_backward.grad_query_kernel, "*bf16", {**grad_query, **heads})
+        yield case(attention_backward.grad_key_kernel, "*bf16", {**grad_key, **heads})
+
+
+def one_cases() -> Iterator[Case]:
+    """Likewise of one id of a support, one number per row; and sizes beyond 2^31 are 64 bits wide."""
     yield case(
         rows.rotate_kernel, "*bf16", {"H": 1, "HALF": 64, "HEADS": rows.HEADS, "num_warps": 4, **rows.FIXED}
     )
@@ -159,12 +181,14 @@ FAMILIES = (
     linear_cases,
     fused_cases,
     rows_cases,
-    attention_cases,
     sampler_cases,
     softmax_cases,
     sparse_cases,
 )
+BY_CHIP = (one_head_cases, tma_cases, attention_cases)  # whose launches differ
 
 
-def compile_cases() -> list[Case]:
-    return [case for family in FAMILIES for case in family()]
+def compile_cases(chip: int = 90) -> list[Case]:
+    """Of a GPU of this capability."""
+    of_all = [case for family in FAMILIES for case in family()]
+    return of_all + [case for family in BY_CHIP for case in family(chip)]

@@ -30,16 +30,18 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # a thread block'
 SPILL_BYTES = 128  # the fp32 form of attention, which is there for tests, spills a little
 
 
-def cases() -> list[tuple[str, Case]]:
-    """(name, case) of all, in one order."""
-    return [(case_name(case), case) for case in compile_cases()]
+def cases(chip: int = 90) -> list[tuple[str, Case]]:
+    """(name, case) of all that this chip is asked for, in one order."""
+    return [(case_name(case), case) for case in compile_cases(chip)]
 
 
 def case_name(case: Case) -> str:
-    kernel, signature, constants, _ = case
-    types = "/".join(sorted({t[1:] for t in signature.values() if t in ("*fp32", "*bf16", "*fp16")}))
+    kernel, signature, constants, warps = case
+    elements = {f"{start}{name}": name for name in ("fp32", "bf16", "fp16") for start in ("*", "tensordesc<")}
+    pointed = {elements.get(kind.partition("[")[0]) for kind in signature.values()}
+    types = "/".join(sorted(name for name in pointed if name))
     flags = " ".join(f"{name}={int(value)}" for name, value in constants.items())
-    return f"{kernel.__name__} {types} {flags}"
+    return f"{kernel.__name__} {types} {flags} num_warps={warps}"
 
 
 def compile_one(case: Case, chip: int) -> Any:
@@ -70,7 +72,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def check(index: int, chip: int) -> dict[str, Any]:
-    name, case = cases()[index]
+    name, case = cases(chip)[index]
     row: dict[str, Any] = {"kernel": name, "chip": f"sm_{chip}"}
     try:
         compiled = compile_one(case, chip)
@@ -81,6 +83,7 @@ def check(index: int, chip: int) -> dict[str, Any]:
     used = next((name for name in ("tcgen05.mma", "wgmma", "mma.sync") if name in ptx), "")
     shared = compiled.metadata.shared
     row |= {"registers": registers, "spill_bytes": stack, "shared_bytes": shared, "tensor_cores": used}
+    row["tma"] = "cp.async.bulk.tensor" in ptx
     if stack > SPILL_BYTES:
         row["error"] = f"spills {stack} bytes, at most {SPILL_BYTES}"
     if shared > SHARED_BYTES[chip]:
@@ -100,7 +103,7 @@ def main() -> int:
     chips = [int(chip) for chip in args.chips.split(",")]
     if unknown := [chip for chip in chips if chip not in SHARED_BYTES]:
         parser.error(f"--chips {unknown[0]}: accepted are {', '.join(map(str, SHARED_BYTES))}")
-    wanted = [(i, chip) for i, (name, _) in enumerate(cases()) for chip in chips if args.only in name]
+    wanted = [(i, chip) for chip in chips for i, (name, _) in enumerate(cases(chip)) if args.only in name]
     if not wanted:
         parser.error(f"--only {args.only}: no kernel has it in its name")
     rows = []

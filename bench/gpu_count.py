@@ -16,13 +16,15 @@ from unittest import mock
 
 import torch
 from duologue.kernels import backend, head, policy_loss
-from duologue.kernels.gpu import attention, gather, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import attention, attention_backward, gather, linear, rows, sampler, softmax, sparse
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-MODULES = (attention, gather, linear, rows, sampler, softmax, sparse)
+MODULES = (attention, attention_backward, gather, linear, rows, sampler, softmax, sparse)
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
+CHIP = 90  # an H200's capability
 Lengths = Sequence[tuple[int, int]]  # of each sequence: its queries, which are the last of its keys
 
 
@@ -56,6 +58,7 @@ def _on_a_gpu(recorder: _Recorder) -> Iterator[None]:
             (head, "Compaction", _AllRows),
             *((module, "check_values", lambda *_: None) for module in (head, policy_loss)),
             *((module, "launch", recorder.launch) for module in MODULES),
+            *((module, "capability", lambda _: CHIP) for module in (attention, attention_backward, linear)),
         ]
         for place, name, value in places:
             stack.enter_context(mock.patch.object(place, name, value))
@@ -83,7 +86,7 @@ class _Recorder(TorchDispatchMode):
         named = dict(zip(kernel.arg_names, arguments, strict=False))
         name = kernel.__name__
         own = COSTS.get(name)
-        tensors = [x for x in arguments if isinstance(x, Tensor)]
+        tensors = [getattr(x, "base", x) for x in arguments if isinstance(x, (Tensor, TensorDescriptor))]
         cost = own(named | constants, grid, self.lengths) if own else {}
         self.launches.append(
             Launch(**{"name": name, "bytes": nbytes(tensors), "programs": math.prod(grid), **cost})
@@ -153,6 +156,14 @@ def _linear(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, floa
     return {"flops": 2.0 * max(whole, M * O) * K, "loads": loads}
 
 
+def _linear_tma(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    """By tiles, whose programs take them in turn."""
+    M, O, K = x["M"], x["O"], x["K"]
+    tiles = -(-M // x["ROWS"]) * -(-O // x["COLUMNS"])
+    loads = (x["ROWS"] + x["COLUMNS"]) * K * x["x"].base.element_size()
+    return {"flops": 2.0 * tiles * x["ROWS"] * x["COLUMNS"] * K, "loads": loads, "programs": tiles}
+
+
 def _linears(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
     loads = (x["ROWS"] + x["COLUMNS"]) * x["K"] * x["x"].element_size()
     return {"flops": 2.0 * math.prod(grid) * x["ROWS"] * x["COLUMNS"] * x["K"], "loads": loads}
@@ -212,6 +223,7 @@ def _support(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, flo
 
 COSTS: dict[str, Callable[[Named, tuple[int, ...], Lengths], dict[str, float]]] = {
     "linear_kernel": _linear,
+    "linear_tma_kernel": _linear_tma,
     "linears_kernel": _linears,
     "gate_up_kernel": _gate_up,
     "linear_sample_kernel": _linear_sample,

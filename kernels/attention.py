@@ -77,9 +77,9 @@ def packed_backward(
     q, k, v, grad, cu_seqlens = map(Tensor.contiguous, (q, k, v, grad, cu_seqlens))
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if triton(q):
-        from duologue.kernels.gpu import attention as gpu_attention
+        from duologue.kernels.gpu import attention_backward as gpu_backward
 
-        gpu_attention.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
+        gpu_backward.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
         return grads
     _, Hq, D = q.shape
     sizes = len(cu_seqlens) - 1, Hq, k.shape[1], D

@@ -32,7 +32,9 @@ def test_compile_cases_name_every_argument(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.syspath_prepend(str(ROOT))
     from bench.compile_cases import LAUNCH, compile_cases
 
-    for kernel, signature, constants, warps in compile_cases():
+    for kernel, signature, constants, warps in (
+        case for chip in (80, 90, 100) for case in compile_cases(chip)
+    ):
         named = [*signature, *(name for name in constants if name not in LAUNCH)]
         assert sorted(named) == sorted(kernel.arg_names)  # a size of 1 is a constant in the middle
         assert warps in (1, 2, 4, 8)
@@ -49,7 +51,7 @@ def test_compile_cases_reach_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
         for name, value in vars(module).items():
             if type(value).__name__ == "JITFunction" and not name.startswith("_"):
                 kernels.add(name)
-    called_by_kernels = {"noise", "capped"}
+    called_by_kernels = {"noise", "capped", "sequence_of"}
     assert {kernel.__name__ for kernel, *_ in compile_cases()} == kernels - called_by_kernels
 
 
@@ -64,6 +66,21 @@ def test_compile_check_for_one_chip() -> None:
         assert row["kernel"].startswith("rotate_kernel")
         assert 0 < row["registers"] < 256
         assert row["spill_bytes"] == 0
+
+
+def test_linear_of_many_rows_is_compiled_to_the_chips_own_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Hopper and of Blackwell; an A100 has none, and is not asked to compile it."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import compile_check
+
+    found = []
+    for chip in (80, 90, 100):
+        for index, (name, _) in enumerate(compile_check.cases(chip)):
+            if name.startswith("linear_tma_kernel bf16 "):
+                row = compile_check.check(index, chip)
+                found.append((row["chip"], row["tensor_cores"], row["tma"], row["spill_bytes"]))
+                assert "error" not in row
+    assert found == [("sm_90", "wgmma", True, 0), ("sm_100", "tcgen05.mma", True, 0)]
 
 
 def test_compile_check_refuses_spills_and_shared_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from duologue.kernels import attention, backend, ops, reference, softmax
 from duologue.kernels.gpu import attention as gpu_attention
+from duologue.kernels.gpu import launcher
+from duologue.kernels.gpu import linear as gpu_linear
 from duologue.kernels.gpu import softmax as gpu_softmax
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
@@ -99,6 +101,58 @@ def test_a_row_has_the_same_bits_at_every_m(dtype: torch.dtype) -> None:
             )
 
 
+def launched(monkeypatch: pytest.MonkeyPatch, call: Any) -> list[str]:
+    """Names of the linear kernels that are launched where the GPU has tensor descriptors."""
+    names: list[str] = []
+
+    def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        names.append(kernel.fn.__name__)
+        launcher.launch(kernel, *arguments, **constants)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu_linear, "capability", lambda _: 90)
+        patch.setattr(gpu_linear, "launch", launch)
+        call()
+    return names
+
+
+@pytest.mark.parametrize(
+    ("M", "K", "O", "wide", "bias"),
+    [
+        (1, 8, 8, False, True),
+        (63, 200, 24, True, False),
+        (129, 72, 520, False, True),
+        (513, 72, 136, True, True),
+    ],
+)
+def test_tensor_descriptors_change_no_bit(M: int, K: int, O: int, wide: bool, bias: bool) -> None:
+    x, weight = cases.randn(M, K, dtype=torch.float16), cases.randn(O, K, dtype=torch.float16)
+    added = cases.randn(O, dtype=torch.float16) if bias else None
+    expected = ops.linear(x, weight, added, torch.float32 if wide else None)
+    found = torch.full_like(expected, float("nan"))
+    assert gpu_linear.descriptors_serve(x, weight, found)
+    assert torch.equal(gpu_linear.forward_tma(x, weight, added, found, 90), expected)
+
+
+def test_tensor_descriptors_serve_many_aligned_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they do not take goes the old way: few rows, rows or first bytes that are not aligned, fp32."""
+    x, weight = cases.randn(514, 24, dtype=torch.float16), cases.randn(16, 24, dtype=torch.float16)
+    shifted = torch.empty(513 * 24 + 1, dtype=torch.float16)[1:].view(513, 24).copy_(x[:513])
+    old, new = ["linear_kernel"], ["linear_tma_kernel"]
+    for a, b, kernels in (
+        (x[:513], weight, new),
+        (x[1:].view(3, 171, 24), weight, new),  # from byte 48 on
+        (x[:512], weight, old),
+        (shifted, weight, old),
+        (x[:513, :20], weight[:, :20], old),
+        (x[:513], weight[:15], old),
+        (x[:513].float(), weight.float(), old),
+    ):
+        found: list[Tensor] = []
+        assert launched(monkeypatch, lambda a=a, b=b, found=found: found.append(ops.linear(a, b))) == kernels
+        assert torch.equal(found[0], ops.linear(a, b))
+
+
 def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
@@ -123,7 +177,8 @@ def pages_of(
 
 
 @pytest.mark.parametrize(
-    ("dtype", "D", "ratio", "B"), [(torch.float32, 20, 2, 16), (torch.float16, 32, 1, 48)]
+    ("dtype", "D", "ratio", "B"),
+    [(torch.float32, 20, 2, 16), (torch.float16, 32, 1, 48), (torch.float16, 24, 2, 64)],
 )
 def test_paged_is_packed_bit_for_bit(dtype: torch.dtype, D: int, ratio: int, B: int) -> None:
     """Decode, prefill in pieces and mixes of both, chunks in a loop or side by side: the bits of the packed

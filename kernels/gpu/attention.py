@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from duologue.kernels.gpu.launcher import launch
+from duologue.kernels.gpu.launcher import capability, launch
 from torch import Tensor
 
 CHUNK = 256  # keys
@@ -27,7 +27,7 @@ Groups = tuple[Tensor, Tensor]
 
 
 @triton.jit
-def _sequence(cu_seqlens, S, R, ROWS: tl.constexpr):
+def sequence_of(cu_seqlens, S, R, ROWS: tl.constexpr):
     """Block program_id(0) of `ROWS` rows: its sequence s (the last with cu_seqlens[s] * R // ROWS + s at most
     the block's number), the sequence's first token, its length, and the rows, which may lie past the end."""
     block = tl.program_id(0)
@@ -81,7 +81,10 @@ def _chunk(
     for first in range(start, tl.minimum(start + CHUNK, limit), KEYS):
         key = first + tl.arange(0, KEYS)
         token = begin + key
-        if PAGE:
+        if PAGE and PAGE % KEYS == 0:  # a tile of keys lies in one page
+            page = tl.load(table + first // PAGE).to(tl.int64)
+            token = page * PAGE + first % PAGE + tl.arange(0, KEYS)
+        elif PAGE:
             token = tl.load(table + key // PAGE, key < limit, 0).to(tl.int64) * PAGE + key % PAGE
         at = ((token * Hk + g) * D)[:, None] + d[None, :]
         real = (key < limit)[:, None] & (d < D)[None, :]
@@ -130,7 +133,7 @@ def attention_kernel(
     with PREFIX = 1.
     """
     R = Hq // Hk
-    s, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
+    s, begin, n, x = sequence_of(cu_seqlens, S, R, ROWS)
     g = tl.program_id(1)
     d = tl.arange(0, BLOCK)
     if tl.min(x, 0) < n * R:
@@ -190,115 +193,22 @@ def merge_kernel(parts, part_stats, out, D, n_chunks, BLOCK: tl.constexpr):
     tl.store(out + row[:, None] * D + d[None, :], done, (d < D)[None, :])
 
 
-@triton.jit
-def _weights(q, k, grad, v, stats, delta, row, visible, scale):
-    """Of a tile: the weights p, and the gradient p (grad . v - grad . out) of the scores; [rows, keys]."""
-    z = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-    top = tl.load(stats + 2 * row)[:, None]
-    inverse = tl.load(stats + 2 * row + 1)[:, None]
-    p = tl.where(visible, tl.exp2(z - top) * inverse, 0.0)
-    dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
-    return p, p * (dp - tl.load(delta + row)[:, None])
+def tile(D: int, narrow: bool, form: str, chip: int) -> dict[str, Any]:
+    """The launch of a form, "packed" or "paged" (forward), "grad_query" or "grad_key", for head dim D, inputs
+    of 16 bits or of 32, and a GPU of this capability; whatever the number of rows, for bits depend on it.
 
-
-@triton.jit(do_not_specialize=["S"])
-def grad_query_kernel(
-    q,
-    k,
-    v,
-    grad,
-    stats,
-    delta,
-    cu_seqlens,
-    grad_q,
-    scale,
-    S,
-    Hq,
-    Hk,
-    D,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    R = Hq // Hk
-    g = tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    _, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
-    if tl.min(x, 0) < n * R:
-        last = n * R - 1  # a row past the end computes what is not stored
-        row = (begin + tl.minimum(x, last) // R) * Hq + g * R + x % R
-        at = row[:, None] * D + d[None, :]
-        width = (d < D)[None, :]
-        rows = tl.load(q + at, width, 0.0)
-        grads = tl.load(grad + at, width, 0.0)
-        acc = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(0, tl.minimum(tl.max(x, 0), last) // R + 1, KEYS):
-            key = first + tl.arange(0, KEYS)
-            of_key = ((begin + key) * Hk + g)[:, None] * D + d[None, :]
-            real = (key < n)[:, None] & width
-            keys = tl.load(k + of_key, real, 0.0)
-            values = tl.load(v + of_key, real, 0.0)
-            visible = key[None, :] <= (x // R)[:, None]
-            ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)[1]
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")
-        tl.store(grad_q + at, (acc * scale).to(grad_q.dtype.element_ty), (x <= last)[:, None] & width)
-
-
-@triton.jit(do_not_specialize=["S"])
-def grad_key_kernel(
-    q,
-    k,
-    v,
-    grad,
-    stats,
-    delta,
-    cu_seqlens,
-    grad_k,
-    grad_v,
-    scale,
-    S,
-    Hq,
-    Hk,
-    D,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (block of keys, g) owns its keys' gradients and walks the rows that see them in order."""
-    R = Hq // Hk
-    g = tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    _, begin, n, key = _sequence(cu_seqlens, S, 1, KEYS)
-    first = tl.min(key, 0)
-    if first < n:
-        of_key = ((begin + key) * Hk + g)[:, None] * D + d[None, :]
-        width = (d < D)[None, :]
-        real = (key < n)[:, None] & width
-        keys = tl.load(k + of_key, real, 0.0)
-        values = tl.load(v + of_key, real, 0.0)
-        grad_keys = tl.zeros((KEYS, BLOCK), tl.float32)
-        grad_values = tl.zeros((KEYS, BLOCK), tl.float32)
-        for start in range(first * R, n * R, ROWS):
-            x = start + tl.arange(0, ROWS)
-            row = (begin + tl.minimum(x, n * R - 1) // R) * Hq + g * R + x % R
-            at = row[:, None] * D + d[None, :]
-            visible = (key[None, :] <= (x // R)[:, None]) & (x < n * R)[:, None]
-            rows = tl.load(q + at, width, 0.0)
-            grads = tl.load(grad + at, width, 0.0)
-            p, ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)
-            grad_values = tl.dot(tl.trans(p).to(grads.dtype), grads, grad_values, input_precision="tf32x3")
-            grad_keys = tl.dot(tl.trans(ds).to(rows.dtype), rows, grad_keys, input_precision="tf32x3")
-        tl.store(grad_k + of_key, (grad_keys * scale).to(grad_k.dtype.element_ty), real)
-        tl.store(grad_v + of_key, grad_values.to(grad_v.dtype.element_ty), real)
-
-
-def tile(D: int, narrow: bool) -> dict[str, Any]:
-    """The launch for head dim D and inputs of 16 bits or of 32, whatever the number of rows: bits depend on
-    it."""
+    Warps: on Hopper eight compute the same scores twice and let one block fill a multiprocessor, four do not
+    and spill at most 48 bytes; before, four spill 300, and Blackwell's products belong to no warp. Forward
+    forms have the same, so that decode and training have the same bits. Stages change none.
+    """
     size = 64 if narrow else 32
     block = max(16, triton.next_power_of_2(D))
-    fixed = {"ROWS": size, "KEYS": size, "BLOCK": block, "num_warps": 4 if block <= 64 else 8}
-    return {**fixed, "num_stages": 2 if narrow else 1, "enable_fp_fusion": False}
+    hopper = 90 <= chip < 100 or chip == 0
+    few = hopper or (chip >= 100 and form.startswith("grad"))
+    warps = 4 if block <= 64 or (block == 128 and narrow and few) else 8
+    stages = 3 if hopper and form == "paged" else 2
+    fixed = {"ROWS": size, "KEYS": size, "BLOCK": block, "num_warps": warps}
+    return {**fixed, "num_stages": stages if narrow else 1, "enable_fp_fusion": False}
 
 
 def forward(
@@ -334,7 +244,8 @@ def forward(
         page = k.shape[1]
         max_pages = table.shape[1]
         n_chunks = triton.cdiv(max_pages * page, CHUNK)
-    tiles = {**tile(D, q.element_size() == 2), "CHUNK": CHUNK, "PAGE": page}
+    form = "paged" if page else "packed"
+    tiles = {**tile(D, q.element_size() == 2, form, capability(q)), "CHUNK": CHUNK, "PAGE": page}
     blocks = T * Hq // Hk // tiles["ROWS"] + 1  # of rows, but for one more per sequence
     if split is None:
         split = groups is not None or (n_chunks > 1 and (blocks + S) * Hk < FILL)
@@ -366,29 +277,3 @@ def forward(
     merge = {"BLOCK": tiles["BLOCK"], "num_warps": 1, "enable_fp_fusion": False}
     launch(merge_kernel, (T * Hq,), parts, part_stats, out, D, n_chunks, **merge)
     return out
-
-
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    out: Tensor,
-    stats: Tensor,
-    grad: Tensor,
-    *grads: Tensor,
-) -> tuple[Tensor, ...]:
-    """Fills and returns grads, those of q, k and v."""
-    T, Hq, D = q.shape
-    Hk = k.shape[1]
-    S = len(cu_seqlens) - 1
-    tiles = tile(D, q.element_size() == 2)
-    inputs = (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens)
-    sizes = (scale, S, Hq, Hk, D)
-    if T:
-        of_rows = (triton.cdiv(T * Hq // Hk, tiles["ROWS"]) + S, Hk)
-        launch(grad_query_kernel, of_rows, *inputs, grads[0], *sizes, **tiles)
-        of_keys = (triton.cdiv(T, tiles["KEYS"]) + S, Hk)
-        launch(grad_key_kernel, of_keys, *inputs, *grads[1:], *sizes, **tiles)
-    return grads

@@ -1,10 +1,13 @@
-"""The one place where a kernel of this folder is launched."""
+"""The one place where a kernel of this folder is launched, and what is asked of the GPU for it."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
+
+MULTIPROCESSORS = 132  # of an H100; other chips have about as many
 
 
 def launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **constants: Any) -> None:
@@ -17,3 +20,18 @@ def launch(kernel: Any, grid: tuple[int, ...], /, *arguments: Any, **constants: 
             kernel[grid](*arguments, **constants)
     else:
         kernel[grid](*arguments, **constants)
+
+
+def capability(x: Tensor) -> int:
+    """Of the GPU that holds `x`, as 90 for 9.0; 0 in the interpreter."""
+    if x.device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def multiprocessors(x: Tensor) -> int:
+    """Of the GPU that holds `x`, an H100's in the interpreter."""
+    if x.device.type != "cuda":
+        return MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(x.device).multi_processor_count)

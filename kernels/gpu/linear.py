@@ -9,15 +9,18 @@ of 16 along K. fp32 inputs are multiplied in fp32, without tensor cores.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
-from duologue.kernels.gpu.launcher import launch
+from duologue.kernels.gpu.launcher import MULTIPROCESSORS, capability, launch, multiprocessors
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 FEW = 64  # rows of one tile
 DECODE = 512  # rows, beyond which products are bound by the multiplying
-MULTIPROCESSORS = 132  # of an H100; other chips have about as many
+TMA_CHIPS = (90, 100, 103)  # that have tensor descriptors, and the shared memory of `tma_tile`
 TILES = (
     {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3},
     {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 4},
@@ -29,11 +32,11 @@ Three = tuple[Tensor, Tensor, Tensor]
 
 
 @triton.jit
-def _place(M, columns, ROWS: tl.constexpr):
-    """(row tile, column tile) of a program: eight row tiles in turn share a panel of the weight."""
+def _place(number, M, columns, ROWS: tl.constexpr):
+    """(row tile, column tile) by number: eight row tiles in turn share a panel of the weight."""
     rows = tl.cdiv(M, ROWS)
-    group = tl.program_id(0) // (8 * columns)
-    place = tl.program_id(0) % (8 * columns)
+    group = number // (8 * columns)
+    place = number % (8 * columns)
     height = tl.minimum(rows - group * 8, 8)
     return group * 8 + place % height, place // height
 
@@ -80,12 +83,48 @@ def linear_kernel(
     STEP: tl.constexpr,
 ):
     """One tile of out [M, O]."""
-    row, column = _place(M, tl.cdiv(O, COLUMNS), ROWS)
+    row, column = _place(tl.program_id(0), M, tl.cdiv(O, COLUMNS), ROWS)
     i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     acc = _product(x, weight, bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
     at = out + i[:, None] * O + j[None, :]
     tl.store(at, acc.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
+
+
+@triton.jit(do_not_specialize=["M"])
+def linear_tma_kernel(
+    bias,
+    x,
+    weight,
+    out,
+    M,
+    O,
+    K,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
+):
+    """`linear_kernel` of tensor descriptors x [M, K], weight [O, K] and out [M, O]: the GPU's own engine
+    copies tiles, zeros outside. A program has every n-th tile, so that one's stores overlap the next's loads;
+    with SPECIALIZE other warps load than multiply.
+    """
+    columns = tl.cdiv(O, COLUMNS)
+    tiles = tl.cdiv(M, ROWS) * columns
+    for number in tl.range(
+        tl.program_id(0), tiles, tl.num_programs(0), flatten=True, warp_specialize=SPECIALIZE
+    ):
+        row, column = _place(number, M, columns, ROWS)
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        for k in range(0, K, STEP):
+            a = x.load([row * ROWS, k])
+            b = weight.load([column * COLUMNS, k])
+            acc = tl.dot(a, b.T, acc, input_precision="ieee")
+        if HAS_BIAS:
+            j = column * COLUMNS + tl.arange(0, COLUMNS)
+            acc += tl.load(bias + j, j < O, 0.0).to(tl.float32)[None, :]
+        out.store([row * ROWS, column * COLUMNS], acc.to(out.dtype))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -113,7 +152,7 @@ def linears_kernel(
     """`linear_kernel` of three weights: their column tiles lie side by side."""
     first = tl.cdiv(O_0, COLUMNS)
     second = first + tl.cdiv(O_1, COLUMNS)
-    row, column = _place(M, second + tl.cdiv(O_2, COLUMNS), ROWS)
+    row, column = _place(tl.program_id(0), M, second + tl.cdiv(O_2, COLUMNS), ROWS)
     weight = weight_0
     bias = bias_0
     out = out_0
@@ -155,7 +194,7 @@ def gate_up_kernel(
     STEP: tl.constexpr,
 ):
     """One tile of silu(x @ gate^T) * (x @ up^T), both rounded as `linear_kernel` stores them."""
-    row, column = _place(M, tl.cdiv(O, COLUMNS), ROWS)
+    row, column = _place(tl.program_id(0), M, tl.cdiv(O, COLUMNS), ROWS)
     i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     g = _product(x, gate, gate_bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
@@ -185,6 +224,36 @@ def tile(M: int, blocks_of: tuple[int, ...], narrow: bool) -> dict[str, int]:
     fitting = [tiles for tiles in TILES if tiles["ROWS"] <= FEW or M > FEW]
     least: dict[str, int] = min(fitting, key=reads)
     return {**least, "STEP": 64}
+
+
+def tma_tile(out_bytes: int, chip: int) -> dict[str, Any]:
+    """The launch of `linear_tma_kernel` for outputs of 2 or 4 bytes: tiles that fill the shared memory.
+    Before Blackwell the compiler (3.7.1) does not specialize this loop's warps, and fails where it has four.
+    """
+    columns = 256 if out_bytes == 2 else 128
+    tiles = {"ROWS": 128, "COLUMNS": columns, "STEP": 64, "num_warps": 8, "num_stages": 3}
+    return {**tiles, "SPECIALIZE": chip >= 100}
+
+
+def descriptors_serve(*matrices: Tensor) -> bool:
+    """Whether tensor descriptors take these, contiguous, of 16 bits (the last may be of 32): a row and the
+    first byte must be at multiples of 16 bytes.
+    """
+    aligned = all(x.data_ptr() % 16 == 0 and x.shape[-1] * x.element_size() % 16 == 0 for x in matrices)
+    return aligned and matrices[0].element_size() == 2
+
+
+def forward_tma(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, chip: int) -> Tensor:
+    """Fills out [M, O] as `forward` does, to the same bits, where `descriptors_serve`."""
+    (M, K), O = x.shape, len(weight)
+    tiles = tma_tile(out.element_size(), chip)
+    rows, columns, step = (tiles[name] for name in ("ROWS", "COLUMNS", "STEP"))
+    blocks = ((x, [rows, step]), (weight, [columns, step]), (out, [rows, columns]))
+    described = [TensorDescriptor.from_tensor(matrix, block) for matrix, block in blocks]
+    grid = (min(triton.cdiv(M, rows) * triton.cdiv(O, columns), multiprocessors(x)),)
+    added = x if bias is None else bias
+    launch(linear_tma_kernel, grid, added, *described, M, O, K, HAS_BIAS=bias is not None, **tiles)
+    return out
 
 
 def linears(x: Tensor, weights: Three, biases: Three | None, outs: Three) -> Three:
@@ -223,7 +292,9 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, exact: 
         wider = x.is_cuda and out.dtype != x.dtype
         product = torch.mm(x, weight.t(), out_dtype=out.dtype) if wider else torch.mm(x, weight.t())
         return out.copy_((product if bias is None else product + bias).view(out.shape))
-    if M * O:
+    if M > DECODE and K and O and (chip := capability(x)) in TMA_CHIPS and descriptors_serve(x, weight, out):
+        forward_tma(x, weight, bias, out.view(M, O), chip)
+    elif M * O:
         tiles = tile(M, (O,), x.element_size() == 2)
         grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         tensors = (x, weight, x if bias is None else bias, out)
