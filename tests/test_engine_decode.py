@@ -274,8 +274,11 @@ class Late:
     def read(self, bucket: buckets.Bucket, steps: tuple[int, int]) -> None:
         self.reading = self.queue.send(bucket, *steps)
 
-    def decoded(self, *rows: Any) -> Any:
+    def wait(self) -> None:
         self.queue.run_to(self.end)
+
+    def decoded(self, *rows: Any) -> Any:
+        self.wait()
         return self.reading.decoded(*rows)
 
 

@@ -91,9 +91,11 @@ class DeviceLoop(DecodeLoop):
 
     def forget(self) -> None:
         """The pool goes with its graphs: a dead one may not be captured into."""
+        if self._flight is not None:
+            self._flight.reading.wait()
+        self._flight = None
         self._buckets.clear()
         self._memory = None
-        self._flight = None
 
     def takes(self, requests: Sequence[Request]) -> bool:
         return (
