@@ -10,7 +10,17 @@ from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
-from duologue.kernels.gpu import attention, gather, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import (
+    attention,
+    attention_backward,
+    attention_decode,
+    gather,
+    linear,
+    rows,
+    sampler,
+    softmax,
+    sparse,
+)
 
 Case = tuple[Any, dict[str, str], dict[str, Any], int]
 
@@ -18,7 +28,7 @@ LAUNCH = ("num_stages", "enable_fp_fusion")  # constants that are launch options
 NAMES = {  # what arguments of these names are, wherever a case does not say otherwise
     "i32": "M O O_0 O_1 O_2 K N S R V T H D Hq Hk size limit max_position max_pages n_chunks",
     "fp32": "eps sign scale temperature softcap",
-    "*i32": "table cu_seqlens context_lens shared top_ks ids sizes",
+    "*i32": "table cu_seqlens context_lens items n_items top_ks ids sizes",
     "*i64": "targets positions slots tokens seeds source order rows starts offsets places",
     "*fp32": "stats delta parts part_stats partial numbers cos sin cuts temperatures top_ps min_ps logprobs "
     "entropies grad_logprobs grad_entropies",
@@ -100,14 +110,18 @@ def attention_cases(chip: int) -> Iterator[Case]:
         narrow = element == "*bf16"
         for page in (0, 16, 64):
             tile = attention.tile(D, narrow, "paged" if page else "packed", chip)
-            loop = {"PAGE": page, "SPLIT": False, "PREFIX": 0, "CHUNK": attention.CHUNK, **tile}
+            loop = {"PAGE": page, "SPLIT": False, "CHUNK": attention.CHUNK, **tile}
             yield case(attention.attention_kernel, element, loop)
-        for prefix in (0, 1, 2):
-            split = {**loop, "PAGE": 16, "SPLIT": True, "PREFIX": prefix}
-            yield case(attention.attention_kernel, element, split, out="*fp32")
-        yield case(attention.merge_kernel, element, {**tile, "num_warps": 1})
-        yield case(attention.grad_query_kernel, element, attention.tile(D, narrow, "grad_query", chip))
-        yield case(attention.grad_key_kernel, element, attention.tile(D, narrow, "grad_key", chip))
+            if page:
+                yield case(attention_decode.decode_attention_kernel, element, loop)
+        yield case(attention.attention_kernel, element, {**loop, "SPLIT": True}, out="*fp32")
+        for counted in (False, True):
+            merge = {**loop, "COUNTED": counted, "num_warps": 1}
+            yield case(attention.merge_kernel, element, merge)
+        yield case(
+            attention_backward.grad_query_kernel, element, attention.tile(D, narrow, "grad_query", chip)
+        )
+        yield case(attention_backward.grad_key_kernel, element, attention.tile(D, narrow, "grad_key", chip))
 
 
 def sampler_cases() -> Iterator[Case]:
@@ -150,14 +164,14 @@ def one_head_cases(chip: int) -> Iterator[Case]:
         for form in ("packed", "paged", "grad_query", "grad_key")
     )
     for heads in ({"Hk": 1}, {"Hk": 1, "Hq": 1}):
-        loop = {"PAGE": 0, "SPLIT": False, "PREFIX": 0, **heads}
+        loop = {"PAGE": 0, "SPLIT": False, **heads}
         yield case(attention.attention_kernel, "*bf16", {**loop, **packed})
         yield case(attention.attention_kernel, "*bf16", {**loop, **paged, "PAGE": 64})
-        for prefix in (0, 1, 2):
-            split = {**loop, **paged, "PAGE": 64, "SPLIT": True, "PREFIX": prefix}
-            yield case(attention.attention_kernel, "*bf16", split, out="*fp32")
-        yield case(attention.grad_query_kernel, "*bf16", {**grad_query, **heads})
-        yield case(attention.grad_key_kernel, "*bf16", {**grad_key, **heads})
+        split = {**loop, **paged, "PAGE": 64, "SPLIT": True}
+        yield case(attention.attention_kernel, "*bf16", split, out="*fp32")
+        yield case(attention_decode.decode_attention_kernel, "*bf16", split)
+        yield case(attention_backward.grad_query_kernel, "*bf16", {**grad_query, **heads})
+        yield case(attention_backward.grad_key_kernel, "*bf16", {**grad_key, **heads})
 
 
 def one_cases() -> Iterator[Case]:

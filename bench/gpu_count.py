@@ -16,13 +16,23 @@ from unittest import mock
 
 import torch
 from duologue.kernels import backend, head, policy_loss
-from duologue.kernels.gpu import attention, gather, linear, rows, sampler, softmax, sparse
+from duologue.kernels.gpu import (
+    attention,
+    attention_backward,
+    attention_decode,
+    gather,
+    linear,
+    rows,
+    sampler,
+    softmax,
+    sparse,
+)
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-MODULES = (attention, gather, linear, rows, sampler, softmax, sparse)
+MODULES = (attention, attention_backward, attention_decode, gather, linear, rows, sampler, softmax, sparse)
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
 CHIP = 90  # an H200's capability
 Lengths = Sequence[tuple[int, int]]  # of each sequence: its queries, which are the last of its keys
@@ -58,7 +68,10 @@ def _on_a_gpu(recorder: _Recorder) -> Iterator[None]:
             (head, "Compaction", _AllRows),
             *((module, "check_values", lambda *_: None) for module in (head, policy_loss)),
             *((module, "launch", recorder.launch) for module in MODULES),
-            (linear, "capability", lambda _: CHIP),
+            *(
+                (module, "capability", lambda _: CHIP)
+                for module in (attention, attention_backward, attention_decode, linear)
+            ),
         ]
         for place, name, value in places:
             stack.enter_context(mock.patch.object(place, name, value))
@@ -192,6 +205,26 @@ def _attention(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, f
     }
 
 
+def _decode_attention(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    """By items of the work list, which share no keys here, and key heads."""
+    Hq, Hk, D = x["Hq"], x["Hk"], x["D"]
+    size = x["q"].element_size()
+    chunks = sum(-(-context // x["CHUNK"]) for _, context in lengths)
+    keys = sum(-(-context // x["KEYS"]) * x["KEYS"] for _, context in lengths)
+    read = sum(context for _, context in lengths) * 2 * Hk * D * size
+    return {
+        "bytes": read + chunks * Hq * (D * size + D * 4 + 8),
+        "flops": 4.0 * keys * x["ROWS"] * Hk * D,
+        "loads": read / (chunks * Hk),
+        "programs": chunks * Hk,
+    }
+
+
+def _merge(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    chunks = sum(-(-context // x["CHUNK"]) for _, context in lengths) * x["Hq"]
+    return {"bytes": chunks * (x["D"] * 4 + 8) + nbytes([x["out"]])}
+
+
 def _grad_query(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
     return {"flops": 6.0 * tile_pairs(lengths, x["Hq"] // x["Hk"], x["ROWS"], x["KEYS"]) * x["Hk"] * x["D"]}
 
@@ -228,6 +261,8 @@ COSTS: dict[str, Callable[[Named, tuple[int, ...], Lengths], dict[str, float]]] 
     "gate_up_kernel": _gate_up,
     "linear_sample_kernel": _linear_sample,
     "attention_kernel": _attention,
+    "decode_attention_kernel": _decode_attention,
+    "merge_kernel": _merge,
     "grad_query_kernel": _grad_query,
     "grad_key_kernel": _grad_key,
     "rotate_kernel": _rotate,

@@ -51,7 +51,8 @@ HOST_STEP = 0.4e-3  # of a decode step of 256 rows (bench/gpu_host.py)
 SHARES = {  # of the rate that bounds a kernel
     "linear_kernel": 0.6,  # cp.async, 3 stages, masks, not persistent
     "linear_tma_kernel": 0.7,  # tiles copied by the chip, 3 stages, persistent
-    "attention_kernel": 0.45,  # one block per multiprocessor, a table load before every tile
+    "attention_kernel": 0.45,  # chunks drain the pipeline of loads
+    "decode_attention_kernel": 0.6,  # two blocks per multiprocessor, items in turn
     "grad_query_kernel": 0.2,
     "grad_key_kernel": 0.2,
     "_varlen_attn": 0.6,

@@ -12,6 +12,30 @@ import torch
 from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
 from torch import Tensor
 
+Groups = tuple[Tensor, Tensor]  # starts [G + 1] int32, shared [G] int32: see ops.paged_attention
+# Items [most, 3] int32 (sequence, sequences, chunk of keys), of which the first n [1] int32 are to be done.
+Work = tuple[Tensor, Tensor]
+
+
+def decode_work(
+    q_heads: int,
+    k_pages: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    groups: Groups | None = None,
+) -> Work | None:
+    """The work list of `ops.paged_attention` with one query for each sequence, of `q_heads` heads; all else
+    as there. Made on the device, without a wait. None where Triton does not serve.
+    """
+    if not triton(k_pages) or torch.compiler.is_compiling():
+        return None
+    from duologue.kernels.gpu import attention_decode
+
+    _, page_size, Hk, _ = k_pages.shape
+    most_keys = block_table.shape[1] * page_size
+    narrow = k_pages.element_size() == 2
+    return attention_decode.work_of(context_lens, most_keys, q_heads // Hk, groups, narrow)
+
 
 def _check_heads(op: str, q: Tensor, Hk: int) -> None:
     _, Hq, D = q.shape
@@ -77,9 +101,9 @@ def packed_backward(
     q, k, v, grad, cu_seqlens = map(Tensor.contiguous, (q, k, v, grad, cu_seqlens))
     grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if triton(q):
-        from duologue.kernels.gpu import attention as gpu_attention
+        from duologue.kernels.gpu import attention_backward as gpu_backward
 
-        gpu_attention.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
+        gpu_backward.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
         return grads
     _, Hq, D = q.shape
     sizes = len(cu_seqlens) - 1, Hq, k.shape[1], D
@@ -96,7 +120,8 @@ def paged(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     scale: float,
-    groups: tuple[Tensor, Tensor] | None = None,
+    groups: Groups | None = None,
+    work: Work | None = None,
 ) -> Tensor:
     op = "paged_attention"
     q, block_table, cu_seqlens, context_lens = (
@@ -123,9 +148,18 @@ def paged(
     out = torch.empty_like(q)
     if triton(q):
         from duologue.kernels.gpu import attention as gpu_attention
+        from duologue.kernels.gpu import attention_decode
 
-        lengths = (cu_seqlens, scale, block_table, context_lens, groups)
-        return gpu_attention.forward(q, k_pages, v_pages, out, None, *lengths)
+        if groups is None and work is None:
+            lengths = (cu_seqlens, scale, block_table, context_lens)
+            return gpu_attention.forward(q, k_pages, v_pages, out, None, *lengths)
+        if T != S:
+            given = "groups" if work is None else "work"
+            raise ValueError(f"{op}: {T} queries of {S} sequences, accepted with {given} is one of each")
+        if work is None:
+            work = decode_work(Hq, k_pages, block_table, context_lens, groups)
+        assert work is not None
+        return attention_decode.decode(q, k_pages, v_pages, out, scale, block_table, context_lens, work)
     tensors = pointers(q, k_pages, v_pages, out, block_table, cu_seqlens, context_lens)
     sizes = T, S, Hq, Hk, D, B, block_table.shape[1], P
     bad = lib().paged_attention(*tensors, *sizes, scale, DTYPES[q.dtype])
@@ -189,5 +223,5 @@ paged_op = library_op(
 
 
 def paged_traced(*inputs: Any) -> Any:
-    """Without the groups, which come last and change no bit."""
+    """Without groups and work, which come last and change no bit."""
     return paged_op(*inputs[:7])

@@ -152,7 +152,8 @@ def paged_attention(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     scale: float,
-    groups: tuple[Tensor, Tensor] | None = None,
+    groups: attention.Groups | None = None,
+    work: attention.Work | None = None,
 ) -> Tensor:
     """Causal attention over paged keys: q [T, Hq, D], k_pages and v_pages [P, B, Hk, D] -> [T, Hq, D].
 
@@ -161,14 +162,15 @@ def paged_attention(
     One query is decode, many are prefill, and both mix. On C++ and Triton the bits equal those of
     `packed_attention` on the same keys.
 
-    Keys in common are read once: on CPU by neighbours whose block tables begin alike; on CUDA by the `groups`
-    = (starts [G + 1] int32, shared [G] int32), sequences starts[i] to starts[i + 1] with their first
-    shared[i] keys in the same pages, all before their queries. Bits stay the same.
+    Keys in common are read once: on CPU by neighbours whose block tables begin alike; on CUDA, where each
+    sequence has one query, by the `groups` = (starts [G + 1] int32, shared [G] int32), sequences starts[i] to
+    starts[i + 1] with their first shared[i] keys in the same pages, all before their queries. `work` is what
+    attention.decode_work makes of lengths and groups, once for many layers. Bits stay the same.
 
     Values: cu_seqlens rise from 0 to T; a sequence has as many tokens as queries or more, and pages for them.
     """
     run = _form(reference.paged_attention, attention.paged, attention.paged_traced, q)
-    return run(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale, groups)
+    return run(q, k_pages, v_pages, block_table, cu_seqlens, context_lens, scale, groups, work)
 
 
 # ---- logits in hand ----------------------------------------------------------------------------------------

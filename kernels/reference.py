@@ -98,7 +98,7 @@ def paged_attention(
     cu_seqlens: Tensor,
     context_lens: Tensor,
     scale: float,
-    groups: tuple[Tensor, Tensor] | None = None,
+    *_: object,
 ) -> Tensor:
     bounds = cu_seqlens.tolist()
     parts = []

@@ -167,7 +167,9 @@ def test_decode_prefill_and_training_have_one_set_of_bits(
         torch.tensor([0, 4, 6], dtype=torch.int32, device="cuda"),
         torch.tensor([0, 512], dtype=torch.int32, device="cuda"),
     )
-    assert torch.equal(gpu_attention.forward(q[:6].contiguous(), *arguments, groups), alone)
+    of_step = (table, offsets([1] * 6), lengths, 0.1)
+    assert torch.equal(ops.paged_attention(q[:6], pages[0], pages[1], *of_step), alone)
+    assert torch.equal(ops.paged_attention(q[:6], pages[0], pages[1], *of_step, groups), alone)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -83,9 +83,12 @@ def test_bytes_of_a_decode_step(exact: bool) -> None:
     of_head = 2 * head.numel() + M * (2 * head.shape[1] + 4 * head.shape[0])
     assert found == expected + (of_head if exact else 0)
     reads = 2 * 2 * gpu_model.CONTEXT * M * 2 * 128  # keys and values of two heads
-    rows = M * 4 * (128 * 2 + 128 * 2 + 8)  # queries, outputs, statistics
-    attention = [x for x in launches if x.name == "attention_kernel"]
-    assert [x.bytes for x in attention] == [reads + rows] * 2
+    chunks = M * 4 * gpu_model.CONTEXT // 256  # of query heads: each reads its query and has a state
+    states = chunks * (128 * 4 + 8)
+    attention = [x for x in launches if x.name == "decode_attention_kernel"]
+    assert [x.bytes for x in attention] == [reads + chunks * 128 * 2 + states] * 2
+    merges = [x for x in launches if x.name == "merge_kernel"]
+    assert [x.bytes for x in merges] == [states + M * 4 * 128 * 2] * 2
     written = 2 * M * 2 * (Q + 2 * G) + M * 128 * 4  # and a row of cosines and one of sines
     assert [x.bytes for x in launches if x.name == "rotate_write_kernel"] == [written] * 2
 
@@ -96,7 +99,8 @@ def test_a_layer_is_nine_launches_at_most(rank: int, exact: bool, monkeypatch: p
     """Of a decode step; an adapter adds four to each of its seven linears, and undoes the gate's fusion."""
     monkeypatch.setitem(gpu_model.QWEN3, "tiny", (256, 384, 2, 8))
     found = gpu_model.launches_of_layer("tiny", rank, exact)
-    assert found["linears_kernel"] == found["rotate_write_kernel"] == found["attention_kernel"] == 1
+    assert found["linears_kernel"] == found["rotate_write_kernel"] == 1
+    assert found["decode_attention_kernel"] == found["merge_kernel"] == 1
     assert found.total() <= (9 if not rank else 9 + 2 + 4 * 7)
 
 

@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import os
 import random
@@ -327,3 +328,29 @@ def test_a_shared_prefix_changes_no_bit(
         )
     finally:
         backend.use("")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
+@pytest.mark.parametrize("ratio", [1, 8, 96])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_the_work_of_a_decode_step_has_each_chunk_once(grouped: bool, ratio: int) -> None:
+    """Each (sequence, chunk of 256 keys) is in one item; an item's sequences are of one group, which has that
+    chunk in common, and their rows fit a tile."""
+    from duologue.kernels.gpu import attention_decode
+
+    lengths = [600, 700, 601, 1, 1025, 513, 640, 530, *[900] * 70]
+    starts, shared = [0, 3, 4, 8, 78, 78], [599, 0, 512, 768, 0]  # 599 keys are two whole chunks
+    tensors = [torch.tensor(x, dtype=torch.int32) for x in (lengths, starts, shared)]
+    groups = (tensors[1], tensors[2]) if grouped else None
+    items, n = attention_decode.work_of(tensors[0], 2048, ratio, groups, narrow=True)
+    done: list[tuple[int, int]] = []
+    for s, sequences, chunk in items[: int(n)].tolist():
+        done += [(i, chunk) for i in range(s, s + sequences)]
+        if sequences > 1:
+            group = next(g for g in range(5) if starts[g] <= s < starts[g + 1])
+            assert grouped
+            assert s + sequences <= starts[group + 1]
+            assert (chunk + 1) * 256 <= shared[group]
+            assert sequences * ratio <= 64
+    assert sorted(done) == [(s, c) for s, length in enumerate(lengths) for c in range(-(-length // 256))]
+    assert (int(n) < len(done)) == (grouped and ratio < 96)  # 64 rows and no more

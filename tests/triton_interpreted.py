@@ -224,7 +224,7 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     k, v = (torch.randn(sum(lengths), 2, 16).to(dtype) for _ in range(2))
     k_pages, v_pages, table = pages_of(k, v, lengths, B)
     table[1, :shared] = table[0, :shared]
-    q, out = torch.randn(4, 4, 16).to(dtype), torch.empty(2, 4, 4, 16, dtype=dtype)
+    q, out = torch.randn(4, 4, 16).to(dtype), torch.empty(1, 4, 4, 16, dtype=dtype)
     arguments = (None, offsets([1] * 4), 0.3, table, torch.tensor(lengths, dtype=torch.int32))
     gpu_attention.forward(q, k_pages, v_pages, out[0], *arguments)
     groups = (
@@ -235,8 +235,14 @@ def test_a_shared_prefix_read_once_changes_no_bit() -> None:
     exact = reference.paged_attention(*wide, *arguments[3:4], *arguments[1:2], arguments[4], 0.3)
     torch.testing.assert_close(out[0].double(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps)
     table[1, :16] = 0  # of a chunk in common only the first member's table is read
-    gpu_attention.forward(q, k_pages, v_pages, out[1], *arguments, groups)
-    assert torch.equal(out[0], out[1])
+    step = (q, k_pages, v_pages, table, arguments[1], arguments[4], 0.3)
+    assert torch.equal(ops.paged_attention(*step, groups), out[0])
+    work = attention.decode_work(4, k_pages, table, arguments[4])  # nothing shared: sequence 1 has page 0
+    apart = ops.paged_attention(*step, None, work)
+    assert torch.equal(apart[[0, 2, 3]], out[0, [0, 2, 3]])
+    assert not torch.equal(apart[1], out[0, 1])
+    with pytest.raises(ValueError, match="4 queries of 3 sequences, accepted with groups is one of each"):
+        ops.paged_attention(*step[:3], table[:3], offsets([2, 1, 1]), arguments[4][:3], 0.3, groups)
 
 
 def test_write_kv_is_that_of_the_reference() -> None:

@@ -3,8 +3,8 @@
 The keys of a sequence are cut into chunks of 256 from its first token on; each chunk gives a softmax of its
 own, and chunks are merged in order (`_merge`). Training, prefill and decode run the same code on tiles of 64
 rows, so a row's bits depend on its keys alone. Where programs are few, chunks are computed side by side and
-merged by a second kernel; there, a prefix that neighbouring sequences share is read once for all their
-queries. Exponents are base 2.
+merged by a second kernel. Decode steps have a kernel of their own (attention_decode.py). Exponents are base
+2.
 
 The rows of a sequence and key head are numbered x = query * R + r, R = Hq / Hk the query heads of a key head.
 """
@@ -23,11 +23,10 @@ CHUNK = 256  # keys
 FILL = 512  # programs that fill a GPU
 LOWEST = tl.constexpr(-1e30)
 LOG2_E = tl.constexpr(1.44269504)
-Groups = tuple[Tensor, Tensor]
 
 
 @triton.jit
-def _sequence(cu_seqlens, S, R, ROWS: tl.constexpr):
+def sequence_of(cu_seqlens, S, R, ROWS: tl.constexpr):
     """Block program_id(0) of `ROWS` rows: its sequence s (the last with cu_seqlens[s] * R // ROWS + s at most
     the block's number), the sequence's first token, its length, and the rows, which may lie past the end."""
     block = tl.program_id(0)
@@ -55,7 +54,7 @@ def _merge(top, total, acc, next_top, next_total, next_acc):
 
 
 @triton.jit
-def _chunk(
+def of_chunk(
     q,
     k,
     v,
@@ -110,7 +109,6 @@ def attention_kernel(
     table,
     cu_seqlens,
     context_lens,
-    shared,
     scale,
     S,
     Hq,
@@ -120,7 +118,6 @@ def attention_kernel(
     n_chunks,
     PAGE: tl.constexpr,
     SPLIT: tl.constexpr,
-    PREFIX: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
     KEYS: tl.constexpr,
@@ -128,22 +125,13 @@ def attention_kernel(
 ):
     """Program (block, g): out [T, Hq, D] and stats [T, Hq, 2], the largest score and 1 / sum. With SPLIT
     program (block, g, c): the state of chunk c, in out [T, Hq, n_chunks, D] and stats [T, Hq, n_chunks, 2].
-
-    Of a sequence the first shared[s] keys, in whole chunks, are left out with PREFIX = 2 and the only ones
-    with PREFIX = 1.
     """
     R = Hq // Hk
-    s, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
+    s, begin, n, x = sequence_of(cu_seqlens, S, R, ROWS)
     g = tl.program_id(1)
     d = tl.arange(0, BLOCK)
     if tl.min(x, 0) < n * R:
         seen = x // R + 1 + (tl.load(context_lens + s) - n if PAGE else 0)
-        low = 0
-        if PREFIX:
-            low = tl.load(shared + s) // CHUNK * CHUNK
-        if PREFIX == 1:
-            seen = seen * 0 + low
-            low = 0
         row = (begin + x // R) * Hq + g * R + x % R
         mine = x < n * R
         limit = tl.max(tl.where(mine, seen, 0), 0)
@@ -151,8 +139,8 @@ def attention_kernel(
         tile = tl.load(q + row[:, None] * D + d[None, :], mine[:, None] & (d < D)[None, :], 0.0)
         if SPLIT:
             start = tl.program_id(2) * CHUNK
-            if (start >= low) & (start < limit):
-                top, total, acc = _chunk(
+            if start < limit:
+                top, total, acc = of_chunk(
                     tile, k, v, block_table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
                 )
                 row = row * n_chunks + tl.program_id(2)
@@ -164,7 +152,7 @@ def attention_kernel(
             total = tl.zeros_like(top)
             acc = tl.zeros((ROWS, BLOCK), tl.float32)
             for start in range(0, limit, CHUNK):
-                part_top, part_total, part = _chunk(
+                part_top, part_total, part = of_chunk(
                     tile, k, v, block_table, begin, g, start, seen, limit, Hk, D, scale, PAGE, CHUNK, KEYS
                 )
                 top, total, acc = _merge(top, total, acc, part_top, part_total, part)
@@ -175,14 +163,30 @@ def attention_kernel(
 
 
 @triton.jit(do_not_specialize=["n_chunks"])
-def merge_kernel(parts, part_stats, out, D, n_chunks, BLOCK: tl.constexpr):
-    """Program i: row i of out [T * Hq, D]; chunks that it does not see have a sum of 0."""
+def merge_kernel(
+    parts,
+    part_stats,
+    out,
+    context_lens,
+    Hq,
+    D,
+    n_chunks,
+    COUNTED: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program i: row i of out [T * Hq, D]; chunks that it does not see have a sum of 0. With COUNTED it is
+    the row of sequence i // Hq, and sees no more than that sequence has.
+    """
     row = tl.program_id(0).to(tl.int64) + tl.zeros((1,), tl.int64)
     d = tl.arange(0, BLOCK)
     top = tl.full((1,), LOWEST, tl.float32)
     total = tl.zeros_like(top)
     acc = tl.zeros((1, BLOCK), tl.float32)
-    for c in range(n_chunks):
+    seen = n_chunks
+    if COUNTED:
+        seen = tl.cdiv(tl.load(context_lens + tl.program_id(0) // Hq), CHUNK)
+    for c in range(seen):
         at = row * n_chunks + c
         next_total = tl.load(part_stats + 2 * at + 1)
         there = next_total > 0
@@ -191,108 +195,6 @@ def merge_kernel(parts, part_stats, out, D, n_chunks, BLOCK: tl.constexpr):
         top, total, acc = _merge(top, total, acc, next_top, next_total, part)
     done = (acc * (1.0 / total)[:, None]).to(out.dtype.element_ty)
     tl.store(out + row[:, None] * D + d[None, :], done, (d < D)[None, :])
-
-
-@triton.jit
-def _weights(q, k, grad, v, stats, delta, row, visible, scale):
-    """Of a tile: the weights p, and the gradient p (grad . v - grad . out) of the scores; [rows, keys]."""
-    z = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale
-    top = tl.load(stats + 2 * row)[:, None]
-    inverse = tl.load(stats + 2 * row + 1)[:, None]
-    p = tl.where(visible, tl.exp2(z - top) * inverse, 0.0)
-    dp = tl.dot(grad, tl.trans(v), input_precision="tf32x3")
-    return p, p * (dp - tl.load(delta + row)[:, None])
-
-
-@triton.jit(do_not_specialize=["S"])
-def grad_query_kernel(
-    q,
-    k,
-    v,
-    grad,
-    stats,
-    delta,
-    cu_seqlens,
-    grad_q,
-    scale,
-    S,
-    Hq,
-    Hk,
-    D,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    R = Hq // Hk
-    g = tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    _, begin, n, x = _sequence(cu_seqlens, S, R, ROWS)
-    if tl.min(x, 0) < n * R:
-        last = n * R - 1  # a row past the end computes what is not stored
-        row = (begin + tl.minimum(x, last) // R) * Hq + g * R + x % R
-        at = row[:, None] * D + d[None, :]
-        width = (d < D)[None, :]
-        rows = tl.load(q + at, width, 0.0)
-        grads = tl.load(grad + at, width, 0.0)
-        acc = tl.zeros((ROWS, BLOCK), tl.float32)
-        for first in range(0, tl.minimum(tl.max(x, 0), last) // R + 1, KEYS):
-            key = first + tl.arange(0, KEYS)
-            of_key = ((begin + key) * Hk + g)[:, None] * D + d[None, :]
-            real = (key < n)[:, None] & width
-            keys = tl.load(k + of_key, real, 0.0)
-            values = tl.load(v + of_key, real, 0.0)
-            visible = key[None, :] <= (x // R)[:, None]
-            ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)[1]
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision="tf32x3")
-        tl.store(grad_q + at, (acc * scale).to(grad_q.dtype.element_ty), (x <= last)[:, None] & width)
-
-
-@triton.jit(do_not_specialize=["S"])
-def grad_key_kernel(
-    q,
-    k,
-    v,
-    grad,
-    stats,
-    delta,
-    cu_seqlens,
-    grad_k,
-    grad_v,
-    scale,
-    S,
-    Hq,
-    Hk,
-    D,
-    ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (block of keys, g) owns its keys' gradients and walks the rows that see them in order."""
-    R = Hq // Hk
-    g = tl.program_id(1)
-    d = tl.arange(0, BLOCK)
-    _, begin, n, key = _sequence(cu_seqlens, S, 1, KEYS)
-    first = tl.min(key, 0)
-    if first < n:
-        of_key = ((begin + key) * Hk + g)[:, None] * D + d[None, :]
-        width = (d < D)[None, :]
-        real = (key < n)[:, None] & width
-        keys = tl.load(k + of_key, real, 0.0)
-        values = tl.load(v + of_key, real, 0.0)
-        grad_keys = tl.zeros((KEYS, BLOCK), tl.float32)
-        grad_values = tl.zeros((KEYS, BLOCK), tl.float32)
-        for start in range(first * R, n * R, ROWS):
-            x = start + tl.arange(0, ROWS)
-            row = (begin + tl.minimum(x, n * R - 1) // R) * Hq + g * R + x % R
-            at = row[:, None] * D + d[None, :]
-            visible = (key[None, :] <= (x // R)[:, None]) & (x < n * R)[:, None]
-            rows = tl.load(q + at, width, 0.0)
-            grads = tl.load(grad + at, width, 0.0)
-            p, ds = _weights(rows, keys, grads, values, stats, delta, row, visible, scale * LOG2_E)
-            grad_values = tl.dot(tl.trans(p).to(grads.dtype), grads, grad_values, input_precision="tf32x3")
-            grad_keys = tl.dot(tl.trans(ds).to(rows.dtype), rows, grad_keys, input_precision="tf32x3")
-        tl.store(grad_k + of_key, (grad_keys * scale).to(grad_k.dtype.element_ty), real)
-        tl.store(grad_v + of_key, grad_values.to(grad_v.dtype.element_ty), real)
 
 
 def tile(D: int, narrow: bool, form: str, chip: int) -> dict[str, Any]:
@@ -323,16 +225,12 @@ def forward(
     scale: float,
     table: Tensor | None = None,
     context_lens: Tensor | None = None,
-    groups: Groups | None = None,
     split: bool | None = None,
 ) -> Tensor:
     """Fills out [T, Hq, D], and stats [T, Hq, 2] if given. k, v [T, Hk, D], or pages [P, B, Hk, D] with table
     [S, max_pages].
 
-    `groups` = (starts [G + 1] int32, shared [G] int32): sequences starts[i] to starts[i + 1] have in their
-    pages the first shared[i] keys in common, all before their queries; these are read once per group. Groups
-    at the end may be empty. Bits stay the same. `split` forces chunks side by side (pages only) or in a loop;
-    None chooses.
+    `split` forces chunks side by side (pages only) or in a loop; None chooses.
     """
     T, Hq, D = q.shape
     Hk = k.shape[-2]
@@ -350,60 +248,23 @@ def forward(
     tiles = {**tile(D, q.element_size() == 2, form, capability(q)), "CHUNK": CHUNK, "PAGE": page}
     blocks = T * Hq // Hk // tiles["ROWS"] + 1  # of rows, but for one more per sequence
     if split is None:
-        split = groups is not None or (n_chunks > 1 and (blocks + S) * Hk < FILL)
+        split = n_chunks > 1 and (blocks + S) * Hk < FILL
 
-    def run(table: Tensor, cu_seqlens: Tensor, shared: Tensor, prefix: int, *out: Tensor) -> None:
-        n = len(cu_seqlens) - 1
-        tensors = (q, k, v, *out, table, cu_seqlens, context_lens, shared)
-        sizes = (scale * LOG2_E.value, n, Hq, Hk, D, max_pages, n_chunks)
-        grid = (blocks + n, Hk, n_chunks if split else 1)
-        launch(attention_kernel, grid, *tensors, *sizes, SPLIT=split, PREFIX=prefix, **tiles)
+    def run(*out: Tensor) -> None:
+        tensors = (q, k, v, *out, table, cu_seqlens, context_lens)
+        sizes = (scale * LOG2_E.value, S, Hq, Hk, D, max_pages, n_chunks)
+        grid = (blocks + S, Hk, n_chunks if split else 1)
+        launch(attention_kernel, grid, *tensors, *sizes, SPLIT=split, **tiles)
 
     if T == 0:
         return out
     if not split:
-        stats = q.new_empty((T, Hq, 2), dtype=torch.float32) if stats is None else stats
-        run(table, cu_seqlens, cu_seqlens, 0, out, stats)
+        run(out, q.new_empty((T, Hq, 2), dtype=torch.float32) if stats is None else stats)
         return out
     parts = q.new_empty((T, Hq, n_chunks, D), dtype=torch.float32)
     part_stats = q.new_zeros((T, Hq, n_chunks, 2), dtype=torch.float32)
-    if groups is None:
-        run(table, cu_seqlens, cu_seqlens, 0, parts, part_stats)
-    else:  # the shared keys by the first sequence's table, for the queries of all; then each sequence's rest
-        starts, shared = groups
-        starts = starts.long()
-        firsts = table[starts[:-1].clamp(max=S - 1)]
-        run(firsts, cu_seqlens[starts], shared, 1, parts, part_stats)
-        shared = torch.repeat_interleave(shared, starts.diff(), output_size=S)
-        run(table, cu_seqlens, shared, 2, parts, part_stats)
-    merge = {"BLOCK": tiles["BLOCK"], "num_warps": 1, "enable_fp_fusion": False}
-    launch(merge_kernel, (T * Hq,), parts, part_stats, out, D, n_chunks, **merge)
+    run(parts, part_stats)
+    merge = {"BLOCK": tiles["BLOCK"], "num_warps": 1, "enable_fp_fusion": False, "CHUNK": CHUNK}
+    rows = (parts, part_stats, out, context_lens, Hq, D, n_chunks)
+    launch(merge_kernel, (T * Hq,), *rows, COUNTED=False, **merge)
     return out
-
-
-def backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    scale: float,
-    out: Tensor,
-    stats: Tensor,
-    grad: Tensor,
-    *grads: Tensor,
-) -> tuple[Tensor, ...]:
-    """Fills and returns grads, those of q, k and v."""
-    T, Hq, D = q.shape
-    Hk = k.shape[1]
-    S = len(cu_seqlens) - 1
-    narrow, chip = q.element_size() == 2, capability(q)
-    inputs = (q, k, v, grad, stats, (grad.float() * out.float()).sum(-1), cu_seqlens)
-    sizes = (scale, S, Hq, Hk, D)
-    if T:
-        tiles = tile(D, narrow, "grad_query", chip)
-        of_rows = (triton.cdiv(T * Hq // Hk, tiles["ROWS"]) + S, Hk)
-        launch(grad_query_kernel, of_rows, *inputs, grads[0], *sizes, **tiles)
-        tiles = tile(D, narrow, "grad_key", chip)
-        of_keys = (triton.cdiv(T, tiles["KEYS"]) + S, Hk)
-        launch(grad_key_kernel, of_keys, *inputs, *grads[1:], *sizes, **tiles)
-    return grads

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from duologue.kernels import fused, ops
+from duologue.kernels.attention import Work, decode_work
 from torch import Tensor
 
 LEAST_SHARED = 512  # keys in common that are worth a pass of their own: two chunks of the kernel
@@ -75,6 +76,7 @@ class PagedAttention:
     context_lens: Tensor  # [S] int32, this step's tokens included
     scale: float
     groups: tuple[Tensor, Tensor] | None = None  # see `shared_groups`
+    work: Work | None = None  # of a decode step, made by its first layer
 
     def __call__(self, layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         k_pages, v_pages = self.kv[layer]
@@ -98,6 +100,9 @@ class PagedAttention:
         return self._attend(layer, q_TAD)
 
     def _attend(self, layer: int, q_TAD: Tensor) -> Tensor:
-        lengths = (self.block_table, self.cu_seqlens, self.context_lens)
         k_pages, v_pages = self.kv[layer]
-        return ops.paged_attention(q_TAD, k_pages, v_pages, *lengths, self.scale, self.groups)
+        if self.work is None and len(q_TAD) == len(self.context_lens):  # one of each: no sequence has none
+            heads = q_TAD.shape[1]
+            self.work = decode_work(heads, k_pages, self.block_table, self.context_lens, self.groups)
+        lengths = (self.block_table, self.cu_seqlens, self.context_lens)
+        return ops.paged_attention(q_TAD, k_pages, v_pages, *lengths, self.scale, self.groups, self.work)
