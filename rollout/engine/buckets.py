@@ -64,6 +64,12 @@ def settings_arrays(requests: Sequence[Request], B: int) -> Arrays:
     return {"stops": stops, **filled}
 
 
+def widened(arrays: Arrays, B: int) -> Arrays:
+    """Arrays of the same kinds for B rows. Their values mean nothing."""
+    shapes = {"state": (2, B), "step_index": (1,), "starts": (B + 1,)}
+    return {name: np.zeros(shapes.get(name, (B, *x.shape[1:])), x.dtype) for name, x in arrays.items()}
+
+
 class Reading:
     """What some steps drew, on its way to the host from when it was made: nobody waits but `decoded`."""
 

@@ -129,8 +129,9 @@ class Engine:
         self._n_unseeded = 0
         self._decode = decode
         self._branches: dict[BranchState, None] = {}  # open branches, the longest unused first
-        self._runner = Runner(model, self.adapters, cache_tokens // page_size, page_size, decode_steps)
-        self.pool = PagePool(cache_tokens // page_size, page_size)
+        n_pages = cache_tokens // page_size
+        self._runner = Runner(model, self.adapters, n_pages, page_size, decode_steps, max_batch)
+        self.pool = PagePool(n_pages, page_size)
         self._scheduler = Scheduler(self.pool, max_batch, max_step_tokens, self._branches)
         self.stats: Stats = self._scheduler.stats
 
