@@ -51,14 +51,17 @@ def answer(prompt: str) -> dict[str, Any]:
 
 
 class Handler(BaseHTTPRequestHandler):
+    """Answers a question with what `answer` makes of its text."""
+
     protocol_version = "HTTP/1.1"
+    answer = staticmethod(answer)
 
     def log_message(self, *_: Any) -> None:
         return
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        content = json.dumps(answer(body["messages"][0]["content"]))
+        content = json.dumps(self.answer(body["messages"][0]["content"]))
         data = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))

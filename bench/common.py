@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import platform
 import statistics
 import subprocess
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from duologue.kernels import ops
+from duologue.model.atomic import write_file
 from torch import Tensor
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -152,12 +154,17 @@ def device() -> str:
 
 
 def append_rows(name: str, rows: list[dict[str, Any]]) -> None:
-    """Add rows to results/<name>.csv, with device, commit and date."""
+    """Add rows to results/<name>.csv, with device, commit and date. What older rows lack is empty in them."""
     path = RESULTS / f"{name}.csv"
-    new = not path.exists()
+    before: list[dict[str, Any]] = []
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            before = list(csv.DictReader(file))
     stamp = {"device": device(), "commit": commit(), "date": datetime.date.today().isoformat()}
-    with open(path, "a", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], *stamp])
-        if new:
-            writer.writeheader()
-        writer.writerows([{**row, **stamp} for row in rows])
+    table = [*before, *({**row, **stamp} for row in rows)]
+    columns = [key for key in dict.fromkeys(key for row in table for key in row) if key not in stamp]
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, [*columns, *stamp], restval="")
+    writer.writeheader()
+    writer.writerows(table)
+    write_file(path, text.getvalue().encode())

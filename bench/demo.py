@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import append_rows
 
 MEASURES = ("agreement", "pareto", "joint_ratio", "nash_ratio")
+ENGLISH = ("failure_conflict", "failure_leftover", "failure_malformed")
 
 
 def main(paths: list[str]) -> int:
@@ -22,9 +23,10 @@ def main(paths: list[str]) -> int:
     for path in map(Path, paths):
         summary = json.loads((path / "summary.json").read_text())
         config = tomllib.loads((path / "config.toml").read_text())
+        english = config["game"]["telling"] == "english"
         row: dict[str, object] = {"seed": summary["seed"], "dialogues": int(summary["trained"]["dialogues"])}
         for policy in ("warm_start", "trained"):
-            row |= {f"{policy}_{key}": round(summary[policy][key], 4) for key in MEASURES}
+            row |= {f"{policy}_{key}": round(summary[policy][key], 4) for key in MEASURES + ENGLISH * english}
         row |= {
             "imitation_steps": config["imitation"]["steps"],
             "selfplay_steps": summary["steps"] - config["imitation"]["steps"],
@@ -33,8 +35,7 @@ def main(paths: list[str]) -> int:
             "peak_memory_mb": round(summary["peak_memory_bytes"] / 2**20),
             "parameters": summary["parameters"],
         }
-        game = config["game"]
-        name = game["name"] + ("-english" if game["telling"] == "english" else "")
+        name = config["game"]["name"] + "-english" * english
         rows.setdefault(name, []).append(row)
         print(row)
     if not rows:

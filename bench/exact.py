@@ -1,6 +1,7 @@
 """Counts log-probs of the rollout that are not, bit for bit, those of the training forward.
 
     python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json]
+    python bench/exact.py --checkpoint DIR [--lora] [--tokens 100000]   # on a real model in its dtype
     python bench/exact.py --run DIR...   # what training runs have compared themselves
 
 Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six
@@ -29,8 +30,10 @@ import torch
 from duologue.grpo.config import load_config
 from duologue.grpo.run_dir import read_lines
 from duologue.kernels import backend
+from duologue.model.checkpoint import load_model
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
+from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
@@ -69,27 +72,40 @@ def make_model(dtype: torch.dtype, seed: int) -> Decoder:
     return model.to(dtype)
 
 
-def play_round(model: Decoder, rng: random.Random, tally: Tally) -> None:
+def from_checkpoint(folder: Path, lora: bool, seed: int) -> Decoder | LoraDecoder:
+    """Its model, with an adapter of rank 8 on every linear layer that changes what is said."""
+    model, _ = load_model(folder, "cpu")
+    if not lora:
+        return model
+    policy = LoraDecoder(model, new_adapter(model, LoraSettings(rank=8, base=str(folder)), seed))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _, b in policy.adapter.pairs.values():
+            b.normal_(std=0.02, generator=generator)
+    return policy
+
+
+def play_round(model: Decoder | LoraDecoder, rng: random.Random, tally: Tally) -> None:
     tight = tally.rounds % 2 == 1  # all want to run and few fit
     batch = rng.choice([33, 64, 256] if tight else [1, 2, 3, 7, 16, 128])
-    turns, group = rng.randint(1, 6), rng.choice([1, 4, 8])
+    turns, group, vocab = rng.randint(1, 6), rng.choice([1, 4, 8]), model.config.vocab_size
     engine = Engine(
         model,
-        cache_tokens=1024 if tight else 400_000,
+        cache_tokens=1024 if tight else 131_072,
         max_batch=256 if tight else rng.choice([4, 32, 256]),
         max_step_tokens=rng.choice([48, 256, 1024]),
         seed=rng.randrange(2**31),
     )
     branches: list[Branch] = []
     while len(branches) < batch:
-        base = engine.open([rng.randrange(VOCAB) for _ in range(rng.randint(1, 90))])
+        base = engine.open([rng.randrange(vocab) for _ in range(rng.randint(1, 90))])
         engine.prefill([base])
         branches += [base, *base.fork(min(group, batch - len(branches)) - 1)]
     spans: list[list[tuple[int, list[float]]]] = [[] for _ in branches]
     for _ in range(turns):
         speaking = [i for i in range(batch) if rng.random() < 0.9]
         for i in speaking:
-            branches[i].append([rng.randrange(VOCAB) for _ in range(rng.randint(1, 40))])
+            branches[i].append([rng.randrange(vocab) for _ in range(rng.randint(1, 40))])
         params = [SamplingParams(max_new_tokens=rng.randint(1, 24)) for _ in speaking]
         started = [
             (i, len(branches[i]), engine.start(branches[i], p)) for i, p in zip(speaking, params, strict=True)
@@ -147,6 +163,8 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=int, default=1_000_000)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--checkpoint", type=Path, help="a Hugging Face folder in place of random weights")
+    parser.add_argument("--lora", action="store_true", help="with an adapter on it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--run", nargs="+", type=Path, help="directories of training runs")
@@ -156,7 +174,10 @@ def main() -> int:
         print(json.dumps({"bench": "exact", "tokens": sum(run["tokens"] for run in runs), "runs": runs}))
         return int(any(run["differing_steps"] for run in runs))
     rng, tally, began = random.Random(args.seed), Tally(), time.perf_counter()
-    model = make_model(getattr(torch, args.dtype), args.seed)
+    if args.checkpoint:
+        model = from_checkpoint(args.checkpoint, args.lora, args.seed)
+    else:
+        model = make_model(getattr(torch, args.dtype), args.seed)
     while tally.tokens < args.tokens:
         play_round(model, rng, tally)
         if not args.json:
@@ -164,7 +185,8 @@ def main() -> int:
                 f"{tally.tokens:,} tokens, {tally.differing} differ, {tally.preemptions} preemptions",
                 flush=True,
             )
-    row = {"bench": "exact", "backend": backend.describe(), "dtype": args.dtype, **asdict(tally)}
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    row = {"bench": "exact", "backend": backend.describe(), "dtype": dtype, **asdict(tally)}
     print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}))
     return int(tally.differing > 0)
 

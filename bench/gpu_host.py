@@ -1,6 +1,6 @@
 """Host milliseconds of a decode step of the GPU's loop, with the device taken out of it.
 
-    python -m bench.gpu_host [--rows 256] [--context 512] [--calls 20] [--profile] [--json]    from the root
+    python -m bench.gpu_host [--rows 256] [--context 512] [--calls 20] [--profile] [--json] [--save]
 
 The engine is the real one on a model of one layer; a step on the device draws tokens that were laid ready, so
 what is left is planning, pages, buffers, copies between the two sides and the entry of what was drawn. With
@@ -28,6 +28,7 @@ from duologue.rollout.engine import decode_gpu
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
+from bench.common import append_rows
 from bench.models import random_qwen3
 
 STEPS, PAGE, VOCAB = 8, 64, 1_000
@@ -101,11 +102,14 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--profile", action="store_true", help="what takes the time")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
+    parser.add_argument("--save", action="store_true", help="add a row to results/gpu_host.csv")
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = seconds_per_step(args.rows, args.context, args.calls, args.profile)
     best, median = (round(1e3 * x, 3) for x in (found[0], statistics.median(found)))
     row = {"rows": args.rows, "context": args.context, "step_ms": median, "least_ms": best}
+    if args.save:
+        append_rows("gpu_host", [row])
     print(json.dumps(row) if args.json else f"host: {median} ms per decode step ({best} at least), goal 0.3")
 
 

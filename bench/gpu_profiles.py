@@ -104,13 +104,12 @@ def decode_rows(place: Place, engine: Engine, batch: int, context: int) -> dict[
     began = time.perf_counter()
     engine.step()
     seconds, taken = time.perf_counter() - began, engine.stats.decode_tokens - before
-    ((_, bucket),) = [(k, b) for k, b in loop._buckets.items() if len(b.rows.token) >= batch][-1:]
-    position, done = bucket.rows.position.clone(), bucket.rows.done.clone()
+    ((_, bucket),) = [(k, b) for k, b in loop._buckets.items() if len(b.rows.last) >= batch][-1:]
+    state = bucket.rows.state.clone()
 
     def replay() -> None:
         bucket.step_index.zero_()
-        bucket.rows.position.copy_(position)
-        bucket.rows.done.copy_(done & False)
+        bucket.rows.state.copy_(state)
         for _ in range(loop.steps):
             bucket.step()
 

@@ -51,8 +51,9 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
 
 
 def matmul_tiles(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
-    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32."""
-    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype])
+    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32, or in bf16
+    where nothing is added to it."""
+    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
 
 
 def backward(
@@ -70,22 +71,21 @@ def backward(
         grad = grad.to(dtype)
         grad_x = (grad @ weight).view(shape) if need_x else x.new_empty(0)
         return grad_x, grad.t() @ x if need_weight else x.new_empty(0)
-    if backend.tiled(x):
-        product = matmul_tiles
-    else:
-        product = matmul
+    product, of_product = matmul_tiles, dtype
+    if not backend.tiled(x):
+        product, of_product = matmul, torch.float32
         x, weight, grad = x.float(), weight.float(), grad.float()
     x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
     M, K = x.shape
     O = len(weight)
-    grad_x = torch.empty_like(x, dtype=torch.float32) if need_x else x.new_empty(0)
+    grad_x = torch.empty_like(x, dtype=of_product) if need_x else x.new_empty(0)
     if need_x:
         product(grad, weight, grad_x, (M, O, K, O, 1), False)
         grad_x = grad_x.view(shape)
-    grad_weight = torch.empty_like(weight, dtype=torch.float32) if need_weight else x.new_empty(0)
+    grad_weight = torch.empty_like(weight, dtype=of_product) if need_weight else x.new_empty(0)
     if need_weight:
         product(grad, x, grad_weight, (O, M, K, 1, O), False)
-    if dtype == torch.float32:
+    if of_product == dtype:
         return grad_x, grad_weight
     return grad_x.to(dtype), grad_weight.to(dtype)
 

@@ -41,3 +41,21 @@ def parts(buffer: Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]
 
 def _room(array: np.ndarray) -> int:
     return -(-array.nbytes // ALIGN) * ALIGN
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in the host's memory; of a GPU's tensor into pinned memory, which is to be read after `recorded`
+    of that moment has been waited for.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.to("cpu", copy=True)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def recorded(device: torch.device) -> torch.cuda.Event | None:
+    """Where the device's queue ends at present; None for one without a queue."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import subprocess
 import sys
@@ -68,3 +69,76 @@ def test_the_judge_bench_counts_every_question(
         assert (row["questions"], row["unscored"], row["agreed"]) == (16, 0, 1.0)
         assert row["asked"] <= 16  # a dialogue like another is not asked again
         assert (row["mean_std"] == 0) <= (row["flat_groups"] == 1)
+
+
+@pytest.mark.parametrize("judge", ["policy", "words"])
+def test_deliberation_is_measured_before_and_after(
+    judge: str,
+    chat_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of a run of two steps; the scores and their intervals follow from the dialogues that it wrote."""
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import collective
+
+    sizes = {
+        "dialogue.max_rounds": 1,
+        "dialogue.max_tokens_per_turn": 4,
+        "dialogue.max_tokens_final": 6,
+        "grpo.group_size": 2,
+        "grpo.groups_per_step": 1,
+        "train.steps": 2,
+        "train.threads": 1,
+        "eval.dialogues": 5,
+        **({"judge.threshold": 0} if judge == "policy" else {}),
+    }
+    run = tmp_path / "run"
+    said = [f"{key}={value}" for key, value in sizes.items()]
+    assert collective.main([str(chat_checkpoint), str(run), "--judge", judge, *said]) == 0
+    row = json.loads(capsys.readouterr().out.splitlines()[-1])
+    summary = json.loads((run / "summary.json").read_text())
+    for policy in ("warm_start", "trained"):
+        assert row[f"{policy}_score"] == pytest.approx(summary[policy]["score"], abs=1e-3)
+        assert row[f"{policy}_low"] <= row[f"{policy}_score"] <= row[f"{policy}_high"]
+        assert row[f"{policy}_unscored"] == 0
+    assert row["gain"] == pytest.approx(row["trained_score"] - row["warm_start_score"], abs=1e-3)
+
+
+def test_the_judge_of_words_counts_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.collective import answer
+
+    found = answer("<completion>We can decide together, and we both HELP; share &lt;us&gt;.</completion>")
+    assert found == {"knowledge": 0, "benevolence": 2, "power": 2, "vitality": 4, "reason": "counted"}
+    turns = '<turn speaker="1">Yes we do.</turn><turn speaker="2">Good.</turn>'
+    assert answer(turns) == {"agreed": True, "assent": {"1": "Yes", "2": "Good."}}
+
+
+def test_rows_with_new_columns_leave_the_older_ones_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(ROOT)
+    from bench import common
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    common.append_rows("made", [{"model": "a, b", "rate": 1.5}])
+    first = (tmp_path / "made.csv").read_bytes()
+    common.append_rows("made", [{"model": "c", "rate": 2.5}])
+    assert (tmp_path / "made.csv").read_bytes().startswith(first)
+    common.append_rows("made", [{"rate": 3.5, "share": 0.5}])
+    with open(tmp_path / "made.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["model"], row["rate"], row["share"]) for row in rows] == [
+        ("a, b", "1.5", ""), ("c", "2.5", ""), ("", "3.5", "0.5"),
+    ]  # fmt: skip
+    assert list(rows[0]) == ["model", "rate", "share", "device", "commit", "date"]
+    assert all(row["device"] and row["date"] for row in rows)
+
+
+def test_every_row_of_the_results_has_the_columns_of_its_file() -> None:
+    for path in (ROOT / "bench" / "results").glob("*.csv"):
+        with open(path, newline="") as file:
+            header, *rows = csv.reader(file)
+        assert all(len(row) == len(header) for row in rows), path.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +13,10 @@ import torch
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
-from duologue.rollout.engine import decode_gpu, runner
+from duologue.rollout.engine import buckets, decode_gpu, runner
 from duologue.rollout.engine.attention import shared_groups
 from duologue.rollout.engine.decode_cpu import NativeLoop
+from duologue.rollout.engine.decode_gpu import DeviceLoop
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 
@@ -84,7 +86,7 @@ def test_completions_do_not_depend_on_steps_ahead(loop: type, seed: int, steps: 
 
 
 def test_a_support_that_does_not_fit_is_drawn_by_a_plain_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode_gpu, "SUPPORT_IDS", 5)
+    monkeypatch.setattr(buckets, "SUPPORT_IDS", 5)
     monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
     model = make_model()
     prompts = [[1, 2, 3], [4], [5, 6]]
@@ -210,6 +212,15 @@ def test_a_measured_pool(monkeypatch: pytest.MonkeyPatch) -> None:
             assert runner.measured_tokens(fake, 16) == tokens
 
 
+def groups_of(
+    pages: list[list[int]], cached: list[int], size: int, rows: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """With -1 in the table behind a row's last page."""
+    width = max(map(len, pages))
+    table = np.array([[*ids, *[-1] * (width - len(ids))] for ids in pages])
+    return shared_groups(table, np.array(cached), size, rows)
+
+
 def test_shared_groups_are_what_the_tables_say() -> None:
     """Against a comparison of every row with its neighbour, page by page."""
     rng = random.Random(0)
@@ -220,7 +231,7 @@ def test_shared_groups_are_what_the_tables_say() -> None:
         pages.sort()
         cached = [rng.randint(0, len(p) * size) for p in pages]
         rows = n + rng.randint(0, 3)
-        found = shared_groups(pages, cached, size, rows)
+        found = groups_of(pages, cached, size, rows)
         if found is None:
             found = np.arange(rows + 1), np.zeros(rows, dtype=int)
         starts, shared = found
@@ -241,8 +252,199 @@ def test_shared_groups_are_what_the_tables_say() -> None:
 
 def test_neighbours_that_share_two_chunks_are_one_group() -> None:
     common = list(range(32))
-    starts, shared = shared_groups(
+    starts, shared = groups_of(
         [[*common, 40], [*common, 41], [50], [*common, 42]], [520, 600, 3, 520], 16, 6
     ) or ([], [])
     assert list(starts) == [0, 2, 3, 4, 5, 6, 6]
     assert list(shared) == [512, 0, 0, 0, 0, 0]
+
+
+# ---- a device that is behind -------------------------------------------------------------------------------
+
+
+class Late:
+    """The reading of a queued device: the steps before it run when somebody waits for it, and no more."""
+
+    def __init__(self, queue: Queue, bucket: buckets.Bucket, steps: tuple[int, int]) -> None:
+        self.queue = queue
+        self.reading: Any = None
+        queue.put(partial(self.read, bucket, steps))
+        self.end = queue.n_put
+
+    def read(self, bucket: buckets.Bucket, steps: tuple[int, int]) -> None:
+        self.reading = self.queue.send(bucket, *steps)
+
+    def decoded(self, *rows: Any) -> Any:
+        self.queue.run_to(self.end)
+        return self.reading.decoded(*rows)
+
+
+class Queue:
+    """What the loop launches waits here, as it would in a CUDA stream, until the host asks for its outcome or
+    launches something else.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, held: int) -> None:
+        self.todo: list[Any] = []
+        self.n_put = self.n_run = self.overlaps = 0
+        fill, self.send = buckets.Bucket.fill, buckets.Bucket.send
+        step_of = DeviceLoop._step_of
+
+        def filled(bucket: Any, *arguments: Any) -> None:
+            self.overlaps += bool(self.todo)
+            self.put(partial(fill, bucket, *arguments))
+
+        def behind(launch: Any) -> Any:
+            def launched(*arguments: Any) -> Any:
+                self.overlaps += bool(self.todo)
+                self.run_to(self.n_put)
+                return launch(*arguments)
+
+            return launched
+
+        monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
+        monkeypatch.setattr(decode_gpu, "HELD", held)
+        monkeypatch.setattr(buckets.Bucket, "fill", filled)
+        monkeypatch.setattr(buckets.Bucket, "send", lambda b, *steps: Late(self, b, steps))
+        monkeypatch.setattr(DeviceLoop, "_step_of", lambda *a: partial(self.put, step_of(*a)))
+        monkeypatch.setattr(DeviceLoop, "_captured", lambda loop, bucket, step: step)
+        for name in ("execute", "copy_page", "release_memory"):
+            monkeypatch.setattr(runner.Runner, name, behind(getattr(runner.Runner, name)))
+
+    def put(self, launch: Any) -> None:
+        self.todo.append(launch)
+        self.n_put += 1
+
+    def run_to(self, end: int) -> None:
+        with torch.no_grad():
+            while self.n_run < end:
+                self.n_run += 1
+                self.todo.pop(0)()
+
+
+def queued(engine: Engine) -> Engine:
+    """Its loop as on CUDA."""
+    loop: Any = engine._runner.loop
+    loop.capture, loop.held = True, decode_gpu.HELD
+    return engine
+
+
+@pytest.mark.parametrize(("held", "steps", "tokens"), [(2, 8, 4096), (1, 2, 256), (7, 8, 256), (3, 5, 1024)])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_launched_before_the_last_was_read(
+    seed: int, held: int, steps: int, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mixed lengths, stops, truncation, preemption; on a device whose steps run when they are waited for."""
+    model = make_model()
+    prompts, params = work(seed)
+    plain = drawn(Engine(model, max_batch=11, max_step_tokens=64, decode_steps=1).generate(prompts, params))
+    queue = Queue(monkeypatch, held)
+    monkeypatch.setattr(buckets, "SUPPORT_IDS", 40)  # so that plain steps come between
+    engine = queued(Engine(model, max_batch=11, max_step_tokens=64, cache_tokens=tokens, decode_steps=steps))
+    assert drawn(engine.generate(prompts, params)) == plain
+    assert queue.overlaps > 5
+    assert engine.pool.n_free == engine.pool.n_pages
+    assert engine.stats.preemptions > 0 or tokens > 256
+    assert not any(r.ahead for r in (engine._runner.loop._flight or SimpleNamespace(rows=())).rows)
+
+
+def turns(engine: Engine, seed: int, cancelled: int) -> list[tuple[Any, ...]]:
+    """Twelve dialogues of four turns, whose next turn is asked for as soon as one is there; forks among them.
+
+    Some rows are guided, stop at strings or want candidates. One request is cancelled after so many steps of
+    the engine, then drawn again.
+    """
+    rng = random.Random(seed)
+    how = [[kind_of(rng) for _ in range(4)] for _ in range(12)]
+    words = [[[rng.randrange(V) for _ in range(rng.randint(1, 30))] for _ in range(4)] for _ in range(12)]
+    branches = [engine.open(words[i % 3][0] + words[i][0]) for i in range(12)]
+    found: dict[tuple[int, int], Completion] = {}
+    live = {i: (0, engine.start(branches[i], how[i][0])) for i in range(12)}
+    n_steps = 0
+    while live:
+        engine.step()
+        n_steps += 1
+        if n_steps == cancelled and 5 in live:
+            turn, request = live[5]
+            engine.cancel(request)
+            branches[5].rewind(len(request.completion.token_ids))
+            live[5] = turn, engine.start(branches[5], how[5][turn])
+        for i, (turn, request) in list(live.items()):
+            if not request.done:
+                continue
+            found[i, turn] = request.completion
+            del live[i]
+            if turn == 3:
+                continue
+            if turn == 1 and i % 4 == 0:  # goes on in a copy
+                (child,) = branches[i].fork()
+                branches[i].close()
+                branches[i] = child
+            branches[i].append(words[i][turn + 1])
+            live[i] = turn + 1, engine.start(branches[i], how[i][turn + 1])
+    for branch in branches:
+        branch.close()
+    assert engine.pool.n_free == engine.pool.n_pages
+    return drawn([found[key] for key in sorted(found)])
+
+
+def kind_of(rng: random.Random) -> SamplingParams:
+    given: dict[str, Any] = {"max_new_tokens": rng.randint(1, 25), "seed": rng.randrange(1000)}
+    given |= rng.choice([{}, {}, {"top_k": 7}, {"top_p": 0.3}, {"temperature": 0.0}])
+    given |= rng.choice(
+        [
+            {},
+            {},
+            {},
+            {"allow": lambda ids: [3, 4, 5 + len(ids)]},
+            {"stop_strings": ("7",)},
+            {"candidates": (1, 2)},
+        ]
+    )
+    return SamplingParams(**given, stop_token_ids=tuple(rng.sample(range(V), 12)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_turns_on_a_device_that_is_behind(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    text = {"decode": lambda ids: " ".join(map(str, ids)), "max_step_tokens": 48, "max_batch": 9}
+    plain = turns(Engine(model, decode_steps=1, **text), seed, 0)
+    queue = Queue(monkeypatch, 2)
+    for tokens in (8192, 768):
+        engine = queued(Engine(model, decode_steps=6, cache_tokens=tokens, **text))
+        assert turns(engine, seed, 4 + seed) == plain
+    assert queue.overlaps > 5
+    with torch.no_grad():
+        model.head_weight.mul_(1.01)
+    fresh = turns(Engine(model, decode_steps=1, **text), seed, 0)
+    assert turns(engine, seed, 9) == fresh != plain
+    engine.start(engine.open([1, 2]), SamplingParams(max_new_tokens=30))
+    for _ in range(3):
+        engine.step()
+    engine.abort()
+    engine.release_memory()
+    assert turns(engine, seed, 2) == fresh
+
+
+def test_who_loses_its_pages_goes_on_from_what_the_host_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preempted while steps are on their way, and admitted again at once, on a twin's page and a new one."""
+    model = make_model()
+    params = SamplingParams(max_new_tokens=30, seed=5)
+    plain = drawn(Engine(model, decode_steps=1).generate([list(range(10))] * 2, params))
+    queue = Queue(monkeypatch, 2)
+    engine = queued(Engine(model, decode_steps=8))
+    twins = [engine.start(engine.open(range(10)), params) for _ in range(2)]
+    engine.step()
+    engine.step()
+    victim = twins[1]
+    assert (victim.branch.n_cached, victim.ahead) == (16, 2)
+    lost = victim.branch.pages[1]
+    engine._scheduler._preempt(victim)
+    taken = engine.pool.take(1)
+    assert taken == [lost]
+    queue.run_to(queue.n_put)
+    engine._runner.kv[:, :, lost] = 9.0
+    engine.step()
+    assert victim.branch.pages[0] == twins[0].branch.pages[0]
+    engine.run()
+    assert drawn([twin.completion for twin in twins]) == plain

@@ -187,6 +187,35 @@ def test_free_variants_are_understood_where_they_are_clear(text: str, act: Act) 
     assert side.understand(text) == act
 
 
+@pytest.mark.parametrize(
+    ("name", "offer", "text", "taken"),
+    [
+        ("deal", (1, 0, 1), "Deal! I get 0 books, 2 hats and 0 balls, you get 1 book, 0 hats and 1 ball. [done]", True),
+        ("deal", (1, 0, 1), "Sounds fair. Then I take both hats and you take the rest. [done]", True),
+        ("deal", (1, 0, 1), "Deal! I get 1 book, 2 hats and 0 balls, you get 0 books, 0 hats and 1 ball.", False),
+        ("price", (12,), "Yes, I accept. So the price is 12. [done]", True),
+        ("price", (12,), "Okay, deal. The price is 13, then.", False),
+    ],
+)  # fmt: skip
+def test_an_acceptance_may_say_again_what_was_offered_and_nothing_else(
+    name: str, offer: tuple[int, ...], text: str, taken: bool
+) -> None:
+    """Of another division it is an offer, which the listener may take or not."""
+    game = made(name)
+    if name == "deal":
+        scenario = game.scenario(Deal((1, 2, 1), ((4, 2, 2), (2, 2, 4))), "train")
+    else:
+        scenario = game.sample(random.Random(0), "train")
+    side = SIDES[name](game, scenario, 0, "honest", random.Random(0))
+    side.offered = offer
+    side.hear(side.understand(text))
+    assert side.last.accept == taken
+    assert (side.offer is None) == taken
+    if taken:
+        assert side.act().confirm
+        assert side.agreed == offer
+
+
 def garbled(rng: random.Random, words: list[str]) -> str:
     drawn = [rng.choice(words) for _ in range(rng.randrange(25))]
     return "".join(rng.choice((f"{word} ", word, f"{word}. ", f"{word}? ", "\x00é{0}")) for word in drawn)

@@ -87,8 +87,8 @@ def test_settings_are_made_anew_where_the_requests_are_others(monkeypatch: pytes
     loop: Any = engine._runner.loop
     monkeypatch.setattr(decode_gpu.DeviceLoop, "_step_of", gpu_host.stubbed)
     made: list[int] = []
-    settings = decode_gpu._settings
-    with mock.patch.object(decode_gpu, "_settings", lambda r, B: made.append(len(r)) or settings(r, B)):
+    settings = decode_gpu.settings_arrays
+    with mock.patch.object(decode_gpu, "settings_arrays", lambda r, B: made.append(len(r)) or settings(r, B)):
         engine.step()
         engine.step()
         assert made == [3]

@@ -119,7 +119,9 @@ def test_many_rows_have_the_bits_of_few(isa: str, O: int, K: int) -> None:
 @needs_cpp
 @pytest.mark.parametrize("isa", TILED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("I", "R", "C"), [(16, 32, 16), (33, 70, 45), (1, 5, 1), (70, 600, 33)])
+@pytest.mark.parametrize(
+    ("I", "R", "C"), [(16, 32, 16), (33, 70, 45), (1, 5, 1), (70, 600, 33), (40, 1600, 130)]
+)
 def test_backward_products(isa: str, dtype: torch.dtype, I: int, R: int, C: int) -> None:
     """Against float64, along both strides, on one thread and three, on top of what is there or not."""
     g = torch.Generator().manual_seed(0)
@@ -137,6 +139,10 @@ def test_backward_products(isa: str, dtype: torch.dtype, I: int, R: int, C: int)
                 linear.matmul_tiles(left, b, out, (I, R, C, *strides), add)
                 assert float((out - exact - add * start).abs().max()) < 2e-6 * R
                 found.append(out)
+                if not add:
+                    narrow = torch.empty(I, C, dtype=torch.bfloat16)
+                    linear.matmul_tiles(left, b, narrow, (I, R, C, *strides), add)
+                    assert torch.equal(narrow, out.bfloat16())
     backend.lib().set_threads(threads)
     for i, out in enumerate(found):
         assert torch.equal(out, found[i // 2 % 2 * 2])

@@ -31,8 +31,9 @@ void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride
 }
 
 void matmul_tiles(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r,
-                  bool add, int a_dtype) {
-  TiledMatmulArgs m = {at<void>(a), at<void>(b), at<float>(c), I, R, C, stride_i, stride_r, add, a_dtype};
+                  bool add, int a_dtype, int c_dtype) {
+  TiledMatmulArgs m = {at<void>(a), at<void>(b), at<void>(c), I,       R,      C,
+                       stride_i,    stride_r,    add,         a_dtype, c_dtype};
   kernels->matmul_tiles(&m, parallel_for, thread_count());
 }
 

@@ -12,6 +12,8 @@ struct LinearArgs {
   void *out;                     // [M, O]
   int64_t M, O, K;
   int dtype, out_dtype;
+  const void *next; // what is read after the weights, `next_bytes` of it: worth fetching meanwhile
+  int64_t next_bytes;
 };
 
 // C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r], one stride 1; r runs in
@@ -23,13 +25,14 @@ struct MatmulArgs {
   bool add; // to what C holds
 };
 
-// The same with b in bf16, and `a` in fp32 (rounded to bf16) or bf16. An output is one chain over r.
+// The same with b in bf16, `a` in fp32 (rounded to bf16) or bf16, and c in fp32 or, unless it is added to,
+// bf16. An output is one chain over r.
 struct TiledMatmulArgs {
   const void *a, *b;
-  float *c;
+  void *c;
   int64_t I, R, C, stride_i, stride_r;
   bool add;
-  int a_dtype;
+  int a_dtype, c_dtype;
 };
 
 struct RowArgs { // rms_norm and silu_mul, forward and backward; unused fields are null

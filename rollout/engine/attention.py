@@ -5,7 +5,6 @@ Shapes: T tokens of the step, S requests, L layers, P pages, B page size, Hk key
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +16,12 @@ LEAST_SHARED = 512  # keys in common that are worth a pass of their own: two chu
 
 
 def shared_groups(
-    pages: Sequence[Sequence[int]], cached: Sequence[int], page_size: int, rows: int
+    table: np.ndarray, cached: np.ndarray, page_size: int, rows: int
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """(starts [rows + 1], shared [rows]) int32 of neighbours that begin with the same pages; None if none do.
 
-    `cached` tokens of each row lie before its queries. With pages of 256 tokens, all but a row's last full:
+    table: [n, max_pages], the pages of each row; cached: [n], tokens of each that lie before its queries.
+    With pages of 256 tokens, all but a row's last full:
 
         row   pages        group of rows
          0    4 5 6 | 9      0, 1    begin with 3 pages: 768 keys, read once for both
@@ -33,31 +33,36 @@ def shared_groups(
     Rows beyond those given are groups of one, and what is left over of the arrays are empty groups: their
     sizes depend on `rows` alone, as a CUDA graph wants it.
     """
-    whole = [ids[: n // page_size] for ids, n in zip(pages, cached, strict=True)]
-    starts: list[int] = []
-    shared: list[int] = []
-    common: Sequence[int] = ()  # pages that all rows of the present group begin with
-    for row, ids in enumerate(whole):
-        n = _agreeing(common, ids)
-        if n * page_size >= LEAST_SHARED:
-            common = ids[:n]
-            shared[-1] = n * page_size
+    whole = cached // page_size
+    agreeing = _agreeing(table, np.minimum(whole[1:], whole[:-1]))
+    if agreeing.size == 0 or agreeing.max() * page_size < LEAST_SHARED:
+        return None
+    starts = [0]
+    shared = [0]
+    whole_pages = whole.tolist()
+    common = whole_pages[0]  # pages that all rows of the present group begin with
+    for row, n in enumerate(agreeing.tolist(), start=1):
+        both = min(common, n)
+        if both * page_size >= LEAST_SHARED:
+            common = both
+            shared[-1] = both * page_size
         else:
-            common = ids
+            common = whole_pages[row]
             starts.append(row)
             shared.append(0)
-    if not any(shared):
-        return None
-    starts += range(len(pages), rows + 1)
+    starts += range(len(table), rows + 1)
     starts += [rows] * (rows + 1 - len(starts))
     shared += [0] * (rows - len(shared))
     return np.array(starts, dtype=np.int32), np.array(shared, dtype=np.int32)
 
 
-def _agreeing(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many items two lists have in common at their beginning."""
-    differing = (i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(differing, min(len(a), len(b)))
+def _agreeing(table: np.ndarray, most: np.ndarray) -> np.ndarray:
+    """[n - 1] how many pages each row has in common with the next at their beginning, at most `most`."""
+    width = int(most.max(initial=0))
+    differs = np.ones((len(most), width + 1), dtype=bool)
+    np.not_equal(table[1:, :width], table[:-1, :width], out=differs[:, :width])
+    agreeing: np.ndarray = np.minimum(differs.argmax(1), most)
+    return agreeing
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -35,6 +35,7 @@ class DecodedSteps:
     support_ids: np.ndarray  # int32, one support after the other, those of a step together
     seconds: float = 0.0  # blocked in host syncs
     candidate_logprobs: Mapping[int, list[float]] = field(default_factory=dict)  # by row, of the first step
+    first: np.ndarray | None = None  # [n] the first step of each that is its own, where that is not 0
 
     def __len__(self) -> int:
         """Steps."""
@@ -45,9 +46,26 @@ class DecodedSteps:
         arrays = (self.tokens, self.logprobs, self.entropies, self.support_sizes)
         columns = (array.T.tolist() for array in arrays)
         rows = [Draws(*values) for values in zip(*columns, self._supports(), strict=True)]
+        if self.first is not None:
+            for row in np.flatnonzero(self.first).tolist():
+                rows[row].drop(int(self.first[row]))
         for row, logprobs in self.candidate_logprobs.items():
             rows[row].candidate_logprobs = logprobs
         return rows
+
+    def then(self, later: DecodedSteps, first: np.ndarray) -> DecodedSteps:
+        """With more steps of the same requests behind. What is before a row's `first` is not its own, and has
+        no supports.
+        """
+        return DecodedSteps(
+            np.concatenate((self.tokens, later.tokens)),
+            np.concatenate((self.logprobs, later.logprobs)),
+            np.concatenate((self.entropies, later.entropies)),
+            np.concatenate((self.support_sizes, later.support_sizes)),
+            np.concatenate((self.support_ids, later.support_ids)),
+            self.seconds + later.seconds,
+            first=first,
+        )
 
     def _supports(self) -> list[array[int]]:
         """The ids of each request's supports."""
@@ -60,6 +78,9 @@ class DecodedSteps:
         at = np.repeat(begins.T.ravel() - (ends - of_row), of_row) + np.arange(ends[-1])
         parts = np.split(self.support_ids[at], ends.reshape(sizes.T.shape)[:-1, -1])
         return [array("i", part.tobytes()) for part in parts]
+
+
+Read = Callable[[], DecodedSteps]  # waits for what was launched
 
 
 class DecodeLoop(ABC):
@@ -78,16 +99,18 @@ class DecodeLoop(ABC):
         """Work on this memory [L, 2, P, B, Hk, D]."""
         self.kv = kv
 
+    def leave(self) -> None:
+        """That memory is given back; no request is in flight."""
+        self.kv = None
+
     @abstractmethod
     def forget(self) -> None:
         """Other adapters stand in the list now: drop what was made for those before."""
 
     def takes(self, requests: Sequence[Request]) -> bool:
         """Whether these can be drawn without a host sync in between."""
-        one_adapter = len({r.branch.adapter for r in requests}) == 1
-        return one_adapter and not any(
-            r.params.allow is not None or r.params.stop_strings or r.candidates for r in requests
-        )
+        adapter = requests[0].branch.adapter
+        return not any(r.plain or r.guided or r.branch.adapter != adapter for r in requests)
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
         """What of a step runs together."""
@@ -98,8 +121,10 @@ class DecodeLoop(ABC):
         """Steps worth taking when the requests may draw so many tokens each."""
 
     @abstractmethod
-    def run(self, requests: Sequence[Request], steps: int) -> DecodedSteps:
-        """`steps` (at most `self.steps`) or fewer, for requests that it takes, whose pages reach so far."""
+    def run(self, requests: Sequence[Request], steps: int) -> Read:
+        """Launch `steps` (at most `self.steps`) or fewer, for requests that it takes, whose pages reach so
+        far beyond what was drawn `ahead`. Read are those drawn ahead, and these but for the next ahead.
+        """
 
 
 def page_table(branches: Sequence[BranchState], width: int = 0, rows: int = 0, unused: int = 0) -> np.ndarray:
@@ -107,7 +132,8 @@ def page_table(branches: Sequence[BranchState], width: int = 0, rows: int = 0, u
     lengths = np.array([len(b.pages) for b in branches])
     table = np.full((max(rows, len(branches)), max(width, int(lengths.max()))), unused, dtype=np.int32)
     held = np.arange(table.shape[1]) < lengths[:, None]
-    table[: len(branches)][held] = np.fromiter(chain.from_iterable(b.pages for b in branches), np.int32)
+    pages = chain.from_iterable([b.pages for b in branches])
+    table[: len(branches)][held] = np.fromiter(pages, np.int32, lengths.sum())
     return table
 
 

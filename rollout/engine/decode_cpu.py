@@ -8,7 +8,7 @@ import torch
 from duologue.kernels.paged_decoder import PagedDecoder
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter
-from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
+from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, Read, page_table, sampling_settings
 from duologue.rollout.engine.sequence import Request
 
 
@@ -31,7 +31,7 @@ class NativeLoop(DecodeLoop):
         """Until the first one ends."""
         return min(self.steps, *left)
 
-    def run(self, requests: Sequence[Request], steps: int) -> DecodedSteps:
+    def run(self, requests: Sequence[Request], steps: int) -> Read:
         assert self.kv is not None
         branches = [r.branch for r in requests]
         position = torch.tensor([b.n_cached + 1 for b in branches])
@@ -46,4 +46,5 @@ class NativeLoop(DecodeLoop):
             steps,
         )
         numbers = (tokens.numpy(), logprobs.numpy(), entropies.numpy())
-        return DecodedSteps(*numbers, support_sizes.numpy(), support_ids.numpy())
+        decoded = DecodedSteps(*numbers, support_sizes.numpy(), support_ids.numpy())
+        return lambda: decoded

@@ -1,124 +1,54 @@
-"""Decoding k steps with all state on the device, so that the host reads once per k steps.
+"""Decoding k steps with all state on the device, so that the host reads once per k steps, and late.
 
-Each step reads and writes buffers of fixed size: the token of every row, its position, block table, sampling
-parameters and whether it has stopped. So a step is the same launches every time, captured once per batch size
-and replayed as a CUDA graph, with the sampler in it. Pages for all steps are reserved before; a row that
-stops early goes on writing to a page that nobody reads.
+Each step reads and writes buffers of fixed size: the token of every row, its position, block table and
+sampling parameters. So a step is the same launches every time, captured once per batch size and replayed as a
+CUDA graph, with the sampler in it. Pages for all steps are reserved before; a row that stops early goes on
+writing to a page that nobody reads.
 
-Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row, S stop tokens, M support ids.
+The last steps of a call are not waited for: while the device takes them the host enters what the others drew,
+plans and launches the next call, whose rows go on from where the device has them.
+
+    host      launch 8, wait for 6      | enter 6, plan, launch 8, wait for 2 + 6  | enter 8, plan, ...
+    device     1 2 3 4 5 6 (to the host)  7 8             1 2 3 4 5 6 (to the host)  7 8
+
+A row that ends, or is to be taken by a plain step, forfeits what was drawn for it and not entered: any draw
+follows from the request's seed and the position, so it is the same again.
+
+Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
-from duologue.kernels import backend, ops, transfer
+from duologue.kernels import backend, ops
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
-from duologue.rollout.engine.decode import DecodedSteps, DecodeLoop, page_table, sampling_settings
+from duologue.rollout.engine.buckets import STOPPED, STOPS, Arrays, Bucket, Reading, Rows, settings_arrays
+from duologue.rollout.engine.decode import DecodeLoop, Read, page_table
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
 from torch import Tensor
 
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows
 WIDTHS = (16, 64, 256, 1024, 4096, 1 << 20)  # pages of a row
-SUPPORT_IDS = 512  # of a truncated draw that a step holds; with more a plain step draws that token again
-STOPS = 16
-UNUSED = (1.0, 0, 1.0, 0.0, 0)  # settings of a row without a request
+HELD = 2  # steps that run while the host works: two take a GPU longer than the host takes for eight
 
 
-class _Rows(NamedTuple):
-    """What a step knows of each of B rows, of which those without a request have stopped; and of their
-    shared prefixes, where some have one (see `shared_groups`). Parts of one buffer, which is filled by one
-    copy.
-    """
+@dataclass(slots=True)
+class _Flight:
+    """Steps that the device takes, or has taken, while the host enters what was drawn before."""
 
-    token: Tensor  # [B]
-    position: Tensor  # [B]
-    last: Tensor  # [B] the position of the last token to draw
-    done: Tensor  # [B] bool
-    stops: Tensor  # [B, S] -1 for none
-    table: Tensor  # [B, W] int32
-    temperature: Tensor  # [B], as the others of `sampling_settings`
-    top_k: Tensor
-    top_p: Tensor
-    min_p: Tensor
-    seed: Tensor
-    step_index: Tensor  # [1] where the next draws go
-    starts: Tensor | None = None  # [B + 1] int32
-    shared: Tensor | None = None  # [B] int32
-
-
-Arrays = dict[str, np.ndarray]
-
-
-def _settings(requests: Sequence[Request], B: int) -> Arrays:
-    """What of `_Rows` does not change while the requests are the same."""
-    n = len(requests)
-    stops = np.full((B, STOPS), -1)
-    for row, request in zip(stops, requests, strict=False):
-        row[: len(request.stop_token_ids)] = sorted(request.stop_token_ids)
-    names = ("temperature", "top_k", "top_p", "min_p", "seed")
-    settings = dict(zip(names, (x.numpy() for x in sampling_settings(requests)), strict=True))
-    unused = dict(zip(names, UNUSED, strict=True))
-    filled = {
-        name: np.concatenate((values, np.full(B - n, unused[name], values.dtype)))
-        for name, values in settings.items()
-    }
-    return {"done": np.arange(B) >= n, "stops": stops, **filled}
-
-
-class _Bucket:
-    """Buffers on a device for rows like `arrays`; `step` replays or runs one step on them."""
-
-    def __init__(self, arrays: Arrays, k: int, truncated: bool, device: torch.device) -> None:
-        B = len(arrays["token"])
-        self.pin = device.type == "cuda"
-        # Zeros, for a graph's warm-up runs before they are filled, and reads the embedding of `token`.
-        self._memory = torch.zeros_like(transfer.joined(arrays, pin=False), device=device)
-        self.rows = _Rows(**transfer.parts(self._memory, arrays))
-        starts, shared = self.rows.starts, self.rows.shared
-        self.groups = None if starts is None or shared is None else (starts, shared)
-        self.cu_seqlens = torch.arange(B + 1, dtype=torch.int32, device=device)
-        self.step_index = self.rows.step_index
-        self.support_limit = SUPPORT_IDS if truncated else 1
-        self._drawn: Arrays = {
-            "token": np.zeros((k, B), np.int64),
-            "logprob": np.zeros((k, B), np.float32),
-            "entropy": np.zeros((k, B), np.float32),
-            "support_size": np.zeros((k, B), np.int32),
-        }
-        self._out = torch.zeros_like(transfer.joined(self._drawn, pin=False), device=device)
-        self._support_ids = torch.zeros((k, B, self.support_limit), dtype=torch.int32, device=device)
-        out = transfer.parts(self._out, self._drawn)
-        size = out.pop("support_size")
-        # In the order of what `ops.sample_bounded` returns.
-        self.out = {**out, "support_ids": self._support_ids, "support_size": size}
-        self.step: Callable[[], None]
-
-    def fill(self, arrays: Arrays) -> None:
-        """By one copy, which nobody waits for."""
-        self._memory.copy_(transfer.joined(arrays, self.pin), non_blocking=True)
-
-    def read(self, steps: int, n: int) -> DecodedSteps:
-        """What the first n rows drew in the first steps, by one copy, and another where a draw was
-        truncated.
-        """
-        began = time.perf_counter()
-        out = transfer.parts(self._out.to("cpu", copy=True), self._drawn)
-        seconds = time.perf_counter() - began
-        tokens, logprobs, entropies, sizes = (x[:steps, :n].numpy() for x in out.values())
-        support_sizes = np.where(sizes > self.support_limit, -1, sizes)
-        support_ids = np.empty(0, np.int32)
-        if support_sizes.any():
-            ids = self._support_ids[:steps, :n].cpu().numpy()
-            support_ids = ids[np.arange(ids.shape[2]) < support_sizes[..., None]]
-        return DecodedSteps(tokens, logprobs, entropies, support_sizes, support_ids, seconds)
+    rows: dict[Request, int]
+    steps: int
+    reading: Reading
+    state: Tensor  # [2, B] of its bucket
 
 
 class DeviceLoop(DecodeLoop):
@@ -133,10 +63,12 @@ class DeviceLoop(DecodeLoop):
         super().__init__(model, adapters, steps)
         self.scratch = scratch
         self.capture = capture
+        self.held = HELD if capture else 0  # without a device of its own nothing runs beside the host
+        self._flight: _Flight | None = None
         self.device = model.head_weight.device
         self.page_size = 0
         self._address = 0
-        self._buckets: dict[tuple[tuple[int, ...], bool, int, bool], _Bucket] = {}
+        self._buckets: dict[tuple[tuple[int, ...], bool, int, bool], Bucket] = {}
         self._known: list[Request] = []  # of the last call, whose settings are in `_settings`
         self._settings: Arrays = {}
         self._memory: Any = None  # one pool for all graphs: they never run at the same time
@@ -153,16 +85,21 @@ class DeviceLoop(DecodeLoop):
         self._address = kv.data_ptr()
         self.page_size = kv.shape[3]
 
+    def leave(self) -> None:
+        super().leave()
+        self._flight = None
+
     def forget(self) -> None:
         """The pool goes with its graphs: a dead one may not be captured into."""
         self._buckets.clear()
         self._memory = None
+        self._flight = None
 
     def takes(self, requests: Sequence[Request]) -> bool:
         return (
             super().takes(requests)
             and len(requests) <= BUCKETS[-1]
-            and not any(r.plain or len(r.stop_token_ids) > STOPS for r in requests)
+            and max(len(r.stop_token_ids) for r in requests) <= STOPS
         )
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
@@ -170,64 +107,108 @@ class DeviceLoop(DecodeLoop):
         ahead: list[Work] = []
         others: list[Work] = []
         for work in works:
-            decodes = work.samples and work.n_tokens == 1 and self.takes([work.request])
-            (ahead if decodes else others).append(work)
+            request = work.request
+            decodes = work.samples and work.n_tokens == 1 and not (request.plain or request.guided)
+            (ahead if decodes and len(request.stop_token_ids) <= STOPS else others).append(work)
         apart = self.capture and ahead and others and self.takes([w.request for w in ahead])
         return [others, ahead] if apart else [works]
 
     def reach(self, left: Sequence[int]) -> int:
         """Until the last one ends, for a row that has stopped costs nothing more."""
-        return min(self.steps, max(left))
+        return max(0, min(self.steps, max(left)))
 
     @torch.no_grad()
-    def run(self, requests: Sequence[Request], steps: int) -> DecodedSteps:
-        bucket = self._filled(requests)
-        for _ in range(steps):
+    def run(self, requests: Sequence[Request], steps: int) -> Read:
+        before, self._flight = self._flight, None
+        source = np.full(len(requests), -1)
+        if before is not None:
+            source[:] = [before.rows[r] if r.ahead else -1 for r in requests]
+            for request in before.rows:
+                request.ahead = 0
+        goes_on = source >= 0
+        if before is None or not goes_on.any():
+            return self._launch(requests, steps, source, None, np.zeros_like(source))
+        earlier = partial(before.reading.decoded, np.maximum(source, 0), goes_on)
+        if steps == 0:
+            return earlier
+        drawn = goes_on * before.steps
+        first = before.steps - drawn
+        later = self._launch(requests, steps, source, before.state, drawn)
+        return lambda: earlier().then(later(), first)
+
+    def _launch(
+        self,
+        requests: Sequence[Request],
+        steps: int,
+        source: np.ndarray,
+        state: Tensor | None,
+        drawn: np.ndarray,
+    ) -> Read:
+        """Steps that go on from the rows `source` [n] of a bucket's `state`, where `drawn` [n] are unread."""
+        bucket = self._filled(requests, source, state)
+        left = np.array([r.n_left for r in requests]) - drawn
+        read = steps if left.max() <= steps else max(1, steps - self.held)
+        for _ in range(read):
             bucket.step()
-        return bucket.read(steps, len(requests))
+        reading = bucket.send(0, read)
+        if read < steps:
+            for _ in range(read, steps):
+                bucket.step()
+            rows = {request: row for row, request in enumerate(requests)}
+            self._flight = _Flight(rows, steps - read, bucket.send(read, steps), bucket.rows.state)
+            for request in requests:
+                request.ahead = steps - read
+        return partial(reading.decoded, slice(len(requests)))
 
     # ---- buffers -----------------------------------------------------------------------------------------
 
-    def _filled(self, requests: Sequence[Request]) -> _Bucket:
-        """The bucket for these requests, with their state in its first rows; the others are stopped."""
+    def _filled(
+        self, requests: Sequence[Request], source: np.ndarray | None = None, state: Tensor | None = None
+    ) -> Bucket:
+        """The bucket for these requests, with their state in its first rows; the others have stopped."""
         branches = [r.branch for r in requests]
         size = next(b for b in BUCKETS if b >= len(requests))
         width = next(w for w in WIDTHS if w >= max(len(b.pages) for b in branches))
         width = min(width, -(-self.model.config.max_position_embeddings // self.page_size) + 1)
         arrays = self._arrays(requests, size, width)
+        if source is not None:
+            arrays["source"][: len(source)] = np.maximum(source, 0)
+            arrays["goes_on"][: len(source)] = source >= 0
         truncated = any(r.params.truncates for r in requests)
         bucket = self._bucket(arrays, truncated, branches[0].adapter)
-        bucket.fill(arrays)
+        bucket.fill(arrays, state)
         return bucket
 
     def _arrays(self, requests: Sequence[Request], B: int, W: int) -> Arrays:
-        """The state of the requests as `_Rows` has it."""
-        if list(requests) != self._known or len(self._settings["done"]) != B:
-            self._known, self._settings = list(requests), _settings(requests, B)
+        """The state of the requests as `Rows` has it, none of which goes on from a bucket before."""
+        if list(requests) != self._known or len(self._settings["stops"]) != B:
+            self._known, self._settings = list(requests), settings_arrays(requests, B)
         branches = [r.branch for r in requests]
         n = len(requests)
-        numbers = np.zeros((3, B), np.int64)
-        numbers[0, :n] = [b.token_ids[-1] for b in branches]
-        numbers[1, :n] = cached = [b.n_cached for b in branches]
-        numbers[2, :n] = [r.n_left for r in requests]
-        numbers[2, :n] += numbers[1, :n] - 1
+        state, last = np.ones((2, B), np.int64), np.zeros(B, np.int64)
+        state[0, :n] = [b.token_ids[-1] for b in branches]
+        state[1, :n] = cached = np.array([b.n_cached for b in branches])
+        last[:n] = cached - 1 + [r.n_left for r in requests]
         by_name = {
-            **dict(zip(("token", "position", "last"), numbers, strict=True)),
             **self._settings,
+            "state": state,
+            "source": np.zeros(B, np.int64),
+            "goes_on": np.zeros(B, bool),
+            "last": last,
             "table": page_table(branches, W, B, self.scratch),
             "step_index": np.zeros(1, np.int64),
         }
-        arrays = {name: by_name[name] for name in _Rows._fields if name in by_name}
+        arrays = {name: by_name[name] for name in Rows._fields if name in by_name}
         assert self.kv is not None
         if backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
-            groups = shared_groups([b.pages for b in branches], cached, self.page_size, B)
+            groups = shared_groups(by_name["table"][:n], cached, self.page_size, B)
             arrays |= {} if groups is None else {"starts": groups[0], "shared": groups[1]}
         return arrays
 
-    def _bucket(self, arrays: Arrays, truncated: bool, adapter: int) -> _Bucket:
+    def _bucket(self, arrays: Arrays, truncated: bool, adapter: int) -> Bucket:
         key = arrays["table"].shape, truncated, adapter, "starts" in arrays
         if key not in self._buckets:
-            bucket = _Bucket(arrays, self.steps, truncated, self.device)
+            bucket = Bucket(arrays, self.steps, truncated, self.device)
             lora = self.adapters[adapter]
             step = self._step_of(bucket, truncated, AdapterRows([] if lora is None else [(lora, None)]))
             bucket.step = self._captured(bucket, step) if self.capture else step
@@ -236,12 +217,14 @@ class DeviceLoop(DecodeLoop):
 
     # ---- one step ----------------------------------------------------------------------------------------
 
-    def _step_of(self, bucket: _Bucket, truncated: bool, lora: AdapterRows) -> Callable[[], None]:
+    def _step_of(self, bucket: Bucket, truncated: bool, lora: AdapterRows) -> Callable[[], None]:
         model, size = self.model, self.page_size
 
         def step() -> None:
             assert self.kv is not None
-            token, position, last, done, stops, table = bucket.rows[:6]
+            rows = bucket.rows
+            (token, position), table = rows.state, rows.table
+            done = position > rows.last
             at = torch.where(done, 0, position)
             page = table.gather(1, (at // size).unsqueeze(1)).squeeze(1).long()
             attention = PagedAttention(
@@ -253,8 +236,8 @@ class DeviceLoop(DecodeLoop):
                 scale=model.scale,
                 groups=bucket.groups,
             )
-            hidden = model.hidden(token, position, attention, lora)
-            settings = (*bucket.rows[6:11], position + 1)
+            hidden = model.hidden(token, at, attention, lora)
+            settings = (rows.temperature, rows.top_k, rows.top_p, rows.min_p, rows.seed, at + 1)
             drawn: tuple[Tensor, ...]
             if truncated:
                 drawn = ops.sample_bounded(model.head(hidden), *settings, bucket.support_limit)
@@ -265,15 +248,15 @@ class DeviceLoop(DecodeLoop):
             for buffer, value in zip(bucket.out.values(), drawn, strict=False):
                 buffer.index_copy_(0, bucket.step_index, value.to(buffer.dtype).unsqueeze(0))
             bucket.step_index.add_(1)
-            token.copy_(torch.where(done, token, drawn[0]))
-            position.add_((~done).long())
-            done.logical_or_((token.unsqueeze(1) == stops).any(1) | (position > last))
+            token.copy_(drawn[0])
+            stopped = (token.unsqueeze(1) == rows.stops).any(1)
+            position.copy_(torch.where(stopped, STOPPED, position + 1))
 
         return step
 
-    def _captured(self, bucket: _Bucket, step: Callable[[], None]) -> Callable[[], None]:
+    def _captured(self, bucket: Bucket, step: Callable[[], None]) -> Callable[[], None]:
         """The step as a graph. It runs before on the stream of the capture, all rows stopped."""
-        bucket.rows.done.fill_(True)
+        bucket.rows.state[1].fill_(STOPPED)
         bucket.rows.table.fill_(self.scratch)
         limit = self.model.config.max_position_embeddings
         self.model.rotary_tables(torch.tensor([limit - 1], device=self.device))  # whole: no step makes them

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
-from itertools import chain
 from operator import attrgetter
 
 from duologue.model.decoder import Decoder
@@ -27,13 +26,13 @@ from duologue.rollout.engine.checks import (
     check_ids,
     check_sizes,
     check_stop_strings,
-    says_stop,
 )
-from duologue.rollout.engine.decode import DecodedSteps
+from duologue.rollout.engine.decode import DecodedSteps, Read
+from duologue.rollout.engine.entry import enter_draws, enter_prefill
 from duologue.rollout.engine.pages import CACHE_TOKENS, PagePool
 from duologue.rollout.engine.runner import Runner, measured_tokens
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
-from duologue.rollout.engine.sequence import BranchState, Completion, Draws, Request, SamplingParams
+from duologue.rollout.engine.sequence import BranchState, Completion, Request, SamplingParams
 
 _VERSION = attrgetter("_version")  # torch counts the writes into a tensor
 
@@ -265,79 +264,52 @@ class Engine:
         works = self._scheduler.plan()
         if not works:
             return []
-        pages = chain.from_iterable(w.request.branch.pages for w in works)
-        assert {*map(self.pool.version.__getitem__, pages)} == {self.weights_version}, "KV of other weights"
-        finished: list[Request] = []
-        runner = self._runner
-        for part in [works] if runner.loop is None else runner.loop.parts(works):
-            steps = self._steps_ahead(part)
-            decoded = runner.decode(part, steps) if steps else runner.execute(part, self._allowed(part))
-            finished += self._take_all(part, decoded, ahead=steps > 0)
-        return finished
-
-    def _steps_ahead(self, works: list[Work]) -> int:
-        """Steps without a host sync in between; reserves the pages of all. 0 when a plain step must do."""
+        assert self.pool.all_present([w.request.branch for w in works]), "KV of other weights"
         loop = self._runner.loop
+        launched = [self._launch(part) for part in ([works] if loop is None else loop.parts(works))]
+        return [request for part, read, ahead in launched for request in self._take_all(part, read(), ahead)]
+
+    def _launch(self, works: list[Work]) -> tuple[list[Work], Read, bool]:
+        """Put works on their way: how to read what comes of them, and whether in several steps."""
+        steps = self._steps_ahead(works)
+        if steps is None:
+            return works, self._runner.execute(works, self._allowed(works)), False
+        return works, self._runner.decode(works, steps), True
+
+    def _steps_ahead(self, works: list[Work]) -> int | None:
+        """Steps without a host sync in between; reserves the pages of all. None when a plain step must do."""
+        loop = self._runner.loop
+        if loop is None or not all(w.n_tokens == 1 and w.samples for w in works):
+            return None
         requests = [w.request for w in works]
-        if loop is None or not loop.takes(requests):
-            return 0
-        if not all(w.samples and w.n_tokens == 1 for w in works):
-            return 0
-        steps = loop.reach([r.n_left for r in requests])
-        reserved = all(self._scheduler.grow(r.branch, min(steps, r.n_left)) for r in requests)
-        return steps if steps > 1 and reserved else 0
+        if not loop.takes(requests):
+            return None
+        steps = loop.reach([r.n_left - r.ahead for r in requests])
+        if steps <= 1 and not any(r.ahead for r in requests):
+            return None
+        reserved = self._scheduler.reserve((r.branch, min(r.ahead + steps, r.n_left)) for r in requests)
+        return steps if reserved else None
 
     def _take_all(self, works: list[Work], decoded: DecodedSteps, ahead: bool) -> list[Request]:
         """Enter what was computed and drawn; the requests that are finished."""
         finished: list[Request] = []
         taken = 0
         draws = iter(decoded.rows())
+        pool = self.pool
         for work in works:
-            request = work.request
-            taken += self._take(work, next(draws)) if work.samples else self._take_prefill(work)
+            request, branch = work.request, work.request.branch
+            if work.samples:
+                taken += enter_draws(work, next(draws), pool, self._decode)
+            else:
+                taken += enter_prefill(work, pool)
             if request.done:
                 finished.append(request)
                 self._detach(request)
-            elif ahead and len(request.branch.pages) > self.pool.pages_for(request.branch.n_cached):
-                self.pool.trim(request.branch, request.branch.n_cached)
+            elif ahead and not request.ahead and len(branch.pages) > pool.pages_for(branch.n_cached):
+                pool.trim(branch, branch.n_cached)
         self._scheduler.count_ahead(len(works), len(decoded), taken)
         self.stats.waited_seconds += decoded.seconds
         return finished
-
-    def _take_prefill(self, work: Work) -> int:
-        """Enter the KV of a work that draws nothing; the steps that count."""
-        request = work.request
-        self.pool.computed(request.branch, work.n_tokens)
-        request.done = request.prefill_only and request.n_todo == 0
-        return 1
-
-    def _take(self, work: Work, draws: Draws) -> int:
-        """Enter one work's KV and draws as far as they count; the steps that do."""
-        request = work.request
-        completion = request.completion
-        if completion.error:
-            self.pool.computed(request.branch, work.n_tokens)
-            request.finish("error")
-            return 1
-        n_left = request.n_left
-        tokens = draws.tokens[: min(draws.n_known, n_left)]
-        reason = "length" if len(tokens) == n_left else ""
-        if not request.stop_token_ids.isdisjoint(tokens):
-            last = next(i for i, token in enumerate(tokens) if token in request.stop_token_ids)
-            tokens = tokens[: last + 1]
-            reason = "stop"
-        n = len(tokens)
-        request.branch.token_ids += tokens
-        completion.add(draws, n)
-        self.pool.computed(request.branch, n * work.n_tokens)
-        if says_stop(completion.token_ids, request.params.stop_strings, self._decode):
-            reason = "stop"
-        if reason:
-            request.finish(reason)
-        request.plain = not reason and n < len(
-            draws.tokens
-        )  # its whole support is drawn by a step of its own
-        return n
 
     def _allowed(self, works: list[Work]) -> dict[int, Ids[int]]:
         """The allowed ids of the sampling rows that are restricted."""

@@ -8,6 +8,11 @@ the tensors that the numbers index belong to the runner.
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from itertools import chain
+
+import numpy as np
 from duologue.rollout.engine.sequence import BranchState
 
 CACHE_TOKENS = 65_536  # of a pool whose size nobody names
@@ -23,7 +28,7 @@ class PagePool:
         self.page_size = page_size
         self.refcount = [0] * n_pages
         self.weights_version = 0  # of the weights at present
-        self.version = [0] * n_pages  # of the weights that each page was written with
+        self.version = array("q", bytes(8 * n_pages))  # of the weights that each page was written with
         self._by_key: dict[Key, int] = {}
         self._keys: dict[int, Key] = {}
         self._free = list(range(n_pages - 1, -1, -1))  # a stack: the most recently freed page is the warmest
@@ -78,6 +83,11 @@ class PagePool:
         """The page is not to be found any more: it is free, or its tail will be written anew."""
         if (key := self._keys.pop(page, None)) is not None:
             del self._by_key[key]
+
+    def all_present(self, branches: Sequence[BranchState]) -> bool:
+        """Whether all pages of these were written with the present weights."""
+        pages = np.fromiter(chain.from_iterable([b.pages for b in branches]), np.int64)
+        return bool((np.frombuffer(self.version, np.int64)[pages] == self.weights_version).all())
 
     # ---- the pages of a branch ---------------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ D head dim, H hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from duologue.rollout.engine.attention import PagedAttention, shared_groups
 from duologue.rollout.engine.decode import (
     DecodedSteps,
     DecodeLoop,
+    Read,
     RequestSettings,
     page_table,
     sampling_settings,
@@ -57,6 +59,19 @@ def measured_tokens(model: Decoder, page_size: int) -> int:
             "rollout.cache_tokens after freeing memory"
         )
     return tokens
+
+
+def _read(samples: Samples, candidates: dict[int, list[float]]) -> DecodedSteps:
+    """A step that has one draw for each row."""
+    token, logprob, entropy, support_ids, offsets = samples
+    return DecodedSteps(
+        token.cpu().numpy()[None],
+        logprob.cpu().numpy()[None],
+        entropy.cpu().numpy()[None],
+        np.diff(offsets.cpu().numpy())[None],
+        support_ids.cpu().numpy(),
+        candidate_logprobs=candidates,
+    )
 
 
 class Runner:
@@ -117,9 +132,11 @@ class Runner:
         return self._kv
 
     def release_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # steps of rows that were cancelled may still run
         self._kv = None
         if self.loop is not None:
-            self.loop.kv = None
+            self.loop.leave()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -132,28 +149,25 @@ class Runner:
         self.kv[:, :, target].copy_(self.kv[:, :, source])
 
     @torch.no_grad()
-    def execute(self, works: list[Work], allowed: dict[int, Ids[int]]) -> DecodedSteps:
-        """One step: all works' KV, and a draw for those that sample; `allowed` restricts rows of these."""
+    def execute(self, works: list[Work], allowed: dict[int, Ids[int]]) -> Read:
+        """Launch one step: all works' KV, and a draw for those that sample; `allowed` restricts some rows.
+
+        What a loop drew ahead for them is forfeited.
+        """
+        for work in works:
+            work.request.ahead = 0
         token_ids, positions, attention, last = self._inputs(works)
         hidden_NH = self._hidden(token_ids, positions, attention, last, self._adapter_rows(works))
         if len(last) == 0:
             nothing = np.zeros((1, 0))
-            return DecodedSteps(nothing, nothing, nothing, nothing, nothing[0])
+            return lambda: DecodedSteps(nothing, nothing, nothing, nothing, nothing[0])
         settings = self._sampling(works)
         if allowed:
-            token, logprob, entropy, support_ids, offsets = self._restricted(hidden_NH, settings, allowed)
+            samples = self._restricted(hidden_NH, settings, allowed)
         else:
-            token, logprob, entropy, support_ids, offsets = ops.linear_sample(
-                hidden_NH, self.model.head_weight, *settings, exact=self.model.exact
-            )
-        return DecodedSteps(
-            token.cpu().numpy()[None],
-            logprob.cpu().numpy()[None],
-            entropy.cpu().numpy()[None],
-            np.diff(offsets.cpu().numpy())[None],
-            support_ids.cpu().numpy(),
-            candidate_logprobs=self._candidates(hidden_NH, [w.request for w in works if w.samples]),
-        )
+            samples = ops.linear_sample(hidden_NH, self.model.head_weight, *settings, exact=self.model.exact)
+        candidates = self._candidates(hidden_NH, [w.request for w in works if w.samples])
+        return partial(_read, samples, candidates)
 
     def _candidates(self, hidden_NH: Tensor, requests: list[Request]) -> dict[int, list[float]]:
         """The log-probs of the ids that rows ask for, as training takes them, to the bit."""
@@ -200,8 +214,8 @@ class Runner:
         offsets = np.cumsum([0, *map(len, supports)])
         return self._tensor(np.concatenate(supports)), self._tensor(offsets)
 
-    def decode(self, works: list[Work], steps: int) -> DecodedSteps:
-        """`steps` tokens for each of works that the loop takes, with one host sync at the end."""
+    def decode(self, works: list[Work], steps: int) -> Read:
+        """Launch `steps` for works that the loop takes, with one host sync at the end."""
         assert self.loop is not None
         assert self.kv is not None  # taken again after `release_memory`
         return self.loop.run([w.request for w in works], steps)
@@ -251,8 +265,7 @@ class Runner:
         groups = None
         decodes_only = ends[-1] == len(works)
         if decodes_only and backend.triton(self.kv):  # the C++ kernels see by themselves what rows share
-            cached = [b.n_cached for b in branches]
-            groups = shared_groups([b.pages for b in branches], cached, self.page_size, len(works))
+            groups = shared_groups(pages, start, self.page_size, len(works))
         attention = PagedAttention(
             kv=self.kv,
             slots=self._tensor(slots),

@@ -82,12 +82,15 @@ class Scheduler:
         """
         works: list[Work] = []
         budget = self.max_step_tokens
+        page_size = self.pool.page_size
         self.running.sort(key=lambda r: r.n_todo > 1)  # decode first: its latency is every dialogue's latency
         queue = deque(self.running)
         while queue and budget > 0:
             request = queue.popleft()
+            branch = request.branch
             n = min(request.n_todo, budget)
-            if self._grow_or_preempt(request, n, queue):
+            fits = branch.n_cached + n <= len(branch.pages) * page_size
+            if fits or self._grow_or_preempt(request, n, queue):
                 works.append(self._work(request, n))
                 budget -= n
         if self.waiting and not queue:
@@ -160,8 +163,18 @@ class Scheduler:
         self.stats.preemptions += 1
         self.running.remove(victim)
         victim.preempted = True
+        victim.ahead = 0
         self.waiting.appendleft(victim)
         self.pool.release(victim.branch)
+
+    def reserve(self, wanted: Iterable[tuple[BranchState, int]]) -> bool:
+        """Pages for so many more tokens of each; False when that is not enough."""
+        page_size = self.pool.page_size
+        for branch, n in wanted:
+            fits = branch.n_cached + n <= len(branch.pages) * page_size
+            if not fits and not self.grow(branch, n):
+                return False
+        return True
 
     def grow(self, branch: BranchState, n_tokens: int) -> bool:
         """Pages for `n_tokens` more tokens, evicting those who do not run; False when that is not enough."""

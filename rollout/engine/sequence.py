@@ -89,6 +89,10 @@ class Draws:
     support_ids: array[int]  # of one support after the other, each ascending
     candidate_logprobs: Ids[float] = ()  # of SamplingParams.candidates, where they were asked for
 
+    def drop(self, n: int) -> None:
+        """The first `n`, which have no supports."""
+        del self.tokens[:n], self.logprobs[:n], self.entropies[:n], self.support_sizes[:n]
+
     @property
     def n_known(self) -> int:
         """Draws before the first whose support is not known: a plain step must draw that token again."""
@@ -114,8 +118,11 @@ class Completion:
         self.token_ids += draws.tokens[:n]
         self.logprobs += draws.logprobs[:n]
         self.entropies += draws.entropies[:n]
-        self.supports.extend(Supports(sizes, draws.support_ids[: sum(sizes)]))
-        self.candidate_logprobs += draws.candidate_logprobs if n else ()
+        self.supports.sizes += sizes
+        if draws.support_ids:
+            self.supports.ids += draws.support_ids[: sum(sizes)]
+        if n and draws.candidate_logprobs:
+            self.candidate_logprobs += draws.candidate_logprobs
 
 
 @dataclass(slots=True, eq=False)
@@ -148,7 +155,13 @@ class Request:
     prefill_only: bool = False  # compute the KV of the context and sample nothing
     done: bool = False
     preempted: bool = False
-    plain: bool = False  # its next token must be drawn by a step of its own: its support is large
+    plain: bool = field(init=False)  # its next token must be drawn by a step of its own
+    ahead: int = 0  # tokens that a loop has drawn beyond those that are entered, into pages that are reserved
+    guided: bool = field(init=False)  # the host looks at each token before the next is drawn
+
+    def __post_init__(self) -> None:
+        self.plain = bool(self.params.candidates)  # and later where a support does not fit the loop
+        self.guided = self.params.allow is not None or bool(self.params.stop_strings)
 
     @property
     def n_left(self) -> int:
