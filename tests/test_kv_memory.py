@@ -225,7 +225,7 @@ def test_graphs_outlive_updates(driver: Driver, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
     monkeypatch.setattr(DeviceLoop, "_captured", lambda loop, bucket, step: captured.append(bucket) or step)
     model = decoder(vocab_size=70)
-    engine = Engine(model, cache_tokens=1024, decode_steps=4)
+    engine = Engine(model, cache_tokens=1024, decode_steps=4, max_batch=7)
     loop: Any = engine._runner.loop
     loop.capture, loop.held = True, 2
     engine.release_memory()
@@ -243,6 +243,8 @@ def test_graphs_outlive_updates(driver: Driver, monkeypatch: pytest.MonkeyPatch)
         with torch.no_grad():
             model.head_weight.mul_(1.1)
     assert len(n_graphs) == 1
+    sizes = [len(bucket.rows.last) for bucket in captured]
+    assert sizes[0] == max(sizes) == 8  # so that the others find its memory
     assert len(loop._buckets) == n_graphs.pop() > 1
     assert driver.calls["cuMemCreate"] == 3
     del engine, loop

@@ -88,6 +88,7 @@ class Runner:
         n_pages: int,
         page_size: int,
         decode_steps: int | None,
+        max_batch: int = 1,
     ) -> None:
         config = model.config
         self.model = model
@@ -109,7 +110,7 @@ class Runner:
         if decode_steps > 1 and self.layers is not None:
             self.loop = NativeLoop(model, self.layers, adapters, decode_steps)
         elif decode_steps > 1:
-            self.loop = DeviceLoop(model, adapters, scratch, decode_steps, on_cuda)
+            self.loop = DeviceLoop(model, adapters, scratch, decode_steps, on_cuda, max_batch)
         if not on_cuda:  # where it is taken by the first request, for imitation and updates come before it
             assert self.kv is not None  # what does not fit is said at once
 
