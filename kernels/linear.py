@@ -37,7 +37,7 @@ def forward(
         from duologue.kernels.gpu import linear as gpu_linear
 
         return gpu_linear.forward(x, weight, bias, out, exact)
-    M = x.numel() // max(K, 1)
+    M = out.numel() // max(O, 1)
     lib().linear(*pointers(x, weight, bias, out), M, O, K, DTYPES[x.dtype], DTYPES[out.dtype])
     return out
 

@@ -182,6 +182,8 @@ def test_bad_arguments_are_named(call: Any, message: str) -> None:
 
 def test_empty_batches_work() -> None:
     assert ops.linear(torch.ones(0, 3), torch.ones(4, 3)).shape == (0, 4)
+    bias = torch.arange(40.0)
+    assert torch.equal(ops.linear(torch.ones(70, 0), torch.ones(40, 0), bias), bias.expand(70, 40))
     assert ops.rms_norm(torch.ones(0, 3), torch.ones(3), 1e-6).shape == (0, 3)
     assert ops.silu_mul(torch.ones(0, 3), torch.ones(0, 3)).shape == (0, 3)
 
