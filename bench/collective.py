@@ -107,7 +107,8 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("run", type=Path, help="its directory, which must not exist")
+    parser.add_argument("run", type=Path, help="its directory")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     parser.add_argument("--measured", action="store_true", help="the run is there and has ended: measure it")
     parser.add_argument("--judge", choices=["policy", "words"], default="policy")
     parser.add_argument("--save", action="store_true", help="append to bench/results/collective.csv")
@@ -118,7 +119,7 @@ def main(argv: list[str]) -> int:
     if not args.measured:
         with judge(args.judge) as backend:
             command = ["train", "collective-agency", f"model.path={args.model}", *backend, *said]
-            if status := duologue([*command, "--run-dir", str(args.run)]):
+            if status := duologue([*command, "--run-dir", str(args.run), *["--resume"] * args.resume]):
                 return status
     summary = json.loads((args.run / "summary.json").read_text("utf-8"))
     row: dict[str, Any] = {"judge": args.judge, "seed": summary["seed"], "steps": summary["steps"]}

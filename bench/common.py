@@ -19,6 +19,7 @@ from duologue.kernels import ops
 from duologue.model.atomic import write_file
 from torch import Tensor
 
+CYCLES = 2e9  # of a GPU's clock per second, about
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -31,19 +32,20 @@ def calls(
     warm_up: float = 0.01,
     device: str = "cpu",
 ) -> list[float]:
-    """Seconds of each of `fewest` to `most` calls, sorted; about `seconds` for all of them. By events on a
-    GPU.
+    """Seconds of each of `fewest` to `most` calls, sorted; about `seconds` for all of them. On a GPU by
+    `device_calls`.
 
     Calls in the first `warm_up` seconds, in which threads find their cores, do not count.
     """
-    clock = _seconds if device == "cpu" else _device_seconds
+    if device != "cpu":
+        return device_calls(run, seconds, fewest, most, device)
     ends = time.perf_counter() + warm_up
     while time.perf_counter() < ends:
         run()
     found: list[float] = []
     ends = time.perf_counter() + seconds
     while len(found) < fewest or (len(found) < most and time.perf_counter() < ends):
-        found.append(clock(run))
+        found.append(_seconds(run))
     return sorted(found)
 
 
@@ -53,13 +55,29 @@ def _seconds(run: Callable[[], Any], clock: Callable[[], float] = time.perf_coun
     return clock() - began
 
 
-def _device_seconds(run: Callable[[], Any]) -> float:
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
+def device_calls(run: Callable[[], Any], seconds: float, fewest: int, most: int, device: str) -> list[float]:
+    """Seconds that a GPU takes for each call, sorted, without what the host takes to launch it: all are
+    queued while the GPU sleeps, each between two events. Before each the L2 cache is written over, so that a
+    call reads its inputs from memory.
+    """
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    cache = torch.empty(size, dtype=torch.uint8, device=device)
+    run()  # compiles
+    torch.cuda.synchronize()
+    began = time.perf_counter()
     run()
-    last.record()
-    last.synchronize()
-    return first.elapsed_time(last) / 1e3
+    launched = time.perf_counter() - began
+    torch.cuda.synchronize()
+    n = max(fewest, min(most, int(seconds / (time.perf_counter() - began))))
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(n)]
+    torch.cuda._sleep(int(min(2 * n * launched, 1.0) * CYCLES))
+    for first, last in events:
+        cache.zero_()
+        first.record()
+        run()
+        last.record()
+    torch.cuda.synchronize()
+    return sorted(first.elapsed_time(last) / 1e3 for first, last in events)
 
 
 def take_turns(

@@ -25,7 +25,7 @@ from duologue.kernels import backend
 from duologue.kernels.head import CPU_BYTES, MIN_ROWS, gpu_bytes
 from duologue.model.checkpoint import parse_dtype, read_config
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import empty_decoder
+from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import linears
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from torch import nn
@@ -175,7 +175,7 @@ def make_plan(
     config: Config, shape: ModelConfig, *, ranks: int = 1, memory: int = 0, device: str | None = None
 ) -> Plan:
     """Of each of `ranks`; `memory` of the device says how large a pool is that takes what is free."""
-    r, lora = config.rollout, config.lora
+    r, lora, t = config.rollout, config.lora, config.train
     device = device or config.model.device.partition(":")[0]
     model = empty_decoder(shape)
     itemsize = parse_dtype(config.model.dtype).itemsize
@@ -183,14 +183,12 @@ def make_plan(
     weights = parameters * itemsize
     trained, largest = parameters, max(p.numel() for p in model.parameters())
     if lora.rank:
-        own = {n: w for n, w in linears(model).items() if n.rpartition(".")[2] in lora.targets}
-        sizes = [lora.rank * sum(w.shape) for w in own.values()]
+        sizes = _adapter_sizes(model, config)
         trained, largest = sum(sizes), max(sizes)
         if lora.quantize:
             packed = sum(w.numel() for w in linears(model).values())
             weights -= int(packed * (itemsize - NF4))
         weights += trained * itemsize
-    t = config.train
     sharded = bool(t.shares) or (ranks > 1 and not lora.rank)  # otherwise an adapter is whole on every rank
     parts = ranks if sharded else 1
     tokens = t.tokens_per_microbatch
@@ -223,6 +221,12 @@ def make_plan(
         trained=trained,
     )
     return plan if r.cache_tokens else _with_pool(plan, kv, r.page_size, memory, device)
+
+
+def _adapter_sizes(model: Decoder, config: Config) -> list[int]:
+    """Parameters of the adapter, linear by linear."""
+    own = [w for n, w in linears(model).items() if n.rpartition(".")[2] in config.lora.targets]
+    return [config.lora.rank * sum(w.shape) for w in own]
 
 
 def _with_pool(plan: Plan, kv: int, page_size: int, memory: int, device: str) -> Plan:

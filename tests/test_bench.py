@@ -7,9 +7,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
 SUITE = [sys.executable, str(ROOT / "bench/gpu_suite.py")]
@@ -145,3 +148,39 @@ def test_every_row_of_the_results_has_the_columns_of_its_file() -> None:
         with open(path, newline="") as file:
             header, *rows = csv.reader(file)
         assert all(len(row) == len(header) for row in rows), path.name
+
+
+def test_calls_on_a_gpu_are_queued_with_the_cache_written_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The order of what the host asks for, with a stand-in for CUDA; nothing is waited for in between."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import common
+
+    order: list[Any] = []
+    times = iter((7.0, 3.0, 5.0))
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            order.append("event")
+
+        def elapsed_time(self, last: Event) -> float:
+            return next(times)
+
+    class Flushes(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func.overloadpacket.__name__ == "zero_":
+                order.append(("written", args[0].nbytes))
+            return func(*args, **(kwargs or {}))
+
+    gpu = SimpleNamespace(L2_cache_size=50 << 20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: order.append("wait"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append("sleep") or cycles > 0 or 1 / 0)
+    with Flushes():
+        found = common.calls(lambda: order.append("call"), seconds=0, fewest=3, device="meta")
+    assert found == [0.003, 0.005, 0.007]
+    one = [("written", 100 << 20), "event", "call", "event"]
+    assert order == ["call", "wait", "call", "wait", "sleep", *one * 3, "wait"]
