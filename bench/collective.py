@@ -91,7 +91,7 @@ def measures(run: Path) -> dict[str, Any]:
         row |= {f"{policy}_score": mean(scores[policy])}
         row |= _bounds(policy, scores[policy])
         row[f"{policy}_agreement"] = mean(np.array([float(o["agreed"]) for o in outcomes]))
-        row[f"{policy}_rounds"] = mean(np.array([o["metrics"].get("rounds", np.nan) for o in outcomes]))
+        row[f"{policy}_rounds"] = mean(np.array([o["rounds"] for o in outcomes if o["agreed"]], dtype=float))
         row[f"{policy}_unscored"] = float(np.isnan(scores[policy]).sum())
     gain = scores["trained"] - scores["warm_start"]
     return {**row, "gain": mean(gain), **_bounds("gain", gain)}
@@ -107,18 +107,20 @@ def main(argv: list[str]) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", type=Path)
-    parser.add_argument("run", type=Path, help="its directory, which must not exist")
+    parser.add_argument("run", type=Path, help="its directory")
+    parser.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    parser.add_argument("--measured", action="store_true", help="the run is there and has ended: measure it")
     parser.add_argument("--judge", choices=["policy", "words"], default="policy")
     parser.add_argument("--save", action="store_true", help="append to bench/results/collective.csv")
     parser.add_argument("settings", nargs="*", metavar="KEY=VALUE")
     args = parser.parse_intermixed_args(argv)
     settings = RUN | dict(given.split("=", 1) for given in args.settings)
     said = [f"{key}={value}" for key, value in settings.items()]
-    with judge(args.judge) as backend:
-        command = ["train", "collective-agency", f"model.path={args.model}", *backend, *said]
-        status = duologue([*command, "--run-dir", str(args.run)])
-    if status:
-        return status
+    if not args.measured:
+        with judge(args.judge) as backend:
+            command = ["train", "collective-agency", f"model.path={args.model}", *backend, *said]
+            if status := duologue([*command, "--run-dir", str(args.run), *["--resume"] * args.resume]):
+                return status
     summary = json.loads((args.run / "summary.json").read_text("utf-8"))
     row: dict[str, Any] = {"judge": args.judge, "seed": summary["seed"], "steps": summary["steps"]}
     row |= {"dialogues": int(summary["trained"]["dialogues"]), "seconds": round(summary["train_seconds"])}

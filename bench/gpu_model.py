@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from duologue.grpo.optimizer import Optimizer
 from duologue.kernels import ops
+from duologue.kernels.head import gpu_bytes
 from duologue.model.decoder import Decoder, PackedAttention
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.attention import PagedAttention
@@ -188,7 +189,12 @@ def gradient(model: Decoder) -> list[Launch]:
         hidden = model.hidden(zeros(TOKENS), zeros(TOKENS), attention, model.rows(0))
         before = hidden.index_select(0, zeros(TOKENS // 2))
         loss = ops.linear_policy_loss(
-            before, model.head_weight, zeros(TOKENS // 2), lambda logp, *_: logp.sum(), exact=model.exact
+            before,
+            model.head_weight,
+            zeros(TOKENS // 2),
+            lambda logp, *_: logp.sum(),
+            exact=model.exact,
+            chunk_bytes=gpu_bytes(141 * 10**9),
         ).loss
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.accumulate()

@@ -24,6 +24,7 @@ from duologue.grpo.packing import Row
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.kernels import backend, libraries, ops, reference
 from duologue.model.decoder import Decoder, score
+from duologue.rollout.engine import kv_memory
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 from torch import Tensor
@@ -173,11 +174,13 @@ def smoke(place: Place) -> None:
         same = play(engine) == drawn(plain)
         seconds, moved = time.perf_counter() - began, engine._runner.kv.data_ptr() != address
         kept = len(getattr(loop, "_buckets", ()))
-        return {"ok": same, "moved": moved, "graphs": [captured, kept], "s": seconds, "held": held.nbytes}
+        pool = "" if place.dry else kv_memory.describe(torch.device(place.device))
+        result = {"ok": same, "moved": moved, "graphs": [captured, kept], "s": seconds, "held": held.nbytes}
+        return {**result, "pool": pool}
 
     rows.check("smoke", "graphs give what plain steps give", graphs_are_plain)
     rows.check("smoke", "the training forward has the rollout's bits", score_is_rollout)
-    rows.check("smoke", "memory given back, and taken elsewhere", memory_moves)
+    rows.check("smoke", "memory given back, and taken again", memory_moves)
     rows.check("smoke", "exact = false: one of two loops forgets", lambda: two_loops(model, play, sizes))
 
 

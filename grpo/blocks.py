@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from duologue.kernels import pages
 from torch import Tensor, nn
 
 LANES = 64  # numbers
@@ -68,7 +69,9 @@ class Block:
         """Make the block's parameters views of a new buffer [size], which is returned; they stay the same
         objects, with the same values.
         """
-        flat = torch.zeros(self.size, dtype=self.dtype, device=self.device)
+        flat = torch.empty(self.size, dtype=self.dtype, device=self.device)
+        pages.prefer_huge(flat)
+        flat.zero_()
         for name, view in self.views(flat).items():
             view.copy_(parameters[name].detach())
             parameters[name].data = view

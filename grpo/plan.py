@@ -22,10 +22,10 @@ from duologue.grpo.blocks import block_of
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
 from duologue.kernels import backend
-from duologue.kernels.head import CPU_BYTES, GPU_BYTES, MIN_ROWS
+from duologue.kernels.head import CPU_BYTES, MIN_ROWS, gpu_bytes
 from duologue.model.checkpoint import parse_dtype, read_config
 from duologue.model.config import ModelConfig
-from duologue.model.decoder import empty_decoder
+from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import linears
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from torch import nn
@@ -154,13 +154,15 @@ def activation_bytes(
 
 
 def head_bytes(
-    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, step: int = 0
+    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, memory: int, step: int = 0
 ) -> int:
-    """Of kernels/head.py over `rows` trained tokens; `step` rows at a time, 0 for its own choice."""
+    """Of kernels/head.py over `rows` trained tokens on a device with `memory`; `step` rows at a time, 0 for
+    its own choice.
+    """
     H, V = shape.hidden_size, shape.vocab_size
     native = device == "cpu" and backend.available()
     per_logit = 4 if native or (device != "cpu" and itemsize == 4) else 16 if device == "cpu" else 6
-    budget = max(CPU_BYTES if device == "cpu" else GPU_BYTES, MIN_ROWS * V * per_logit)
+    budget = max(CPU_BYTES if device == "cpu" else gpu_bytes(memory), MIN_ROWS * V * per_logit)
     chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
     weight = V * H * 4 if trained else 0
     cast = V * H * itemsize if trained and itemsize < 4 else 0
@@ -173,7 +175,7 @@ def make_plan(
     config: Config, shape: ModelConfig, *, ranks: int = 1, memory: int = 0, device: str | None = None
 ) -> Plan:
     """Of each of `ranks`; `memory` of the device says how large a pool is that takes what is free."""
-    r, lora = config.rollout, config.lora
+    r, lora, t = config.rollout, config.lora, config.train
     device = device or config.model.device.partition(":")[0]
     model = empty_decoder(shape)
     itemsize = parse_dtype(config.model.dtype).itemsize
@@ -181,14 +183,12 @@ def make_plan(
     weights = parameters * itemsize
     trained, largest = parameters, max(p.numel() for p in model.parameters())
     if lora.rank:
-        own = {n: w for n, w in linears(model).items() if n.rpartition(".")[2] in lora.targets}
-        sizes = [lora.rank * sum(w.shape) for w in own.values()]
+        sizes = _adapter_sizes(model, config)
         trained, largest = sum(sizes), max(sizes)
         if lora.quantize:
             packed = sum(w.numel() for w in linears(model).values())
             weights -= int(packed * (itemsize - NF4))
         weights += trained * itemsize
-    t = config.train
     sharded = bool(t.shares) or (ranks > 1 and not lora.rank)  # otherwise an adapter is whole on every rank
     parts = ranks if sharded else 1
     tokens = t.tokens_per_microbatch
@@ -206,7 +206,9 @@ def make_plan(
         masters=trained * 4 // parts if itemsize < 4 else 0,
         moments=0 if t.offload_moments else trained * 8 // parts,
         activations=activations,
-        head=head_bytes(shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device),
+        head=head_bytes(
+            shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device, memory=memory
+        ),
         again=_again(config, shape, itemsize) if t.recompute == "layer" else 0,
         transit=transit,
         pool=r.cache_tokens * kv,
@@ -219,6 +221,12 @@ def make_plan(
         trained=trained,
     )
     return plan if r.cache_tokens else _with_pool(plan, kv, r.page_size, memory, device)
+
+
+def _adapter_sizes(model: Decoder, config: Config) -> list[int]:
+    """Parameters of the adapter, linear by linear."""
+    own = [w for n, w in linears(model).items() if n.rpartition(".")[2] in config.lora.targets]
+    return [config.lora.rank * sum(w.shape) for w in own]
 
 
 def _with_pool(plan: Plan, kv: int, page_size: int, memory: int, device: str) -> Plan:

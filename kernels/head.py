@@ -18,7 +18,7 @@ import torch
 from duologue.kernels import backend, linear, reference, softmax
 from torch import Tensor
 
-CPU_BYTES, GPU_BYTES = 16 * 2**20, 2 * 2**30  # of logits at a time, unless the caller says,
+CPU_BYTES = 16 * 2**20  # of logits at a time, unless the caller says,
 MIN_ROWS = 256  # or what this many rows need
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Rows = slice | Tensor
@@ -35,6 +35,15 @@ class Inputs(NamedTuple):
     mask: Tensor | None  # [N] bool
     exact: bool
     chunk_bytes: int  # bytes of logits; 0: the default
+
+
+def gpu_bytes(total: int) -> int:
+    """Of logits at a time on a GPU that has `total` bytes: the power of two next below a sixteenth of it, 8
+    GiB on 141 GB. Each chunk reads and writes the fp32 gradient of the whole weight once more.
+
+    Not by what is free: chunks are summed one after the other, and bits shall not depend on what else runs.
+    """
+    return 1 << (max(total // 16, 2**28).bit_length() - 1)
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -161,7 +170,10 @@ class Head:
         if self.inputs.softcap:
             bytes_per_logit += 4
         row = self.V * bytes_per_logit
-        default = CPU_BYTES if self.hidden.device.type == "cpu" else GPU_BYTES
+        device = self.hidden.device
+        default = CPU_BYTES
+        if device.type == "cuda":
+            default = gpu_bytes(torch.cuda.get_device_properties(device).total_memory)
         budget = self.inputs.chunk_bytes or max(default, MIN_ROWS * row)
         return max(1, min(self.N, budget // row))
 

@@ -264,7 +264,8 @@ def linear_logprob(
 
     The same (log-prob [N], entropy [N]), fp32, on CPU bit for bit. Differentiable in hidden, weight and bias;
     weight gradients are summed in fp32. Rows where `mask` [N] bool is False are not computed and give 0.
-    `chunk_bytes`: bytes for the logits that exist at a time (None: 16 MiB on CPU, 2 GiB on GPU, or 256 rows).
+    `chunk_bytes`: bytes for the logits that exist at a time (None: 16 MiB on CPU, on a GPU what
+    `head.gpu_bytes` says of its memory, or 256 rows).
 
     Values: targets from 0 to V - 1 and finite temperatures above 0, where the mask is True.
     """

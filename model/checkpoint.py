@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from duologue.kernels import backend
+from duologue.kernels import backend, pages
 from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
@@ -156,6 +156,8 @@ def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype
             stored_head = value  # of a tied model: some write it all the same
     if stored_head is not None:
         _use_stored_head(model, stored_head, EMBEDDING in stored)
+    if torch.device(device).type == "cpu":
+        pages.together(list(model.parameters()))
 
 
 def _set(model: Decoder, name: str, value: Tensor) -> None:

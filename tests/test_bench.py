@@ -106,6 +106,9 @@ def test_deliberation_is_measured_before_and_after(
         assert row[f"{policy}_score"] == pytest.approx(summary[policy]["score"], abs=1e-3)
         assert row[f"{policy}_low"] <= row[f"{policy}_score"] <= row[f"{policy}_high"]
         assert row[f"{policy}_unscored"] == 0
+        assert row[f"{policy}_rounds"] == summary[policy]["rounds"] == 1
+    assert collective.main([str(chat_checkpoint), str(run), "--judge", judge, "--measured"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == row
     assert row["gain"] == pytest.approx(row["trained_score"] - row["warm_start_score"], abs=1e-3)
 
 

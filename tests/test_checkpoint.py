@@ -104,6 +104,7 @@ def test_the_dtype_is_the_checkpoints_unless_given(checkpoint: Get, tmp_path: Pa
     loaded, _ = load_model(tmp_path / "bf16")
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     assert all(torch.equal(p, model.get_parameter(n)) for n, p in loaded.named_parameters())
+    assert {p.data_ptr() % 64 for p in loaded.parameters()} == {0}
     assert (
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", dtype="auto").dtype
         == torch.bfloat16

@@ -274,8 +274,11 @@ class Late:
     def read(self, bucket: buckets.Bucket, steps: tuple[int, int]) -> None:
         self.reading = self.queue.send(bucket, *steps)
 
-    def decoded(self, *rows: Any) -> Any:
+    def wait(self) -> None:
         self.queue.run_to(self.end)
+
+    def decoded(self, *rows: Any) -> Any:
+        self.wait()
         return self.reading.decoded(*rows)
 
 
@@ -448,3 +451,27 @@ def test_who_loses_its_pages_goes_on_from_what_the_host_knows(monkeypatch: pytes
     assert victim.branch.pages[0] == twins[0].branch.pages[0]
     engine.run()
     assert drawn([twin.completion for twin in twins]) == plain
+
+
+def test_a_prefill_and_the_steps_beside_it_are_launched_before_either_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    Queue(monkeypatch, 2)
+    for name in ("execute", "decode"):
+        launch = getattr(runner.Runner, name)
+
+        def launched(*arguments: Any, name: str = name, launch: Any = launch) -> Any:
+            order.append(f"launch {name}")
+            read = launch(*arguments)
+            return lambda: order.append(f"read {name}") or read()
+
+        monkeypatch.setattr(runner.Runner, name, launched)
+    engine = queued(Engine(make_model(), decode_steps=4))
+    params = SamplingParams(max_new_tokens=20, seed=1)
+    engine.start(engine.open([1, 2]), params)
+    engine.step()
+    engine.start(engine.open(list(range(40))), params)
+    order.clear()
+    engine.step()
+    assert order == ["launch execute", "launch decode", "read execute", "read decode"]

@@ -258,6 +258,26 @@ def test_rollout_is_score_bit_for_bit(dtype: torch.dtype, max_batch: int, decode
         assert torch.equal(torch.tensor(completion.logprobs), whole[len(prompt) - 1 :].cpu())
 
 
+def test_a_pool_comes_back_to_its_address_and_is_free_in_between() -> None:
+    """With the driver itself; where it refuses, that is said."""
+    from duologue.rollout.engine import kv_memory
+
+    if not kv_memory.describe(torch.device("cuda")).startswith("keeps"):
+        pytest.skip(kv_memory.describe(torch.device("cuda")))
+    memory = kv_memory.PoolMemory((2**30,), torch.bfloat16, torch.device("cuda"))
+    before = torch.cuda.mem_get_info()[0]
+    addresses = set()
+    for value in (1.5, 2.5):
+        pool = memory.take()
+        addresses.add(pool.data_ptr())
+        pool.fill_(value)
+        assert float(pool[-1]) == value
+        assert torch.cuda.mem_get_info()[0] <= before - pool.nbytes
+        memory.give_back()
+        assert torch.cuda.mem_get_info()[0] > before - pool.nbytes
+    assert len(addresses) == 1
+
+
 @pytest.mark.parametrize("exact", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_fused_head_with_rows_that_move(dtype: torch.dtype, exact: bool) -> None:

@@ -47,6 +47,7 @@ class Copies(TorchDispatchMode):
 def test_a_call_has_one_copy_each_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shared groups among what is sent; on CUDA each copy is a round through the driver."""
     engine = gpu_host.engine_of(16, 1100, 3)
+    engine._runner.loop.held = 0
     monkeypatch.setattr(backend, "triton", lambda x: True)
     monkeypatch.setattr(decode_gpu.DeviceLoop, "_step_of", gpu_host.stubbed)
     engine.step()

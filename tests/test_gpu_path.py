@@ -31,6 +31,7 @@ from duologue.kernels.gpu import launcher
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.peft import write_adapter
+from duologue.rollout.engine import kv_memory
 from duologue.rollout.engine.decode_gpu import DeviceLoop
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import Runner
@@ -200,6 +201,7 @@ def test_on_a_gpu_the_pool_is_taken_by_the_first_request(kind: str, monkeypatch:
         head_weight=weight,
     )
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(kv_memory, "load_driver", lambda: None)
     monkeypatch.setattr(torch, "empty", lambda *shape, **_: taken.append(shape) or torch.zeros(1))
     runner = Runner(model, [None], 4, 16, 1)
     assert len(taken) == (kind == "cpu")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -373,3 +374,32 @@ def test_fuzzed_arguments_work_or_are_refused(
     assert tdtype == torch.int64
     assert torch.allclose(entropy.float(), torch.full((N,), V).float().log(), atol=1e-3)
     assert torch.allclose(logp, -entropy, atol=1e-3)
+
+
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    ("total", "gib"), [(141 * GB, 8), (192 * GB, 8), (80 * GB, 4), (48 * GB, 2), (24 * GB, 1), (2 * GB, 0.25)]
+)
+def test_on_a_gpu_a_chunk_goes_by_the_memory_that_the_device_has(
+    total: int, gib: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power of two, so that devices of a kind agree; what is free is not asked for."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: pytest.fail("bits would depend on it"))
+    asked: list[Any] = []
+
+    def properties(device: Any) -> Any:
+        asked.append(device)
+        return SimpleNamespace(total_memory=total)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    one = SimpleNamespace(softcap=0.0, chunk_bytes=0)
+    V = 151_936
+    work: Any = SimpleNamespace(library="triton", in_place=False, inputs=one, V=V, N=10**6)
+    work.hidden = SimpleNamespace(device=torch.device("cuda", 1))
+    rows = head.Head._rows_of_a_chunk(work)
+    assert rows == int(gib * 2**30) // (V * 6)
+    assert asked == [torch.device("cuda", 1)]
+    work.N = 100
+    assert head.Head._rows_of_a_chunk(work) == 100

@@ -9,6 +9,7 @@ import torch
 from duologue.kernels import backend, cores, libraries
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, score
+from duologue.rollout.engine import kv_memory
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 from rich.console import Console
@@ -66,6 +67,8 @@ def examine() -> int:
     table.add_row("CPU tensors", backend.describe())
     table.add_row("CUDA tensors", backend.describe("cuda") if cuda else "no CUDA device")
     table.add_row("CUDA attention, exact = false", libraries.describe_attention())
+    if cuda:
+        table.add_row("KV pool, cuda", kv_memory.describe(torch.device("cuda")))
     mismatch = largest_mismatch("cpu")
     broken = backend.available() and mismatch != 0.0
     verdict = "exact" if mismatch == 0.0 else "NOT EXACT" if broken else "approximate, as PyTorch is"

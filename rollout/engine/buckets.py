@@ -64,6 +64,12 @@ def settings_arrays(requests: Sequence[Request], B: int) -> Arrays:
     return {"stops": stops, **filled}
 
 
+def widened(arrays: Arrays, B: int) -> Arrays:
+    """Arrays of the same kinds for B rows. Their values mean nothing."""
+    shapes = {"state": (2, B), "step_index": (1,), "starts": (B + 1,)}
+    return {name: np.zeros(shapes.get(name, (B, *x.shape[1:])), x.dtype) for name, x in arrays.items()}
+
+
 class Reading:
     """What some steps drew, on its way to the host from when it was made: nobody waits but `decoded`."""
 
@@ -75,11 +81,15 @@ class Reading:
         self._ids = None if ids is None else transfer.to_host(ids[steps])
         self._arrived = transfer.recorded(out.device)
 
+    def wait(self) -> None:
+        """Until the steps have run and this is here."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+
     def decoded(self, rows: np.ndarray | slice, meant: np.ndarray | None = None) -> DecodedSteps:
         """Of these rows; those that are not `meant` have no supports."""
         began = time.perf_counter()
-        if self._arrived is not None:
-            self._arrived.synchronize()
+        self.wait()
         seconds = time.perf_counter() - began
         parts = transfer.parts(self._out, self._shapes).values()
         tokens, logprobs, entropies, sizes = (x.numpy()[self._steps, rows] for x in parts)
@@ -98,9 +108,11 @@ class Bucket:
 
     def __init__(self, arrays: Arrays, k: int, truncated: bool, device: torch.device) -> None:
         B = len(arrays["stops"])
-        self.pin = device.type == "cuda"
         # Zeros, for a graph's warm-up runs before they are filled, and reads the embedding of a token.
-        self._memory = torch.zeros_like(transfer.joined(arrays, pin=False), device=device)
+        self._here = transfer.joined(arrays, pin=device.type == "cuda")
+        self._memory = torch.zeros_like(self._here, device=device)
+        self._into = {name: x.numpy() for name, x in transfer.parts(self._here, arrays).items()}
+        self._sent: torch.cuda.Event | None = None
         self.rows = Rows(**transfer.parts(self._memory, arrays))
         starts, shared = self.rows.starts, self.rows.shared
         self.groups = None if starts is None or shared is None else (starts, shared)
@@ -127,7 +139,12 @@ class Bucket:
         ran last.
         """
         kept = None if before is None else before.clone()  # it may be this bucket's own
-        self._memory.copy_(transfer.joined(arrays, self.pin), non_blocking=True)
+        if self._sent is not None:
+            self._sent.synchronize()  # long since, and then `_here` may be written again
+        for name, array in arrays.items():
+            self._into[name][...] = array
+        self._memory.copy_(self._here, non_blocking=True)
+        self._sent = transfer.recorded(self._memory.device)
         if kept is not None:
             state, source, goes_on = self.rows[:3]
             torch.where(goes_on, kept.index_select(1, source), state, out=state)

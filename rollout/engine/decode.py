@@ -43,9 +43,14 @@ class DecodedSteps:
 
     def rows(self) -> list[Draws]:
         """Those of each request."""
-        arrays = (self.tokens, self.logprobs, self.entropies, self.support_sizes)
-        columns = (array.T.tolist() for array in arrays)
-        rows = [Draws(*values) for values in zip(*columns, self._supports(), strict=True)]
+        tokens, logprobs, entropies = (x.T.tolist() for x in (self.tokens, self.logprobs, self.entropies))
+        if self.support_sizes.any():
+            sizes = self.support_sizes.T.tolist()
+            supports = self._supports()
+        else:
+            sizes = [[0] * len(self) for _ in tokens]
+            supports = [array("i")] * len(tokens)
+        rows = list(map(Draws, tokens, logprobs, entropies, sizes, supports))
         if self.first is not None:
             for row in np.flatnonzero(self.first).tolist():
                 rows[row].drop(int(self.first[row]))
@@ -70,8 +75,6 @@ class DecodedSteps:
     def _supports(self) -> list[array[int]]:
         """The ids of each request's supports."""
         sizes = np.maximum(self.support_sizes, 0)
-        if not sizes.any():
-            return [array("i")] * sizes.shape[1]
         begins = sizes.cumsum().reshape(sizes.shape) - sizes
         of_row = sizes.T.ravel()
         ends = of_row.cumsum()

@@ -30,7 +30,16 @@ from duologue.kernels import backend, ops
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, AdapterRows
 from duologue.rollout.engine.attention import PagedAttention, shared_groups
-from duologue.rollout.engine.buckets import STOPPED, STOPS, Arrays, Bucket, Reading, Rows, settings_arrays
+from duologue.rollout.engine.buckets import (
+    STOPPED,
+    STOPS,
+    Arrays,
+    Bucket,
+    Reading,
+    Rows,
+    settings_arrays,
+    widened,
+)
 from duologue.rollout.engine.decode import DecodeLoop, Read, page_table
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
@@ -52,15 +61,22 @@ class _Flight:
 
 
 class DeviceLoop(DecodeLoop):
-    """Page `scratch` of the KV is nobody's. `capture`: hold a step in a CUDA graph.
+    """Page `scratch` of the KV is nobody's. `capture`: hold a step in a CUDA graph, of `most` rows first.
 
     Without it the same code runs launch by launch, on any device.
     """
 
     def __init__(
-        self, model: Decoder, adapters: Sequence[Adapter | None], scratch: int, steps: int, capture: bool
+        self,
+        model: Decoder,
+        adapters: Sequence[Adapter | None],
+        scratch: int,
+        steps: int,
+        capture: bool,
+        most: int = 1,
     ) -> None:
         super().__init__(model, adapters, steps)
+        self.largest = next(b for b in BUCKETS if b >= min(most, BUCKETS[-1]))
         self.scratch = scratch
         self.capture = capture
         self.held = HELD if capture else 0  # without a device of its own nothing runs beside the host
@@ -91,9 +107,11 @@ class DeviceLoop(DecodeLoop):
 
     def forget(self) -> None:
         """The pool goes with its graphs: a dead one may not be captured into."""
+        if self._flight is not None:
+            self._flight.reading.wait()
+        self._flight = None
         self._buckets.clear()
         self._memory = None
-        self._flight = None
 
     def takes(self, requests: Sequence[Request]) -> bool:
         return (
@@ -208,6 +226,8 @@ class DeviceLoop(DecodeLoop):
     def _bucket(self, arrays: Arrays, truncated: bool, adapter: int) -> Bucket:
         key = arrays["table"].shape, truncated, adapter, "starts" in arrays
         if key not in self._buckets:
+            if self.capture and len(arrays["last"]) < self.largest:  # what its graph takes serves all smaller
+                self._bucket(widened(arrays, self.largest), truncated, adapter)
             bucket = Bucket(arrays, self.steps, truncated, self.device)
             lora = self.adapters[adapter]
             step = self._step_of(bucket, truncated, AdapterRows([] if lora is None else [(lora, None)]))

@@ -129,8 +129,9 @@ class Engine:
         self._n_unseeded = 0
         self._decode = decode
         self._branches: dict[BranchState, None] = {}  # open branches, the longest unused first
-        self._runner = Runner(model, self.adapters, cache_tokens // page_size, page_size, decode_steps)
-        self.pool = PagePool(cache_tokens // page_size, page_size)
+        n_pages = cache_tokens // page_size
+        self._runner = Runner(model, self.adapters, n_pages, page_size, decode_steps, max_batch)
+        self.pool = PagePool(n_pages, page_size)
         self._scheduler = Scheduler(self.pool, max_batch, max_step_tokens, self._branches)
         self.stats: Stats = self._scheduler.stats
 
@@ -284,11 +285,12 @@ class Engine:
         requests = [w.request for w in works]
         if not loop.takes(requests):
             return None
-        steps = loop.reach([r.n_left - r.ahead for r in requests])
+        left = [r.n_left - r.ahead for r in requests]
+        steps = loop.reach(left)
         if steps <= 1 and not any(r.ahead for r in requests):
             return None
-        reserved = self._scheduler.reserve((r.branch, min(r.ahead + steps, r.n_left)) for r in requests)
-        return steps if reserved else None
+        wanted = [(r.branch, r.ahead + min(steps, n)) for r, n in zip(requests, left, strict=True)]
+        return steps if self._scheduler.reserve(wanted) else None
 
     def _take_all(self, works: list[Work], decoded: DecodedSteps, ahead: bool) -> list[Request]:
         """Enter what was computed and drawn; the requests that are finished."""

@@ -28,21 +28,19 @@ def enter_draws(work: Work, draws: Draws, pool: PagePool, decode: Callable[[list
         return 1
     tokens = draws.tokens
     drawn = len(tokens)
+    n = drawn if -1 not in draws.support_sizes else draws.n_known
     n_left = request.n_left
-    if -1 in draws.support_sizes:
-        tokens = tokens[: draws.n_known]
-    if len(tokens) >= n_left:
-        tokens = tokens[:n_left]
+    reason = ""
+    if n >= n_left:
+        n = n_left
         reason = "length"
-    else:
-        reason = ""
     if not request.stop_token_ids.isdisjoint(tokens):
-        last = next(i for i, token in enumerate(tokens) if token in request.stop_token_ids)
-        tokens = tokens[: last + 1]
-        reason = "stop"
-    n = len(tokens)
-    request.branch.token_ids += tokens
+        stop = next((i for i in range(n) if tokens[i] in request.stop_token_ids), None)
+        if stop is not None:
+            n = stop + 1
+            reason = "stop"
     completion.add(draws, n)
+    request.branch.token_ids += tokens
     pool.computed(request.branch, n * work.n_tokens)
     strings = request.params.stop_strings
     if strings and says_stop(completion.token_ids, strings, decode):

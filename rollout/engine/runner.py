@@ -26,6 +26,7 @@ from duologue.rollout.engine.decode import (
 )
 from duologue.rollout.engine.decode_cpu import NativeLoop
 from duologue.rollout.engine.decode_gpu import DeviceLoop
+from duologue.rollout.engine.kv_memory import PoolMemory
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.engine.scheduler import Work
 from duologue.rollout.engine.sequence import Request
@@ -87,6 +88,7 @@ class Runner:
         n_pages: int,
         page_size: int,
         decode_steps: int | None,
+        max_batch: int = 1,
     ) -> None:
         config = model.config
         self.model = model
@@ -102,12 +104,13 @@ class Runner:
         scratch = n_pages  # a page of nobody's behind the others, for rows that have stopped
         n_pages += decode_steps > 1
         self.shape = (config.num_layers, 2, n_pages, page_size, config.num_kv_heads, config.head_dim)
+        self._memory = PoolMemory(self.shape, model.model.embed_tokens.weight.dtype, self.device)
         self._kv: Tensor | None = None
         self.loop: DecodeLoop | None = None
         if decode_steps > 1 and self.layers is not None:
             self.loop = NativeLoop(model, self.layers, adapters, decode_steps)
         elif decode_steps > 1:
-            self.loop = DeviceLoop(model, adapters, scratch, decode_steps, on_cuda)
+            self.loop = DeviceLoop(model, adapters, scratch, decode_steps, on_cuda, max_batch)
         if not on_cuda:  # where it is taken by the first request, for imitation and updates come before it
             assert self.kv is not None  # what does not fit is said at once
 
@@ -115,11 +118,10 @@ class Runner:
     def kv(self) -> Tensor:
         """[L, 2, P, B, Hk, D]. MemoryError says what the pool takes."""
         if self._kv is None:
-            dtype = self.model.model.embed_tokens.weight.dtype
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # of an update, whose blocks are not the size of a pool
             try:
-                self._kv = torch.empty(self.shape, dtype=dtype, device=self.device)
+                self._kv = self._memory.take()
             except RuntimeError as error:  # what torch raises when memory runs out, on every device
                 tokens = self.shape[2] * self.page_size
                 gib = tokens * token_bytes(self.model) / 2**30
@@ -137,6 +139,7 @@ class Runner:
         self._kv = None
         if self.loop is not None:
             self.loop.leave()
+        self._memory.give_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -31,7 +31,7 @@ class Stats:
     waited_seconds: float = 0.0  # blocked in the host syncs of several steps
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """One request's share of a step: KV for `n_tokens` tokens, and a sample if that completes the context."""
 
@@ -83,15 +83,17 @@ class Scheduler:
         works: list[Work] = []
         budget = self.max_step_tokens
         page_size = self.pool.page_size
-        self.running.sort(key=lambda r: r.n_todo > 1)  # decode first: its latency is every dialogue's latency
+        if max([r.n_todo for r in self.running], default=0) > 1:
+            self.running.sort(key=lambda r: r.n_todo > 1)  # decode first: every dialogue waits for it
         queue = deque(self.running)
         while queue and budget > 0:
             request = queue.popleft()
             branch = request.branch
-            n = min(request.n_todo, budget)
+            n_todo = request.n_todo
+            n = n_todo if n_todo <= budget else budget
             fits = branch.n_cached + n <= len(branch.pages) * page_size
             if fits or self._grow_or_preempt(request, n, queue):
-                works.append(self._work(request, n))
+                works.append(Work(request, n, n == n_todo and not request.prefill_only))
                 budget -= n
         if self.waiting and not queue:
             self._admit(works, budget)
@@ -157,7 +159,7 @@ class Scheduler:
         self.stats.idle_slot_steps += slots - (taken - n)
 
     def _work(self, request: Request, n: int) -> Work:
-        return Work(request=request, n_tokens=n, samples=n == request.n_todo and not request.prefill_only)
+        return Work(request, n, n == request.n_todo and not request.prefill_only)
 
     def _preempt(self, victim: Request) -> None:
         self.stats.preemptions += 1

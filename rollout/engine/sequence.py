@@ -93,6 +93,14 @@ class Draws:
         """The first `n`, which have no supports."""
         del self.tokens[:n], self.logprobs[:n], self.entropies[:n], self.support_sizes[:n]
 
+    def keep(self, n: int) -> None:
+        """The first `n`, and no more."""
+        if n == len(self.tokens):
+            return
+        if self.support_ids:
+            self.support_ids = self.support_ids[: sum(self.support_sizes[:n])]
+        del self.tokens[n:], self.logprobs[n:], self.entropies[n:], self.support_sizes[n:]
+
     @property
     def n_known(self) -> int:
         """Draws before the first whose support is not known: a plain step must draw that token again."""
@@ -114,13 +122,13 @@ class Completion:
 
     def add(self, draws: Draws, n: int) -> None:
         """The first `n` of them."""
-        sizes = draws.support_sizes[:n]
-        self.token_ids += draws.tokens[:n]
-        self.logprobs += draws.logprobs[:n]
-        self.entropies += draws.entropies[:n]
-        self.supports.sizes += sizes
+        draws.keep(n)
+        self.token_ids += draws.tokens
+        self.logprobs += draws.logprobs
+        self.entropies += draws.entropies
+        self.supports.sizes += draws.support_sizes
         if draws.support_ids:
-            self.supports.ids += draws.support_ids[: sum(sizes)]
+            self.supports.ids += draws.support_ids
         if n and draws.candidate_logprobs:
             self.candidate_logprobs += draws.candidate_logprobs
 
