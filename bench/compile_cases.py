@@ -76,6 +76,7 @@ def fused_cases() -> Iterator[Case]:
     for tile in tiles.values():
         yield case(linear.linears_kernel, "*bf16", {"HAS_BIAS": False, **tile})
         yield case(linear.gate_up_kernel, "*bf16", {"HAS_BIAS": False, **tile})
+        yield case(linear.add_scaled_kernel, "*bf16", tile)
     for element in ("*fp32", "*bf16"):
         tile = {"HAS_BIAS": True, **linear.tile(1, (1024,), element == "*bf16")}
         yield case(linear.linears_kernel, element, tile)

@@ -257,6 +257,7 @@ def _support(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, flo
 COSTS: dict[str, Callable[[Named, tuple[int, ...], Lengths], dict[str, float]]] = {
     "linear_kernel": _linear,
     "linear_tma_kernel": _linear_tma,
+    "add_scaled_kernel": _linear,
     "linears_kernel": _linears,
     "gate_up_kernel": _gate_up,
     "linear_sample_kernel": _linear_sample,

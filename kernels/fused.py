@@ -44,6 +44,18 @@ def linears(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None
     return gpu_linear.linears(x, (a, b, c), added, outs)
 
 
+def add_scaled(x: Tensor, weight: Tensor, scale: float, out: Tensor) -> Tensor:
+    """`out` [T, O] += scale * `ops.linear` of x [T, K] by weight [O, K], in place; contiguous, of 16 bits."""
+    from duologue.kernels.gpu import linear as gpu_linear
+
+    x, weight = x.contiguous(), weight.contiguous()
+    of_weight = (weight, (None, x.shape[1]), x.dtype)
+    check("add_scaled", x.device.type, weight=of_weight, out=(out, (len(x), len(weight)), x.dtype))
+    assert out.is_contiguous(), "out is written in place"
+    assert out.element_size() == 2, "in fp32 a product and a sum may become one instruction"
+    return gpu_linear.add_scaled(x, weight, scale, out)
+
+
 def gate_up(x: Tensor, gate: Tensor, up: Tensor, biases: Sequence[Tensor | None]) -> Tensor:
     """`ops.silu_mul` of `ops.linear` by gate and by up, both [I, K]: x [T, K] -> [T, I]."""
     from duologue.kernels.gpu import linear as gpu_linear

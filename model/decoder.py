@@ -43,6 +43,9 @@ class Adapters(Drawing, Protocol):
 
     def add(self, name: str, x_TK: Tensor, out_TO: Tensor) -> Tensor: ...
 
+    def add_each(self, names: Sequence[str], x_TK: Tensor, outs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of three linears of one x."""
+
     def changes(self, name: str) -> bool:
         """Whether some token has such a part."""
 
@@ -91,7 +94,7 @@ def project(linears: tuple[Linear, Linear, Linear], x: Tensor, lora: Adapters | 
     outs = fused.linears(x, [linear.weight for linear in linears], [linear.bias for linear in linears])
     if lora is None:
         return outs
-    return [lora.add(linear.name, x, out) for linear, out in zip(linears, outs, strict=True)]
+    return lora.add_each([linear.name for linear in linears], x, outs)
 
 
 class RMSNorm(nn.Module):

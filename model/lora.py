@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from duologue.kernels import ops
+from duologue.kernels import fused, ops
 from duologue.model.decoder import Decoder, Linear, empty_decoder
 from duologue.model.settings import setting
 from torch import Tensor, nn
@@ -110,10 +110,31 @@ class AdapterRows:
             if name not in adapter.pairs:
                 continue
             a, b = adapter.pairs[name]
+            if rows is None and self._in_one_launch(x_TK, out_TO):
+                fused.add_scaled(ops.linear(x_TK, a), b, adapter.scales[name], out_TO)
+                continue
             x = self._drop(x_TK if rows is None else x_TK.index_select(0, rows), adapter.settings.dropout)
             delta = ops.linear(ops.linear(x, a), b) * adapter.scales[name]
             out_TO = out_TO.add_(delta) if rows is None else out_TO.index_add_(0, rows, delta)
         return out_TO
+
+    def add_each(self, names: Sequence[str], x_TK: Tensor, outs: Sequence[Tensor]) -> Sequence[Tensor]:
+        """`add` of three linears of one x; where one adapter has all rows and all three, with one launch for
+        their A.
+        """
+        pairs = [adapter.pairs.get(name) for adapter, _ in self.parts for name in names]
+        known = [pair for pair in pairs if pair is not None]
+        whole = len(self.parts) == 1 and self.parts[0][1] is None and len(known) == 3
+        if not whole or not all(self._in_one_launch(x_TK, out) for out in outs):
+            return [self.add(name, x_TK, out) for name, out in zip(names, outs, strict=True)]
+        lows = fused.linears(x_TK, [a for a, _ in known], [None] * 3)
+        scales = self.parts[0][0].scales
+        of_each = zip(names, lows, known, outs, strict=True)
+        return [fused.add_scaled(low, b, scales[name], out) for name, low, (_, b), out in of_each]
+
+    def _in_one_launch(self, x: Tensor, out: Tensor) -> bool:
+        """Whether what is added to `out` is a product, its scale and the sum in one, to the same bits."""
+        return self._seed is None and fused.serves(x) and x.element_size() == 2 and out.is_contiguous()
 
     def changes(self, name: str) -> bool:
         return any(name in adapter.pairs for adapter, _ in self.parts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ from duologue.grpo.packing import Row
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.kernels import backend, fused, gather, head, ops
 from duologue.kernels.gpu import gather as gpu_gather
+from duologue.kernels.gpu import launcher
+from duologue.kernels.gpu import linear as gpu_linear
+from duologue.model.lora import Adapter, AdapterRows, LoraSettings
 from tiny import decoder
 from torch import Tensor
 
@@ -152,6 +156,42 @@ def test_norm_rotation_and_write_of_one_launch_are_the_single_ones(
     assert torch.equal(out.nan_to_num(-77.0), q.nan_to_num(-77.0))
     assert bool(out.isnan().any())
     assert torch.equal(found.nan_to_num(-77.0), expected.nan_to_num(-77.0))
+
+
+def test_an_adapter_in_few_launches_has_the_bits_of_the_training_forward() -> None:
+    """A gradient is wanted there, so each of the four ops is one of its own."""
+    names, T, K = (
+        ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj", "layers.0.self_attn.v_proj"),
+        70,
+        24,
+    )
+    dtype = torch.float16
+    sizes = (40, 16, 16)
+    pairs = {
+        name: (random(8, K, dtype=dtype, seed=i), random(O, 8, dtype=dtype, seed=i + 10))
+        for i, (name, O) in enumerate(zip(names, sizes, strict=True))
+    }
+    rows = AdapterRows([(Adapter(LoraSettings(rank=8, alpha=11.0), pairs), None)])
+    x = random(T, K, dtype=dtype, seed=20)
+    outs = [random(T, O, dtype=dtype, seed=i + 30) for i, O in enumerate(sizes)]
+    launched: list[str] = []
+
+    def launch(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel.fn.__name__)
+        launcher.launch(kernel, *arguments, **constants)
+
+    expected = [rows.add(name, x, out.clone()) for name, out in zip(names, outs, strict=True)]
+    assert all(out.requires_grad for out in expected)
+    with torch.no_grad(), mock.patch.object(gpu_linear, "launch", launch):
+        each = [rows.add(name, x, out.clone()) for name, out in zip(names, outs, strict=True)]
+        assert launched == ["linear_kernel", "add_scaled_kernel"] * 3
+        launched.clear()
+        found = rows.add_each(names, x, [out.clone() for out in outs])
+    assert launched == ["linears_kernel", *["add_scaled_kernel"] * 3]
+    for a, b, c, out in zip(expected, each, found, outs, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+        assert not torch.equal(a, out)
 
 
 def test_fused_ops_refuse_what_does_not_fit() -> None:

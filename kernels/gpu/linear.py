@@ -206,6 +206,23 @@ def gate_up_kernel(
     tl.store(at, y.to(out.dtype.element_ty), (i < M)[:, None] & (j < O)[None, :])
 
 
+@triton.jit(do_not_specialize=["M"])
+def add_scaled_kernel(
+    x, weight, out, scale, M, O, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr
+):
+    """One tile of out + scale * (x @ weight^T), rounded to 16 bits after each step, as three ops do."""
+    row, column = _place(tl.program_id(0), M, tl.cdiv(O, COLUMNS), ROWS)
+    i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    j = column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    element = out.dtype.element_ty
+    product = _product(x, weight, x, i, j, M, O, K, False, ROWS, COLUMNS, STEP).to(element)
+    scaled = (product.to(tl.float32) * scale).to(element)
+    at = out + i[:, None] * O + j[None, :]
+    real = (i < M)[:, None] & (j < O)[None, :]
+    total = tl.load(at, real, 0.0).to(tl.float32) + scaled.to(tl.float32)
+    tl.store(at, total.to(element), real)
+
+
 def tile(M: int, blocks_of: tuple[int, ...], narrow: bool) -> dict[str, int]:
     """The launch for M rows, outputs `blocks_of` that share no tile, and inputs of 16 bits or of 32.
 
@@ -277,6 +294,16 @@ def gate_up(x: Tensor, gate: Tensor, up: Tensor, biases: tuple[Tensor, Tensor] |
         tensors = (x, gate, up, *((gate, up) if biases is None else biases), out)
         grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         launch(gate_up_kernel, grid, *tensors, M, O, K, HAS_BIAS=biases is not None, **tiles)
+    return out
+
+
+def add_scaled(x: Tensor, weight: Tensor, scale: float, out: Tensor) -> Tensor:
+    """Adds scale * (x [M, K] @ weight [O, K]^T) to out [M, O], of 16 bits, in one launch."""
+    (M, K), O = x.shape, len(weight)
+    if M:
+        tiles = tile(M, (O,), True)
+        grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
+        launch(add_scaled_kernel, grid, x, weight, out, scale, M, O, K, **tiles)
     return out
 
 
