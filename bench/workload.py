@@ -158,7 +158,7 @@ def main() -> int:
     if continuous is not None:  # once, and without a warm-up: its start takes seconds of threads
         speeds["continuous"] = sum(out) / calls(continuous, seconds=0, fewest=1, warm_up=0)[0]
     for side, speed in speeds.items():
-        row[f"{side}_tokens_per_s"] = round(speed, 1)
+        row[f"{side}_tokens_per_s"] = float(f"{speed:.4g}")
         if side != "ours":
             row[f"of_{side}"] = round(row["ours_tokens_per_s"] / row[f"{side}_tokens_per_s"], 2)
     again = ceilings(args.device)  # the machine may have been slow at first
