@@ -306,7 +306,7 @@ RECIPE = (
 RECIPE_DRY = (
     "model.hidden_size=32 model.intermediate_size=48 model.num_layers=1 "
     "model.num_heads=2 model.num_kv_heads=1 "
-    "imitation.steps=2 train.steps=2 train.save_every=1 grpo.group_size=2 grpo.groups_per_step=2 "
+    "imitation.steps=2 train.steps=8 train.save_every=1 grpo.group_size=2 grpo.groups_per_step=2 "
     "eval.dialogues=2 dialogue.max_rounds=1 dialogue.max_tokens_per_turn=4"
 )
 TIMES = ("seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s")

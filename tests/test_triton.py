@@ -51,7 +51,7 @@ def test_compile_cases_reach_every_kernel(monkeypatch: pytest.MonkeyPatch) -> No
         for name, value in vars(module).items():
             if type(value).__name__ == "JITFunction" and not name.startswith("_"):
                 kernels.add(name)
-    called_by_kernels = {"noise", "capped", "sequence_of"}
+    called_by_kernels = {"noise", "capped", "sequence_of", "of_chunk"}
     assert {kernel.__name__ for kernel, *_ in compile_cases()} == kernels - called_by_kernels
 
 
