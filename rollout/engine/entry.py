@@ -39,8 +39,9 @@ def enter_draws(work: Work, draws: Draws, pool: PagePool, decode: Callable[[list
         if stop is not None:
             n = stop + 1
             reason = "stop"
-    completion.add(draws, n)
-    request.branch.token_ids += tokens
+    draws.keep(n)
+    completion.add(draws)
+    request.branch.token_ids += draws.tokens
     pool.computed(request.branch, n * work.n_tokens)
     strings = request.params.stop_strings
     if strings and says_stop(completion.token_ids, strings, decode):

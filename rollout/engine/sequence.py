@@ -120,16 +120,14 @@ class Completion:
     weights_version: int = 0
     error: str = ""  # what the callback raised
 
-    def add(self, draws: Draws, n: int) -> None:
-        """The first `n` of them."""
-        draws.keep(n)
+    def add(self, draws: Draws) -> None:
         self.token_ids += draws.tokens
         self.logprobs += draws.logprobs
         self.entropies += draws.entropies
         self.supports.sizes += draws.support_sizes
         if draws.support_ids:
             self.supports.ids += draws.support_ids
-        if n and draws.candidate_logprobs:
+        if draws.tokens and draws.candidate_logprobs:
             self.candidate_logprobs += draws.candidate_logprobs
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -155,6 +154,4 @@ def simple(kind: str) -> Act:
 
 def together(parts: Sequence[Act], text: str) -> Act:
     """Of an acceptance that names an offer the listener knows whether it is the one that it made."""
-    act = merged(parts, closes(text))
-    repeats = act.take is not None and not act.refuse and any(part.accept for part in parts)
-    return replace(act, accept=True) if repeats else act
+    return merged(parts, closes(text), repeats=True)

@@ -89,9 +89,9 @@ def plain(text: str) -> str:
     return " ".join(words.split())
 
 
-def merged(parts: Sequence[Act], close: bool) -> Act:
+def merged(parts: Sequence[Act], close: bool, repeats: bool = False) -> Act:
     """One act of all clauses. Of two that say different things of one matter the later counts; who offers or
-    refuses does not accept.
+    refuses does not accept, unless an acceptance `repeats` what it accepts.
     """
     said: dict[str, Any] = {"close": close}
     for part in parts:
@@ -103,7 +103,8 @@ def merged(parts: Sequence[Act], close: bool) -> Act:
     if act.against is not None and (act.take is None or act.reveal is None):
         act = replace(act, against=None)
     if act.take is not None or act.refuse or act.leave:
-        act = replace(act, accept=False, confirm=False)
+        accept = repeats and act.accept and not (act.refuse or act.leave)
+        act = replace(act, accept=accept, confirm=False)
     return act
 
 
