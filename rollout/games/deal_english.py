@@ -26,6 +26,12 @@ FRAMES = (  # of values: of each type with its number, of the first, of the othe
     ("{1} for a {0}", "{1} for a {0}"),
     ("every {0} is worth {1} points", "every {0} {1}"),
 )
+COMPARED = (  # values of both, item by item: of the first type, of the others
+    ("a {0} is worth {1} to me and {2} to you", "a {0} {1} and {2}"),
+    ("each {0} counts {1} for me and {2} for you", "each {0} {1} and {2}"),
+    ("a {0} gives me {1} and you {2}", "a {0} {1} and {2}"),
+    ("with a {0} I gain {1} and you {2}", "with a {0} {1} and {2}"),
+)
 FILLERS = {"a", "an", "the", "each", "every", "is", "are", "worth", "points", "point", "and", "at", "for"}
 FILLERS |= {"apiece", "me", "to", "of", "count", "counts", "be"}
 ARTICLES = {"a": 1, "an": 1}
@@ -56,7 +62,10 @@ class DealWords:
         if act.refuse:
             kind = "refuse" if act.want is None else "reason"
             said.append(pick(words, kind, rng, self._all(side, act.want or 0)))
-        if act.reveal is not None and (act.take is None or not side.stated or rng.random() < 0.2):
+        compares = act.against is not None and not self.ranked
+        if compares:
+            said.append(pick(words, "compare", rng, self._compared(side, act)))
+        elif act.reveal is not None and (act.take is None or not side.stated or rng.random() < 0.2):
             kind = "also" if side.theirs is not None and rng.random() < 0.6 else "reveal"
             said.append(pick(words, kind, rng, *self._values(side, act.reveal)))
             side.stated = True
@@ -64,7 +73,7 @@ class DealWords:
             if k is not None:
                 said.append(pick(words, kind, rng, self._all(side, k)))
         if act.take is not None:
-            said.append(self._offer(side, act.take, act.best))
+            said.append(self._offer(side, act.take, act.best, compares))
         if act.ask and not lost:
             said.append(pick(words, "ask", rng))
         if act.leave:
@@ -94,13 +103,23 @@ class DealWords:
         ]
         return [listed(named)]
 
-    def _offer(self, side: Any, take: Vector, best: bool) -> str:
+    def _compared(self, side: Any, act: Act) -> str:
+        """Both values of each item: who is to get it can be said without looking further back."""
+        assert act.reveal is not None
+        assert act.against is not None
+        first, later = side.rng.choice(COMPARED)
+        values = enumerate(zip(side.game.items, act.reveal, act.against, strict=True))
+        return listed([(first if k == 0 else later).format(*both) for k, both in values])
+
+    def _offer(self, side: Any, take: Vector, best: bool, compared: bool) -> str:
         words, rng = english.words_of(self.files), side.rng
         yours = less(side.counts, take)
         both = any(take) and any(yours)
         kinds = ["joint" if best and both else "offer"]
         kinds += ["mine", "yours"] if both and not best else []
         as_words, whole = rng.random() < 0.5, rng.random() < 0.6
+        if compared:
+            as_words = whole = False  # the numbers of the prompt
         shares = [self._share(side, share, as_words, whole) for share in (take, yours)]
         return pick(words, rng.choice(kinds), rng, *shares)
 
@@ -155,6 +174,9 @@ class DealWords:
                 if named:
                     k = named[0]
                     return Act(spare=k) if kind == "spare" else Act(want=k, refuse=kind == "reason")
+            elif kind == "compare":
+                if both := compared_in(slots[0], items):
+                    return Act(reveal=both[0], against=both[1])
             elif values := self._read_values(slots, items):
                 return Act(reveal=values)
         return self._free(sentence, asks, items, counts)
@@ -257,6 +279,16 @@ def values_in(words: Sequence[str], items: Sequence[str]) -> Vector | None:
     if len(values) != len(items):
         return None
     return tuple(int(values[item]) if values[item].isdecimal() else 0 for item in items)
+
+
+def compared_in(words: str, items: Sequence[str]) -> tuple[Vector, Vector] | None:
+    """The speaker's and the listener's values, where each item is followed by its two numbers."""
+    found = re.findall(rf"\b({'|'.join(items)})\D+?(\d+)\D+?(\d+)", words)
+    if sorted(item for item, _, _ in found) != sorted(items):
+        return None
+    values = {item: (int(mine), int(theirs)) for item, mine, theirs in found}
+    mine, theirs = zip(*(values[item] for item in items), strict=True)
+    return mine, theirs
 
 
 # ---- the games ---------------------------------------------------------------------------------------------
