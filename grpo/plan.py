@@ -27,6 +27,7 @@ from duologue.model.checkpoint import parse_dtype, read_config
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import linears
+from duologue.model.recompute import LAYER, NORMS, NOTHING
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from torch import nn
 
@@ -133,14 +134,15 @@ class Plan:
 
 
 def activation_bytes(
-    shape: ModelConfig, *, nodes: int, tokens: int, itemsize: int, rank: int = 0, recompute: str = "none"
+    shape: ModelConfig, *, nodes: int, tokens: int, itemsize: int, rank: int = 0, recompute: str = NOTHING
 ) -> int:
     """What a forward over `nodes` keeps for its backward, rows of `tokens` tokens in attention (as many
     where no prefix is shared). `rank` is an adapter's, 0 for none.
     """
     H, I = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    node = 4 * H + 3 * I  # two sums and two norms; gate, up and their product
+    node = 2 * H + 2 * I  # two sums; gate and up
+    node += 0 if recompute == NORMS else 2 * H + I  # two norms; the product of gate and up
     node += (q + kv) if shape.qk_norm else 0
     shared = tokens != nodes
     node += q if shared else 0  # attention's output, taken back from the rows
@@ -148,7 +150,7 @@ def activation_bytes(
     row = 2 * q + 2 * kv  # query, output, key and value
     layer = itemsize * (nodes * node + tokens * row) + tokens * shape.num_heads * 8
     ends = itemsize * nodes * 2 * H  # the last sum and the last norm
-    if recompute == "layer":
+    if recompute == LAYER:
         layer = itemsize * nodes * 2 * H
     return shape.num_layers * layer + ends
 
@@ -209,7 +211,7 @@ def make_plan(
         head=head_bytes(
             shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device, memory=memory
         ),
-        again=_again(config, shape, itemsize) if t.recompute == "layer" else 0,
+        again=_again(config, shape, itemsize) if t.recompute == LAYER else 0,
         transit=transit,
         pool=r.cache_tokens * kv,
         frozen=_frozen(config, parameters * itemsize, kv),
@@ -307,8 +309,9 @@ def _changes(config: Config, device: str) -> Iterator[tuple[str, dict[str, Any]]
         yield "rollout.cache_tokens=0", {"rollout.cache_tokens": 0}
     if config.train.kl_every and not config.grpo.kl_coef and not config.lora.rank:
         yield "train.kl_every=0", {"train.kl_every": 0}
-    if config.train.recompute != "layer":
-        yield "train.recompute=layer", {"train.recompute": "layer"}
+    for less in (NORMS, LAYER):
+        if config.train.recompute not in (less, LAYER):
+            yield f"train.recompute={less}", {"train.recompute": less}
     if not config.train.offload_moments and device != "cpu":
         yield "train.offload_moments=true", {"train.offload_moments": True}
     for tokens in (8192, 4096, 2048):

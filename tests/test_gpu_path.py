@@ -175,6 +175,7 @@ def test_a_run_on_a_gpu_has_settings_that_suit_one(
     assert (cpu.rollout.page_size, cpu.rollout.max_step_tokens) == (16, 1024)
     assert (gpu.rollout.page_size, gpu.rollout.max_step_tokens) == (64, 8192)
     assert gpu.rollout.cache_tokens > cpu.rollout.cache_tokens
+    assert (cpu.train.recompute, gpu.train.recompute) == ("none", "norms")
     assert not gpu.rollout.released
     said = ["model.device=cuda:1", f"model.path={folder}", "model.dtype=float16", "rollout.page_size=32"]
     chosen = load_config("collective-agency", said)
