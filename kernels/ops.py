@@ -132,7 +132,7 @@ def packed_attention(
     """
     if fast := libraries.attention(q, exact):
         return fast(q, k, v, cu_seqlens, scale, max_seqlen or len(q))
-    run = _form(reference.packed_attention, attention.packed, attention.packed_traced, q, q, k, v)
+    run = _form(reference.packed_attention, attention.packed, attention.packed_grad, q, q, k, v)
     return run(q, k, v, cu_seqlens, scale)
 
 
