@@ -70,7 +70,7 @@ PREFILL = 8_192  # tokens of a step
 TOKENS, LENGTH = 16_384, 1_024  # of a micro-batch and of its rows, half of whose tokens are trained
 PARTS = 8  # micro-batches of an update
 RANK = 32
-RECOMPUTE = ON_CUDA["train"]["recompute"]
+RECOMPUTE, FUSE = (ON_CUDA["train"][key] for key in ("recompute", "gradient_accumulation_fusion"))
 GOALS = {  # tokens per second: rollout, update
     ("0.6B", 0): (48_000, 120_000),
     ("4B", 0): (26_000, 22_000),
@@ -183,11 +183,7 @@ def gradient(model: Decoder) -> list[Launch]:
     """A micro-batch: forward, loss and backward, and what the optimizer does after it."""
     S = TOKENS // LENGTH
     model.recompute = RECOMPUTE
-    for parameter in model.parameters():
-        parameter.grad = None
-    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0)
-    for master in optimizer.masters.values():  # of the micro-batches before
-        master.grad = torch.zeros_like(master)
+    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0, fuse=FUSE)
 
     def run() -> None:
         attention = PackedAttention(zeros(S + 1, dtype=torch.int32), model.scale, model.exact)
@@ -201,10 +197,12 @@ def gradient(model: Decoder) -> list[Launch]:
             exact=model.exact,
             chunk_bytes=gpu_bytes(141 * 10**9),
         ).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.backward(loss)
         optimizer.accumulate()
 
-    return counted(run, [(LENGTH, LENGTH)] * S)
+    lengths = [(LENGTH, LENGTH)] * S
+    counted(run, lengths)  # the first of an update adds nothing up
+    return counted(run, lengths)
 
 
 def kept(name: str, rank: int) -> int:
@@ -264,7 +262,7 @@ def rates(name: str, rank: int, exact: bool) -> Iterator[dict[str, Any]]:
     found = whole(gradient, name, rank, exact, 0.0)
     step = stepping(name, rank) / HBM / PARTS
     of_update = row("update", TOKENS, found, found.roofline + step, eager(found) + step / OTHERS, goals[1])
-    yield of_update | {"recompute": RECOMPUTE, "kept_bytes_per_token": kept(name, rank)}
+    yield of_update | {"recompute": RECOMPUTE, "fused": FUSE, "kept_bytes_per_token": kept(name, rank)}
 
 
 def eager(found: Cost) -> float:

@@ -187,7 +187,8 @@ class Steps:
 
     def _accumulate(self, what: str, gradient: Gradient, rows: Sequence[Row]) -> UpdateStats:
         where = {"world": self.world, "shares": self.config.train.shares}
-        stats = gradient(rows=rows, after_part=self.optimizer.accumulate, **where)
+        optimizer = self.optimizer
+        stats = gradient(rows=rows, after_part=optimizer.accumulate, backward=optimizer.backward, **where)
         self.bad.note(what, gradient, rows, stats)
         return stats
 
