@@ -4,19 +4,20 @@
 
 The library's kernels are replaced by functions that return at once, so what is left are checks, allocations
 and autograd; torch's F.linear, whole, stands beside them. Each op is called on small fp32 tensors in a chain
-of CHAIN calls, as in layers; the numbers are those of one call, in processor time of this thread, the least
-of several rounds in which all take turns. --save appends to bench/results/op_host.csv.
+of CHAIN calls, as in layers, each with weights (or keys and values) of its own, whose gradients are handed
+over and not added up. The numbers are those of one call, in processor time of this thread: the least and the
+median of many rounds of one chain, in which all take turns. --save appends to bench/results/op_host.csv.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,11 +30,12 @@ from torch import Tensor
 
 from bench.common import append_rows
 
-CHAIN, ROUNDS, CALLS = 20, 15, 10
+CHAIN, ROUNDS = 20, 150
 SIZE = 64
 TOLD = ("tiles", "name", "threads", "refused")  # what is asked of the library, and no kernel
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
+Chain = tuple[Tensors, Sequence[Tensors], Step]  # what it begins with, each link's own tensors, a link
 
 
 @contextmanager
@@ -46,62 +48,74 @@ def no_kernels() -> Iterator[None]:
         yield
 
 
-def steps() -> dict[str, tuple[Tensors, Step]]:
-    """Of each op what the chain begins with, [SIZE, SIZE] or heads of it, and a function that makes the next
-    of it."""
-    x, other, weight = (torch.randn(SIZE, SIZE, requires_grad=True) for _ in range(3))
-    norm = torch.ones(SIZE, requires_grad=True)
-    H, D = 4, SIZE // 4
-    q, k, v = (torch.randn(SIZE, H, D, requires_grad=True) for _ in range(3))
-    table, positions = torch.ones(SIZE, D // 2), torch.arange(SIZE)
+def wanted(*shape: int) -> Tensor:
+    """A leaf whose gradient is wanted."""
+    return torch.randn(shape, requires_grad=True)
+
+
+def chains() -> dict[str, Chain]:
+    """Of each op, on tensors [SIZE, SIZE] or heads of it."""
+    x, other = wanted(SIZE, SIZE), wanted(SIZE, SIZE)
+    weights = [(wanted(SIZE, SIZE),) for _ in range(CHAIN)]
+    norms = [(wanted(SIZE),) for _ in range(CHAIN)]
+    heads = SIZE, 4, SIZE // 4
+    q, k = wanted(*heads), wanted(*heads)
+    keys = [(wanted(*heads), wanted(*heads)) for _ in range(CHAIN)]
+    scale = heads[2] ** -0.5
+    table, positions = torch.ones(SIZE, heads[2] // 2), torch.arange(SIZE)
     cu_seqlens = torch.tensor([0, SIZE], dtype=torch.int32)
     return {
-        "linear": ((x,), lambda x: (ops.linear(x, weight),)),
-        "rms_norm": ((x,), lambda x: (ops.rms_norm(x, norm, 1e-6),)),
-        "add_rms_norm": ((x, other), lambda x, total: ops.add_rms_norm(x, total, norm, 1e-6)),
-        "silu_mul": ((x,), lambda x: (ops.silu_mul(x, other),)),
-        "rope": ((q, k), lambda q, k: ops.rope(q, k, table, table, positions)),
-        "packed_attention": ((q,), lambda q: (ops.packed_attention(q, k, v, cu_seqlens, D**-0.5),)),
-        "F.linear, whole": ((x,), lambda x: (torch.nn.functional.linear(x, weight),)),
+        "linear": ((x,), weights, lambda x, weight: (ops.linear(x, weight),)),
+        "rms_norm": ((x,), norms, lambda x, norm: (ops.rms_norm(x, norm, 1e-6),)),
+        "add_rms_norm": ((x, other), norms, lambda *given: ops.add_rms_norm(*given, 1e-6)),
+        "silu_mul": ((x,), weights, lambda x, up: (ops.silu_mul(x, up),)),
+        "rope": ((q, k), CHAIN * [()], lambda q, k: ops.rope(q, k, table, table, positions)),
+        "packed_attention": (
+            (q,),
+            keys,
+            lambda q, k, v: (ops.packed_attention(q, k, v, cu_seqlens, scale),),
+        ),
+        "F.linear, whole": ((x,), weights, lambda x, weight: (torch.nn.functional.linear(x, weight),)),
     }
 
 
-def chained(step: Step, tensors: Tensors) -> Tensors:
-    for _ in range(CHAIN):
-        tensors = step(*tensors)
+def forward(chain: Chain) -> Tensors:
+    tensors, links, step = chain
+    for own in links:
+        tensors = step(*tensors, *own)
     return tensors
 
 
-def processor_seconds(runs: Sequence[Callable[[], Any]]) -> float:
-    """Of one link of these chains."""
+def timed(chain: Chain) -> tuple[float, float, float]:
+    """Processor seconds of a link: without gradients, of a forward with them, and of its backward."""
+    tensors, links, _ = chain
+    leaves = [*tensors, *(x for own in links for x in own)]
     began = time.thread_time()
-    for run in runs:
-        run()
-    return (time.thread_time() - began) / len(runs) / CHAIN
+    with torch.no_grad():
+        forward(chain)
+    plain = time.thread_time()
+    outs = forward(chain)
+    forwarded = time.thread_time()
+    torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs])
+    ended = time.thread_time()
+    return (plain - began) / CHAIN, (forwarded - plain) / CHAIN, (ended - forwarded) / CHAIN
 
 
 def measure(rounds: int = ROUNDS) -> list[dict[str, Any]]:
-    """A row per op: microseconds without gradients, of a forward with them, and of its backward."""
-    found: dict[str, list[tuple[float, float, float]]] = {}
+    """A row per op, in microseconds."""
+    of_ops = chains()
+    found: dict[str, list[tuple[float, float, float]]] = {name: [] for name in of_ops}
     for _ in range(rounds):
-        for name, (tensors, step) in steps().items():
-            forward = partial(chained, step, tensors)
-            grads = [torch.ones_like(x) for x in tensors]
-            outs = [forward() for _ in range(CALLS)]
-            backwards = [partial(torch.autograd.backward, out, grads) for out in outs]
-            times = (
-                processor_seconds(CALLS * [torch.no_grad()(forward)]),
-                processor_seconds(CALLS * [forward]),
-                processor_seconds(backwards),
-            )
-            found.setdefault(name, []).append(times)
+        for name, chain in of_ops.items():
+            timed(chain)  # brings the code into the caches
+            found[name].append(timed(chain))
     rows = []
-    for name, of_rounds in found.items():
-        plain, with_grad, backward = (round(1e6 * min(times), 1) for times in zip(*of_rounds, strict=True))
-        rows.append(
-            {"op": name, "no_grad_us": plain, "forward_us": with_grad, "backward_us": backward}
-            | {"both_us": round(with_grad + backward, 1)}
-        )
+    for name, times in found.items():
+        plain, with_grad, backward = (1e6 * min(of) for of in zip(*times, strict=True))
+        both = [1e6 * (of[1] + of[2]) for of in times]
+        row = {"no_grad_us": plain, "forward_us": with_grad, "backward_us": backward}
+        row |= {"both_us": min(both), "median_us": statistics.median(both)}
+        rows.append({"op": name} | {key: round(value, 1) for key, value in row.items()})
     return rows
 
 

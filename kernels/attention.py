@@ -40,9 +40,9 @@ def decode_work(
 
 def _check_heads(op: str, q: Tensor, Hk: int) -> None:
     _, Hq, D = q.shape
-    limit = 256 if triton(q) else 1024
     if Hk == 0 or Hq % Hk:
         raise ValueError(f"{op}: {Hq} query heads are no multiple of {Hk} key heads")
+    limit = 256 if D > 256 and triton(q) else 1024
     if not 0 < D <= limit:
         raise ValueError(f"{op}: the head dim is {D}, accepted is 1 to {limit}")
 
@@ -62,7 +62,8 @@ def packed_with_stats(
     op = "packed_attention"
     q, k, v, cu_seqlens = map(Tensor.contiguous, (q, k, v, cu_seqlens))
     device = q.device.type
-    check(op, device, q=(q, (None, None, None), None))
+    if q.dim() != 3:
+        check(op, device, q=(q, (None, None, None), None))
     T, Hq, D = q.shape
     check(
         op,
@@ -73,7 +74,8 @@ def packed_with_stats(
     )
     Hk = k.shape[1]
     _check_heads(op, q, Hk)
-    if len(cu_seqlens) == 0:
+    S = cu_seqlens.shape[0] - 1
+    if S < 0:
         raise ValueError(f"{op}: cu_seqlens is empty, accepted is [S + 1] from 0 to T")
     out = torch.empty_like(q)
     stats = q.new_empty((T, Hq, 2), dtype=torch.float32)
@@ -82,7 +84,7 @@ def packed_with_stats(
 
         return gpu_attention.forward(q, k, v, out, stats, cu_seqlens, scale), stats
     tensors = pointers(q, k, v, out, stats, cu_seqlens)
-    bad = lib().packed_attention(*tensors, T, len(cu_seqlens) - 1, Hq, Hk, D, scale, DTYPES[q.dtype])
+    bad = lib().packed_attention(*tensors, T, S, Hq, Hk, D, scale, DTYPES[q.dtype])
     _check_lengths(op, bad, T)
     return out, stats
 
@@ -110,7 +112,7 @@ def packed_backward(
         gpu_backward.backward(q, k, v, cu_seqlens, scale, out, stats, grad, *grads)
         return grads
     _, Hq, D = q.shape
-    sizes = len(cu_seqlens) - 1, Hq, k.shape[1], D
+    sizes = cu_seqlens.shape[0] - 1, Hq, k.shape[1], D
     tensors = pointers(q, k, v, out, stats, grad, *grads, cu_seqlens)
     lib().attention_backward(*tensors, *sizes, scale, DTYPES[q.dtype])
     return grads
@@ -205,7 +207,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward(run: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(run: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
     no_more = [None] * (ctx.n_inputs - 3)
     library = libraries.attention_backward(q) if ctx.longest and run is packed_backward else None
@@ -216,13 +218,9 @@ def _backward(run: Any, ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | Non
     return *library(q, k, v, cu_seqlens, ctx.scale, ctx.longest, out, sums, grad), *no_more
 
 
-_packed_grad = with_gradients(
-    packed_op, packed_with_stats, _setup, _backward, packed_backward_op, packed_backward
+packed_grad = with_gradients(
+    packed_op, packed_with_stats, _setup, _backward, packed_backward_op, packed_backward, first=True
 )
-
-
-def packed_traced(*inputs: Any) -> Any:
-    return _packed_grad(*inputs)[0]
 
 
 paged_op = library_op(

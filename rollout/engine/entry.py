@@ -27,8 +27,9 @@ def enter_draws(work: Work, draws: Draws, pool: PagePool, decode: Callable[[list
         request.finish("error")
         return 1
     tokens = draws.tokens
-    drawn = len(tokens)
-    n = drawn if -1 not in draws.support_sizes else draws.n_known
+    n = drawn = len(tokens)
+    if -1 in draws.support_sizes:
+        n = draws.n_known
     n_left = request.n_left
     reason = ""
     if n >= n_left:
@@ -39,9 +40,10 @@ def enter_draws(work: Work, draws: Draws, pool: PagePool, decode: Callable[[list
         if stop is not None:
             n = stop + 1
             reason = "stop"
-    draws.keep(n)
+    if n < drawn:
+        draws.keep(n)
     completion.add(draws)
-    request.branch.token_ids += draws.tokens
+    request.branch.token_ids += tokens
     pool.computed(request.branch, n * work.n_tokens)
     strings = request.params.stop_strings
     if strings and says_stop(completion.token_ids, strings, decode):

@@ -95,8 +95,6 @@ class Draws:
 
     def keep(self, n: int) -> None:
         """The first `n`, and no more."""
-        if n == len(self.tokens):
-            return
         if self.support_ids:
             self.support_ids = self.support_ids[: sum(self.support_sizes[:n])]
         del self.tokens[n:], self.logprobs[n:], self.entropies[n:], self.support_sizes[n:]
