@@ -7,7 +7,8 @@
 Random dialogues on random weights: batches of 1 to 256, groups that fork from a shared prompt, up to six
 turns with rewinds between them, chunked prefill among decoding rows, and in every other round a pool so small
 that requests are preempted. Each sampled token's recorded log-prob is compared with `score`, the packed
-training forward. Exit code 1 when one differs.
+training forward. Exit code 1 when one differs. SIGTERM ends it after the round that is being played, with the
+JSON line of what it has compared.
 
 A run compares every log-prob that it trains, in the update itself: `mismatch` of metrics.jsonl is the largest
 difference of a step. `--run` adds up how many these were, from dialogues.jsonl: all tokens of the policy's
@@ -17,8 +18,10 @@ trained turns but those of an advantage of 0, which no update computes.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -38,6 +41,10 @@ from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
 VOCAB = 503
+MOST_APPENDED, MOST_NEW = 16, 32  # tokens of a turn
+LONGEST = 384  # tokens of a dialogue, at least the 90 of a prompt and six turns
+PACKED = 32  # sequences of a training forward
+Span = tuple[int, list[float]]  # where sampled tokens begin, and their log-probs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -85,46 +92,81 @@ def from_checkpoint(folder: Path, lora: bool, seed: int) -> Decoder | LoraDecode
     return policy
 
 
-def play_round(model: Decoder | LoraDecoder, rng: random.Random, tally: Tally) -> None:
-    tight = tally.rounds % 2 == 1  # all want to run and few fit
-    batch = rng.choice([33, 64, 256] if tight else [1, 2, 3, 7, 16, 128])
-    turns, group, vocab = rng.randint(1, 6), rng.choice([1, 4, 8]), model.config.vocab_size
+def open_engine(model: Decoder | LoraDecoder, rng: random.Random, tight: bool) -> tuple[Engine, int]:
+    """An engine for a round, and how many dialogues are to share it.
+
+    Most tokens come from the large batches, which cost the least for each.
+    """
+    batch = rng.choice([33, 64, 256] if tight else [1, 2, 3, 7, 16, 128, 256, 256, 256])
+    large = batch > 64
+    if tight:  # all want to run and few fit
+        cache_tokens, max_batch = batch * rng.choice([24, 48, 96]), 256
+    else:
+        cache_tokens, max_batch = batch * LONGEST, rng.choice([256] if large else [4, 32])
     engine = Engine(
         model,
-        cache_tokens=1024 if tight else 131_072,
-        max_batch=256 if tight else rng.choice([4, 32, 256]),
-        max_step_tokens=rng.choice([48, 256, 1024]),
+        cache_tokens=cache_tokens,
+        max_batch=max_batch,
+        max_step_tokens=rng.choice([256, 1024] if large else [48, 128, 512]),
         seed=rng.randrange(2**31),
     )
-    branches: list[Branch] = []
-    while len(branches) < batch:
-        base = engine.open([rng.randrange(vocab) for _ in range(rng.randint(1, 90))])
-        engine.prefill([base])
-        branches += [base, *base.fork(min(group, batch - len(branches)) - 1)]
-    spans: list[list[tuple[int, list[float]]]] = [[] for _ in branches]
-    for _ in range(turns):
-        speaking = [i for i in range(batch) if rng.random() < 0.9]
+    return engine, batch
+
+
+def open_branches(engine: Engine, rng: random.Random, batch: int) -> list[Branch]:
+    """Random prompts, each of which some branches share."""
+    group, vocab = rng.choice([1, 4, 8]), engine.model.config.vocab_size
+    bases = [engine.open(rng.choices(range(vocab), k=rng.randint(1, 90))) for _ in range(0, batch, group)]
+    engine.prefill(bases)
+    return [branch for base in bases for branch in (base, *base.fork(group - 1))][:batch]
+
+
+def play_turns(engine: Engine, rng: random.Random, branches: list[Branch]) -> list[list[Span]]:
+    """Up to six turns in most of the branches, some of which take back a part of a turn; the spans of each
+    branch."""
+    spans: list[list[Span]] = [[] for _ in branches]
+    tokens = range(engine.model.config.vocab_size)
+    for _ in range(rng.randint(1, 6)):
+        speaking = [i for i in range(len(branches)) if rng.random() < 0.9]
+        started = []
+        fewest = rng.choice([1, MOST_NEW, MOST_NEW])  # all end together: several steps in one call
         for i in speaking:
-            branches[i].append([rng.randrange(vocab) for _ in range(rng.randint(1, 40))])
-        params = [SamplingParams(max_new_tokens=rng.randint(1, 24)) for _ in speaking]
-        started = [
-            (i, len(branches[i]), engine.start(branches[i], p)) for i, p in zip(speaking, params, strict=True)
-        ]
+            branches[i].append(rng.choices(tokens, k=rng.randint(1, MOST_APPENDED)))
+            params = SamplingParams(max_new_tokens=rng.randint(fewest, MOST_NEW))
+            started.append((i, len(branches[i]), engine.start(branches[i], params)))
         engine.run()
         for i, at, request in started:
-            spans[i].append((at, request.completion.logprobs))
-            n = len(request.completion.token_ids)
-            if rng.random() < 0.1:  # take back a part of it
-                branches[i].rewind(back := rng.randint(0, n))
-                spans[i][-1] = (at, request.completion.logprobs[: n - back])
-    with torch.no_grad():
-        for start in range(0, batch, 32):
-            part = range(start, min(start + 32, batch))
-            for i, exact in zip(part, score(model, [branches[i].token_ids for i in part]), strict=True):
-                for at, logprobs in spans[i]:
-                    of_training = exact[at - 1 : at - 1 + len(logprobs)]
-                    tally.differing += int((torch.tensor(logprobs) != of_training).sum())
-                    tally.tokens += len(logprobs)
+            logprobs = request.completion.logprobs
+            kept = len(logprobs)
+            if rng.random() < 0.1:
+                kept = rng.randint(0, kept)
+                branches[i].rewind(len(logprobs) - kept)
+            spans[i].append((at, logprobs[:kept]))
+    return spans
+
+
+def compare(model: Decoder | LoraDecoder, branches: list[Branch], spans: list[list[Span]]) -> tuple[int, int]:
+    """(Log-probs recorded, those that differ from the packed training forward's.)"""
+    recorded: list[float] = []
+    exact: list[torch.Tensor] = []
+    for start in range(0, len(branches), PACKED):
+        with torch.no_grad():
+            scored = score(model, [branch.token_ids for branch in branches[start : start + PACKED]])
+        for of_branch, logprobs in zip(spans[start : start + PACKED], scored, strict=True):
+            for at, of_turn in of_branch:
+                recorded += of_turn
+                exact.append(logprobs[at - 1 : at - 1 + len(of_turn)])
+    if not exact:
+        return 0, 0
+    return len(recorded), int((torch.tensor(recorded) != torch.cat(exact)).sum())
+
+
+def play_round(model: Decoder | LoraDecoder, rng: random.Random, tally: Tally) -> None:
+    engine, batch = open_engine(model, rng, tight=tally.rounds % 2 == 1)
+    branches = open_branches(engine, rng, batch)
+    tokens, differing = compare(model, branches, play_turns(engine, rng, branches))
+    tally.tokens += tokens
+    tally.differing += differing
     tally.rounds += 1
     tally.preemptions += engine.stats.preemptions
     tally.shared_tokens += engine.stats.shared_tokens
@@ -178,7 +220,10 @@ def main() -> int:
         model = from_checkpoint(args.checkpoint, args.lora, args.seed)
     else:
         model = make_model(getattr(torch, args.dtype), args.seed)
-    while tally.tokens < args.tokens:
+    gc.freeze()  # what importing torch left: else every collection walks it
+    terminated: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: terminated.append(number))
+    while tally.tokens < args.tokens and not terminated:
         play_round(model, rng, tally)
         if not args.json:
             print(
@@ -186,8 +231,9 @@ def main() -> int:
                 flush=True,
             )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    row = {"bench": "exact", "backend": backend.describe(), "dtype": dtype, **asdict(tally)}
-    print(json.dumps(row | {"seconds": round(time.perf_counter() - began, 1)}))
+    seconds = {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time(), 1)}
+    row = {"bench": "exact", "backend": backend.describe(), "dtype": dtype, **asdict(tally), **seconds}
+    print(json.dumps(row | {"wanted_tokens": args.tokens}), flush=True)
     return int(tally.differing > 0)
 
 

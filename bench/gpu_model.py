@@ -15,6 +15,7 @@ the time of a decode step is made.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections import Counter
@@ -25,7 +26,9 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
+from duologue.grpo.config import ON_CUDA
 from duologue.grpo.optimizer import Optimizer
+from duologue.grpo.plan import activation_bytes
 from duologue.kernels import ops
 from duologue.kernels.gpu.attention_decode import BLOCKS
 from duologue.kernels.gpu.linear import CACHE, CACHE_ONE
@@ -78,6 +81,7 @@ PREFILL = 8_192  # tokens of a step
 TOKENS, LENGTH = 16_384, 1_024  # of a micro-batch and of its rows, half of whose tokens are trained
 PARTS = 8  # micro-batches of an update
 RANK = 32
+RECOMPUTE, FUSE = (ON_CUDA["train"][key] for key in ("recompute", "gradient_accumulation_fusion"))
 GOALS = {  # tokens per second: rollout, update
     ("0.6B", 0): (48_000, 120_000),
     ("4B", 0): (26_000, 22_000),
@@ -207,11 +211,8 @@ def prefill(model: Decoder) -> list[Launch]:
 def gradient(model: Decoder) -> list[Launch]:
     """A micro-batch: forward, loss and backward, and what the optimizer does after it."""
     S = TOKENS // LENGTH
-    for parameter in model.parameters():
-        parameter.grad = None
-    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0)
-    for master in optimizer.masters.values():  # of the micro-batches before
-        master.grad = torch.zeros_like(master)
+    model.recompute = RECOMPUTE
+    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0, fuse=FUSE)
 
     def run() -> None:
         attention = PackedAttention(zeros(S + 1, dtype=torch.int32), model.scale, model.exact)
@@ -225,10 +226,20 @@ def gradient(model: Decoder) -> list[Launch]:
             exact=model.exact,
             chunk_bytes=gpu_bytes(141 * 10**9),
         ).loss
-        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.backward(loss)
         optimizer.accumulate()
 
-    return counted(run, [(LENGTH, LENGTH)] * S)
+    lengths = [(LENGTH, LENGTH)] * S
+    counted(run, lengths)  # the first of an update adds nothing up
+    return counted(run, lengths)
+
+
+def kept(name: str, rank: int) -> int:
+    """Bytes that a token's forward keeps for its backward."""
+    of_layer = model_of(name, 1, rank, exact=True).config
+    shape = dataclasses.replace(of_layer, num_layers=QWEN3[name][2])
+    sizes = {"nodes": TOKENS, "tokens": TOKENS, "itemsize": 2, "rank": rank}
+    return activation_bytes(shape, **sizes, recompute=RECOMPUTE) // TOKENS
 
 
 def trained(model: Decoder) -> int:
@@ -278,7 +289,8 @@ def rates(name: str, rank: int, exact: bool) -> Iterator[dict[str, Any]]:
     yield row("prefill", PREFILL, found, found.roofline, eager(found), 0)
     found = whole(gradient, name, rank, exact, 0.0)
     step = stepping(name, rank) / HBM / PARTS
-    yield row("update", TOKENS, found, found.roofline + step, eager(found) + step / OTHERS, goals[1])
+    of_update = row("update", TOKENS, found, found.roofline + step, eager(found) + step / OTHERS, goals[1])
+    yield of_update | {"recompute": RECOMPUTE, "fused": FUSE, "kept_bytes_per_token": kept(name, rank)}
 
 
 def uncovered(step: float) -> float:

@@ -36,6 +36,7 @@ from duologue.grpo.sections import (
 from duologue.grpo.settings import Text, meant, to_toml, typed
 from duologue.model.checkpoint import natural_dtype
 from duologue.model.hub import local
+from duologue.model.recompute import NORMS
 from duologue.model.settings import check, keys
 from duologue.rollout.games.catalogue import (
     ACCEPTED,
@@ -57,9 +58,13 @@ from duologue.rollout.selfplay.rules import Rules
 RECIPES = Path(__file__).parent / "recipes"
 ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
 PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
-# Of rollouts on a GPU: a page is a tile of its attention, and more prefill tokens fill it. The pool stays, as
-# graphs know its address.
-ON_CUDA = {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192}
+# On a GPU a page is a tile of attention, and more prefill tokens fill it. The pool stays, as graphs know its
+# address. Norms made again cost 2 % of an update by bench/gpu_model.py and save a quarter of what it keeps; a
+# CPU's memory is seldom short.
+ON_CUDA: dict[str, dict[str, Any]] = {
+    "rollout": {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192},
+    "train": {"recompute": NORMS, "gradient_accumulation_fusion": True},
+}
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
 
@@ -257,7 +262,7 @@ def _best_rules(c: Config) -> Iterator[Rule]:
 
 
 def load_config(
-    recipe_or_path: str, overrides: Sequence[str] = (), unsaid: dict[str, str] | None = None
+    recipe_or_path: str, overrides: Sequence[str] = (), unsaid: dict[str, Any] | None = None
 ) -> Config:
     """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides. `unsaid` are
     values of settings that neither says: those of a checkpoint that no setting names.
@@ -283,15 +288,18 @@ def load_config(
 
 def _suit_cuda(raw: dict[str, Any]) -> None:
     """Of a run on a GPU: what is said of nothing but suits a CPU by default."""
-    model, rollout = raw.get("model", {}), raw.setdefault("rollout", {})
-    if not isinstance(model, dict) or not isinstance(rollout, dict):
+    model = raw.get("model", {})
+    if not isinstance(model, dict):
         return
     if not typed("model.device", model.get("device", "cpu"), "").startswith("cuda"):
         return
-    raw["rollout"] = ON_CUDA | rollout
+    for section, values in ON_CUDA.items():
+        said = raw.setdefault(section, {})
+        if isinstance(said, dict):
+            raw[section] = values | said
 
 
-def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, str]) -> None:
+def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, Any]) -> None:
     """What nothing says follows from the checkpoint: games are told in English, the type is its own. A run's
     own file says it, but for one of an older version, which knew the plain telling alone.
     """

@@ -27,6 +27,7 @@ from duologue.model.checkpoint import parse_dtype, read_config
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, empty_decoder
 from duologue.model.lora import linears
+from duologue.model.recompute import LAYER, NORMS, NOTHING
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from torch import nn
 
@@ -133,14 +134,15 @@ class Plan:
 
 
 def activation_bytes(
-    shape: ModelConfig, *, nodes: int, tokens: int, itemsize: int, rank: int = 0, recompute: str = "none"
+    shape: ModelConfig, *, nodes: int, tokens: int, itemsize: int, rank: int = 0, recompute: str = NOTHING
 ) -> int:
     """What a forward over `nodes` keeps for its backward, rows of `tokens` tokens in attention (as many
     where no prefix is shared). `rank` is an adapter's, 0 for none.
     """
     H, I = shape.hidden_size, shape.intermediate_size
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    node = 4 * H + 3 * I  # two sums and two norms; gate, up and their product
+    node = 2 * H + 2 * I  # two sums; gate and up
+    node += 0 if recompute == NORMS else 2 * H + I  # two norms; the product of gate and up
     node += (q + kv) if shape.qk_norm else 0
     shared = tokens != nodes
     node += q if shared else 0  # attention's output, taken back from the rows
@@ -148,16 +150,24 @@ def activation_bytes(
     row = 2 * q + 2 * kv  # query, output, key and value
     layer = itemsize * (nodes * node + tokens * row) + tokens * shape.num_heads * 8
     ends = itemsize * nodes * 2 * H  # the last sum and the last norm
-    if recompute == "layer":
+    if recompute == LAYER:
         layer = itemsize * nodes * 2 * H
     return shape.num_layers * layer + ends
 
 
 def head_bytes(
-    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, memory: int, step: int = 0
+    shape: ModelConfig,
+    *,
+    rows: int,
+    itemsize: int,
+    trained: bool,
+    device: str,
+    memory: int,
+    step: int = 0,
+    fused: bool = False,
 ) -> int:
     """Of kernels/head.py over `rows` trained tokens on a device with `memory`; `step` rows at a time, 0 for
-    its own choice.
+    its own choice. `fused`: the weight's gradient is never cast.
     """
     H, V = shape.hidden_size, shape.vocab_size
     native = device == "cpu" and backend.available()
@@ -165,7 +175,7 @@ def head_bytes(
     budget = max(CPU_BYTES if device == "cpu" else gpu_bytes(memory), MIN_ROWS * V * per_logit)
     chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
     weight = V * H * 4 if trained else 0
-    cast = V * H * itemsize if trained and itemsize < 4 else 0
+    cast = V * H * itemsize if trained and itemsize < 4 and not fused else 0
     tiled = native and backend.tiled(torch.empty(0, dtype=torch.bfloat16))
     wide = V * H * 4 if native and itemsize < 4 and not tiled else 0
     return chunk + weight + max(cast, 0) + wide + 2 * rows * H * itemsize
@@ -196,9 +206,10 @@ def make_plan(
     activations = activation_bytes(
         shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=t.recompute
     )
-    transit = 2 * largest * itemsize
+    transit = _transit(config, largest, itemsize)
     if sharded and not lora.rank:
         transit = _sharded_transit(model, itemsize, ranks)
+    of_head: dict[str, Any] = {"rows": tokens, "itemsize": itemsize, "device": device, "memory": memory}
     sums = 1 + (t.shares // ranks - 1).bit_length() if t.shares > ranks else 1
     plan = Plan(
         weights=weights,
@@ -206,10 +217,8 @@ def make_plan(
         masters=trained * 4 // parts if itemsize < 4 else 0,
         moments=0 if t.offload_moments else trained * 8 // parts,
         activations=activations,
-        head=head_bytes(
-            shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device, memory=memory
-        ),
-        again=_again(config, shape, itemsize) if t.recompute == "layer" else 0,
+        head=head_bytes(shape, **of_head, trained=not lora.rank, fused=t.gradient_accumulation_fusion),
+        again=_again(config, shape, itemsize) if t.recompute == LAYER else 0,
         transit=transit,
         pool=r.cache_tokens * kv,
         frozen=_frozen(config, parameters * itemsize, kv),
@@ -243,8 +252,18 @@ def _again(config: Config, shape: ModelConfig, itemsize: int) -> int:
     tokens, one = config.train.tokens_per_microbatch, dataclasses.replace(shape, num_layers=1)
     rank = config.lora.rank
     layer = activation_bytes(one, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=rank)
-    head = shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings and not rank else 0
+    waits = shape.tie_word_embeddings and not rank and not config.train.gradient_accumulation_fusion
+    head = shape.vocab_size * shape.hidden_size if waits else 0
     return layer + (3 * tokens * shape.intermediate_size + head) * itemsize
+
+
+def _transit(config: Config, largest: int, itemsize: int) -> int:
+    """Of two gradients that autograd makes; of none but the embedding's where linears and the head put
+    theirs where they are summed.
+    """
+    if config.train.gradient_accumulation_fusion:
+        return 0 if config.lora.rank else largest * itemsize
+    return 2 * largest * itemsize
 
 
 def _sharded_transit(model: nn.Module, itemsize: int, ranks: int) -> int:
@@ -307,8 +326,9 @@ def _changes(config: Config, device: str) -> Iterator[tuple[str, dict[str, Any]]
         yield "rollout.cache_tokens=0", {"rollout.cache_tokens": 0}
     if config.train.kl_every and not config.grpo.kl_coef and not config.lora.rank:
         yield "train.kl_every=0", {"train.kl_every": 0}
-    if config.train.recompute != "layer":
-        yield "train.recompute=layer", {"train.recompute": "layer"}
+    for less in (NORMS, LAYER):
+        if config.train.recompute not in (less, LAYER):
+            yield f"train.recompute={less}", {"train.recompute": less}
     if not config.train.offload_moments and device != "cpu":
         yield "train.offload_moments=true", {"train.offload_moments": True}
     for tokens in (8192, 4096, 2048):

@@ -17,6 +17,7 @@ from duologue.grpo.optimizer import SCHEDULES
 from duologue.kernels.advantage import METHODS
 from duologue.model.hub import local
 from duologue.model.lora import LoraSettings
+from duologue.model.recompute import LAYER, NORMS, NOTHING
 from duologue.model.settings import Shares, keys, like, setting
 from duologue.model.tokenizer import LEAST_IDS
 from duologue.model.weights import DTYPES
@@ -112,11 +113,15 @@ class TrainSection:
         1800.0, "that the ranks of a run wait for one of them before all end", least=1, most=1e6
     )
     recompute: str = setting(
-        "none",
-        "what a backward computes a second time, to keep less: 'layer', all but the inputs of layers",
-        one_of=("none", "layer"),
+        NOTHING,
+        "what a backward computes a second time, to keep less: 'norms', the outputs of norms and of "
+        "silu(gate) * up; 'layer', all but the inputs of layers",
+        one_of=(NOTHING, NORMS, LAYER),
     )
     offload_moments: bool = setting(False, "keep the moments of AdamW in the host's memory; of a run on CUDA")
+    gradient_accumulation_fusion: bool = setting(
+        False, "add up the gradients of linears in fp32 as they are multiplied: never rounded to bf16 before"
+    )
     shares: int = setting(
         0,
         "fixed shares of a step's rows, a multiple of the ranks: the same bits for any number of them; 0: as "

@@ -22,7 +22,7 @@ import torch
 from duologue.kernels import backend, fused, ops
 from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
-from duologue.model.recompute import Drawing, recomputed
+from duologue.model.recompute import LAYER, NORMS, NOTHING, Drawing, made_again, recomputed
 from duologue.model.rotary import rope_tables
 from torch import Tensor, nn
 
@@ -118,6 +118,11 @@ class RMSNorm(nn.Module):
         assert weight is not None
         return ops.add_rms_norm(x, residual, weight, self.eps, self.exact)
 
+    def again(self, total: Tensor, added: bool) -> Tensor:
+        """The norm of `total` once more, by the library that made it: `added` says that it was a sum."""
+        sum_of_two = added and not self.exact
+        return self.add(torch.zeros_like(total), total)[0] if sum_of_two else self.forward(total)
+
 
 def _at_hand(module: nn.Module) -> None:
     """Let plain attribute access find the submodules. Replacing one by setattr undoes it for that one."""
@@ -169,13 +174,15 @@ class MLP(nn.Module):
         self.down_proj = Linear(I, H, config.mlp_bias)
         _at_hand(self)
 
-    def forward(self, x_TH: Tensor, lora: Adapters | None) -> Tensor:
+    def forward(self, x_TH: Tensor, lora: Adapters | None, lean: bool = False) -> Tensor:
         pair = (self.gate_proj, self.up_proj)
         if one_launch(pair, x_TH) and not (lora and any(lora.changes(linear.name) for linear in pair)):
             product = fused.gate_up(x_TH, pair[0].weight, pair[1].weight, [linear.bias for linear in pair])
             return self.down_proj.forward(product, lora)
         gate, up = self.gate_proj.forward(x_TH, lora), self.up_proj.forward(x_TH, lora)
-        return self.down_proj.forward(ops.silu_mul(gate, up, self.exact), lora)
+        product = ops.silu_mul(gate, up, self.exact)
+        with made_again(lean, product, ops.silu_mul, gate, up, self.exact):
+            return self.down_proj.forward(product, lora)
 
 
 class Layer(nn.Module):
@@ -198,14 +205,18 @@ class Layer(nn.Module):
         rotary: Rotary,
         attn: AttentionContext,
         lora: Adapters | None = None,
+        lean: bool = False,
     ) -> tuple[Tensor, Tensor]:
+        """`lean`: a backward makes the norms and the MLP's product again."""
         if update_TH is None:
             x_TH = self.input_layernorm.forward(residual_TH)
         else:
             x_TH, residual_TH = self.input_layernorm.add(update_TH, residual_TH)
-        attended_TH = self.self_attn.forward(x_TH, rotary, attn, lora)
+        with made_again(lean, x_TH, self.input_layernorm.again, residual_TH, update_TH is not None):
+            attended_TH = self.self_attn.forward(x_TH, rotary, attn, lora)
         x_TH, residual_TH = self.post_attention_layernorm.add(attended_TH, residual_TH)
-        return self.mlp.forward(x_TH, lora), residual_TH
+        with made_again(lean, x_TH, self.post_attention_layernorm.again, residual_TH, True):
+            return self.mlp.forward(x_TH, lora, lean), residual_TH
 
     def tensors(self) -> LayerTensors:
         attn, mlp = self.self_attn, self.mlp
@@ -249,7 +260,7 @@ class Decoder(nn.Module):
 
     exact = True
     packed = False  # whether the layers' weights are in four bits
-    recompute = False  # whether a backward computes the layers' forwards anew
+    recompute = NOTHING  # what a backward computes a second time
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -286,9 +297,10 @@ class Decoder(nn.Module):
         lora = self.rows() if lora is None else lora
         rotary = (*self.rotary_tables(positions), positions)
         update_TH, residual_TH = None, body.embed_tokens(token_ids)
+        again = self.recompute if torch.is_grad_enabled() else NOTHING
         for layer in body.layers:
-            run = recomputed(layer, lora) if self.recompute and torch.is_grad_enabled() else layer
-            update_TH, residual_TH = run(update_TH, residual_TH, rotary, attn, lora)
+            run = recomputed(layer, lora) if again == LAYER else layer
+            update_TH, residual_TH = run(update_TH, residual_TH, rotary, attn, lora, again == NORMS)
         assert update_TH is not None
         return body.norm.add(update_TH, residual_TH)[0]
 

@@ -287,7 +287,7 @@ def test_paged_refuses(change: dict[str, Tensor], message: str) -> None:
 
 
 @pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512", "amx", "amx-emulated"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 64), (7, 1, 20), (3, 3, 128)])
 def test_a_shared_prefix_changes_no_bit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import json
 import random
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -27,6 +29,7 @@ from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.runner import Runner
 from tiny import MODEL, model_config
+from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile
 
 SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_layers": 6, "num_heads": 4, "num_kv_heads": 2}
@@ -38,16 +41,23 @@ def saved_bytes(model: Decoder, rows: list[Row]) -> int:
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     alive = []
 
-    def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
+    def pack_hook(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):  # a way to make it again, whose tensors are kept elsewhere
+            return tensor
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
             alive.append(tensor)
         return tensor
 
+    def within(inner: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> saved_tensors_hooks:
+        """Of hooks in hooks PyTorch calls the inner ones alone."""
+        return saved_tensors_hooks(lambda tensor: pack_hook(inner(tensor)), unpack)
+
     batch = pack(rows)
     model.rotary_tables(batch.positions)
-    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+    inner_hooks = mock.patch("duologue.model.recompute.saved_tensors_hooks", within)
+    with saved_tensors_hooks(pack_hook, lambda tensor: tensor), inner_hooks:
         hidden = hidden_nodes(model, batch)
     assert hidden.requires_grad
     tables = {t.untyped_storage().data_ptr() for t in model.rotary_tables(batch.positions)}
@@ -64,18 +74,21 @@ def row(start: int, length: int, same: int) -> Row:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [0, 8])
 @pytest.mark.parametrize("same", [0, 20])
-def test_activations_are_what_autograd_saves(dtype: torch.dtype, rank: int, same: int) -> None:
+@pytest.mark.parametrize("recompute", ["none", "norms"])
+def test_activations_are_what_autograd_saves(
+    dtype: torch.dtype, rank: int, same: int, recompute: str
+) -> None:
     config = model_config(**SIZES)
     model = Decoder(config)
     model.init_weights(0)
     model.to(dtype)
     if rank:
         model = LoraDecoder(model, new_adapter(model, LoraSettings(rank=rank), 0))
+    model.recompute = recompute
     rows = [row(21 + 2 * i, 64, same) for i in range(6)]
     batch = pack(rows)
-    predicted = activation_bytes(
-        config, nodes=len(batch.first), tokens=len(batch.nodes), itemsize=dtype.itemsize, rank=rank
-    )
+    sizes = {"nodes": len(batch.first), "tokens": len(batch.nodes), "itemsize": dtype.itemsize}
+    predicted = activation_bytes(config, **sizes, rank=rank, recompute=recompute)
     assert predicted == pytest.approx(saved_bytes(model, rows), rel=0.1)
 
 
@@ -123,6 +136,7 @@ class OneOf(World):
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """The most that torch's allocator has given out at a time."""
+    gc.collect()  # what an earlier test left must not be freed in between
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         kept = work()
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -132,20 +146,24 @@ def peak_bytes(work: Callable[[], Any]) -> int:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "ranks", "recompute", "shares", "tied"),
+    ("dtype", "ranks", "recompute", "shares", "tied", "fuse"),
     [
-        ("float32", 1, "none", 0, False),
-        ("bfloat16", 1, "none", 0, False),
-        ("bfloat16", 4, "none", 0, False),
-        ("float32", 4, "layer", 0, True),
-        ("float32", 1, "none", 4, False),
-        ("bfloat16", 1, "layer", 4, True),
+        ("float32", 1, "none", 0, False, False),
+        ("bfloat16", 1, "norms", 0, False, False),
+        ("bfloat16", 4, "none", 0, False, False),
+        ("float32", 4, "layer", 0, True, False),
+        ("float32", 1, "none", 4, False, False),
+        ("bfloat16", 1, "layer", 4, True, False),
+        ("bfloat16", 1, "none", 0, False, True),
+        ("bfloat16", 1, "layer", 0, True, True),
+        ("bfloat16", 4, "norms", 0, True, True),
     ],
 )
 def test_the_peak_of_an_update_is_the_measured_one(
-    dtype: str, ranks: int, recompute: str, shares: int, tied: bool
+    dtype: str, ranks: int, recompute: str, shares: int, tied: bool, fuse: bool
 ) -> None:
     settings = [f"model.dtype={dtype}", f"train.recompute={recompute}", f"train.shares={shares}"]
+    settings.append(f"train.gradient_accumulation_fusion={str(fuse).lower()}")
     more = ["train.tokens_per_microbatch=512", "train.kl_every=0", "rollout.release_memory=true"]
     config = load_config("deal", [*MODEL, "opponent.kind=self", *settings, *more])
     sizes = model_config(
@@ -169,15 +187,16 @@ def test_the_peak_of_an_update_is_the_measured_one(
     def work() -> Any:
         model = Decoder(sizes).to(getattr(torch, dtype))
         model.init_weights(0)
-        model.recompute = recompute == "layer"
+        model.recompute = recompute
         if ranks == 1:
             optimizer = build_optimizer(config, model, World())
         else:  # as for ranks that are processes
-            how: Any = {"betas": (0.9, 0.95), "weight_decay": 0.0, "max_grad_norm": 1.0}
+            how: Any = {"betas": (0.9, 0.95), "weight_decay": 0.0, "max_grad_norm": 1.0, "fuse": fuse}
             optimizer = ShardedOptimizer(model, world=world, **how)
         for _ in range(2):
             loss = LossConfig()
-            accumulate_policy_gradient(model, rows, loss, after_part=optimizer.accumulate, **options)
+            how = {"after_part": optimizer.accumulate, "backward": optimizer.backward}
+            accumulate_policy_gradient(model, rows, loss, **how, **options)
             optimizer.step(1e-4)
         return model, optimizer
 

@@ -37,9 +37,10 @@ def gradients(model: Decoder, **how: Any) -> list[torch.Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
+@pytest.mark.parametrize("recompute", ["norms", "layer"])
 @pytest.mark.parametrize("dropout", [None, 0.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients_have_the_same_bits(dtype: torch.dtype, dropout: float | None) -> None:
+def test_gradients_have_the_same_bits(dtype: torch.dtype, dropout: float | None, recompute: str) -> None:
     """Of all weights, and of an adapter whose dropout draws the same again."""
     model = decoder(1, num_layers=3).to(dtype)
     if dropout is not None:
@@ -48,7 +49,7 @@ def test_gradients_have_the_same_bits(dtype: torch.dtype, dropout: float | None)
             torch.nn.init.normal_(b, generator=torch.Generator().manual_seed(0))
         model = LoraDecoder(model, adapter)
     kept = gradients(copy.deepcopy(model))
-    model.recompute = True
+    model.recompute = recompute
     again = gradients(model)
     assert len(kept) == len(again) > 10
     assert all(torch.equal(a, b) for a, b in zip(kept, again, strict=True))
