@@ -45,16 +45,12 @@ def case(kernel: Any, element: str, constants: dict[str, Any], **types: str) -> 
     return kernel, signature, known, constants["num_warps"]
 
 
-SIZES = ((1, 1024), (64, 4096), (64, 12_288), (256, 4096), (256, 12_288))  # M, O
-
-
 def linear_cases() -> Iterator[Case]:
     """Each tile once."""
-    tiles = {str(tile): tile for M, O in SIZES if (tile := linear.tile(M, (O,), True))}
-    assert len(tiles) == len(linear.TILES)
-    for tile in tiles.values():
+    for tile in linear.TILES:
         for out in ("*bf16", "*fp32"):
-            yield case(linear.linear_kernel, "*bf16", {"HAS_BIAS": False, **tile}, out=out)
+            flags = {"HAS_BIAS": False, **linear.staged(tile, 1)}
+            yield case(linear.linear_kernel, "*bf16", flags, out=out)
     yield case(linear.linear_kernel, "*fp32", {"HAS_BIAS": False, **linear.tile(1, (64,), False)})
 
 
@@ -72,11 +68,13 @@ def tma_cases(chip: int) -> Iterator[Case]:
 
 def fused_cases() -> Iterator[Case]:
     """Several ops of a decode step in one launch."""
-    tiles = {str(tile): tile for M, O in SIZES if (tile := linear.tile(M, (O,), True))}
-    for tile in tiles.values():
-        yield case(linear.linears_kernel, "*bf16", {"HAS_BIAS": False, **tile})
-        yield case(linear.gate_up_kernel, "*bf16", {"HAS_BIAS": False, **tile})
-        yield case(linear.add_scaled_kernel, "*bf16", tile)
+    for tile in linear.TILES:
+        one = {"HAS_BIAS": False, **linear.staged(tile, 1)}
+        yield case(linear.linears_kernel, "*bf16", one)
+        yield case(linear.add_scaled_kernel, "*bf16", one)
+        if tile in linear.fitting(2):
+            two = {"HAS_BIAS": False, **linear.staged(tile, 2)}
+            yield case(linear.gate_up_kernel, "*bf16", two)
     for element in ("*fp32", "*bf16"):
         tile = {"HAS_BIAS": True, **linear.tile(1, (1024,), element == "*bf16")}
         yield case(linear.linears_kernel, element, tile)

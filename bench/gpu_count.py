@@ -33,6 +33,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 MODULES = (attention, attention_backward, attention_decode, gather, linear, rows, sampler, softmax, sparse)
+PICKS = ("embedding", "index_select", "gather")
 NO_LAUNCH = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh")
 CHIP = 90  # an H200's capability
 Lengths = Sequence[tuple[int, int]]  # of each sequence: its queries, which are the last of its keys
@@ -116,13 +117,16 @@ class _Recorder(TorchDispatchMode):
             own = LIBRARY.get(name)
             flops = flop_registry.get(getattr(torch.ops.aten, name, None))
             cost = 0.0
+            read = nbytes(tensors)
+            if name in PICKS:  # of the first tensor as much as comes out
+                read = nbytes(tensors) - nbytes(tensors[:1]) + nbytes(tensors[-1:])
             if own is not None:
                 cost = own(args, self.lengths)
             elif flops is not None:
                 shaped = {k: v for k, v in kwargs.items() if k not in ("out_dtype", "out")}
                 operands = [x for x in args if not isinstance(x, torch.dtype)]
                 cost = flops(*operands, **shaped, out_val=out)
-            self.launches.append(Launch(name, nbytes(tensors), cost))
+            self.launches.append(Launch(name, read, cost))
         return out
 
 
@@ -164,7 +168,7 @@ def tile_pairs(lengths: Lengths, R: int, rows: int, keys: int) -> int:
 
 def _linear(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
     M, O, K = x["M"], x["O"], x["K"]
-    loads = (x["ROWS"] + x["COLUMNS"]) * K * x["x"].element_size()
+    loads = (min(M, x["ROWS"]) + x["COLUMNS"]) * K * x["x"].element_size()
     whole = math.prod(grid) * x["ROWS"] * x["COLUMNS"]
     return {"flops": 2.0 * max(whole, M * O) * K, "loads": loads}
 
@@ -177,13 +181,19 @@ def _linear_tma(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, 
     return {"flops": 2.0 * tiles * x["ROWS"] * x["COLUMNS"] * K, "loads": loads, "programs": tiles}
 
 
+def _of_weights(x: Named, grid: tuple[int, ...], n: int) -> dict[str, float]:
+    """Of programs whose rows meet so many weights."""
+    columns = n * x["COLUMNS"]
+    loads = (min(x["M"], x["ROWS"]) + columns) * x["K"] * x["x"].element_size()
+    return {"flops": 2.0 * math.prod(grid) * x["ROWS"] * columns * x["K"], "loads": loads}
+
+
 def _linears(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
-    loads = (x["ROWS"] + x["COLUMNS"]) * x["K"] * x["x"].element_size()
-    return {"flops": 2.0 * math.prod(grid) * x["ROWS"] * x["COLUMNS"] * x["K"], "loads": loads}
+    return _of_weights(x, grid, 1)
 
 
 def _gate_up(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
-    return {name: 2 * value for name, value in _linears(x, grid, lengths).items()}
+    return _of_weights(x, grid, 2)
 
 
 def _linear_sample(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:

@@ -86,6 +86,7 @@ def build_optimizer(config: Config, model: Decoder, world: World) -> Optimizer:
         "weight_decay": g.weight_decay,
         "max_grad_norm": g.max_grad_norm,
         "offload": config.train.offload_moments,
+        "fuse": config.train.gradient_accumulation_fusion,
     }
     if config.train.offload_moments and config.model.device == "cpu":
         raise ValueError("train.offload_moments = true: accepted is false on cpu, whose memory it would be")

@@ -63,7 +63,11 @@ PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points"
 # CPU's memory is seldom short.
 ON_CUDA: dict[str, dict[str, Any]] = {
     "rollout": {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192},
-    "train": {"recompute": NORMS},
+    "train": {
+        "recompute": NORMS,
+        "gradient_accumulation_fusion": True,
+        "attention_backward": "library",
+    },
 }
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
@@ -142,6 +146,7 @@ def _model_rules(c: Config) -> Iterator[Rule]:
     yield "lora.quantize", trained, not lora.quantize or lora.rank > 0
     yield "rollout.page_size", "a multiple of 16", c.rollout.page_size % 16 == 0
     exact = "true on cpu, where the kernels are always exact"
+    yield "train.attention_backward", "'own' on cpu", m.device != "cpu" or c.train.attention_backward == "own"
     yield "rollout.exact", exact, c.rollout.exact or m.device != "cpu"
 
 
@@ -262,7 +267,7 @@ def _best_rules(c: Config) -> Iterator[Rule]:
 
 
 def load_config(
-    recipe_or_path: str, overrides: Sequence[str] = (), unsaid: dict[str, str] | None = None
+    recipe_or_path: str, overrides: Sequence[str] = (), unsaid: dict[str, Any] | None = None
 ) -> Config:
     """The configuration of a recipe's name or a TOML file, with `section.key=value` overrides. `unsaid` are
     values of settings that neither says: those of a checkpoint that no setting names.
@@ -299,7 +304,7 @@ def _suit_cuda(raw: dict[str, Any]) -> None:
             raw[section] = values | said
 
 
-def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, str]) -> None:
+def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, Any]) -> None:
     """What nothing says follows from the checkpoint: games are told in English, the type is its own. A run's
     own file says it, but for one of an older version, which knew the plain telling alone.
     """

@@ -8,6 +8,7 @@ the new weights at once.
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from duologue.grpo.blocks import blocks_of
+from duologue.kernels.linear import PLACE
 from torch import Tensor, nn
 from torch.optim.adamw import adamw as apply
 
@@ -40,11 +42,24 @@ def learning_rate(
 
 @dataclass
 class Gradients:
-    """Of a block, summed: `flat` [size], its views by parameter, and the names of those that are there."""
+    """Of a block, summed: `flat` [size], its views by parameter, the names of those in which something is,
+    and of those to which this backward adds nothing more.
+    """
 
     flat: Tensor
     views: dict[str, Tensor]
     there: set[str] = field(default_factory=set)
+    done: set[str] = field(default_factory=set)
+
+    def place(self, name: str) -> tuple[Tensor, bool]:
+        """Where a gradient is put, and whether it is to be added to what is there."""
+        add = name in self.there
+        self.there.add(name)
+        return self.views[name], add
+
+    def put(self, name: str, gradient: Tensor) -> None:
+        total, add = self.place(name)
+        total.add_(gradient) if add else total.copy_(gradient)
 
 
 class Optimizer:
@@ -54,7 +69,8 @@ class Optimizer:
     never changes, so make the optimizer before whatever keeps addresses. A backward's gradients are summed in
     buffers of the same layout, as soon as autograd has them: those of fp32 parameters in place, so that
     `parameter.grad` is a view too, those of bf16 and fp16 in fp32, so that no others are kept. The latter
-    have fp32 masters.
+    have fp32 masters. With `fuse`, `backward` has the products of linears put there by those who multiply
+    (kernels/linear.py), and autograd makes none of them.
     """
 
     def __init__(
@@ -65,6 +81,7 @@ class Optimizer:
         weight_decay: float,
         max_grad_norm: float,
         offload: bool = False,
+        fuse: bool = False,
         unit: int = 1,
     ) -> None:
         """`offload`: the moments are in the host's memory. Blocks are multiples of `unit` numbers."""
@@ -78,11 +95,31 @@ class Optimizer:
         self._adamw = adamw(matrices, vectors, betas, weight_decay, offload)
         self._offload = offload
         self._gradients: dict[str, Gradients] = {}
+        self._nodes: list[Any] = []  # which autograd would make anew, without their hooks
         self._hooks: list[Any] = []
+        self._fused: dict[str, str] = {}  # parameter: its block
         for key, block in self.blocks.items():
-            for name in block.shapes:
-                listen: Any = self.parameters[name].register_post_accumulate_grad_hook
-                self._hooks.append(listen(partial(self._take, key, name)))
+            for name, shape in block.shapes.items():
+                self._listen(key, name)
+                if fuse and len(shape) == 2:
+                    self._fused[name] = key
+
+    def _listen(self, key: str, name: str) -> None:
+        """Have `_take` called when a backward has all that the parameter gets in it: by autograd, or only as
+        products, of which autograd knows that they are through.
+        """
+        parameter = self.parameters[name]
+        with torch.enable_grad():
+            view: Any = parameter.view_as(parameter)
+        node = view.grad_fn.next_functions[0][0]  # where autograd adds to parameter.grad
+        take = weakref.WeakMethod(self._take)  # Python's collector does not see through the node
+
+        def through(*_: Any) -> None:
+            if (call := take()) is not None:
+                call(key, name, parameter)
+
+        self._hooks.append(node.register_hook(through))
+        self._nodes.append(node)
 
     def _make_masters(self) -> dict[str, Tensor]:
         """What AdamW steps, by parameter: fp32 ones themselves."""
@@ -102,21 +139,28 @@ class Optimizer:
 
     # ---- gradients -----------------------------------------------------------------------------------------
 
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to the sums."""
+        try:
+            for name, key in self._fused.items():
+                setattr(self.parameters[name], PLACE, partial(self._place, key, name))
+            torch.autograd.backward(loss)
+        finally:
+            for name in self._fused:
+                delattr(self.parameters[name], PLACE)
+
+    def _place(self, key: str, name: str) -> tuple[Tensor, bool]:
+        return self._of_block(key).place(name)
+
     def _take(self, key: str, name: str, parameter: Tensor) -> None:
         """A backward, which records nothing, has added to the parameter's gradient."""
         gradients = self._of_block(key)
         total = gradients.views[name]
-        if parameter.grad is total:
-            return
-        assert parameter.grad is not None
-        narrow = parameter.dtype != total.dtype
-        if narrow and name in gradients.there:
-            total.add_(parameter.grad)
-        else:
-            total.copy_(parameter.grad)
-        gradients.there.add(name)
-        self.masters[name].grad = total
-        parameter.grad = None if narrow else total
+        if parameter.grad is not None and parameter.grad is not total:
+            gradients.put(name, parameter.grad)
+        if name in gradients.there:
+            self.masters[name].grad = total
+            parameter.grad = None if parameter.dtype != total.dtype else total
 
     def _of_block(self, key: str) -> Gradients:
         """Its gradients; a buffer for them from the first on."""

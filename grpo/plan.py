@@ -156,10 +156,18 @@ def activation_bytes(
 
 
 def head_bytes(
-    shape: ModelConfig, *, rows: int, itemsize: int, trained: bool, device: str, memory: int, step: int = 0
+    shape: ModelConfig,
+    *,
+    rows: int,
+    itemsize: int,
+    trained: bool,
+    device: str,
+    memory: int,
+    step: int = 0,
+    fused: bool = False,
 ) -> int:
     """Of kernels/head.py over `rows` trained tokens on a device with `memory`; `step` rows at a time, 0 for
-    its own choice.
+    its own choice. `fused`: the weight's gradient is never cast.
     """
     H, V = shape.hidden_size, shape.vocab_size
     native = device == "cpu" and backend.available()
@@ -167,7 +175,7 @@ def head_bytes(
     budget = max(CPU_BYTES if device == "cpu" else gpu_bytes(memory), MIN_ROWS * V * per_logit)
     chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
     weight = V * H * 4 if trained else 0
-    cast = V * H * itemsize if trained and itemsize < 4 else 0
+    cast = V * H * itemsize if trained and itemsize < 4 and not fused else 0
     tiled = native and backend.tiled(torch.empty(0, dtype=torch.bfloat16))
     wide = V * H * 4 if native and itemsize < 4 and not tiled else 0
     return chunk + weight + max(cast, 0) + wide + 2 * rows * H * itemsize
@@ -198,9 +206,10 @@ def make_plan(
     activations = activation_bytes(
         shape, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=lora.rank, recompute=t.recompute
     )
-    transit = 2 * largest * itemsize
+    transit = _transit(config, largest, itemsize)
     if sharded and not lora.rank:
         transit = _sharded_transit(model, itemsize, ranks)
+    of_head: dict[str, Any] = {"rows": tokens, "itemsize": itemsize, "device": device, "memory": memory}
     sums = 1 + (t.shares // ranks - 1).bit_length() if t.shares > ranks else 1
     plan = Plan(
         weights=weights,
@@ -208,9 +217,7 @@ def make_plan(
         masters=trained * 4 // parts if itemsize < 4 else 0,
         moments=0 if t.offload_moments else trained * 8 // parts,
         activations=activations,
-        head=head_bytes(
-            shape, rows=tokens, itemsize=itemsize, trained=not lora.rank, device=device, memory=memory
-        ),
+        head=head_bytes(shape, **of_head, trained=not lora.rank, fused=t.gradient_accumulation_fusion),
         again=_again(config, shape, itemsize) if t.recompute == LAYER else 0,
         transit=transit,
         pool=r.cache_tokens * kv,
@@ -245,8 +252,18 @@ def _again(config: Config, shape: ModelConfig, itemsize: int) -> int:
     tokens, one = config.train.tokens_per_microbatch, dataclasses.replace(shape, num_layers=1)
     rank = config.lora.rank
     layer = activation_bytes(one, nodes=tokens, tokens=tokens, itemsize=itemsize, rank=rank)
-    head = shape.vocab_size * shape.hidden_size if shape.tie_word_embeddings and not rank else 0
+    waits = shape.tie_word_embeddings and not rank and not config.train.gradient_accumulation_fusion
+    head = shape.vocab_size * shape.hidden_size if waits else 0
     return layer + (3 * tokens * shape.intermediate_size + head) * itemsize
+
+
+def _transit(config: Config, largest: int, itemsize: int) -> int:
+    """Of two gradients that autograd makes; of none but the embedding's where linears and the head put
+    theirs where they are summed.
+    """
+    if config.train.gradient_accumulation_fusion:
+        return 0 if config.lora.rank else largest * itemsize
+    return 2 * largest * itemsize
 
 
 def _sharded_transit(model: nn.Module, itemsize: int, ranks: int) -> int:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import RUN_FILE, Config, load_config
@@ -15,6 +16,8 @@ from duologue.model.hub import is_pinned, pinned
 from duologue.model.tokenizer import TEMPLATE
 
 KEPT = ("game.telling", "model.dtype")
+# Whose defaults on CUDA are others than they once were:
+KEPT_ON_CUDA = ("train.gradient_accumulation_fusion", "train.attention_backward")
 UP = 3  # folders, from a checkpoint to its run
 
 
@@ -38,14 +41,16 @@ def run_of(checkpoint: Path) -> Path | None:
     return None
 
 
-def kept_of(run: Path) -> dict[str, str]:
-    """How the run in this folder told its game, and the type of its weights: what it goes on with where
-    nothing says it. One of an older version did not write the telling, and told all plainly.
+def kept_of(run: Path) -> dict[str, Any]:
+    """How the run in this folder told its game, the type of its weights, and how it adds up gradients: what
+    it goes on with where nothing says it. One of an older version did not write the telling, and told all
+    plainly.
     """
     path = run / RUN_FILE
     settings = settings_of(path) if path.is_file() else {}
-    kept = {f"{section}.{key}": value for (section, key), value in settings.items() if value}
-    return {key: kept[key] for key in KEPT if key in kept}
+    kept = {f"{section}.{key}": value for (section, key), value in settings.items() if value != ""}
+    on_cuda = str(kept.get("model.device")).startswith("cuda")
+    return {key: kept[key] for key in (*KEPT, *(KEPT_ON_CUDA if on_cuda else ())) if key in kept}
 
 
 def pinned_of(place: str, run: Path | None) -> str:

@@ -272,10 +272,14 @@ class Head:
         if self.grad_bias is not None:
             self.grad_bias += dz.sum(0, dtype=self.wide)
 
+    def sums(self) -> list[Tensor | None]:
+        """The gradients of hidden, in its dtype, and of weight and bias, fp32 or wider; None where none was
+        needed."""
+        return [self.grad_hidden, self.grad_weight, self.grad_bias]
+
     def gradients(self) -> tuple[Tensor | None, ...]:
         """Of hidden, weight and bias, in their dtype; None where none was needed."""
-        grads = (self.grad_hidden, self.grad_weight, self.grad_bias)
-        return tuple(None if grad is None else grad.to(self.hidden.dtype) for grad in grads)
+        return tuple(None if grad is None else grad.to(self.hidden.dtype) for grad in self.sums())
 
 
 def score(head: Head, index: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,12 +5,24 @@ Shapes: M rows (all leading axes together), K in, O out.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from duologue.kernels import backend
 from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, with_gradients
 from torch import Tensor
+
+# The attribute of a weight whose gradients somebody adds up: (the sum [O, K], fp32 or wider, whether there is
+# anything in it) where a backward puts its product itself, and gives autograd none.
+PLACE = "gradient_place"
+Place = Callable[[], tuple[Tensor, bool]]
+
+
+def gradient_place(weight: Tensor | None) -> Place | None:
+    """Of a weight, None where autograd takes its gradient."""
+    place: Place | None = getattr(weight, PLACE, None)
+    return place
 
 
 def forward(
@@ -59,37 +71,67 @@ def matmul_tiles(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, 
 
 
 def backward(
-    x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool
+    x: Tensor | None, weight: Tensor | None, grad: Tensor, need_x: bool, need_weight: bool
 ) -> tuple[Tensor, Tensor]:
-    """(grad [..., O] @ weight [O, K], grad^T @ x [..., K]); what is not needed is empty.
+    """(grad [..., O] @ weight [O, K], grad^T @ x [..., K]); what is not needed is empty, and nor is the other
+    factor.
 
     On CPU not left to torch.mm: its OpenMP threads spin for milliseconds after each call and starve the
     workers of these kernels.
     """
-    shape, dtype = x.shape, x.dtype
-    if len(shape) != 2:
-        x, grad = x.flatten(0, -2), grad.flatten(0, -2)
-    if not backend.cpp(x):
-        grad = grad.to(dtype)
-        grad_x = (grad @ weight).view(shape) if need_x else x.new_empty(0)
-        return grad_x, grad.t() @ x if need_weight else x.new_empty(0)
-    product, of_product = matmul_tiles, dtype
-    if not backend.tiled(x):
-        product, of_product = matmul, torch.float32
-        x, weight, grad = x.float(), weight.float(), grad.float()
-    x, weight, grad = x.contiguous(), weight.contiguous(), grad.contiguous()
-    M, K = x.shape
-    O = len(weight)
-    grad_x = torch.empty_like(x, dtype=of_product) if need_x else x.new_empty(0)
-    if need_x:
-        product(grad, weight, grad_x, (M, O, K, O, 1), False)
-        grad_x = grad_x.view(shape)
-    grad_weight = torch.empty_like(weight, dtype=of_product) if need_weight else x.new_empty(0)
-    if need_weight:
-        product(grad, x, grad_weight, (O, M, K, 1, O), False)
-    if of_product == dtype:
+    like = weight if x is None else x
+    assert like is not None
+    dtype, rows = like.dtype, grad.flatten(0, -2)
+    grad_x = grad_weight = like.new_empty(0)
+    if not backend.cpp(like):
+        rows = rows.to(dtype)
+        if need_x:
+            assert weight is not None
+            grad_x = (rows @ weight).view(*grad.shape[:-1], weight.shape[1])
+        if need_weight:
+            assert x is not None
+            grad_weight = rows.t() @ x.flatten(0, -2)
         return grad_x, grad_weight
+    product, of_product = _product(like)
+    rows = _operand(rows, like)
+    M, O = rows.shape
+    if need_x:
+        assert weight is not None
+        K = weight.shape[1]
+        grad_x = weight.new_empty((*grad.shape[:-1], K), dtype=of_product)
+        product(rows, _operand(weight, like), grad_x, (M, O, K, O, 1), False)
+    if need_weight:
+        assert x is not None
+        K = x.shape[-1]
+        grad_weight = x.new_empty((O, K), dtype=of_product)
+        product(rows, _operand(x.flatten(0, -2), like), grad_weight, (O, M, K, 1, O), False)
     return grad_x.to(dtype), grad_weight.to(dtype)
+
+
+def _product(x: Tensor) -> tuple[Callable[..., None], torch.dtype]:
+    """By C++, of what is like x; and the dtype that it gives where none is asked for."""
+    return (matmul_tiles, x.dtype) if backend.tiled(x) else (matmul, torch.float32)
+
+
+def _operand(factor: Tensor, like: Tensor) -> Tensor:
+    """As the product of C++ takes it."""
+    return (factor if backend.tiled(like) else factor.float()).contiguous()
+
+
+def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, add: bool) -> None:
+    """total [O, K], fp32 or wider, (+)= grad [..., O]^T @ x [..., K] in one product: where nothing is added,
+    what is there is not read.
+    """
+    x, rows = x.flatten(0, -2), grad.flatten(0, -2)
+    if backend.cpp(x):
+        product, _ = _product(x)
+        (M, O), K = rows.shape, x.shape[1]
+        product(_operand(rows, x), _operand(x, x), total, (O, M, K, 1, O), add)
+    elif x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
+        how: Any = {"beta": int(add), "out_dtype": torch.float32}
+        torch.addmm(total, rows.to(x.dtype).t(), x, out=total, **how)
+    else:
+        torch.addmm(total, rows.to(total.dtype).t(), x.to(total.dtype), beta=int(add), out=total)
 
 
 # ---- torch.library ops -------------------------------------------------------------------------------------
@@ -109,21 +151,33 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_dtype: torch.dtype | N
 
 
 @backward_op.register_fake
-def _(x: Tensor, weight: Tensor, grad: Tensor, need_x: bool, need_weight: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape if need_x else 0), weight.new_empty(weight.shape if need_weight else 0)
+def _(
+    x: Tensor | None, weight: Tensor | None, grad: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor, Tensor]:
+    like = weight if x is None else x
+    assert like is not None
+    of_x = (*grad.shape[:-1], like.shape[-1]) if need_x else (0,)
+    return like.new_empty(of_x), like.new_empty((grad.shape[-1], like.shape[-1]) if need_weight else (0,))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight, bias = inputs[:3]
-    ctx.has_bias = bias is not None
-    ctx.save_for_backward(x, weight)
+    need_x, need_weight = ctx.needs_input_grad[:2]
+    ctx.dtype_of_bias = None if bias is None else bias.dtype
+    ctx.parameter = weight if need_weight and weight.is_leaf else None
+    ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
 
 
 def _backward(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
     need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
-    grad_x, grad_weight = run(x, weight, grad, need_x, need_weight)
-    grad_bias = grad.flatten(0, -2).sum(0).to(x.dtype) if ctx.has_bias and need_bias else None
+    place = gradient_place(ctx.parameter)
+    if place is not None and need_weight:
+        total, add = place()
+        add_weight_gradient(total, x, grad, add)
+        need_weight = False
+    grad_x, grad_weight = run(x, weight, grad, need_x, need_weight) if need_x or need_weight else (None, None)
+    grad_bias = grad.flatten(0, -2).sum(0).to(ctx.dtype_of_bias) if need_bias else None
     return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, None, None
 
 

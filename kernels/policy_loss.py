@@ -23,6 +23,7 @@ from duologue.kernels.head import (
     masked_rows,
     score,
 )
+from duologue.kernels.linear import gradient_place
 from torch import Tensor
 
 LossFn = Callable[[Tensor, Tensor, Rows], Any]
@@ -88,7 +89,9 @@ class _PolicyLoss(torch.autograd.Function):
                 part, *grads = _coefficients(loss_fn, logprob[rows], entropy[rows], rows, sums, any(need))
                 loss = loss + part
                 head.gradient(logits, rows, stats, entropy[rows], *grads)
-        ctx.grads = head.gradients()
+        ctx.grads = head.sums()
+        ctx.parameter = weight if need[1] and weight.is_leaf else None
+        ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(logprob, entropy)
         return loss, logprob, entropy
 
@@ -98,7 +101,14 @@ class _PolicyLoss(torch.autograd.Function):
             said = "the first backward handed the gradients over, a second has none"
             raise RuntimeError(f"linear_policy_loss: {said}")
         grads, ctx.grads = ctx.grads, None
-        if grad_loss.device.type != "cpu" or float(grad_loss) != 1.0:
+        by_one = grad_loss.device.type == "cpu" and float(grad_loss) == 1.0
+        if place := gradient_place(ctx.parameter):  # in fp32, and nothing of it to autograd
+            of_weight, grads[1] = grads[1], None
+            total, add = place()
+            of_weight = of_weight if by_one else of_weight.mul_(grad_loss)
+            total.add_(of_weight) if add else total.copy_(of_weight)
+        grads = [None if x is None else x.to(ctx.dtype) for x in grads]
+        if not by_one:
             grads = [None if x is None else x.mul_(grad_loss) for x in grads]
         return *grads, None, None, None, None
 

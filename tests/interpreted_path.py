@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 from unittest import mock
 
@@ -129,6 +130,35 @@ def test_products_of_one_launch_are_the_single_ones(T: int, biased: bool, dtype:
         up, bias = random(37, K, dtype=dtype, seed=9), biases[0]
         expected = ops.silu_mul(single[0], ops.linear(x, up, bias))
         assert torch.equal(fused.gate_up(x, weights[0], up, [bias, bias]), expected)
+
+
+def test_every_tile_gives_the_same_bits() -> None:
+    """Rows that fill no tile, of one product and of two in one program."""
+    x, gate, up = (random(n, 136, dtype=torch.float16, seed=n) for n in (130, 40, 40))
+    with torch.no_grad():
+        single = ops.linear(x, gate)
+        both = fused.gate_up(x, gate, up, [None] * 2)
+        assert torch.equal(both, ops.silu_mul(single, ops.linear(x, up)))
+        for tile in gpu_linear.TILES:
+            with mock.patch.object(gpu_linear, "tile", lambda *_, tile=tile: {**tile, "STEP": 64}):
+                assert torch.equal(ops.linear(x, gate), single)
+                if tile in gpu_linear.fitting(2):
+                    assert torch.equal(fused.gate_up(x, gate, up, [None] * 2), both)
+
+
+def test_a_tile_is_chosen_for_what_it_takes() -> None:
+    """The more rows and outputs, the larger; no sums that do not fit the registers; two programs fit a
+    multiprocessor's memory, or three stages do not."""
+    by_rows = [gpu_linear.tile(M, (4096,), True) for M in (1, 64, 65, 256, 512, 513)]
+    areas = [tile["ROWS"] * tile["COLUMNS"] for tile in by_rows]
+    assert areas == sorted(areas)
+    assert by_rows[1]["ROWS"] == 64
+    for M, O, weights in itertools.product((1, 65, 256), (512, 4096, 150_000), (1, 2)):
+        tile = gpu_linear.tile(M, (O,), True, weights)
+        width = tile["COLUMNS"] * weights
+        assert tile["ROWS"] * width <= 128 * 32 * tile["num_warps"]  # sums of a thread: 128
+        shared = 2 * tile["STEP"] * (tile["ROWS"] + width) * tile["num_stages"]
+        assert shared <= (gpu_linear.HALF if tile["num_stages"] > 3 else 227 << 10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

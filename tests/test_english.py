@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import random
 import re
@@ -220,6 +221,20 @@ def test_an_acceptance_may_say_again_what_was_offered_and_nothing_else(
 def garbled(rng: random.Random, words: list[str]) -> str:
     drawn = [rng.choice(words) for _ in range(rng.randrange(25))]
     return "".join(rng.choice((f"{word} ", word, f"{word}. ", f"{word}? ", "\x00é{0}")) for word in drawn)
+
+
+def test_an_acceptance_repeats_the_shares_in_the_order_of_the_offer() -> None:
+    share = r"\d+ books?, \d+ hats? and \d+ balls?"
+    compared = 0
+    for dialogue in catalogue.corpus(made("deal"), 300, 5):
+        turns = [text for _, text, kind in dialogue.turns if kind == "utterance"]
+        for offer, answer in itertools.pairwise(turns):
+            repeated = re.search(rf"(?:I|you) get ({share}), and (?:I|you) get ({share})", answer)
+            named = re.findall(share, offer)
+            if repeated and sorted(named) == sorted(repeated.groups()):
+                compared += 1
+                assert named == [*repeated.groups()], (offer, answer)
+    assert compared > 50
 
 
 @pytest.mark.parametrize("name", GAMES)

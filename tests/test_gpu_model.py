@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,43 @@ def test_seconds_of_a_launch() -> None:
     assert gpu_model.roofline(gpu_count.Launch("x", hbm, flops / 2)) == 1.0
     assert gpu_model.roofline(gpu_count.Launch("x", hbm / 4, 3 * flops)) == 3.0
     assert gpu_model.predicted(gpu_count.Launch("x", hbm)) == 1 / gpu_model.OTHERS
-    # Two waves of blocks, of which each asks the cache for its part of a second.
-    blocks = gpu_count.Launch("linear_kernel", 0.0, 0.0, sms + 1, gpu_model.L2 / sms)
-    assert gpu_model.predicted(blocks) == pytest.approx(2.0)
+    assert gpu_model.predicted(gpu_count.Launch("x", 0.0)) == gpu_model.SHORTEST
+    # All blocks together ask the cache for what it gives in a second; or one more than there are
+    # multiprocessors, so that one has two, each of what it gives one in a second; or gives them to multiply.
+    share = gpu_model.SHARES["linear_kernel"]
+    cached = gpu_count.Launch("linear_kernel", 0.0, 0.0, 2 * sms, gpu_model.CACHE / (2 * sms))
+    assert gpu_model.predicted(cached) == pytest.approx(1.0)
+    few = gpu_count.Launch("linear_kernel", 0.0, 0.0, 3, gpu_model.CACHE_ONE)
+    assert gpu_model.predicted(few) == pytest.approx(1.0)
+    blocks = gpu_count.Launch("linear_kernel", 0.0, (sms + 1) * flops / sms, sms + 1, 1.0)
+    assert gpu_model.predicted(blocks) == pytest.approx(2.0 / share)
     total = gpu_model.cost([gpu_count.Launch("x", hbm), blocks], 0.5)
-    assert total.predicted == pytest.approx(1 / gpu_model.OTHERS + 2.0 + 2 * 0.5)
+    assert total.predicted == pytest.approx(1 / gpu_model.OTHERS + 2.0 / share + 2 * 0.5)
     assert (total.launches, total.ours, total.bytes) == (2, 1, hbm)
+
+
+def test_items_that_wait_in_turn() -> None:
+    """Decode attention against a simulation: on a multiprocessor two blocks wait and read in turn, one reads
+    at a time, all for exponential times."""
+    reading = 2 * gpu_model.ITEM_WAITS
+    programs = 40_000 * gpu_model.MULTIPROCESSORS
+    loads = reading * gpu_model.HBM / gpu_model.MULTIPROCESSORS
+    seconds = gpu_model.streamed(gpu_count.Launch("decode_attention_kernel", 0.0, 0.0, programs, loads))
+    draw = random.Random(0).expovariate
+    arrives = [0.0, 0.0]
+    free = 0.0
+    for _ in range(40_000):
+        block = arrives.index(min(arrives))
+        free = max(free, arrives[block]) + draw(1 / reading)
+        arrives[block] = free + draw(1 / gpu_model.ITEM_WAITS)
+    assert seconds == pytest.approx(free, rel=0.02)
+
+
+def test_the_host_is_covered_by_the_last_steps_of_a_call() -> None:
+    step = gpu_model.HOST_STEP * gpu_model.STEPS / gpu_model.HELD
+    assert gpu_model.uncovered(step) == gpu_model.uncovered(2 * step) == 0
+    assert gpu_model.uncovered(step / 2) == pytest.approx(gpu_model.HOST_STEP / 2)
+    assert gpu_model.uncovered(0.0) == gpu_model.HOST_STEP
 
 
 def test_rows_are_written_and_stand_beside_the_goals(

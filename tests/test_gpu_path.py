@@ -26,6 +26,7 @@ from duologue.grpo.cli import main
 from duologue.grpo.config import load_config
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.policy import load_beside
+from duologue.grpo.unsaid import kept_of
 from duologue.kernels import backend, libraries
 from duologue.kernels.gpu import launcher
 from duologue.model.decoder import Decoder
@@ -183,6 +184,9 @@ def test_a_run_on_a_gpu_has_settings_that_suit_one(
     assert load_config("deal", ["model.device=cuda"]).model.dtype == "float32"
     (tmp_path / "config.toml").write_text('[model]\ndevice = "cuda"\n', "utf-8")
     assert load_config(str(tmp_path / "config.toml")).rollout.page_size == 16
+    assert gpu.train.gradient_accumulation_fusion
+    again = load_config("deal", ["model.device=cuda"], kept_of(tmp_path))  # a run older than the setting
+    assert not again.train.gradient_accumulation_fusion
 
 
 def test_max_step_tokens_reaches_the_engine() -> None:

@@ -115,6 +115,20 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     return {n: folder / str(n) for n in (1, 2, 4)}
 
 
+def test_gradients_that_linears_put_in_place_reach_the_other_process(tmp_path: Path) -> None:
+    """By gloo: two processes have the bits of one, whose rows are dealt alike."""
+    fused = ["model.dtype=bfloat16", "train.gradient_accumulation_fusion=true", "train.shares=2"]
+    short = ["train.steps=2", "opponent.kind=self", "opponent.mix={}", "opponent.pool_every=10"]
+    for ranks in (1, 2):
+        with Forked(tmp_path / str(ranks), *fused, *short, ranks=ranks) as forked:
+            codes, said = forked.ended()
+            assert codes == [0] * ranks, said
+    folders = [tmp_path / str(ranks) / "checkpoints" / "step_000002" for ranks in (1, 2)]
+    one, two = ({**load_file(f / "model.safetensors"), **torch.load(f / "optimizer.pt")} for f in folders)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
 def first_step(run: Path) -> list[dict[str, Any]]:
     """Its dialogues."""
     return [row for row in read_lines(run / "dialogues.jsonl") if row["step"] == 0]

@@ -54,10 +54,14 @@ def tensors(path: Path, step: int) -> dict[str, torch.Tensor]:
     return {**load_file(folder / "model.safetensors"), **torch.load(folder / "optimizer.pt")}
 
 
-def test_a_run_has_the_same_bits_for_any_number_of_ranks(tmp_path: Path) -> None:
-    run(tmp_path / "1", 1, 3)
-    run(tmp_path / "4", 4, 2, "train.recompute=layer")  # which changes nothing
-    run(tmp_path / "4", 2, 3)
+FUSED = ("model.dtype=bfloat16", "train.gradient_accumulation_fusion=true")
+
+
+@pytest.mark.parametrize("more", [(), FUSED])
+def test_a_run_has_the_same_bits_for_any_number_of_ranks(more: tuple[str, ...], tmp_path: Path) -> None:
+    run(tmp_path / "1", 1, 3, *more)
+    run(tmp_path / "4", 4, 2, "train.recompute=layer", *more)  # which changes nothing
+    run(tmp_path / "4", 2, 3, *more)
     whole, parts = outcome(tmp_path / "1"), outcome(tmp_path / "4")
     assert whole == parts
     assert all(row["grad_norm"] > 0 for row in whole[0])

@@ -56,6 +56,10 @@ class Rank(World):
         parts = [part.chunk(self.size)[self.rank].clone() for part in self.each(flat.clone())]
         return lambda: parts
 
+    def add_up(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            tensor.copy_(torch.stack(self.each(tensor.clone())).sum(0))
+
     def join(self, flat: Tensor) -> None:
         own = flat.chunk(self.size)[self.rank]
         flat.copy_(torch.cat(self.each(own.clone())))

@@ -62,17 +62,17 @@ class ShardedOptimizer(Optimizer):
 
     def _take(self, key: str, name: str, parameter: Tensor) -> None:
         """A gradient is there. Blocks are sent in one order on all ranks, whatever order they come in."""
-        assert parameter.grad is not None
         assert key in self._to_send, f"a second backward in one micro-batch reached {name}"
         gradients = self._of_block(key)
-        gradients.views[name].copy_(parameter.grad)
-        gradients.there.add(name)
+        if parameter.grad is not None:
+            gradients.put(name, parameter.grad)
+        gradients.done.add(name)
         parameter.grad = None
         while self._to_send and self._complete(self._to_send[0]):
             self._send(self._to_send.pop(0))
 
     def _complete(self, key: str) -> bool:
-        return key in self._gradients and len(self._gradients[key].there) == len(self.blocks[key].shapes)
+        return key in self._gradients and len(self._gradients[key].done) == len(self.blocks[key].shapes)
 
     def _send(self, key: str) -> None:
         """What has no gradient counts as zeros."""

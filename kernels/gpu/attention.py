@@ -78,24 +78,34 @@ def of_chunk(
     acc = tl.zeros(q.shape, tl.float32)
     d = tl.arange(0, q.shape[1])
     for first in range(start, tl.minimum(start + CHUNK, limit), KEYS):
-        key = first + tl.arange(0, KEYS)
-        token = begin + key
-        if PAGE and PAGE % KEYS == 0:  # a tile of keys lies in one page
+        n = tl.arange(0, KEYS)
+        if PAGE and PAGE % KEYS == 0:  # a tile of keys lies in one page: one address and 32-bit numbers
             page = tl.load(table + first // PAGE).to(tl.int64)
-            token = page * PAGE + first % PAGE + tl.arange(0, KEYS)
-        elif PAGE:
-            token = tl.load(table + key // PAGE, key < limit, 0).to(tl.int64) * PAGE + key % PAGE
-        at = ((token * Hk + g) * D)[:, None] + d[None, :]
-        real = (key < limit)[:, None] & (d < D)[None, :]
-        visible = key[None, :] < seen[:, None]
-        score = tl.dot(q, tl.trans(tl.load(k + at, real, 0.0)), input_precision="tf32x3") * scale
+            at = (page * PAGE + first % PAGE) * (Hk * D)
+            within = (n * Hk + g)[:, None] * D + d[None, :]
+            keys = k + at + within
+            values = v + at + within
+            there = n < limit - first
+            visible = n[None, :] < (seen - first)[:, None]
+        else:
+            key = first + n
+            token = begin + key
+            if PAGE:
+                token = tl.load(table + key // PAGE, key < limit, 0).to(tl.int64) * PAGE + key % PAGE
+            at = ((token * Hk + g) * D)[:, None] + d[None, :]
+            keys = k + at
+            values = v + at
+            there = key < limit
+            visible = key[None, :] < seen[:, None]
+        real = there[:, None] & (d < D)[None, :]
+        score = tl.dot(q, tl.trans(tl.load(keys, real, 0.0)), input_precision="tf32x3") * scale
         z = tl.where(visible, score, LOWEST)
         highest = tl.maximum(top, tl.max(z, 1))
         p = tl.where(visible, tl.exp2(z - highest[:, None]), 0.0)
         old = tl.exp2(top - highest)
         total = tl.fma(total, old, tl.sum(p, 1))
         top = highest
-        acc = tl.dot(p.to(q.dtype), tl.load(v + at, real, 0.0), acc * old[:, None], input_precision="tf32x3")
+        acc = tl.dot(p.to(q.dtype), tl.load(values, real, 0.0), acc * old[:, None], input_precision="tf32x3")
     return top, total, acc
 
 

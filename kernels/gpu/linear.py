@@ -20,14 +20,21 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 FEW = 64  # rows of one tile
 DECODE = 512  # rows, beyond which products are bound by the multiplying
+CACHE = 5.5e12  # bytes per second out of an H100's L2 cache: microbenchmarks, chipsandcheese.com 2023
+CACHE_ONE = 1.1e11  # to one multiprocessor, which gets 64 bytes a clock
+RATE = 0.6 * 790e12 / MULTIPROCESSORS  # of products a second there: what loops without TMA make of cuBLAS's
+HALF = 113 << 10  # bytes of an H100's shared memory, of which two programs have half each
 TMA_CHIPS = (90, 100, 103)  # that have tensor descriptors, and the shared memory of `tma_tile`
 TILES = (
+    {"ROWS": 256, "COLUMNS": 128, "num_warps": 8, "num_stages": 3},
+    {"ROWS": 256, "COLUMNS": 64, "num_warps": 8, "num_stages": 3},
     {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3},
     {"ROWS": 128, "COLUMNS": 64, "num_warps": 8, "num_stages": 4},
     {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 4},
     {"ROWS": 64, "COLUMNS": 32, "num_warps": 4, "num_stages": 6},
     {"ROWS": 64, "COLUMNS": 16, "num_warps": 4, "num_stages": 6},
 )
+LARGE = {"ROWS": 128, "COLUMNS": 128, "STEP": 64, "num_warps": 8, "num_stages": 3}  # beyond DECODE rows
 Three = tuple[Tensor, Tensor, Tensor]
 
 
@@ -66,6 +73,21 @@ def _product(
     if HAS_BIAS:
         acc += tl.load(bias + j, j < O, 0.0).to(tl.float32)[None, :]
     return acc
+
+
+@triton.jit
+def _products(x, gate, up, i, j, M, O, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """`_product` of two weights, without bias: x is read once for both."""
+    first = tl.zeros((ROWS, COLUMNS), tl.float32)
+    second = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, K, STEP):
+        k = start + tl.arange(0, STEP)
+        a = tl.load(x + i[:, None] * K + k[None, :], (i < M)[:, None] & (k < K)[None, :], 0.0)
+        at = j[None, :] * K + k[:, None]
+        real = (j < O)[None, :] & (k < K)[:, None]
+        first = tl.dot(a, tl.load(gate + at, real, 0.0), first, input_precision="ieee")
+        second = tl.dot(a, tl.load(up + at, real, 0.0), second, input_precision="ieee")
+    return first, second
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -197,8 +219,10 @@ def gate_up_kernel(
     row, column = _place(tl.program_id(0), M, tl.cdiv(O, COLUMNS), ROWS)
     i = row.to(tl.int64) * ROWS + tl.arange(0, ROWS)
     j = column.to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    g = _product(x, gate, gate_bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
-    u = _product(x, up, up_bias, i, j, M, O, K, HAS_BIAS, ROWS, COLUMNS, STEP)
+    g, u = _products(x, gate, up, i, j, M, O, K, ROWS, COLUMNS, STEP)
+    if HAS_BIAS:
+        g += tl.load(gate_bias + j, j < O, 0.0).to(tl.float32)[None, :]
+        u += tl.load(up_bias + j, j < O, 0.0).to(tl.float32)[None, :]
     g = g.to(out.dtype.element_ty).to(tl.float32)
     u = u.to(out.dtype.element_ty).to(tl.float32)
     y = g * (1.0 / (1.0 + tl.exp(-g))) * u
@@ -223,24 +247,41 @@ def add_scaled_kernel(
     tl.store(at, total.to(element), real)
 
 
-def tile(M: int, blocks_of: tuple[int, ...], narrow: bool) -> dict[str, int]:
-    """The launch for M rows, outputs `blocks_of` that share no tile, and inputs of 16 bits or of 32.
-
-    Up to DECODE rows it is bound by reading: the tile with which a multiprocessor reads least in all.
+def tile(M: int, blocks_of: tuple[int, ...], narrow: bool, weights: int = 1) -> dict[str, int]:
+    """The launch for M rows, outputs `blocks_of` that share no tile, and inputs of 16 bits or of 32, where a
+    program multiplies its rows with so many weights. Up to DECODE rows the tile that should take least time.
     """
     if not narrow:
         return {"ROWS": 64, "COLUMNS": 32, "STEP": 32, "num_warps": 4, "num_stages": 3}
     if M > DECODE:
-        return {**TILES[0], "STEP": 64}
+        return LARGE
+    tall = max(FEW, 2 * M - 1)  # of which at least half are rows
+    among = [tiles for tiles in fitting(weights) if tiles["ROWS"] <= tall]
+    least: dict[str, int] = min(among, key=lambda tiles: _seconds(tiles, M, blocks_of, weights))
+    return staged(least, weights)
 
-    def reads(tiles: dict[str, int]) -> int:
-        columns = sum(triton.cdiv(O, tiles["COLUMNS"]) for O in blocks_of)
-        waves = triton.cdiv(triton.cdiv(M, tiles["ROWS"]) * columns, MULTIPROCESSORS)
-        return int(waves * (tiles["ROWS"] + tiles["COLUMNS"]))
 
-    fitting = [tiles for tiles in TILES if tiles["ROWS"] <= FEW or M > FEW]
-    least: dict[str, int] = min(fitting, key=reads)
-    return {**least, "STEP": 64}
+def staged(tiles: dict[str, int], weights: int) -> dict[str, int]:
+    """The launch of a tile, with three stages of loads or more, if two programs have room for them."""
+    stage = 2 * 64 * (tiles["ROWS"] + tiles["COLUMNS"] * weights)
+    return {**tiles, "STEP": 64, "num_stages": max(3, min(tiles["num_stages"], HALF // stage))}
+
+
+def fitting(weights: int) -> list[dict[str, int]]:
+    """The tiles whose sums, one for each weight, leave registers for all else, on an A100 too."""
+    return [tiles for tiles in TILES if tiles["COLUMNS"] * weights <= 128]
+
+
+def _seconds(tiles: dict[str, int], M: int, blocks_of: tuple[int, ...], weights: int) -> float:
+    """Of one step along K, by what is read out of the cache, in all and by the multiprocessor that has the
+    most programs, and by what that one multiplies."""
+    columns = sum(-(-O // tiles["COLUMNS"]) for O in blocks_of)
+    programs = -(-M // tiles["ROWS"]) * columns
+    width = tiles["COLUMNS"] * weights
+    read = 2.0 * (min(M, tiles["ROWS"]) + width)
+    multiplied = 2.0 * tiles["ROWS"] * width
+    turns = -(-programs // MULTIPROCESSORS)
+    return max(programs * read / CACHE, turns * max(read / CACHE_ONE, multiplied / RATE))
 
 
 def tma_tile(out_bytes: int, chip: int) -> dict[str, Any]:
@@ -290,7 +331,7 @@ def gate_up(x: Tensor, gate: Tensor, up: Tensor, biases: tuple[Tensor, Tensor] |
     """Fills out [M, O] with silu(x @ gate^T) * (x @ up^T), in one launch. For few rows."""
     O, K = gate.shape
     if M := len(x):
-        tiles = tile(M, (O,), x.element_size() == 2)
+        tiles = tile(M, (O,), x.element_size() == 2, 2)
         tensors = (x, gate, up, *((gate, up) if biases is None else biases), out)
         grid = (triton.cdiv(M, tiles["ROWS"]) * triton.cdiv(O, tiles["COLUMNS"]),)
         launch(gate_up_kernel, grid, *tensors, M, O, K, HAS_BIAS=biases is not None, **tiles)
