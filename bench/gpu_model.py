@@ -33,7 +33,7 @@ from duologue.kernels import ops
 from duologue.kernels.gpu.attention_decode import BLOCKS
 from duologue.kernels.gpu.linear import CACHE, CACHE_ONE
 from duologue.kernels.head import gpu_bytes
-from duologue.model.decoder import Decoder, PackedAttention
+from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.attention import PagedAttention
 from duologue.rollout.engine.decode_gpu import HELD
@@ -70,6 +70,7 @@ SHARES = {  # of the rate that bounds a kernel
     "grad_key_kernel": 0.2,
     "_varlen_attn": 0.6,
     "_varlen_attn_backward": 0.45,
+    "_flash_attention_backward": 0.4,  # its deterministic form, whose parts of dq are added up at the end
     "mm": 0.9,
     "addmm": 0.9,
 }
@@ -81,6 +82,7 @@ PREFILL = 8_192  # tokens of a step
 TOKENS, LENGTH = 16_384, 1_024  # of a micro-batch and of its rows, half of whose tokens are trained
 PARTS = 8  # micro-batches of an update
 RANK = 32
+LIBRARY = ON_CUDA["train"]["attention_backward"] == "library"
 RECOMPUTE, FUSE = (ON_CUDA["train"][key] for key in ("recompute", "gradient_accumulation_fusion"))
 GOALS = {  # tokens per second: rollout, update
     ("0.6B", 0): (48_000, 120_000),
@@ -214,8 +216,11 @@ def gradient(model: Decoder) -> list[Launch]:
     model.recompute = RECOMPUTE
     optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0, fuse=FUSE)
 
+    def attention(layer: int, *qkv: torch.Tensor) -> torch.Tensor:
+        cu_seqlens = zeros(S + 1, dtype=torch.int32)
+        return ops.packed_attention(*qkv, cu_seqlens, model.scale, model.exact, LENGTH, LIBRARY)
+
     def run() -> None:
-        attention = PackedAttention(zeros(S + 1, dtype=torch.int32), model.scale, model.exact)
         hidden = model.hidden(zeros(TOKENS), zeros(TOKENS), attention, model.rows(0))
         before = hidden.index_select(0, zeros(TOKENS // 2))
         loss = ops.linear_policy_loss(
@@ -290,7 +295,12 @@ def rates(name: str, rank: int, exact: bool) -> Iterator[dict[str, Any]]:
     found = whole(gradient, name, rank, exact, 0.0)
     step = stepping(name, rank) / HBM / PARTS
     of_update = row("update", TOKENS, found, found.roofline + step, eager(found) + step / OTHERS, goals[1])
-    yield of_update | {"recompute": RECOMPUTE, "fused": FUSE, "kept_bytes_per_token": kept(name, rank)}
+    yield of_update | {
+        "recompute": RECOMPUTE,
+        "fused": FUSE,
+        "library_backward": LIBRARY,
+        "kept_bytes_per_token": kept(name, rank),
+    }
 
 
 def uncovered(step: float) -> float:

@@ -228,6 +228,19 @@ def gradients(model: Decoder, rows: list[Row], variant: str = "dapo") -> tuple[A
     return stats, found
 
 
+def default_gradients(model: Decoder, rows: list[Row]) -> dict[str, Tensor]:
+    """Summed in fp32 by those who multiply, norms made again, attention's backward by a library."""
+    optimizer = Optimizer(model, betas=(0.9, 0.95), weight_decay=0.0, max_grad_norm=1.0, fuse=True)
+    model.recompute, model.library_backward = "norms", True
+    how: Any = {"after_part": optimizer.accumulate, "backward": optimizer.backward}
+    accumulate_policy_gradient(model, rows, LossConfig(), temperature=1.0, max_tokens=16_384, **how)
+    model.recompute, model.library_backward = "none", False
+    found = {name: m.grad.clone() for name, m in optimizer.masters.items() if m.grad is not None}
+    optimizer.drop_gradients()
+    optimizer.close()
+    return found
+
+
 def update(place: Place) -> None:
     model, out = model_of(place), place.rows
     rows = rollout_rows(place, model)
@@ -263,7 +276,16 @@ def update(place: Place) -> None:
         worst = max(relative(grads[name], first["grads"][name]) for name in grads)
         return {"ok": worst < 0.1, "relative": worst, "mismatch": stats.mismatch, "loss": stats.loss}
 
+    def by_default() -> dict[str, Any]:
+        """As a run on CUDA is when its configuration is silent."""
+        a, b = (default_gradients(model, rows) for _ in range(2))
+        worst = max(relative(a[name], first["grads"][name].float()) for name in a)
+        differ = [name for name in a if not torch.equal(a[name], b[name])]
+        backward = libraries.describe_attention_backward()
+        return {"ok": worst < 0.1 and not differ, "relative": worst, "differ": differ[:5], "by": backward}
+
     out.check("update", "mismatch is 0 in exact mode", exact)
+    out.check("update", "settings of CUDA, twice", by_default)
     out.check("update", "two updates have the same bits: dapo", lambda: twice("dapo"))
     out.check("update", "two updates have the same bits: gspo", lambda: twice("gspo"))
     out.check("update", "gradients are those of float64", definition)

@@ -63,7 +63,11 @@ PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points"
 # CPU's memory is seldom short.
 ON_CUDA: dict[str, dict[str, Any]] = {
     "rollout": {"page_size": 64, "cache_tokens": 131_072, "max_step_tokens": 8_192},
-    "train": {"recompute": NORMS, "gradient_accumulation_fusion": True},
+    "train": {
+        "recompute": NORMS,
+        "gradient_accumulation_fusion": True,
+        "attention_backward": "library",
+    },
 }
 RUN_FILE = "config.toml"  # of a run directory: its configuration
 
@@ -142,6 +146,7 @@ def _model_rules(c: Config) -> Iterator[Rule]:
     yield "lora.quantize", trained, not lora.quantize or lora.rank > 0
     yield "rollout.page_size", "a multiple of 16", c.rollout.page_size % 16 == 0
     exact = "true on cpu, where the kernels are always exact"
+    yield "train.attention_backward", "'own' on cpu", m.device != "cpu" or c.train.attention_backward == "own"
     yield "rollout.exact", exact, c.rollout.exact or m.device != "cpu"
 
 

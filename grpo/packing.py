@@ -77,6 +77,7 @@ class Batch:
     support_offsets: Tensor  # [T + 1] int64: where each token's begins; all other tokens have none
     targets: Tensor  # [N] int64: where trained tokens are; the head runs on the positions before them only
     weights: Tensor | None = None  # [T] fp32, in an imitation loss
+    max_seqlen: int | None = None  # of the longest row
 
     @property
     def target_ids(self) -> Tensor:
@@ -119,7 +120,8 @@ def pack(rows: Sequence[Row], device: str | torch.device = "cpu") -> Batch:
     }
     if any(row.weights for row in rows):
         arrays["weights"] = _joined([row.weights or [] for row in rows], np.float32)
-    return Batch(**transfer.to_device(arrays, torch.device(device)))
+    tensors = transfer.to_device(arrays, torch.device(device))
+    return Batch(**tensors, max_seqlen=int(lengths.max(initial=0)))
 
 
 def _joined(lists: Sequence[Sequence[float]], dtype: Any) -> np.ndarray:
@@ -214,7 +216,8 @@ def hidden_nodes(model: Decoder, batch: Batch, dropout_seed: int | None = None) 
     def attention(layer: int, q_TAD: Tensor, k_TGD: Tensor, v_TGD: Tensor) -> Tensor:
         """Lays out rows of the nodes (here T = U), and takes the nodes' outputs back."""
         q, k, v = (nodes.take(x) if shared else x for x in (q_TAD, k_TGD, v_TGD))
-        out = ops.packed_attention(q, k, v, batch.cu_seqlens, model.scale, model.exact)
+        how = (model.exact, batch.max_seqlen, model.library_backward)
+        out = ops.packed_attention(q, k, v, batch.cu_seqlens, model.scale, *how)
         return out.index_select(0, batch.first) if shared else out
 
     adapter = model.rows(dropout_seed)

@@ -119,6 +119,11 @@ class TrainSection:
         one_of=(NOTHING, NORMS, LAYER),
     )
     offload_moments: bool = setting(False, "keep the moments of AdamW in the host's memory; of a run on CUDA")
+    attention_backward: str = setting(
+        "own",
+        "who takes the backward of exact attention: 'library', flash-attn or else torch, in 16 bits on CUDA",
+        one_of=("own", "library"),
+    )
     gradient_accumulation_fusion: bool = setting(
         False, "add up the gradients of linears in fp32 as they are multiplied: never rounded to bf16 before"
     )

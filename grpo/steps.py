@@ -57,6 +57,7 @@ class Steps:
         texts = self.corpus or ([] if latest else build.first_texts(config, self.game))
         self.model, self.tokenizer = policy.build_policy(config, texts, latest)
         self.model.recompute = config.train.recompute
+        self.model.library_backward = config.train.attention_backward == "library"
         self.optimizer = build.build_optimizer(config, self.model, world)
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)

@@ -16,7 +16,8 @@ from duologue.model.hub import is_pinned, pinned
 from duologue.model.tokenizer import TEMPLATE
 
 KEPT = ("game.telling", "model.dtype")
-KEPT_ON_CUDA = ("train.gradient_accumulation_fusion",)  # whose defaults are others there than they once were
+# Whose defaults on CUDA are others than they once were:
+KEPT_ON_CUDA = ("train.gradient_accumulation_fusion", "train.attention_backward")
 UP = 3  # folders, from a checkpoint to its run
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from duologue.kernels import libraries
 from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
 from torch import Tensor
 
@@ -52,9 +53,12 @@ def _check_lengths(op: str, bad: int, T: int) -> None:
 
 
 def packed_with_stats(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, longest: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """(out [T, Hq, D], each row's largest score and 1 / sum [T, Hq, 2] fp32 for the backward)."""
+    """(out [T, Hq, D], each row's largest score, in base 2, and 1 / sum [T, Hq, 2] fp32 for the backward).
+
+    `longest`, the longest sequence, lets a library take the backward where one serves; 0: it stays here.
+    """
     op = "packed_attention"
     q, k, v, cu_seqlens = map(Tensor.contiguous, (q, k, v, cu_seqlens))
     device = q.device.type
@@ -196,14 +200,22 @@ def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, cu_seqlens, ctx.scale = inputs
+    q, k, v, cu_seqlens, ctx.scale, *more = inputs
+    ctx.longest = more[0] if more else 0
+    ctx.n_inputs = len(inputs)
     ctx.save_for_backward(q, k, v, cu_seqlens, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(run: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     q, k, v, cu_seqlens, out, stats = ctx.saved_tensors
-    return *run(q, k, v, cu_seqlens, ctx.scale, out, stats, grad), None, None
+    no_more = [None] * (ctx.n_inputs - 3)
+    library = libraries.attention_backward(q) if ctx.longest and run is packed_backward else None
+    if library is None:
+        return *run(q, k, v, cu_seqlens, ctx.scale, out, stats, grad), *no_more
+    q, k, v, cu_seqlens, grad = map(Tensor.contiguous, (q, k, v, cu_seqlens, grad))
+    sums = libraries.log_sum_exp(stats)
+    return *library(q, k, v, cu_seqlens, ctx.scale, ctx.longest, out, sums, grad), *no_more
 
 
 packed_grad = with_gradients(

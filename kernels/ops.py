@@ -120,20 +120,20 @@ def packed_attention(
     scale: float,
     exact: bool = True,
     max_seqlen: int | None = None,
+    library_backward: bool = False,
 ) -> Tensor:
     """Causal attention within each packed sequence, softmax(q k^T * scale) v: q [T, Hq, D],
     k and v [T, Hk, D], cu_seqlens [S + 1] int32 -> [T, Hq, D].
 
-    Hq is a multiple of Hk; consecutive query heads share a key head. Unless `exact`, flash-attn or torch's
-    own attention serve 16-bit CUDA tensors where there is one; `max_seqlen`, the longest sequence, spares
-    them work (T when None).
-
-    Values: cu_seqlens rise from 0 to T.
+    Hq is a multiple of Hk; consecutive query heads share a key head. Of 16-bit CUDA tensors flash-attn or
+    torch's own attention take all unless `exact`, and the backward alone with `library_backward`.
+    `max_seqlen`, the longest sequence, spares them work (T when None). Values: cu_seqlens rise from 0 to T.
     """
     if fast := libraries.attention(q, exact):
         return fast(q, k, v, cu_seqlens, scale, max_seqlen or len(q))
     run = _form(reference.packed_attention, attention.packed, attention.packed_grad, q, q, k, v)
-    return run(q, k, v, cu_seqlens, scale)
+    longest = (max_seqlen or len(q),) if library_backward and run is attention.packed_grad else ()
+    return run(q, k, v, cu_seqlens, scale, *longest)
 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:

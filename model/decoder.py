@@ -261,6 +261,7 @@ class Decoder(nn.Module):
     exact = True
     packed = False  # whether the layers' weights are in four bits
     recompute = NOTHING  # what a backward computes a second time
+    library_backward = False  # whether a library may take that of attention
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -284,9 +285,7 @@ class Decoder(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def rows(self, dropout_seed: int | None = None) -> Adapters | None:
-        """Where tokens go when nothing else is said: all through the model's adapter, which this one does not
-        have.
-        """
+        """Where tokens go when nothing else is said: through the model's adapter, which this one has not."""
         return None
 
     def hidden(

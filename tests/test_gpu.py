@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from duologue.kernels import backend, fused, ops, reference
+from duologue.kernels import backend, fused, libraries, ops, reference
 from torch import Tensor
 
 pytestmark = [
@@ -100,6 +100,25 @@ def test_fast_forms_are_close(op: str) -> None:
     for a, e in zip(
         run(lambda *x: getattr(ops, op)(*x, exact=False), inputs, shapes, torch.bfloat16), exact, strict=True
     ):
+        assert float((a.double() - e).norm()) <= 0.02 * float(e.norm())
+
+
+@pytest.mark.parametrize("name", ["packed_attention 128", "packed_attention 80"])
+def test_a_library_takes_the_backward_of_attention(name: str) -> None:
+    """Behind the exact forward, near float64, and with the same bits every time."""
+    if libraries.attention_backward(randn(1, 1, 128, dtype=torch.bfloat16)) is None:
+        pytest.skip(libraries.describe_attention_backward())
+    inputs, shapes = arguments(name, torch.bfloat16), CASES[name][1]
+    exact = run(reference.packed_attention, inputs, shapes, torch.float64)
+    own = run(ops.packed_attention, inputs, shapes, torch.bfloat16)
+
+    def library(*x: Any) -> Tensor:
+        return ops.packed_attention(*x, max_seqlen=max(LENGTHS), library_backward=True)
+
+    first, second = (run(library, inputs, shapes, torch.bfloat16) for _ in range(2))
+    assert torch.equal(first[0], own[0])
+    for a, b, e in zip(first, second, exact, strict=True):
+        assert torch.equal(a, b)
         assert float((a.double() - e).norm()) <= 0.02 * float(e.norm())
 
 

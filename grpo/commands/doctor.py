@@ -67,6 +67,7 @@ def examine() -> int:
     table.add_row("CPU tensors", backend.describe())
     table.add_row("CUDA tensors", backend.describe("cuda") if cuda else "no CUDA device")
     table.add_row("CUDA attention, exact = false", libraries.describe_attention())
+    table.add_row("CUDA attention, backward", libraries.describe_attention_backward())
     if cuda:
         table.add_row("KV pool, cuda", kv_memory.describe(torch.device("cuda")))
     mismatch = largest_mismatch("cpu")
