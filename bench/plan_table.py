@@ -10,7 +10,12 @@ from duologue.grpo.config import load_config
 from duologue.grpo.plan import GB, make_plan, shape
 
 MODELS = ("Qwen3-4B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
-SETTINGS = ["model.dtype=bfloat16", "rollout.cache_tokens=0", "train.tokens_per_microbatch=8192"]
+SETTINGS = [
+    "model.device=cuda",
+    "model.dtype=bfloat16",
+    "rollout.cache_tokens=0",
+    "train.tokens_per_microbatch=8192",
+]
 MEMORY = 141 * GB
 
 

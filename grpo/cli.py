@@ -194,6 +194,7 @@ def _add_files(commands: Any) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from duologue.grpo.microbatch import fitted
     from duologue.grpo.plan import check_memory
 
     shortcuts = {"model.path": options.model, "model.device": options.device}
@@ -201,6 +202,7 @@ def _train(options: argparse.Namespace) -> int:
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
     started = "TORCHELASTIC_RUN_ID" in os.environ  # as a rank, which looks for itself
+    config = config if started else fitted(config, options.ranks)
     note = "" if started else check_memory(config, ranks=options.ranks)
     if not started and options.ranks == 1:
         return _train_run(options, config, _open_run(options, config), note)
@@ -210,6 +212,7 @@ def _train(options: argparse.Namespace) -> int:
         return launch(options.ranks, options.argv, config.train.rank_timeout_s)
     here = use_cores(config)
     with joined(here) as world:
+        here, config = (fitted(known, world.size, world) for known in (here, config))
         note = check_memory(here, ranks=world.size)
         run = opened(world, lambda kind: _open_run(options, config, kind))
         return _train_run(options, here, run, note, world)

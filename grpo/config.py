@@ -67,6 +67,7 @@ ON_CUDA: dict[str, dict[str, Any]] = {
         "recompute": NORMS,
         "gradient_accumulation_fusion": True,
         "attention_backward": "library",
+        "tokens_per_microbatch": 0,
     },
 }
 RUN_FILE = "config.toml"  # of a run directory: its configuration
@@ -146,8 +147,10 @@ def _model_rules(c: Config) -> Iterator[Rule]:
     yield "lora.quantize", trained, not lora.quantize or lora.rank > 0
     yield "rollout.page_size", "a multiple of 16", c.rollout.page_size % 16 == 0
     exact = "true on cpu, where the kernels are always exact"
-    yield "train.attention_backward", "'own' on cpu", m.device != "cpu" or c.train.attention_backward == "own"
-    yield "rollout.exact", exact, c.rollout.exact or m.device != "cpu"
+    on_gpu = m.device != "cpu"
+    yield "train.attention_backward", "'own' on cpu", on_gpu or c.train.attention_backward == "own"
+    yield "train.tokens_per_microbatch", "1 or more on cpu", on_gpu or c.train.tokens_per_microbatch > 0
+    yield "rollout.exact", exact, c.rollout.exact or on_gpu
 
 
 def _dialogue_rules(c: Config) -> Iterator[Rule]:

@@ -85,7 +85,9 @@ class TrainSection:
     seed: int = setting(0, "every random draw follows from it", least=0, most=2**31)
     save_every: int = setting(25, "steps from one checkpoint to the next", least=1)
     keep_checkpoints: int = setting(2, "the latest that stay", least=1)
-    tokens_per_microbatch: int = setting(16_384, "tokens that go through the model at once", least=1)
+    tokens_per_microbatch: int = setting(
+        16_384, "tokens that go through the model at once; 0: what a GPU's memory holds", least=0
+    )
     max_seconds: float = setting(
         0.0, "of training time; self-play ends after the step that passes it; 0 is no limit", least=0
     )

@@ -24,6 +24,7 @@ from duologue.grpo.bad_updates import BadUpdates, Gradient
 from duologue.grpo.config import Config
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch, imitated
 from duologue.grpo.kl import kl_to_reference
+from duologue.grpo.microbatch import fitted
 from duologue.grpo.opponents import Opponents
 from duologue.grpo.optimizer import learning_rate
 from duologue.grpo.packing import Row
@@ -45,7 +46,7 @@ class Steps:
 
     def __init__(self, config: Config, run: RunDir, world: World) -> None:
         policy.use_device(config)
-        self.config = config
+        self.config = config = fitted(config, world.size, world)
         self.run_dir = run
         self.world = world
         self.game = build.build_game(config)

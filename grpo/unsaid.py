@@ -17,7 +17,11 @@ from duologue.model.tokenizer import TEMPLATE
 
 KEPT = ("game.telling", "model.dtype")
 # Whose defaults on CUDA are others than they once were:
-KEPT_ON_CUDA = ("train.gradient_accumulation_fusion", "train.attention_backward")
+KEPT_ON_CUDA = (
+    "train.gradient_accumulation_fusion",
+    "train.attention_backward",
+    "train.tokens_per_microbatch",
+)
 UP = 3  # folders, from a checkpoint to its run
 
 

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import json
 import random
 import re
@@ -34,7 +33,7 @@ from tiny import TINY_DEAL, dialogues, dying, lines, selfplay, trained
 UNHEARD = {  # kinds that two scripts rarely or never have a reason for
     "deal": ("again", "hurry"),
     "price": ("again", "hurry", "bye"),
-    "priorities": ("again", "hurry", "bye", "spare", "compare"),
+    "priorities": ("again", "hurry", "bye", "spare"),
 }
 GAMES = ("deal", "price", "priorities")
 CHATML = (
@@ -87,7 +86,6 @@ def test_what_is_said_is_understood_as_it_was_meant(name: str) -> None:
             assert heard.reveal == stated and stated in (None, act.reveal), text
             lost = one.heard > 0 and one.last == Act() and not act.close and not act.accept
             assert heard.ask == (act.ask or lost), (text, act)
-            assert name == "priorities" or heard.against == act.against, (text, act)
             other.hear(heard)
             one, other = other, one
     spelled = {english.normal(sentence) for text in said for sentence in re.findall("[^.?!]+[.?!]", text)}
@@ -221,20 +219,6 @@ def test_an_acceptance_may_say_again_what_was_offered_and_nothing_else(
 def garbled(rng: random.Random, words: list[str]) -> str:
     drawn = [rng.choice(words) for _ in range(rng.randrange(25))]
     return "".join(rng.choice((f"{word} ", word, f"{word}. ", f"{word}? ", "\x00é{0}")) for word in drawn)
-
-
-def test_an_acceptance_repeats_the_shares_in_the_order_of_the_offer() -> None:
-    share = r"\d+ books?, \d+ hats? and \d+ balls?"
-    compared = 0
-    for dialogue in catalogue.corpus(made("deal"), 300, 5):
-        turns = [text for _, text, kind in dialogue.turns if kind == "utterance"]
-        for offer, answer in itertools.pairwise(turns):
-            repeated = re.search(rf"(?:I|you) get ({share}), and (?:I|you) get ({share})", answer)
-            named = re.findall(share, offer)
-            if repeated and sorted(named) == sorted(repeated.groups()):
-                compared += 1
-                assert named == [*repeated.groups()], (offer, answer)
-    assert compared > 50
 
 
 @pytest.mark.parametrize("name", GAMES)

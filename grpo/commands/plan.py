@@ -10,6 +10,7 @@ from typing import Any
 
 from duologue.grpo import plan
 from duologue.grpo.config import Config, load_config
+from duologue.grpo.microbatch import tokens_that_fit, with_tokens
 from duologue.grpo.plan import GB, Plan
 from rich.console import Console
 from rich.table import Table
@@ -36,9 +37,12 @@ def run(options: argparse.Namespace) -> int:
     if options.ranks < 1 or options.gpu_memory <= 0:
         value = f"--ranks {options.ranks} --gpu-memory {options.gpu_memory:g}"
         raise ValueError(f"{value}: accepted are a number of ranks from 1 on and gigabytes above 0")
-    config = load_config(options.recipe, [*options.overrides, f"model.path={options.model}"])
-    shape = plan.shape(options.model)
     device, memory = "cpu" if options.cpu else "cuda", options.gpu_memory * GB
+    where = [f"model.path={options.model}", f"model.device={device}"]
+    config = load_config(options.recipe, [*options.overrides, *where])
+    shape = plan.shape(options.model)
+    if not config.train.tokens_per_microbatch:
+        config = with_tokens(config, tokens_that_fit(config, shape, options.ranks, int(memory)))
     made = plan.make_plan(config, shape, ranks=options.ranks, memory=int(memory), device=device)
     fits = made.peak <= memory
     change = [] if fits else plan.advice(config, shape, options.ranks, int(memory), device)
@@ -46,8 +50,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         sizes = {kind: getattr(made, kind) for kind in KINDS}
         totals = {"update": made.update, "rollout": made.rollout, "pool_tokens": made.pool_tokens}
+        totals["tokens_per_microbatch"] = config.train.tokens_per_microbatch
         print(json.dumps({**sizes, **totals, "fits": fits, "change": change, "seconds": seconds}))
     else:
+        print(f"micro-batches of {config.train.tokens_per_microbatch:,} tokens")
         show(made, options.model, options.ranks, options.gpu_memory, change, seconds)
     return 0 if fits else 1
 

@@ -14,6 +14,7 @@ from duologue.grpo.build import build_engine, build_game, check_context, measuri
 from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import Config
 from duologue.grpo.evaluate import draw_contexts, hold
+from duologue.grpo.microbatch import fitted
 from duologue.grpo.packing import Row, pack, split_rows
 from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.rows import view_row
@@ -95,6 +96,7 @@ def compare(config: Config, checkpoints: dict[str, Path], n: int, greedy: bool) 
     the openers of an evaluation; `greedy` takes the likeliest tokens.
     """
     use_device(config)
+    config = fitted(config)
     policies = {name: load_policy(path, config) for name, path in checkpoints.items()}
     (first, tokenizer), (second, other) = policies.values()
     if not tokenizer.equals(other):

@@ -26,13 +26,6 @@ FRAMES = (  # of values: of each type with its number, of the first, of the othe
     ("{1} for a {0}", "{1} for a {0}"),
     ("every {0} is worth {1} points", "every {0} {1}"),
 )
-COMPARED = (  # values of both, item by item, and who gets the items: of the first type, of the others
-    ("a {0} is worth {1} to me and {2} to you, so {3}", "a {0} {1} and {2}, so {3}"),
-    ("each {0} counts {1} for me and {2} for you, so {3}", "each {0} {1} and {2}, so {3}"),
-    ("a {0} gives me {1} and you {2}, so {3}", "a {0} {1} and {2}, so {3}"),
-    ("with a {0} I gain {1} and you {2}, so {3}", "with a {0} {1} and {2}, so {3}"),
-)
-DECIDED = r"\b({0})\D+?(\d+)\D+?(\d+)(?: \w+ you)? so ((?:(?: ?and )?(?:i|you) get \d+ \w+)+)"
 FILLERS = {"a", "an", "the", "each", "every", "is", "are", "worth", "points", "point", "and", "at", "for"}
 FILLERS |= {"apiece", "me", "to", "of", "count", "counts", "be"}
 ARTICLES = {"a": 1, "an": 1}
@@ -63,17 +56,14 @@ class DealWords:
         if act.refuse:
             kind = "refuse" if act.want is None else "reason"
             said.append(pick(words, kind, rng, self._all(side, act.want or 0)))
-        compares = act.against is not None and not self.ranked
-        if compares:
-            said.append(pick(words, "compare", rng, self._compared(side, act)))
-        elif act.reveal is not None and (act.take is None or not side.stated or rng.random() < 0.2):
+        if act.reveal is not None and (act.take is None or not side.stated or rng.random() < 0.2):
             kind = "also" if side.theirs is not None and rng.random() < 0.6 else "reveal"
             said.append(pick(words, kind, rng, *self._values(side, act.reveal)))
             side.stated = True
         for kind, k in (("want", None if act.refuse else act.want), ("spare", act.spare)):
             if k is not None:
                 said.append(pick(words, kind, rng, self._all(side, k)))
-        if act.take is not None and not compares:
+        if act.take is not None:
             said.append(self._offer(side, act.take, act.best))
         if act.ask and not lost:
             said.append(pick(words, "ask", rng))
@@ -104,48 +94,28 @@ class DealWords:
         ]
         return [listed(named)]
 
-    def _compared(self, side: Any, act: Act) -> str:
-        """An offer by the values of both: who gets what is said where its two numbers stand."""
-        assert act.take is not None
-        assert act.reveal is not None
-        assert act.against is not None
-        first, later = side.rng.choice(COMPARED)
-        said = []
-        for k, item in enumerate(side.game.items):
-            shares = (("I get", act.take[k]), ("you get", side.counts[k] - act.take[k]))
-            decided = " and ".join(f"{who} {n} {self.name(item, n)}" for who, n in shares if n)
-            form = first if k == 0 else later
-            said.append(form.format(item, act.reveal[k], act.against[k], decided))
-        return listed(said)
-
     def _offer(self, side: Any, take: Vector, best: bool) -> str:
         words, rng = english.words_of(self.files), side.rng
         yours = less(side.counts, take)
         both = any(take) and any(yours)
         kinds = ["joint" if best and both else "offer"]
-        kinds += ["offer", "mine", "yours"] if both and not best else []
-        kind = rng.choice(kinds)
-        if kind in ("joint", "offer") and rng.random() < 0.5:
-            return pick(words, kind, rng, self._all_numbers(side, take), self._all_numbers(side, yours))
+        kinds += ["mine", "yours"] if both and not best else []
         as_words, whole = rng.random() < 0.5, rng.random() < 0.6
         shares = [self._share(side, share, as_words, whole) for share in (take, yours)]
-        return pick(words, kind, rng, *shares)
-
-    def _all_numbers(self, side: Any, share: Vector) -> str:
-        """As a final statement names it."""
-        named = zip(share, side.game.items, strict=True)
-        return listed([f"{n} {self._packages(n, True)}{self.name(item, n)}" for n, item in named])
+        return pick(words, rng.choice(kinds), rng, *shares)
 
     def _recap(self, side: Any, take: Vector) -> str:
-        """What was agreed, with every number, as both sides state it in the end; whose share the offer named
-        first comes first.
-        """
-        forms = english.words_of(self.files)["recap"]
-        if side.offer_order:
-            first = f"{{{1 - side.offer_order[0]}}}"
-            forms = [form for form in forms if form.index("{") == form.index(first)]
-        shares = [self._all_numbers(side, share) for share in (take, less(side.counts, take))]
-        return pick({"recap": forms}, "recap", side.rng, *shares)
+        """What was agreed, with every number, as both sides state it in the end."""
+        shares = [
+            listed(
+                [
+                    f"{n} {self._packages(n, True)}{self.name(item, n)}"
+                    for n, item in zip(share, side.game.items, strict=True)
+                ]
+            )
+            for share in (take, less(side.counts, take))
+        ]
+        return pick(english.words_of(self.files), "recap", side.rng, *shares)
 
     def _share(self, side: Any, share: Vector, as_words: bool, whole: bool) -> str:
         if not any(share):
@@ -167,7 +137,6 @@ class DealWords:
 
     def understood(self, side: Any, text: str) -> Act:
         """As far as it is clear: values and offers only when they are complete and add up."""
-        side.offer_order = ()
         said = [self._sentence(side, *one) for one in english.sentences(text[:4000])]
         return english.together([act for act in said if act is not None], text)
 
@@ -180,16 +149,12 @@ class DealWords:
             if kind in OFFERS:
                 take = self.division(slots.get(0, "the rest"), slots.get(1, "the rest"), items, counts)
                 if take is not None:
-                    side.offer_order = tuple(slots) if len(slots) == 2 else ()
                     return Act(take=take, best=kind == "joint")
             elif kind in ITEM_KINDS:
                 named = [k for k, item in enumerate(items) if slots[0] in (item, f"{item}s")]
                 if named:
                     k = named[0]
                     return Act(spare=k) if kind == "spare" else Act(want=k, refuse=kind == "reason")
-            elif kind == "compare":
-                if offer := compared_in(slots[0], items, counts):
-                    return offer
             elif values := self._read_values(slots, items):
                 return Act(reveal=values)
         return self._free(sentence, asks, items, counts)
@@ -292,24 +257,6 @@ def values_in(words: Sequence[str], items: Sequence[str]) -> Vector | None:
     if len(values) != len(items):
         return None
     return tuple(int(values[item]) if values[item].isdecimal() else 0 for item in items)
-
-
-def compared_in(words: str, items: Sequence[str], counts: Vector) -> Act | None:
-    """An offer that gives each item's two values, the speaker's first, and who gets how many of it."""
-    found = re.findall(DECIDED.format("|".join(items)), words)
-    if sorted(item for item, *_ in found) != sorted(items):
-        return None
-    mine, theirs, take = [0] * len(items), [0] * len(items), [0] * len(items)
-    for item, own, other, decided in found:
-        k = items.index(item)
-        mine[k], theirs[k] = int(own), int(other)
-        shares = re.findall(r"(i|you) get (\d+) (\w+)", decided)
-        if any(name.removesuffix("s") != item for _, _, name in shares):
-            return None
-        if sum(int(n) for _, n, _ in shares) != counts[k]:
-            return None
-        take[k] = sum(int(n) for who, n, _ in shares if who == "i")
-    return Act(take=tuple(take), best=True, reveal=tuple(mine), against=tuple(theirs))
 
 
 # ---- the games ---------------------------------------------------------------------------------------------

@@ -40,7 +40,6 @@ class Negotiator(Side):
     hinted: bool = False
     lie: Vector | None = None
     stated: bool = False  # its values, in English
-    offer_order: tuple[int, ...] = ()  # in English: whose share the other's offer names first, 0 is its own
     wanted: list[float] = field(init=False)  # by item type: how much of it the other has asked for
 
     floor: ClassVar[float] = 0.3
