@@ -156,11 +156,14 @@ class Optimizer:
         """A backward, which records nothing, has added to the parameter's gradient."""
         gradients = self._of_block(key)
         total = gradients.views[name]
+        narrow = parameter.dtype != total.dtype
         if parameter.grad is not None and parameter.grad is not total:
+            if not narrow and name not in self._fused:
+                gradients.there.discard(name)  # autograd's own sum, which somebody began anew
             gradients.put(name, parameter.grad)
         if name in gradients.there:
             self.masters[name].grad = total
-            parameter.grad = None if parameter.dtype != total.dtype else total
+            parameter.grad = None if narrow else total
 
     def _of_block(self, key: str) -> Gradients:
         """Its gradients; a buffer for them from the first on."""
