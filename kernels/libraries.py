@@ -21,13 +21,11 @@ from torch import Tensor
 HAS_LIGER = importlib.util.find_spec("liger_kernel") is not None
 HAS_FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
-
 # (q, k, v, cu_seqlens, scale, longest sequence, out, log-sum-exp [Hq, T], grad) -> gradients of q, k and v
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+# The arguments of aten::_flash_attention_backward as it is called here
 RAW_BACKWARD = "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k dropout_p is_causal "
-RAW_BACKWARD += (
-    "rng_state unused scale window_size_left window_size_right"  # of aten::_flash_attention_backward
-)
+RAW_BACKWARD += "rng_state unused scale window_size_left window_size_right"
 
 
 def liger(x: Tensor, exact: bool) -> bool:

@@ -18,7 +18,7 @@ from duologue.kernels.linear import add_weight_gradient
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from thread_ranks import on_ranks
-from tiny import decoder
+from tiny import decoder, policy_rows
 from torch import Tensor, nn
 
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "max_grad_norm": 1.0}
@@ -26,17 +26,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 
 
 def some_rows() -> list[Row]:
-    return [
-        Row(
-            token_ids=[(7 * i + k * k) % 40 for k in range(n)],
-            loss_mask=[k > 3 for k in range(n)],
-            logprobs=[-3.5] * n,
-            advantage=(-1.0) ** i * (1 + i),
-            dialogue_id=i,
-            role=0,
-        )
-        for i, n in enumerate([9, 14, 5, 20, 11])
-    ]
+    return policy_rows([9, 14, 5, 20, 11])
 
 
 def model_of(dtype: torch.dtype, rank: int = 0) -> Decoder:

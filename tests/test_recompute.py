@@ -12,22 +12,11 @@ from duologue.grpo.packing import Row
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
-from tiny import decoder
+from tiny import decoder, policy_rows
 
 
 def some_rows() -> list[Row]:
-    lengths = [9, 14, 5, 20]
-    return [
-        Row(
-            token_ids=[(7 * i + k * k) % 40 for k in range(n)],
-            loss_mask=[k > 3 for k in range(n)],
-            logprobs=[-3.5] * n,
-            advantage=(-1.0) ** i * (1 + i),
-            dialogue_id=i,
-            role=0,
-        )
-        for i, n in enumerate(lengths)
-    ]
+    return policy_rows([9, 14, 5, 20])
 
 
 def gradients(model: Decoder, **how: Any) -> list[torch.Tensor]:

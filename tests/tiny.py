@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import Progress
+from duologue.grpo.packing import Row
 from duologue.grpo.run_dir import RunDir, read_lines
 from duologue.grpo.trainer import Trainer, train
 from duologue.model.config import ModelConfig
@@ -77,6 +78,21 @@ RUN = [  # of a run of eight steps, with all that a run can have
     "eval.ability=false",
 ]
 VOLATILE = {"seconds", "peak_memory_bytes", "rollout_tokens_per_s", "update_tokens_per_s"}
+
+
+def policy_rows(lengths: Sequence[int]) -> list[Row]:
+    """Rows of these many tokens, trained from the fifth on, with advantages of either sign."""
+    return [
+        Row(
+            token_ids=[(7 * i + k * k) % 40 for k in range(n)],
+            loss_mask=[k > 3 for k in range(n)],
+            logprobs=[-3.5] * n,
+            advantage=(-1.0) ** i * (1 + i),
+            dialogue_id=i,
+            role=0,
+        )
+        for i, n in enumerate(lengths)
+    ]
 
 
 def model_config(**shape: Any) -> ModelConfig:
