@@ -11,13 +11,14 @@ from typing import Any, ClassVar
 
 from duologue.rollout.games import english
 from duologue.rollout.games.deal import Deal, DealGame, less
-from duologue.rollout.games.english import UNITS, listed, pick
+from duologue.rollout.games.english import listed, pick
 from duologue.rollout.games.finals import KINDS, ReadFinals, Unread
 from duologue.rollout.games.priorities import ALONE, PrioritiesGame
 from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import Vector
 
-OFFERS = ("offer", "mine", "yours", "joint", "recap")
+NAMES = ("Ann", "Ben")  # of the two sides
+OFFERS = ("offer", "joint", "recap")
 ITEM_KINDS = ("want", "spare", "reason")
 FRAMES = (  # of values: of each type with its number, of the first, of the others
     ("a {0} is worth {1}", "a {0} {1}"),
@@ -25,6 +26,11 @@ FRAMES = (  # of values: of each type with its number, of the first, of the othe
     ("a {0} counts {1}", "a {0} {1}"),
     ("{1} for a {0}", "{1} for a {0}"),
     ("every {0} is worth {1} points", "every {0} {1}"),
+)
+COMPARED = (  # of both values: of the first type, of the others, who gets how many
+    ("a {0} is worth {1} to Ann and {2} to Ben", "a {0} {1} and {2}", "{0} gets {1}"),
+    ("each {0} gives Ann {1} and Ben {2}", "each {0} {1} and {2}", "{0} takes {1}"),
+    ("for Ann a {0} counts {1} and for Ben {2}", "a {0} {1} and {2}", "{1} for {0}"),
 )
 FILLERS = {"a", "an", "the", "each", "every", "is", "are", "worth", "points", "point", "and", "at", "for"}
 FILLERS |= {"apiece", "me", "to", "of", "count", "counts", "be"}
@@ -49,14 +55,16 @@ class DealWords:
         if act.accept or act.confirm:
             said.append(pick(words, "agree" if act.accept else "confirm", rng))
         if act.accept and side.agreed is not None:
-            said.append(self._recap(side, side.agreed))
+            said.append(pick(words, "recap", rng, self._division(side, side.agreed)))
         lost = side.heard > 0 and side.last == Act() and not act.accept
         if lost and not act.close:
             said.append(pick(words, "again", rng))
         if act.refuse:
             kind = "refuse" if act.want is None else "reason"
             said.append(pick(words, kind, rng, self._all(side, act.want or 0)))
-        if act.reveal is not None and (act.take is None or not side.stated or rng.random() < 0.2):
+        if act.against is not None:
+            said.append(pick(words, "compare", rng, self._compared(side, act)))
+        elif act.reveal is not None and (act.take is None or not side.stated or rng.random() < 0.2):
             kind = "also" if side.theirs is not None and rng.random() < 0.6 else "reveal"
             said.append(pick(words, kind, rng, *self._values(side, act.reveal)))
             side.stated = True
@@ -64,7 +72,7 @@ class DealWords:
             if k is not None:
                 said.append(pick(words, kind, rng, self._all(side, k)))
         if act.take is not None:
-            said.append(self._offer(side, act.take, act.best))
+            said.append(pick(words, "joint" if act.best else "offer", rng, self._division(side, act.take)))
         if act.ask and not lost:
             said.append(pick(words, "ask", rng))
         if act.leave:
@@ -76,9 +84,8 @@ class DealWords:
     def name(self, item: str, n: int) -> str:
         return item if self.ranked or n == 1 else f"{item}s"
 
-    def _packages(self, n: int, wanted: bool) -> str:
-        """Between a number and an item: people leave it out as often as not."""
-        return f"package{'s' * (n != 1)} of " if self.ranked and wanted else ""
+    def _packages(self, n: int) -> str:
+        return f"package{'s' * (n != 1)} of " if self.ranked else ""
 
     def _all(self, side: Any, k: int) -> str:
         return self.name(side.game.items[k], side.counts[k])
@@ -94,44 +101,30 @@ class DealWords:
         ]
         return [listed(named)]
 
-    def _offer(self, side: Any, take: Vector, best: bool) -> str:
-        words, rng = english.words_of(self.files), side.rng
-        yours = less(side.counts, take)
-        both = any(take) and any(yours)
-        kinds = ["joint" if best and both else "offer"]
-        kinds += ["mine", "yours"] if both and not best else []
-        as_words, whole = rng.random() < 0.5, rng.random() < 0.6
-        shares = [self._share(side, share, as_words, whole) for share in (take, yours)]
-        return pick(words, rng.choice(kinds), rng, *shares)
+    def _compared(self, side: Any, act: Act) -> str:
+        """Both values of each item, Ann's first, and who is to get it, said where its two numbers stand."""
+        assert act.take is not None
+        first, later, winner = side.rng.choice(COMPARED)
+        pairs = zip(*by_role(side.role, act.reveal, act.against), strict=True)
+        shares = zip(*by_role(side.role, act.take, less(side.counts, act.take)), strict=True)
+        said = []
+        items = [f"{self._packages(1)}{item}" for item in side.game.items]
+        for k, (item, values, split) in enumerate(zip(items, pairs, shares, strict=True)):
+            gets = " and ".join(winner.format(who, n) for who, n in zip(NAMES, split, strict=True) if n)
+            said.append(f"{(later if k else first).format(item, *values)}, so {gets}")
+        return f"{', '.join(said[:-1])}, and {said[-1]}"
 
-    def _recap(self, side: Any, take: Vector) -> str:
-        """What was agreed, with every number, as both sides state it in the end."""
-        shares = [
-            listed(
-                [
-                    f"{n} {self._packages(n, True)}{self.name(item, n)}"
-                    for n, item in zip(share, side.game.items, strict=True)
-                ]
-            )
-            for share in (take, less(side.counts, take))
-        ]
-        return pick(english.words_of(self.files), "recap", side.rng, *shares)
+    def _division(self, side: Any, take: Vector) -> str:
+        """All of it, Ann's share first, whoever speaks: who accepts it says the same words again."""
+        shares = by_role(side.role, take, less(side.counts, take))
+        return ", and ".join(
+            f"{who} gets {self._numbers(side, n)}" for who, n in zip(NAMES, shares, strict=True)
+        )
 
-    def _share(self, side: Any, share: Vector, as_words: bool, whole: bool) -> str:
-        if not any(share):
-            return "nothing"
-        if share == side.counts:
-            return "everything"
-        parts = []
-        for n, count, item in zip(share, side.counts, side.game.items, strict=True):
-            if n == count and whole:
-                the = "all the" if self.ranked else {1: "the", 2: "both"}.get(n, f"all {n}")
-                parts.append(f"{the} {self.name(item, n)}")
-            elif n:
-                parts.append(
-                    f"{UNITS[n] if as_words else n} {self._packages(n, as_words)}{self.name(item, n)}"
-                )
-        return listed(parts)
+    def _numbers(self, side: Any, share: Vector) -> str:
+        """As a final statement names it."""
+        named = zip(share, side.game.items, strict=True)
+        return listed([f"{n} {self._packages(n)}{self.name(item, n)}" for n, item in named])
 
     # ---- reading -------------------------------------------------------------------------------------------
 
@@ -141,15 +134,18 @@ class DealWords:
         return english.together([act for act in said if act is not None], text)
 
     def _sentence(self, side: Any, sentence: str, asks: bool) -> Act | None:
-        items, counts = side.game.items, side.counts
+        items = side.game.items
         kinds = tuple(english.words_of(self.files))
         for kind, slots in english.matches(sentence, self.files, kinds):
             if not slots:
                 return english.simple(kind)
             if kind in OFFERS:
-                take = self.division(slots.get(0, "the rest"), slots.get(1, "the rest"), items, counts)
-                if take is not None:
+                if (take := self._taken(side, slots[0])) is not None:
                     return Act(take=take, best=kind == "joint")
+            elif kind == "compare":
+                if both := compared_in(slots[0], items):
+                    own, other = by_role(1 - side.role, *both)
+                    return Act(reveal=own, against=other)
             elif kind in ITEM_KINDS:
                 named = [k for k, item in enumerate(items) if slots[0] in (item, f"{item}s")]
                 if named:
@@ -157,7 +153,7 @@ class DealWords:
                     return Act(spare=k) if kind == "spare" else Act(want=k, refuse=kind == "reason")
             elif values := self._read_values(slots, items):
                 return Act(reveal=values)
-        return self._free(sentence, asks, items, counts)
+        return self._free(side, sentence, asks)
 
     def _read_values(self, slots: dict[int, str], items: Sequence[str]) -> Vector | None:
         if not self.ranked:
@@ -165,20 +161,27 @@ class DealWords:
         ranked = [re.sub("^the ", "", slots[n]) for n in range(3)]
         return tuple(5 - ranked.index(item) for item in items) if sorted(ranked) == sorted(items) else None
 
-    def _free(self, sentence: str, asks: bool, items: Sequence[str], counts: Vector) -> Act | None:
+    def _free(self, side: Any, sentence: str, asks: bool) -> Act | None:
         """Of nobody's form: who takes what, or what things are worth to the speaker."""
-        for pattern, order in FREE:
-            for match in re.finditer(pattern, sentence):
-                mine, yours = (match[n] for n in order)
-                take = self.division(mine, yours, items, counts)
-                if take is not None:
-                    return Act(take=take)
+        items = side.game.items
+        if (take := self._taken(side, sentence)) is not None:
+            return Act(take=take)
         words = sentence.split()
         if not asks and not {"you", "your", "yours"} & {*words}:
             for start in range(len(words) if not self.ranked else 0):
                 if values := values_in(words[start:], items):
                     return Act(reveal=values)
         return english.small_talk(sentence, asks)
+
+    def _taken(self, side: Any, words: str) -> Vector | None:
+        """What the words leave to the speaker, who is the other side."""
+        for pattern, order, named in FREE:
+            for match in re.finditer(pattern, words):
+                mine, yours = (match[n] for n in (order[::-1] if named and side.role == 0 else order))
+                take = self.division(mine, yours, side.game.items, side.counts)
+                if take is not None:
+                    return take
+        return None
 
     def division(self, mine: str, yours: str, items: Sequence[str], counts: Vector) -> Vector | None:
         """What the speaker would take, None where the two shares do not divide just what there is."""
@@ -211,12 +214,21 @@ class DealWords:
         return tuple(share)
 
 
-FREE = (
-    (rf"\b(?:i|id|ill|me) {GET} (.+?)(?: and| while| then| if)? (?:you|youd|youll) {GET} (.+)$", (1, 2)),
-    (rf"\b(?:you|youd|youll) {GET} (.+?)(?: and| while| then| if)? (?:i|id|ill) {GET} (.+)$", (2, 1)),
-    (rf"^(?:{LEAD} )*(.+?) for me (?:and )?(.+?) for you$", (1, 2)),
-    (rf"^(?:{LEAD} )*(.+?) for you (?:and )?(.+?) for me$", (2, 1)),
+BETWEEN = "(?: and| while| then| if)?"
+GETS = "(?:gets|takes|keeps|has|receives|will get|would get)"
+FREE = (  # of a division: where the speaker's share and the other's stand, or Ann's and Ben's
+    (rf"\b(?:i|id|ill|me) {GET} (.+?){BETWEEN} (?:you|youd|youll) {GET} (.+)$", (1, 2), False),
+    (rf"\b(?:you|youd|youll) {GET} (.+?){BETWEEN} (?:i|id|ill) {GET} (.+)$", (2, 1), False),
+    (rf"^(?:{LEAD} )*(.+?) for me (?:and )?(.+?) for you$", (1, 2), False),
+    (rf"^(?:{LEAD} )*(.+?) for you (?:and )?(.+?) for me$", (2, 1), False),
+    (rf"\bann {GETS} (.+?){BETWEEN} ben {GETS} (.+)$", (1, 2), True),
+    (rf"\bben {GETS} (.+?){BETWEEN} ann {GETS} (.+)$", (2, 1), True),
 )
+
+
+def by_role(role: int, own: Any, other: Any) -> tuple[Any, Any]:
+    """Of what is a side's own and the other's, Ann's first; and back."""
+    return (own, other) if role == 0 else (other, own)
 
 
 @cache
@@ -259,6 +271,16 @@ def values_in(words: Sequence[str], items: Sequence[str]) -> Vector | None:
     return tuple(int(values[item]) if values[item].isdecimal() else 0 for item in items)
 
 
+def compared_in(words: str, items: Sequence[str]) -> tuple[Vector, Vector] | None:
+    """Ann's and Ben's values, where each item is followed by its two numbers."""
+    found = re.findall(rf"\b({'|'.join(items)})\D+?(\d+)\D+?(\d+)", words)
+    values = {item: (int(first), int(second)) for item, first, second in found}
+    if len(found) != len(items) or len(values) != len(items):
+        return None
+    first, second = zip(*(values[item] for item in items), strict=True)
+    return first, second
+
+
 # ---- the games ---------------------------------------------------------------------------------------------
 
 
@@ -274,7 +296,7 @@ class EnglishDealGame(ReadFinals, DealGame):
         values = listed(
             [f"each {item} is worth {v}" for item, v in zip(self.items, deal.values[side], strict=True)]
         )
-        places = {"things": things, "values": values, "form": self._form}
+        places = {"things": things, "values": values, "form": self._form, "name": NAMES[side]}
         return english.fill_prompt("deal", places)
 
     def _counted(self, n: int | str, item: str) -> str:
@@ -340,7 +362,8 @@ class EnglishPrioritiesGame(EnglishDealGame, PrioritiesGame):
         worth = zip(self.items, deal.values[side], strict=True)
         values = listed([f"each package of {item} is worth {v} points" for item, v in worth])
         things = listed([self._counted(c, item) for c, item in zip(deal.counts, self.items, strict=True)])
-        places = {"things": things, "values": values, "form": self._form, "alone": str(ALONE)}
+        places = {"things": things, "values": values, "form": self._form, "name": NAMES[side]}
+        places["alone"] = str(ALONE)
         return english.fill_prompt("priorities", places)
 
     def statement(self, take: Sequence[int]) -> str:

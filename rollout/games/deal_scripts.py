@@ -35,6 +35,7 @@ class Negotiator(Side):
     language: ClassVar[Language] = Language()
     game: DealGame = field(kw_only=True)
     counts: Vector = field(kw_only=True)
+    role: int = field(kw_only=True, default=0)
     want: int | None = None
     spare: int | None = None
     hinted: bool = False
@@ -108,7 +109,8 @@ class Negotiator(Side):
         theirs = self.theirs
         if theirs is not None and (self.revealed or not (self.last.ask or self.chance(0.3))):
             act = Act(take=self._joint_best(theirs), refuse=self.pending, best=True)
-            return replace(act, reveal=self.values, against=theirs) if self.chance(0.65) else act
+            compares = self.game.words or self.chance(0.65)  # in English the numbers are always named
+            return replace(act, reveal=self.values, against=theirs) if compares else act
         if not self.revealed:
             refuse = self.pending and self.chance(0.6)
             ask = theirs is None and not refuse and self.chance(0.5)
@@ -294,7 +296,7 @@ def make_side(
     """A negotiator for a side of the scenario."""
     deal: Deal = scenario.data
     tactic = TACTICS.get(temperament)
-    return kind(deal.values[role], temperament, rng, tactic=tactic, game=game, counts=deal.counts)
+    return kind(deal.values[role], temperament, rng, tactic=tactic, game=game, counts=deal.counts, role=role)
 
 
 def scripted_dialogue(
