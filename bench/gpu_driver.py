@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ class Rows:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """A stage: its name, the seconds that it may take, and its process."""
+    """A stage: its name, the seconds that are kept for it, and its process."""
 
     name: str
     seconds: float
@@ -73,17 +73,17 @@ class Place:
     def rows(self) -> Rows:
         return Rows(self.out / "rows.jsonl")
 
-    def jobs(self, module: str, limits: dict[str, float], **env: str) -> list[Job]:
-        """Stages of `module`, which `stage_main` starts, and their limits. Dry they share a process: then the
-        imports are most of the work.
+    def jobs(self, module: str, kept: dict[str, float], **env: str) -> list[Job]:
+        """Stages of `module`, which `stage_main` starts, and the seconds kept for them. Dry they share a
+        process: then the imports are most of the work.
         """
         where = ["--device", self.device, "--out", str(self.out), *(["--dry"] if self.dry else [])]
         base = [sys.executable, "-m", module]
         if self.dry:
-            limits = {",".join(limits): sum(limits.values())}
+            kept = {",".join(kept): sum(kept.values())}
         return [
             Job(name=name, seconds=seconds, command=[*base, name, *where], env=tuple(env.items()))
-            for name, seconds in limits.items()
+            for name, seconds in kept.items()
         ]
 
 
@@ -116,16 +116,22 @@ def run_job(job: Job, rows: Rows, seconds: float) -> None:
     rows.add(job.name, ended=True, **ended, tail=output[-TAIL:])
 
 
-def run_all(jobs: Iterable[Job], rows: Rows, seconds: float, least: float = 3.0) -> int:
-    """Run the jobs in order within `seconds` together, print the summary; 1 when anything failed."""
+def run_all(jobs: Sequence[Job], rows: Rows, seconds: float, least: float = 3.0) -> int:
+    """Run the jobs in order within `seconds` together, print the summary; 1 when anything failed.
+
+    A job may take up to twice its own seconds of what those before it left over, never of what is kept for
+    those behind it: one that hangs costs no other.
+    """
     ends = time.perf_counter() + seconds
+    later = sum(job.seconds for job in jobs)
     for job in jobs:
+        later -= job.seconds
         left = ends - time.perf_counter()
         if left < least:
             rows.add(job.name, ended=True, ok=False, left_out=True)
             continue
         print(f"{job.name} ...", flush=True)
-        run_job(job, rows, min(job.seconds, left))
+        run_job(job, rows, min(left, max(job.seconds, min(2 * job.seconds, left - later))))
     found = rows.read()
     text = summary(found)
     (rows.path.parent / "summary.txt").write_text(text + "\n", "utf-8")
@@ -176,8 +182,9 @@ def drive(description: str | None, seconds: float, jobs_of: Callable[[Place], li
     place = Place("cpu" if args.dry else "cuda", args.dry, out)
     place.rows.path.unlink(missing_ok=True)
     jobs = [job for job in jobs_of(place) if args.only in job.name]
-    if args.dry:  # limits are those of the device
-        return run_all([replace(job, seconds=DRY_SECONDS) for job in jobs], place.rows, DRY_SECONDS)
+    if args.dry:  # a slow processor decides nothing here
+        jobs = [replace(job, seconds=DRY_SECONDS / len(jobs)) for job in jobs]
+        return run_all(jobs, place.rows, DRY_SECONDS)
     return run_all(jobs, place.rows, args.seconds)
 
 

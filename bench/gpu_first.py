@@ -2,7 +2,7 @@
 
     python -m bench.gpu_first [--out FOLDER] [--seconds 300] [--only NAME] [--dry]     from the root
 
-Needs no installation. Every stage is a process with its own limit; every result is at once a line of
+Needs no installation. Every stage is a process with seconds kept for it; every result is at once a line of
 FOLDER/rows.jsonl (FOLDER is $OUT where nothing is said). Ends with a summary of at most 8,000 characters.
 --dry runs every stage on the CPU at tiny size.
 """
@@ -30,7 +30,7 @@ def tests(place: Place) -> Job:
     else:
         command += [f"--junitxml={place.out / 'gpu.xml'}", "--durations=10"]
         command += ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    return Job(name="tests", seconds=90, command=command)
+    return Job(name="tests", seconds=65, command=command)
 
 
 def memcheck(place: Place) -> Job:
@@ -41,17 +41,17 @@ def memcheck(place: Place) -> Job:
         return Job(name="memcheck", seconds=20, command=absent)
     pytest = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", CHECKED]
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *pytest]
-    return Job(name="memcheck", seconds=60, command=command, env=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    return Job(name="memcheck", seconds=20, command=command, env=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
 def jobs(place: Place) -> list[Job]:
     """Right before fast."""
-    right = {"smoke": 60.0, "update": 60.0, "recipe": 90.0}
+    right = {"smoke": 40.0, "update": 35.0, "recipe": 35.0}
     return [
-        *place.jobs("bench.gpu_stages", {"versions": 40.0}),
+        *place.jobs("bench.gpu_stages", {"versions": 15.0}),
         tests(place),
         *place.jobs("bench.gpu_stages", right),
-        *place.jobs("bench.gpu_profiles", {"decode-0.6B": 70.0, "update-0.6B": 50.0}),
+        *place.jobs("bench.gpu_profiles", {"decode-0.6B": 50.0, "update-0.6B": 40.0}),
         memcheck(place),
     ]
 

@@ -25,27 +25,27 @@ def workload(place: Place, *more: str) -> Job:
         sizes = "--model 4.2M --sequences 2 --shortest 2 --longest 4"
     words = ["--only", "ours", "--json", "--repeats", "1", *sizes.split(), *more]
     command = [sys.executable, "-m", "bench.workload", *words]
-    return Job(name=f"workload{''.join(more)}", seconds=60, command=command)
+    return Job(name=f"workload{''.join(more)}", seconds=25, command=command)
 
 
 def peers(place: Place) -> Job:
     """Kernels beside torch, torch.compile and what else is installed, and the roofline."""
-    words = ["--no-tests", "--no-engine", "--seconds", "60", "--out", str(place.out / "rows.jsonl")]
+    words = ["--no-tests", "--no-engine", "--seconds", "40", "--out", str(place.out / "rows.jsonl")]
     words += ["--dry", "--only", "add_rms_norm"] if place.dry else []
-    return Job(name="peers", seconds=90, command=[sys.executable, "bench/gpu_suite.py", *words])
+    return Job(name="peers", seconds=40, command=[sys.executable, "bench/gpu_suite.py", *words])
 
 
 def jobs(place: Place) -> list[Job]:
     sizes = {
-        "ceilings": 20.0,
-        "decode-8B": 60.0,
-        "update-8B-lora": 60.0,
-        "decode-4B": 60.0,
-        "update-4B": 60.0,
+        "ceilings": 10.0,
+        "decode-8B": 40.0,
+        "update-8B-lora": 40.0,
+        "decode-4B": 35.0,
+        "update-4B": 40.0,
     }
     return [
         *place.jobs("bench.gpu_profiles", sizes),
-        *place.jobs("bench.gpu_profiles", {"tiles": 60.0, "warps": 40.0}, **INTERPRETED if place.dry else {}),
+        *place.jobs("bench.gpu_profiles", {"tiles": 45.0, "warps": 30.0}, **INTERPRETED if place.dry else {}),
         workload(place),
         workload(place, "--fast"),
         peers(place),

@@ -78,7 +78,7 @@ def packed_with_stats(
     if S < 0:
         raise ValueError(f"{op}: cu_seqlens is empty, accepted is [S + 1] from 0 to T")
     out = torch.empty_like(q)
-    stats = q.new_empty((T, Hq, 2), dtype=torch.float32)
+    stats = torch.empty(T, Hq, 2, dtype=torch.float32, device=q.device)
     if triton(q):
         from duologue.kernels.gpu import attention as gpu_attention
 

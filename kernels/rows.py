@@ -26,14 +26,16 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
     """(normed, total); total is x itself without a residual."""
     x = x.contiguous()
     device = x.device.type
-    check("rms_norm", device, weight=(weight, x.shape[-1:], x.dtype))
-    weight = weight.contiguous()
-    out = torch.empty_like(x)
+    of_weight = (weight, x.shape[-1:], x.dtype)
     total = x
-    if residual is not None:
-        check("add_rms_norm", device, residual=(residual, x.shape, x.dtype))
+    if residual is None:
+        check("rms_norm", device, weight=of_weight)
+    else:
+        check("add_rms_norm", device, weight=of_weight, residual=(residual, x.shape, x.dtype))
         residual = residual.contiguous()
         total = torch.empty_like(x)
+    weight = weight.contiguous()
+    out = torch.empty_like(x)
     if triton(x):
         from duologue.kernels.gpu import rows as gpu_rows
 
@@ -154,7 +156,6 @@ def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """q [T, Hq, D] and k [T, Hk, D], each head rotated by its token's position; back again with sign -1."""
-    q, k, cos, sin, positions = map(Tensor.contiguous, (q, k, cos, sin, positions))
     device = q.device.type
     if q.dim() != 3:
         check("rope", device, x=(q, (None, None, None), None))
@@ -169,14 +170,22 @@ def rope(
         sin=(sin, cos.shape, torch.float32),
         positions=(positions, (T,), torch.int64),
     )
-    outs = torch.empty_like(q), torch.empty_like(k)
+    return _rotated(q, k, cos, sin, positions, sign)
+
+
+def _rotated(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float
+) -> tuple[Tensor, Tensor]:
+    """`rope` of tensors that have been checked, as those of a backward were in its forward."""
+    q, k, cos, sin, positions = map(Tensor.contiguous, (q, k, cos, sin, positions))
     tables = (cos, sin, positions)
+    outs = torch.empty_like(q), torch.empty_like(k)
     if triton(q):
         from duologue.kernels.gpu import rows as gpu_rows
 
         return gpu_rows.rotate(q, outs[0], *tables, sign), gpu_rows.rotate(k, outs[1], *tables, sign)
     at = pointers(*tables)
-    most, dtype = cos.shape[0], DTYPES[q.dtype]
+    most, dtype, (T, _, D) = cos.shape[0], DTYPES[q.dtype], q.shape
     for x, out in zip((q, k), outs, strict=True):
         bad = lib().rope(x.data_ptr(), out.data_ptr(), *at, T, x.shape[1], D, most, sign, dtype)
         if bad:
@@ -199,7 +208,7 @@ def _rope_backward(run: Any, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, .
     return *run(*grads, *ctx.saved_tensors, -ctx.sign), *of_tables
 
 
-rope_grad = with_gradients(rope_op, rope, _rope_setup, _rope_backward, rope_op, rope)
+rope_grad = with_gradients(rope_op, rope, _rope_setup, _rope_backward, rope_op, _rotated)
 
 
 # ---- KV writes ---------------------------------------------------------------------------------------------

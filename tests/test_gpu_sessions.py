@@ -86,6 +86,29 @@ def test_a_stage_that_hangs_or_dies_costs_itself_alone(
     assert [row["left_out"] for row in late.read()] == [True] * 3
 
 
+def test_what_is_kept_for_a_stage_is_there_whatever_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two that hang take what is theirs and what is nobody's; the seconds of a session's stages fit it."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import gpu_first, gpu_second
+    from bench.gpu_driver import Job, Place, Rows, run_all
+
+    hang, work = "import time; time.sleep(600)", "import time; time.sleep(1)"
+    kept = {"one": (1, hang), "two": (1, hang), "last": (20, work)}
+    jobs = [
+        Job(name=name, seconds=n, command=[sys.executable, "-c", code]) for name, (n, code) in kept.items()
+    ]
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert run_all(jobs, rows, 24) == 1
+    one, two, last = rows.read()
+    assert (one["limit"], two["limit"]) == (2, 2)
+    assert last["ok"]
+    place = Place("cuda", dry=False, out=tmp_path)
+    for session in (gpu_first, gpu_second):
+        assert sum(job.seconds for job in session.jobs(place)) <= session.SECONDS
+
+
 def test_a_bare_checkout_needs_no_installation(tmp_path: Path) -> None:
     """Links stand in for it: for the version, the command line and child processes. With -S no installation
     in place is seen.
