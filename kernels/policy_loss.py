@@ -118,15 +118,19 @@ def policy_loss(inputs: Inputs, loss_fn: LossFn, level: str) -> PolicyLoss:
     if level not in ("token", "sequence"):
         raise ValueError(f"linear_policy_loss: level = {level!r}, accepted is 'token' or 'sequence'")
     sums: dict[str, Tensor] = {}
-    if torch.compiler.is_compiling() and inputs.mask is None:  # loss_fn is traced too, in one call
+    if torch.compiler.is_compiling():
+        if (
+            inputs.mask is not None
+        ):  # disabled here: at its definition that imports the compiler at each start
+            eager = torch.compiler.disable(_chunked_policy_loss)
+            return eager(inputs, loss_fn, level == "sequence", sums)
+        # loss_fn is traced too, in one call
         logprob, entropy, _ = linear_logprob_op(*inputs)
         loss = _loss_and_sums(loss_fn, logprob, entropy, slice(0, len(logprob)), sums)
         return PolicyLoss(loss, logprob.detach(), entropy.detach(), sums)
-    out: PolicyLoss = _chunked_policy_loss(inputs, loss_fn, level == "sequence", sums)
-    return out
+    return _chunked_policy_loss(inputs, loss_fn, level == "sequence", sums)
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _chunked_policy_loss(
     inputs: Inputs, loss_fn: LossFn, by_sequence: bool, sums: dict[str, Tensor]
 ) -> PolicyLoss:

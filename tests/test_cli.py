@@ -66,6 +66,12 @@ def test_help_and_bad_usage_answer_without_loading_torch() -> None:
     assert "invalid choice: 'sing'" in done.stderr
 
 
+def test_a_command_starts_without_the_compiler() -> None:
+    """torch._dynamo takes longer to import than all of torch; nothing here is compiled."""
+    code = "import sys, duologue.grpo.trainer; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

@@ -280,6 +280,14 @@ def test_library_checks_and_compile() -> None:
     compiled = grads(y, torch.compile(run, fullgraph=True, backend="aot_eager")(**y))
     assert all(map(torch.equal, eager, compiled))
 
+    def masked(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+        loss = lambda logp, entropy, rows: (logp - 0.1 * entropy).sum()  # noqa: E731
+        return ops.linear_policy_loss(hidden, weight, targets, loss, bias=bias, mask=mask).loss
+
+    eager = grads(x, masked(**x))  # in chunks, outside of the graph
+    compiled = grads(y, torch.compile(masked, backend="aot_eager")(**y))
+    assert all(map(torch.equal, eager, compiled))
+
 
 def _good() -> dict[str, Any]:
     return {
