@@ -118,17 +118,15 @@ def policy_loss(inputs: Inputs, loss_fn: LossFn, level: str) -> PolicyLoss:
     if level not in ("token", "sequence"):
         raise ValueError(f"linear_policy_loss: level = {level!r}, accepted is 'token' or 'sequence'")
     sums: dict[str, Tensor] = {}
-    if torch.compiler.is_compiling():
-        if (
-            inputs.mask is not None
-        ):  # disabled here: at its definition that imports the compiler at each start
-            eager = torch.compiler.disable(_chunked_policy_loss)
-            return eager(inputs, loss_fn, level == "sequence", sums)
-        # loss_fn is traced too, in one call
+    by_chunks: Callable[..., PolicyLoss] = _chunked_policy_loss
+    if torch.compiler.is_compiling() and inputs.mask is not None:
+        # Out of the graph. At its definition this would import the compiler at each start.
+        by_chunks = torch.compiler.disable(by_chunks)  # type: ignore[no-untyped-call]
+    elif torch.compiler.is_compiling():  # loss_fn is traced too, in one call
         logprob, entropy, _ = linear_logprob_op(*inputs)
         loss = _loss_and_sums(loss_fn, logprob, entropy, slice(0, len(logprob)), sums)
         return PolicyLoss(loss, logprob.detach(), entropy.detach(), sums)
-    return _chunked_policy_loss(inputs, loss_fn, level == "sequence", sums)
+    return by_chunks(inputs, loss_fn, level == "sequence", sums)
 
 
 def _chunked_policy_loss(
