@@ -174,9 +174,14 @@ FREE = [
     ("Sure, sounds good!", Act(accept=True)),
     ("okay but I need the ball", Act()),
     ("I take 3 hats and you take 1 ball", Act()),  # there are 2
+    ("Ann gets 1 book, 0 hats and 0 balls, and Ben gets 0 books, 2 hats and 1 ball.", Act(take=(0, 2, 1))),
+    ("Ben keeps both hats, Ann takes the rest", Act(take=(0, 2, 0))),  # Ben speaks, Ann listens
+    ("Ann gets 1 book and 1 hat, Ben gets the ball", Act()),  # of a hat nothing is said
+    ("Side by side, a book is worth 4 to Ann and 2 to Ben, so Ann gets 1, a hat 2 and 2, so Ann gets 2, "
+     "and a ball 2 and 4, so Ben gets 1.", Act(reveal=(2, 2, 4))),
     ("What do you want?", Act(ask=True)),
     ("No way.", Act(refuse=True)),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("text", "act"), FREE)
