@@ -56,7 +56,7 @@ from duologue.rollout.games.texts import read_text
 from duologue.rollout.selfplay.rules import Rules
 
 RECIPES = Path(__file__).parent / "recipes"
-ENGLISH_LENGTHS = {"max_tokens_per_turn": 80, "max_tokens_final": 32}  # where nothing is said of them
+ENGLISH_LENGTHS = {"max_tokens_per_turn": 128, "max_tokens_final": 32}  # where nothing is said of them
 PAYOFFS = ("agreement", "policy", "opponent", "policy_points", "opponent_points", "score")  # of a partner
 # On a GPU a page is a tile of attention, and more prefill tokens fill it. The pool stays, as graphs know its
 # address. Norms made again cost 2 % of an update by bench/gpu_model.py and save a quarter of what it keeps; a

@@ -274,7 +274,7 @@ def test_turns_have_the_length_and_the_variety_of_talk() -> None:
         if kind == "utterance"
     ]
     lengths = [len(text.split()) for text in turns]
-    assert 8 <= sum(lengths) / len(lengths) <= 22 and max(lengths) <= 75
+    assert 8 <= sum(lengths) / len(lengths) <= 22 and max(lengths) <= 85
     openings = [" ".join(text.split()[:2]) for text in turns]
     assert max(map(openings.count, set(openings))) < 0.06 * len(turns)
 

@@ -84,9 +84,6 @@ class DealWords:
     def name(self, item: str, n: int) -> str:
         return item if self.ranked or n == 1 else f"{item}s"
 
-    def _packages(self, n: int) -> str:
-        return f"package{'s' * (n != 1)} of " if self.ranked else ""
-
     def _all(self, side: Any, k: int) -> str:
         return self.name(side.game.items[k], side.counts[k])
 
@@ -108,7 +105,7 @@ class DealWords:
         pairs = zip(*by_role(side.role, act.reveal, act.against), strict=True)
         shares = zip(*by_role(side.role, act.take, less(side.counts, act.take)), strict=True)
         said = []
-        items = [f"{self._packages(1)}{item}" for item in side.game.items]
+        items = [f"package of {item}" if self.ranked else item for item in side.game.items]
         for k, (item, values, split) in enumerate(zip(items, pairs, shares, strict=True)):
             gets = " and ".join(winner.format(who, n) for who, n in zip(NAMES, split, strict=True) if n)
             said.append(f"{(later if k else first).format(item, *values)}, so {gets}")
@@ -124,7 +121,7 @@ class DealWords:
     def _numbers(self, side: Any, share: Vector) -> str:
         """As a final statement names it."""
         named = zip(share, side.game.items, strict=True)
-        return listed([f"{n} {self._packages(n)}{self.name(item, n)}" for n, item in named])
+        return listed([f"{n} {self.name(item, n)}" for n, item in named])
 
     # ---- reading -------------------------------------------------------------------------------------------
 
