@@ -8,9 +8,10 @@ the `torch.library` op of a kernel.
 
 With TRITON_INTERPRET=1 Triton's interpreter serves its dtypes on CPU too, in place of C++: slow, for tests.
 
-`DUOLOGUE_CPU=generic|avx2|avx512|avx512bf16|amx|amx-emulated` forces an instruction set (read here, once);
-without it the best that runs is used. "avx512" is the best without tiles; "amx-emulated" computes what AMX
-does, bit for bit in its products, on any processor, and is slow: for tests.
+`DUOLOGUE_CPU=generic|avx2|avx512|avx512-nobf16|avx512bf16|amx|amx-emulated` forces an instruction set (read
+here, once); without it the best that runs is used. "avx512" is the best without tiles, "avx512-nobf16" what
+every processor with AVX-512 has; "amx-emulated" computes what AMX does, bit for bit in its products, on any
+processor, and is slow: for tests.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ except ImportError:
 Library = Literal["cpp", "triton", "reference"]
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # of the C++ kernels, and their numbers there
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ISAS = ("generic", "avx2", "avx512", "avx512bf16", "amx", "amx-emulated")
+ISAS = ("generic", "avx2", "avx512", "avx512-nobf16", "avx512bf16", "amx", "amx-emulated")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _INTERPRETS = _HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"
 
