@@ -32,7 +32,7 @@ from bench.common import append_rows
 
 CHAIN, ROUNDS = 20, 150
 SIZE = 64
-TOLD = ("tiles", "name", "threads", "refused")  # what is asked of the library, and no kernel
+TOLD = ("multiplies_bf16", "name", "threads", "refused")  # what is asked of the library, and no kernel
 Tensors = tuple[Tensor, ...]
 Step = Callable[..., Tensors]
 Chain = tuple[Tensors, Sequence[Tensors], Step]  # what it begins with, each link's own tensors, a link

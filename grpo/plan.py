@@ -176,8 +176,8 @@ def head_bytes(
     chunk = (step or max(1, min(rows, budget // (V * per_logit)))) * V * per_logit
     weight = V * H * 4 if trained else 0
     cast = V * H * itemsize if trained and itemsize < 4 and not fused else 0
-    tiled = native and backend.tiled(torch.empty(0, dtype=torch.bfloat16))
-    wide = V * H * 4 if native and itemsize < 4 and not tiled else 0
+    narrow = native and backend.multiplies_bf16(torch.empty(0, dtype=torch.bfloat16))
+    wide = V * H * 4 if native and itemsize < 4 and not narrow else 0
     return chunk + weight + max(cast, 0) + wide + 2 * rows * H * itemsize
 
 

@@ -67,9 +67,9 @@ def triton(x: Tensor) -> bool:
     return library(x) == "triton"
 
 
-def tiled(x: Tensor) -> bool:
-    """Whether C++ multiplies `x` by tiles: bf16, on AMX."""
-    return x.dtype == torch.bfloat16 and cpp(x) and bool(lib().tiles())
+def multiplies_bf16(x: Tensor) -> bool:
+    """Whether C++ takes `x` as it is in the products of gradients: bf16, by AMX or AVX-512 BF16."""
+    return x.dtype == torch.bfloat16 and cpp(x) and bool(lib().multiplies_bf16())
 
 
 def describe(device: str = "cpu") -> str:

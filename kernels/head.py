@@ -161,8 +161,8 @@ class Head:
         self.grad_hidden = torch.zeros_like(self.hidden) if need[0] else None
         self.grad_weight = self.new(self.V, self.H).zero_() if need[1] else None
         self.grad_bias = self.new(self.V).zero_() if need[2] else None
-        self.tiled = backend.tiled(self.hidden)  # then products take what is bf16 as it is, and round dz
-        widen = self.library == "cpp" and need[0] and not self.tiled
+        self.narrow = backend.multiplies_bf16(self.hidden)  # products take bf16 as it is, and round dz
+        widen = self.library == "cpp" and need[0] and not self.narrow
         self.wide_weight = self.weight.float() if widen else self.weight
 
     def _rows_of_a_chunk(self) -> int:
@@ -251,13 +251,13 @@ class Head:
         x = self.hidden[rows]
         k = len(dz)
         if self.library == "cpp":
-            product = linear.matmul_tiles if self.tiled else linear.matmul
+            product = linear.matmul_bf16 if self.narrow else linear.matmul
             if self.grad_hidden is not None:
                 out = self.new(k, self.H)
                 product(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), add=False)
                 self.grad_hidden[rows] = out.to(x.dtype)
             if self.grad_weight is not None:
-                x = x.contiguous() if self.tiled else x.float()
+                x = x.contiguous() if self.narrow else x.float()
                 product(dz, x, self.grad_weight, (self.V, k, self.H, 1, self.V), add=True)
             if self.grad_bias is not None:
                 linear.matmul(torch.ones(k), dz, self.grad_bias, (1, k, self.V, k, 1), add=True)

@@ -64,10 +64,10 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, i
     lib().matmul(*pointers(a, b, out), *sizes, add)
 
 
-def matmul_tiles(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
-    """`matmul` of bf16 by tiles: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32, or in bf16
-    where nothing is added to it."""
-    lib().matmul_tiles(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
+def matmul_bf16(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
+    """`matmul` by instructions that multiply bf16: `a` in bf16, or in fp32 and rounded; b in bf16; out in
+    fp32, or in bf16 where nothing is added to it."""
+    lib().matmul_bf16(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
 
 
 def backward(
@@ -110,12 +110,12 @@ def backward(
 
 def _product(x: Tensor) -> tuple[Callable[..., None], torch.dtype]:
     """By C++, of what is like x; and the dtype that it gives where none is asked for."""
-    return (matmul_tiles, x.dtype) if backend.tiled(x) else (matmul, torch.float32)
+    return (matmul_bf16, x.dtype) if backend.multiplies_bf16(x) else (matmul, torch.float32)
 
 
 def _operand(factor: Tensor, like: Tensor) -> Tensor:
     """As the product of C++ takes it."""
-    return (factor if backend.tiled(like) else factor.float()).contiguous()
+    return (factor if backend.multiplies_bf16(like) else factor.float()).contiguous()
 
 
 def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, add: bool) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 needs_cpp = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 TILED = [isa for isa in ("amx", "amx-emulated") if backend.runs(isa)]
+NARROW = [*TILED, *(isa for isa in ("avx512bf16",) if backend.runs(isa))]  # that multiply bf16
 KINDS = ("normal", "tiny", "huge", "denormal", "any")
 
 
@@ -117,10 +118,10 @@ def test_many_rows_have_the_bits_of_few(isa: str, O: int, K: int) -> None:
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", TILED)
+@pytest.mark.parametrize("isa", NARROW)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("I", "R", "C"), [(16, 32, 16), (33, 70, 45), (1, 5, 1), (70, 600, 33), (40, 1600, 130)]
+    ("I", "R", "C"), [(16, 32, 16), (33, 70, 45), (1, 5, 1), (70, 600, 33), (40, 1600, 130), (301, 65, 200)]
 )
 def test_backward_products(isa: str, dtype: torch.dtype, I: int, R: int, C: int) -> None:
     """Against float64, along both strides, on one thread and three, on top of what is there or not."""
@@ -136,12 +137,12 @@ def test_backward_products(isa: str, dtype: torch.dtype, I: int, R: int, C: int)
         for add in (False, True):
             for left, strides in ((a, (R, 1)), (a.t().contiguous(), (1, I))):
                 out = start.clone()
-                linear.matmul_tiles(left, b, out, (I, R, C, *strides), add)
+                linear.matmul_bf16(left, b, out, (I, R, C, *strides), add)
                 assert float((out - exact - add * start).abs().max()) < 2e-6 * R
                 found.append(out)
                 if not add:
                     narrow = torch.empty(I, C, dtype=torch.bfloat16)
-                    linear.matmul_tiles(left, b, narrow, (I, R, C, *strides), add)
+                    linear.matmul_bf16(left, b, narrow, (I, R, C, *strides), add)
                     assert torch.equal(narrow, out.bfloat16())
     backend.lib().set_threads(threads)
     for i, out in enumerate(found):

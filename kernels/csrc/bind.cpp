@@ -26,15 +26,14 @@ void linear(ptr x, ptr w, ptr b, ptr out, int64_t M, int64_t O, int64_t K, int d
 
 void matmul(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r,
             bool add) {
-  MatmulArgs m = {at<float>(a), at<float>(b), at<float>(c), I, R, C, stride_i, stride_r, add};
+  MatmulArgs m = {at<void>(a), at<void>(b), at<void>(c), I, R, C, stride_i, stride_r, add, F32, F32};
   kernels->matmul(&m, parallel_for, thread_count());
 }
 
-void matmul_tiles(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r,
-                  bool add, int a_dtype, int c_dtype) {
-  TiledMatmulArgs m = {at<void>(a), at<void>(b), at<void>(c), I,       R,      C,
-                       stride_i,    stride_r,    add,         a_dtype, c_dtype};
-  kernels->matmul_tiles(&m, parallel_for, thread_count());
+void matmul_bf16(ptr a, ptr b, ptr c, int64_t I, int64_t R, int64_t C, int64_t stride_i, int64_t stride_r,
+                 bool add, int a_dtype, int c_dtype) {
+  MatmulArgs m = {at<void>(a), at<void>(b), at<void>(c), I, R, C, stride_i, stride_r, add, a_dtype, c_dtype};
+  kernels->matmul_bf16(&m, parallel_for, thread_count());
 }
 
 void tile_products(ptr a, ptr b, ptr c, int64_t n) {
@@ -310,7 +309,7 @@ NB_MODULE(_cpu, m) {
   nb::call_guard<nb::gil_scoped_release> no_gil;
   m.def("linear", &linear, no_gil);
   m.def("matmul", &matmul, no_gil);
-  m.def("matmul_tiles", &matmul_tiles, no_gil);
+  m.def("matmul_bf16", &matmul_bf16, no_gil);
   m.def("tile_products", &tile_products, no_gil);
   m.def("rms_norm", &rms_norm, no_gil);
   m.def("rms_norm_backward", &rms_norm_backward, no_gil);
@@ -334,7 +333,7 @@ NB_MODULE(_cpu, m) {
   m.def("group_advantages", &advantages, no_gil);
   m.def("use", &use, "Choose an instruction set by name ('' = the best); False when it cannot run here.");
   m.def("name", [] { return std::string(kernels->name); });
-  m.def("tiles", [] { return kernels->matmul_tiles != nullptr; });
+  m.def("multiplies_bf16", [] { return kernels->matmul_bf16 != nullptr; });
   m.def("refused", [] { return std::string(refused_tiles()); });
   m.def("threads", &thread_count);
   m.def("set_threads", &set_thread_count);

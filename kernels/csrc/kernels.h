@@ -17,21 +17,13 @@ struct LinearArgs {
 };
 
 // C[i, c] (+)= sum_r A(i, r) * B[r, c] with A(i, r) = a[i * stride_i + r * stride_r], one stride 1; r runs in
-// order, in blocks.
+// order, in blocks. All in fp32; of `matmul_bf16` b is in bf16, `a` in bf16 or in fp32 (rounded), and c in
+// fp32 or, unless it is added to, in bf16.
 struct MatmulArgs {
-  const float *a, *b; // b [R, C]
-  float *c;           // [I, C]
+  const void *a, *b; // b [R, C]
+  void *c;           // [I, C]
   int64_t I, R, C, stride_i, stride_r;
   bool add; // to what C holds
-};
-
-// The same with b in bf16, `a` in fp32 (rounded to bf16) or bf16, and c in fp32 or, unless it is added to,
-// bf16. An output is one chain over r.
-struct TiledMatmulArgs {
-  const void *a, *b;
-  void *c;
-  int64_t I, R, C, stride_i, stride_r;
-  bool add;
   int a_dtype, c_dtype;
 };
 
@@ -178,7 +170,8 @@ struct Kernels {
   int64_t (*linear_sample)(const HeadArgs *, const LogprobArgs *, ParallelFor, int threads);
   int64_t (*decoder)(const DecoderArgs *, ParallelFor, int threads);
   int64_t (*decode)(const DecodeArgs *, ParallelFor, int threads);
-  // Null where there are no tiles: one product of each of n tiles, for tests; and `matmul` of bf16.
+  void (*matmul_bf16)(const MatmulArgs *, ParallelFor,
+                      int threads); // null where no instruction multiplies bf16
+  // One product of each of n tiles, for tests; null where there are none.
   void (*tile_products)(const void *a, const void *b, float *c, int64_t n);
-  void (*matmul_tiles)(const TiledMatmulArgs *, ParallelFor, int threads);
 };
