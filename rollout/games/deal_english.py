@@ -27,10 +27,9 @@ FRAMES = (  # of values: of each type with its number, of the first, of the othe
     ("{1} for a {0}", "{1} for a {0}"),
     ("every {0} is worth {1} points", "every {0} {1}"),
 )
-COMPARED = (  # of both values: of the first type, of the others, who gets how many
-    ("a {0} is worth {1} to Ann and {2} to Ben", "a {0} {1} and {2}", "{0} gets {1}"),
-    ("each {0} gives Ann {1} and Ben {2}", "each {0} {1} and {2}", "{0} takes {1}"),
-    ("for Ann a {0} counts {1} and for Ben {2}", "a {0} {1} and {2}", "{1} for {0}"),
+COMPARED = (  # of both values, the speaker's first: of the first type, of the others, who gets how many
+    ("a {0} is worth {1} to {2} and {3} to {4}", "a {0} {1} to {2} and {3} to {4}", "{0} gets {1}"),
+    ("each {0} counts {1} for {2} and {3} for {4}", "each {0} {1} for {2} and {3} for {4}", "{0} takes {1}"),
 )
 FILLERS = {"a", "an", "the", "each", "every", "is", "are", "worth", "points", "point", "and", "at", "for"}
 FILLERS |= {"apiece", "me", "to", "of", "count", "counts", "be"}
@@ -99,16 +98,18 @@ class DealWords:
         return [listed(named)]
 
     def _compared(self, side: Any, act: Act) -> str:
-        """Both values of each item, Ann's first, and who is to get it, said where its two numbers stand."""
-        assert act.take is not None
+        """Both values of each item, by name, and who is to get it, said where its two numbers stand."""
+        assert act.take and act.reveal and act.against
         first, later, winner = side.rng.choice(COMPARED)
-        pairs = zip(*by_role(side.role, act.reveal, act.against), strict=True)
-        shares = zip(*by_role(side.role, act.take, less(side.counts, act.take)), strict=True)
-        said = []
+        own, other = by_role(side.role, *NAMES)
         items = [f"package of {item}" if self.ranked else item for item in side.game.items]
-        for k, (item, values, split) in enumerate(zip(items, pairs, shares, strict=True)):
-            gets = " and ".join(winner.format(who, n) for who, n in zip(NAMES, split, strict=True) if n)
-            said.append(f"{(later if k else first).format(item, *values)}, so {gets}")
+        rows = zip(items, act.reveal, act.against, act.take, less(side.counts, act.take), strict=True)
+        said = []
+        for k, (item, mine, theirs, *split) in enumerate(rows):
+            shares = zip(NAMES, by_role(side.role, *split), strict=True)
+            gets = " and ".join(winner.format(who, n) for who, n in shares if n)
+            form = later if k else first
+            said.append(f"{form.format(item, mine, own, theirs, other)}, so {gets}")
         return f"{', '.join(said[:-1])}, and {said[-1]}"
 
     def _division(self, side: Any, take: Vector) -> str:
@@ -269,12 +270,13 @@ def values_in(words: Sequence[str], items: Sequence[str]) -> Vector | None:
 
 
 def compared_in(words: str, items: Sequence[str]) -> tuple[Vector, Vector] | None:
-    """Ann's and Ben's values, where each item is followed by its two numbers."""
-    found = re.findall(rf"\b({'|'.join(items)})\D+?(\d+)\D+?(\d+)", words)
-    values = {item: (int(first), int(second)) for item, first, second in found}
+    """Ann's and Ben's values, where each item is followed by both with their names."""
+    one = r"(\d+) (?:to|for) (ann|ben)"
+    found = re.findall(rf"\b({'|'.join(items)})\D+?{one} and {one}", words)
+    values = {item: {a: int(x), b: int(y)} for item, x, a, y, b in found if a != b}
     if len(found) != len(items) or len(values) != len(items):
         return None
-    first, second = zip(*(values[item] for item in items), strict=True)
+    first, second = zip(*((values[item]["ann"], values[item]["ben"]) for item in items), strict=True)
     return first, second
 
 
