@@ -99,7 +99,9 @@ class DealWords:
 
     def _compared(self, side: Any, act: Act) -> str:
         """Both values of each item, by name, and who is to get it, said where its two numbers stand."""
-        assert act.take and act.reveal and act.against
+        assert act.take is not None
+        assert act.reveal is not None
+        assert act.against is not None
         first, later, winner = side.rng.choice(COMPARED)
         own, other = by_role(side.role, *NAMES)
         items = [f"package of {item}" if self.ranked else item for item in side.game.items]
@@ -110,7 +112,7 @@ class DealWords:
             gets = " and ".join(winner.format(who, n) for who, n in shares if n)
             form = later if k else first
             said.append(f"{form.format(item, mine, own, theirs, other)}, so {gets}")
-        return f"{', '.join(said[:-1])}, and {said[-1]}"
+        return ", and ".join(filter(None, (", ".join(said[:-1]), said[-1])))
 
     def _division(self, side: Any, take: Vector) -> str:
         """All of it, Ann's share first, whoever speaks: who accepts it says the same words again."""
