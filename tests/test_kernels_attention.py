@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
-ISAS = [isa for isa in backend.ISAS if backend.available() and backend.lib().use(isa)]
+ISAS = [isa for isa in backend.ISAS if backend.runs(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 LENGTHS = [1, 7, 15, 16, 17, 64, 127, 129]
 

@@ -27,7 +27,7 @@ spec.loader.exec_module(cases)
 
 OPS = ("linear", "rms_norm", "add_rms_norm", "rope", "silu_mul")
 ALL = [case for op in OPS for case in cases.CASES[op] if case.kind == cases.ODD]
-ISAS = [isa for isa in backend.ISAS if backend.available() and backend.lib().use(isa)]
+ISAS = [isa for isa in backend.ISAS if backend.runs(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 needs_cpp = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
 

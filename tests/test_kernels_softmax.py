@@ -18,7 +18,7 @@ from transformers.generation.logits_process import (
 )
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
-ISAS = [isa for isa in backend.ISAS if backend.available() and backend.lib().use(isa)]
+ISAS = [isa for isa in backend.ISAS if backend.runs(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 SHAPES = [(5, 1), (3, 7), (9, 127), (33, 129), (4, 4099)]
 

@@ -29,7 +29,7 @@ from bench import cases_sparse  # noqa: E402
 sys.path.pop(0)
 
 pytestmark = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
-ISAS = [isa for isa in backend.ISAS if backend.available() and backend.lib().use(isa)]
+ISAS = [isa for isa in backend.ISAS if backend.runs(isa)]
 DTYPES = (torch.float32, torch.bfloat16)
 ODD = [case for case in cases_sparse.CASES["sparse_linear_logprob"] if case.kind == "odd"]
 METHODS = ("std", "mean", "leave_one_out", "running")
