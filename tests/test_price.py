@@ -7,10 +7,12 @@ from __future__ import annotations
 import itertools
 import random
 import re
+from collections import Counter
 from statistics import fmean
+from typing import Any
 
 import pytest
-from duologue.rollout.games.catalogue import corpus
+from duologue.rollout.games.catalogue import corpus, kind_of
 from duologue.rollout.games.game import Outcome
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
 from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
@@ -289,3 +291,26 @@ def test_an_honest_side_walks_away_once_it_knows_better() -> None:
         side.hear(Act(reveal=(theirs,), take=(9,)))
         assert side.act().leave == leaves
         assert (side.state() == "walk away") == leaves or side.agreed
+
+
+def test_in_english_both_limits_the_room_and_the_price_stand_in_one_order() -> None:
+    """The seller's number first, whoever speaks, then what lies between, then a price that suits both; where
+    nothing does, none.
+    """
+    settings = SelectionSettings(name="price", telling="english")
+    game: Any = kind_of(settings)(settings)
+    rng, heard = random.Random(5), Counter[bool]()
+    for _ in range(400):
+        talk = scripted_dialogue(game, game.sample(rng, "train"), rng, {"open": 1.0})
+        haggle = talk.scenario.data
+        for _, text, _ in talk.turns:
+            numbers = [int(n) for n in re.findall(r"\d+", text)]
+            if len(numbers) < 3:
+                continue
+            assert numbers[:3] == [haggle.least, haggle.most, abs(haggle.zone)], text
+            assert len(numbers) == (4 if haggle.zone > 0 else 3), text
+            assert all(haggle.least < n < haggle.most for n in numbers[3:]), text
+            heard[haggle.zone > 0] += 1
+        right = talk.outcome.metrics["right"]
+        assert right, talk.turns
+    assert min(heard.values()) > 100

@@ -234,7 +234,8 @@ class Haggler(Side):
 
     def decide(self) -> Act:
         if self.temperament != "hasty" and (self.hopeless or (self.refusals > 2 and self.chance(0.5))):
-            return Act(leave=True, close=True)
+            parting = Act(leave=True, close=True)
+            return self._by_limits(parting) if self.hopeless and self.told else parting
         act: Act = getattr(self, f"_{self.temperament}")()
         return act
 
@@ -253,12 +254,16 @@ class Haggler(Side):
             return Act(reveal=self.values, refuse=self.pending, ask=self.theirs is None and self.chance(0.6))
         if self.theirs is not None:
             take = self._at(self.gain(self.theirs) // 2)
-            if self.chance(0.3):
+            if not self.told and self.chance(0.3):
                 return Act(take=take, best=True, refuse=self.pending)
-            return Act(take=take, reveal=self.values, against=self.theirs)
+            return self._by_limits(Act(take=take))
         return (
             Act(take=self._at(2), refuse=self.pending) if self.pending or self.chance(0.4) else Act(ask=True)
         )
+
+    def _by_limits(self, act: Act) -> Act:
+        """With both limits, from which it follows."""
+        return replace(act, reveal=self.values, against=self.theirs)
 
     def _fair(self) -> Act:
         """Begins a little off, then names the middle of what both have offered; states its limit when it is
@@ -291,6 +296,11 @@ class Haggler(Side):
             act: Act = self.game.words.understood(self, text)
             return act
         return understood(text, not self.buys)
+
+    @property
+    def told(self) -> bool:
+        """In English, where what follows from both limits is said beside them."""
+        return bool(self.game.words)
 
     # ---- what characters go by -----------------------------------------------------------------------------
 

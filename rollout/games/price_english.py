@@ -13,7 +13,7 @@ from duologue.rollout.games.scripted import Act
 
 FILES = ("english", "price_english")
 LIMIT = re.compile(r"\b(?:limit|most|least|maximum|minimum|max|min|budget|more than|less than|above|below)\b")
-BOTH = ("compare", "middle", "recap", "ask", *english.SHARED)  # kinds of sentences of either side
+BOTH = ("middle", "recap", "ask", *english.SHARED)  # kinds of sentences of either side
 
 
 class PriceWords:
@@ -22,8 +22,10 @@ class PriceWords:
     def utter(self, side: Any, act: Act) -> str:
         words, rng, who = english.words_of(FILES), side.rng, "buyer" if side.buys else "seller"
         named = (side.agreed if act.accept else act.take, act.against, act.reveal)
-        fill = [str(vector[0] if vector else 0) for vector in named]
-        bid = "compare" if act.against else "middle" if act.best else f"{who}_bid"
+        price, theirs, own = (vector[0] if vector else 0 for vector in named)
+        fill = [str(number) for number in (price, theirs, own, abs(theirs - own))]
+        bid = f"{who}_compare" if act.against else "middle" if act.best else f"{who}_bid"
+        parting = f"{who}_apart" if act.against else "bye" if side.last.leave else "leave"
         lost = side.heard > 0 and side.last == Act() and not act.accept
         parts = (
             (act.accept, "agree"),
@@ -34,7 +36,7 @@ class PriceWords:
             (act.reveal and not act.against, f"{who}_limit"),
             (act.take, bid),
             (act.ask and not lost, "ask"),
-            (act.leave, "bye" if side.last.leave else "leave"),
+            (act.leave, parting),
             (act == Act(close=True), "hurry"),
         )
         said = [pick(words, kind, rng, *fill) for wanted, kind in parts if wanted]
@@ -48,7 +50,7 @@ class PriceWords:
 
 def _sentence(who: str, sentence: str, asks: bool) -> Act | None:
     """What the other side says with it."""
-    own = tuple(f"{who}_{kind}" for kind in ("limit", "bid", "refuse"))
+    own = tuple(f"{who}_{kind}" for kind in ("limit", "bid", "refuse", "compare", "apart"))
     for kind, slots in english.matches(sentence, FILES, (*own, *BOTH)):
         kind = kind.removeprefix(f"{who}_")
         if not slots:
@@ -59,6 +61,8 @@ def _sentence(who: str, sentence: str, asks: bool) -> Act | None:
                 return Act(reveal=number[2])
             if kind == "compare":
                 return Act(take=number[0], against=number[1], reveal=number[2])
+            if kind == "apart":
+                return Act(leave=True, reveal=number[2])
             return Act(take=number[0], best=kind == "middle")
     return _free(sentence, asks)
 
