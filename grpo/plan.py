@@ -258,12 +258,10 @@ def _again(config: Config, shape: ModelConfig, itemsize: int) -> int:
 
 
 def _transit(config: Config, largest: int, itemsize: int) -> int:
-    """Of two gradients that autograd makes; of none but the embedding's where linears and the head put
-    theirs where they are summed.
+    """Of a gradient that autograd makes and of its sum in fp32; of none where these are put where they are
+    added up.
     """
-    if config.train.gradient_accumulation_fusion:
-        return 0 if config.lora.rank else largest * itemsize
-    return 2 * largest * itemsize
+    return 0 if config.train.gradient_accumulation_fusion else largest * (itemsize + 4)
 
 
 def _sharded_transit(model: nn.Module, itemsize: int, ranks: int) -> int:

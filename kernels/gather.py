@@ -1,10 +1,11 @@
-"""Rows of a tensor by an index, and sums over them, whose bits are the same in every run.
+"""Rows of a tensor by an index, an embedding's among them, and sums over them, whose bits are the same in
+every run.
 
 PyTorch adds rows of one number on CUDA (`index_add`, the backward of `index_select`) by atomics, in any
 order, and in bf16 with a rounding each time. On Triton they are summed here in the order of the index, in
 fp32, and rounded once. Elsewhere PyTorch serves, which adds in order on CPU.
 
-Shapes: T rows by an index, U numbers in it.
+Shapes: T rows by an index, U numbers in it, V rows of an embedding, H their length.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from duologue.kernels.backend import triton
+from duologue.kernels.linear import gradient_place
 from torch import Tensor
 
 
@@ -71,3 +73,46 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad.index_select(0, ctx.index.numbers), None
+
+
+def embedding(weight: Tensor, ids: Tensor) -> Tensor:
+    """weight [V, H], ids [T] int64 -> [T, H]. Differentiable.
+
+    The gradient is summed in fp32, or wider for a wider weight, and rounded once; or it is added to where the
+    weight's gradients are put (linear.PLACE), of which only the rows of these ids are read and written.
+    """
+    if torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
+        taken: Tensor = _Embedding.apply(weight, ids)  # type: ignore[no-untyped-call]
+        return taken
+    return torch.nn.functional.embedding(ids, weight)
+
+
+def add_rows(total: Tensor, ids: Tensor, x: Tensor) -> None:
+    """total [V, H], fp32 or wider: its row ids[t] += x[t] of x [T, H], for every t, in order."""
+    if triton(x):
+        from duologue.kernels.gpu import gather as gpu_gather
+
+        gpu_gather.add_rows(total, *ids.sort(stable=True), x.contiguous())
+    else:
+        total.index_add_(0, ids, x.to(total.dtype))
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.parameter = weight if weight.is_leaf else None
+        ctx.like = weight.shape, weight.dtype, weight.device
+        return weight.index_select(0, ids)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+        (ids,) = ctx.saved_tensors
+        if place := gradient_place(ctx.parameter):
+            total, add = place()
+            add_rows(total if add else total.zero_(), ids, grad)
+            return None, None
+        shape, dtype, device = ctx.like
+        total = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        add_rows(total, ids, grad)
+        return total.to(dtype), None

@@ -20,6 +20,7 @@ from typing import Protocol
 
 import torch
 from duologue.kernels import backend, fused, ops
+from duologue.kernels.gather import embedding
 from duologue.kernels.paged_decoder import LayerTensors, PagedDecoder
 from duologue.model.config import ModelConfig
 from duologue.model.recompute import LAYER, NORMS, NOTHING, Drawing, made_again, recomputed
@@ -295,7 +296,7 @@ class Decoder(nn.Module):
         body = self.model
         lora = self.rows() if lora is None else lora
         rotary = (*self.rotary_tables(positions), positions)
-        update_TH, residual_TH = None, body.embed_tokens(token_ids)
+        update_TH, residual_TH = None, embedding(body.embed_tokens.weight, token_ids)
         again = self.recompute if torch.is_grad_enabled() else NOTHING
         for layer in body.layers:
             run = recomputed(layer, lora) if again == LAYER else layer

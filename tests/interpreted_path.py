@@ -15,6 +15,7 @@ from duologue.kernels import backend, fused, gather, head, ops
 from duologue.kernels.gpu import gather as gpu_gather
 from duologue.kernels.gpu import launcher
 from duologue.kernels.gpu import linear as gpu_linear
+from duologue.kernels.linear import PLACE
 from duologue.model.lora import Adapter, AdapterRows, LoraSettings
 from tiny import decoder
 from torch import Tensor
@@ -41,6 +42,29 @@ def test_sums_are_in_the_order_of_the_index(shape: tuple[int, ...], dtype: torch
     assert torch.equal(index.sum(rows), ordered)
     back = torch.randn(8, *shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     assert torch.equal(*torch.autograd.grad(index.sum(rows), rows, back), back[NUMBERS])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [5, 1100])
+def test_rows_of_an_embedding_are_added_in_order_where_gradients_are_summed(
+    width: int, dtype: torch.dtype
+) -> None:
+    """In fp32, to what is there; without such a place in a gradient that is rounded once."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(8, width, generator=generator).to(dtype).requires_grad_()
+    before, grad = torch.randn(8, width, generator=generator), grads(weight)
+    ordered = torch.zeros(8, width).index_add(0, NUMBERS, grad.float())
+    taken = gather.embedding(weight, NUMBERS)
+    assert torch.equal(taken, weight[NUMBERS])
+    assert torch.equal(*torch.autograd.grad(taken, weight, grad), ordered.to(dtype))
+    for there in (True, False):
+        total = before.clone()
+        setattr(weight, PLACE, lambda total=total, there=there: (total, there))
+        (none,) = torch.autograd.grad(gather.embedding(weight, NUMBERS), weight, grad, allow_unused=True)
+        assert none is None
+        assert torch.equal(total, before + ordered if there else ordered)
+    never = torch.tensor([2, 4, 7])
+    assert torch.equal(total[never], torch.zeros(3, width))
 
 
 def one_update(variant: str) -> list[Tensor]:
@@ -72,8 +96,8 @@ def test_an_update_sums_shared_prefixes_in_order(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(gpu_gather, "launch", recorded)
     first = one_update("gspo")
-    # A layer's q, k and v, the last hidden states; gspo's lengths, twice, and its sum of log-ratios.
-    assert len(launched) == 3 + 1 + 3
+    # A layer's q, k and v, the last hidden states; gspo's lengths, twice, and its sum of log-ratios; tokens.
+    assert len(launched) == 3 + 1 + 3 + 1
     second = one_update("gspo")
     assert len(first) > 10
     assert all(map(torch.equal, first, second))
