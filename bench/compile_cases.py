@@ -29,7 +29,7 @@ NAMES = {  # what arguments of these names are, wherever a case does not say oth
     "i32": "M O O_0 O_1 O_2 K N S R V T H D Hq Hk size limit max_position max_pages n_chunks",
     "fp32": "eps sign scale temperature softcap",
     "*i32": "table cu_seqlens context_lens items n_items top_ks ids sizes",
-    "*i64": "targets positions slots tokens seeds source order rows starts offsets places",
+    "*i64": "targets positions slots tokens seeds source order rows starts offsets places ranked",
     "*fp32": "stats delta parts part_stats partial numbers cos sin cuts temperatures top_ps min_ps logprobs "
     "entropies grad_logprobs grad_entropies",
 }
@@ -151,7 +151,8 @@ def sparse_cases() -> Iterator[Case]:
 
 def gather_cases() -> Iterator[Case]:
     for element in ("*fp32", "*bf16"):
-        yield case(gather.sum_rows_kernel, element, {"BLOCK": gather.block(4096), "num_warps": 4})
+        for kernel in (gather.sum_rows_kernel, gather.add_rows_kernel):
+            yield case(kernel, element, {"BLOCK": gather.block(4096), "num_warps": 4}, total="*fp32")
 
 
 def one_head_cases(chip: int) -> Iterator[Case]:
@@ -181,6 +182,7 @@ def one_cases() -> Iterator[Case]:
     yield case(softmax.support_kernel, "*fp32", {"limit": 1, **softmax.LAUNCH})
     yield case(linear.linear_kernel, "*bf16", {"O": 1, "HAS_BIAS": True, **linear.tile(1, (1,), True)})
     yield case(gather.sum_rows_kernel, "*fp32", {"K": 1, "BLOCK": 1, "num_warps": 4})
+    yield case(gather.add_rows_kernel, "*bf16", {"T": 1, "BLOCK": 1024, "num_warps": 4}, total="*fp32")
     for on in (False, True):
         gate = {"BACKWARD": on, "BLOCK": rows.GATE, "num_warps": 4, **rows.FIXED}
         yield case(rows.silu_mul_kernel, "*bf16", gate, size="i64")

@@ -264,6 +264,11 @@ def _support(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, flo
     return {"bytes": nbytes([x["cuts"], x["sizes"]])}  # of rows that nothing truncated
 
 
+def _add_rows(x: Named, grid: tuple[int, ...], lengths: Lengths) -> dict[str, float]:
+    """Of the sums no more rows than there are tokens, read and written."""
+    return {"bytes": nbytes([x["x"], x["ranked"], x["places"]]) + 2.0 * x["T"] * x["K"] * 4}
+
+
 COSTS: dict[str, Callable[[Named, tuple[int, ...], Lengths], dict[str, float]]] = {
     "linear_kernel": _linear,
     "linear_tma_kernel": _linear_tma,
@@ -279,6 +284,7 @@ COSTS: dict[str, Callable[[Named, tuple[int, ...], Lengths], dict[str, float]]] 
     "rotate_kernel": _rotate,
     "rotate_write_kernel": _rotate_write,
     "write_kv_kernel": _write_kv,
+    "add_rows_kernel": _add_rows,
     "sample_kernel": _sample,
     "support_kernel": _support,
 }
