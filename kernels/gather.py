@@ -1,9 +1,10 @@
 """Rows of a tensor by an index, an embedding's among them, and sums over them, whose bits are the same in
 every run.
 
-PyTorch adds rows of one number on CUDA (`index_add`, the backward of `index_select`) by atomics, in any
-order, and in bf16 with a rounding each time. On Triton they are summed here in the order of the index, in
-fp32, and rounded once. Elsewhere PyTorch serves, which adds in order on CPU.
+PyTorch adds rows of one number on CUDA (`index_add`, the backward of `index_select` and of an embedding) by
+atomics, in any order, and in bf16 with a rounding each time, so that a sum of many stops growing. Here they
+are summed in the order of the index, in fp32, and rounded once: by Triton on CUDA, on CPU by PyTorch, which
+adds in order there.
 
 Shapes: T rows by an index, U numbers in it, V rows of an embedding, H their length.
 """
@@ -33,7 +34,7 @@ class Index:
 
     def take(self, x: Tensor) -> Tensor:
         """x [U, ...] -> [T, ...], row t being x[numbers[t]]. Differentiable."""
-        if torch.is_grad_enabled() and x.requires_grad and triton(x):
+        if torch.is_grad_enabled() and x.requires_grad:
             taken: Tensor = _Take.apply(x, self)  # type: ignore[no-untyped-call]
             return taken
         return x.index_select(0, self.numbers)
@@ -43,14 +44,19 @@ class Index:
         if triton(x):
             added: Tensor = _Sum.apply(x, self)  # type: ignore[no-untyped-call]
             return added
-        return x.new_zeros(self.size, *x.shape[1:]).index_add(0, self.numbers, x)
+        return x.new_zeros(self.size, *x.shape[1:]).index_add(
+            0, self.numbers, x
+        )  # torch.func sees through it
 
 
 def _sum(x: Tensor, index: Index) -> Tensor:
-    from duologue.kernels.gpu import gather as gpu_gather
+    if triton(x):
+        from duologue.kernels.gpu import gather as gpu_gather
 
-    out = x.new_empty(index.size, *x.shape[1:])
-    return gpu_gather.sum_rows(x.contiguous(), *index.order, out)
+        return gpu_gather.sum_rows(x.contiguous(), *index.order, x.new_empty(index.size, *x.shape[1:]))
+    wide = torch.promote_types(x.dtype, torch.float32)
+    out = torch.zeros(index.size, *x.shape[1:], dtype=wide, device=x.device)
+    return out.index_add_(0, index.numbers, x.to(wide)).to(x.dtype)
 
 
 class _Take(torch.autograd.Function):

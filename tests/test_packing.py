@@ -14,7 +14,7 @@ import torch
 from duologue.grpo.loss import LossConfig, Normaliser, policy_loss
 from duologue.grpo.packing import Batch, Row, hidden_nodes, pack, split_rows
 from duologue.grpo.update import trained_logprobs
-from duologue.kernels import ops, transfer
+from duologue.kernels import gather, ops, transfer
 from duologue.model.decoder import score
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams, Supports
@@ -303,3 +303,21 @@ def test_arrays_arrive_in_one_copy_as_they_were() -> None:
         assert torch.equal(tensor, torch.from_numpy(arrays[name]))
         assert tensor.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
     assert {**transfer.to_device(arrays, torch.device("cpu"))}.keys() == arrays.keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_what_many_rows_share_has_a_gradient_that_is_summed_in_fp32(dtype: torch.dtype) -> None:
+    """A prefix of 2,000 rows: a sum in bf16 stops growing at some 256 of its terms."""
+    draws = torch.Generator().manual_seed(0)
+    numbers = torch.cat(
+        [torch.zeros(2_000, dtype=torch.int64), torch.arange(1, 7), torch.ones(3, dtype=torch.int64)]
+    )
+    x = torch.randn(8, 2, 5, generator=draws).to(dtype).requires_grad_()
+    grad = torch.rand(len(numbers), 2, 5, generator=draws).to(dtype)
+    taken = gather.Index(numbers, 8).take(x)
+    assert torch.equal(taken, x[numbers])
+    (found,) = torch.autograd.grad(taken, x, grad)
+    exact = torch.zeros(8, 2, 5, dtype=torch.float64).index_add_(0, numbers, grad.double())
+    bound = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float64: 1e-12}[dtype]
+    assert found.dtype == dtype
+    assert ((found.double() - exact).abs() <= bound * exact).all()
