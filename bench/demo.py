@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.common import append_rows
 
 MEASURES = ("agreement", "pareto", "joint_ratio", "nash_ratio")
+PRICE = ("agreement", "efficiency", "right_walks", "wrong_deals", "share_buyer", "nash_ratio")
 ENGLISH = ("failure_conflict", "failure_leftover", "failure_malformed")
+PRICE_ENGLISH = ("failure_mismatch", "failure_malformed")
 
 
 def main(paths: list[str]) -> int:
@@ -23,10 +25,12 @@ def main(paths: list[str]) -> int:
     for path in map(Path, paths):
         summary = json.loads((path / "summary.json").read_text())
         config = tomllib.loads((path / "config.toml").read_text())
-        english = config["game"]["telling"] == "english"
+        game, english = config["game"]["name"], config["game"]["telling"] == "english"
+        measures, failures = (PRICE, PRICE_ENGLISH) if game == "price" else (MEASURES, ENGLISH)
         row: dict[str, object] = {"seed": summary["seed"], "dialogues": int(summary["trained"]["dialogues"])}
         for policy in ("warm_start", "trained"):
-            row |= {f"{policy}_{key}": round(summary[policy][key], 4) for key in MEASURES + ENGLISH * english}
+            keys = measures + failures * english
+            row |= {f"{policy}_{key}": round(summary[policy][key], 4) for key in keys}
         row |= {
             "imitation_steps": config["imitation"]["steps"],
             "selfplay_steps": summary["steps"] - config["imitation"]["steps"],
@@ -35,8 +39,7 @@ def main(paths: list[str]) -> int:
             "peak_memory_mb": round(summary["peak_memory_bytes"] / 2**20),
             "parameters": summary["parameters"],
         }
-        name = config["game"]["name"] + "-english" * english
-        rows.setdefault(name, []).append(row)
+        rows.setdefault(game + "-english" * english, []).append(row)
         print(row)
     if not rows:
         print(__doc__)

@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.rollout.games.catalogue import kind_of
+from duologue.rollout.games.deal import DealSettings
+from duologue.rollout.games.selection import SelectionSettings
 from torch.utils._python_dispatch import TorchDispatchMode
 
 ROOT = Path(__file__).parent.parent
@@ -184,3 +187,35 @@ def test_calls_on_a_gpu_are_queued_with_the_cache_written_over(monkeypatch: pyte
     assert found == [0.003, 0.005, 0.007]
     one = [("written", 100 << 20), "event", "call", "event"]
     assert order == ["call", "wait", "call", "wait", "sleep", *one * 3, "wait"]
+
+
+@pytest.mark.parametrize(("game", "own"), [("price", "wrong_deals"), ("deal", "pareto")])
+def test_a_finished_run_is_a_row_of_its_game(
+    game: str, own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what its summary says of a policy all that a game of its kind measures."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import common, demo
+
+    settings = (SelectionSettings if game == "price" else DealSettings)(name=game, telling="english")
+    kind: Any = kind_of(settings)(settings)
+    measured = kind.summarise([]) | {"dialogues": 300.0, own: 0.25}
+    summary = {"warm_start": measured, "trained": measured, "seed": 3, "steps": 104, "train_seconds": 60.4}
+    (tmp_path / "summary.json").write_text(
+        json.dumps(summary | {"peak_memory_bytes": 2**30, "parameters": 9})
+    )
+    config = {
+        "game": {"name": game, "telling": "english"},
+        "imitation": {"steps": 80},
+        "train": {"threads": 2},
+    }
+    (tmp_path / "config.toml").write_text("".join(f"[{key}]\n{toml(value)}" for key, value in config.items()))
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    assert demo.main([str(tmp_path)]) == 0
+    with open(tmp_path / f"{game}-english.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row[f"warm_start_{own}"], row["selfplay_steps"], row["seed"]) == ("0.25", "24", "3")
+
+
+def toml(values: dict[str, Any]) -> str:
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
