@@ -21,6 +21,7 @@ import torch
 from duologue.grpo.blocks import block_of
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
+from duologue.grpo.space import stored_bytes
 from duologue.kernels import backend
 from duologue.kernels.head import CPU_BYTES, MIN_ROWS, gpu_bytes
 from duologue.model.checkpoint import parse_dtype, read_config
@@ -223,7 +224,7 @@ def make_plan(
         pool=r.cache_tokens * kv,
         frozen=_frozen(config, parameters * itemsize, kv),
         graphs=GRAPHS if device != "cpu" else 0,
-        copy=trained * (itemsize + (12 if itemsize < 4 else 8)) if device == "cpu" else 0,
+        copy=stored_bytes(trained, itemsize) if device == "cpu" else 0,
         pool_tokens=r.cache_tokens,
         released=r.released,
         parameters=parameters,

@@ -16,8 +16,13 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def checkpoint_bytes(model: nn.Module) -> int:
-    """And of the optimizer's state: two moments, and a master for low precision, in fp32."""
-    return sum(p.nbytes + p.numel() * (12 if p.itemsize < 4 else 8) for p in _trained(model))
+    """And of the optimizer's state."""
+    return sum(stored_bytes(p.numel(), p.itemsize) for p in _trained(model))
+
+
+def stored_bytes(numbers: int, itemsize: int) -> int:
+    """Of so many trained weights with two moments, and a master for low precision, in fp32."""
+    return numbers * (itemsize + (12 if itemsize < 4 else 8))
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
