@@ -4,6 +4,7 @@ the end of a run.
 
 from __future__ import annotations
 
+import csv
 import itertools
 import json
 import math
@@ -28,6 +29,7 @@ from duologue.rollout.engine.engine import Engine
 from safetensors.torch import load_file, save_file
 from tiny import TINY_DEAL, decoder
 
+ROOT = Path(__file__).resolve().parent.parent
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 CHATML += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 IDS = [[1, 5, 9, 2, 30, 7, 7, 12, 3], [4, 8, 15, 16, 23, 39]]
@@ -247,6 +249,23 @@ def test_a_checkpoint_against_itself_has_lost_nothing(
         assert (row["value"], row["low"], row["high"], row["gained"], row["lost"]) == (0, 0, 0, 0, 0)
     assert "(+0.0, [0.0, 0.0]), perplexity +0.0 %, KL 0.00" in found["line"]
     assert found["line"] in capsys.readouterr().out
+
+
+def test_what_was_measured_is_a_row_of_the_results(
+    start: Path, moved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench import common, language
+
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    found = evaluated(tmp_path, str(moved), "--against", str(start), "--recipe", "deal")
+    assert language.main(["out.json"]) == 2
+    assert language.main([f"moved, by hand={tmp_path / 'out.json'}"]) == 0
+    with open(tmp_path / "language.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert (row["policy"], row["prompts"]) == ("moved, by hand", str(found["asked"]))
+    assert float(row["kl_base_policy_talk"]) == round(found["dialogues"]["kl_base_policy"], 4) > 0
+    assert float(row["difference"]) == round(found["strict_prompt"]["value"], 4)
 
 
 def test_another_checkpoint_is_at_a_distance(start: Path, moved: Path, tmp_path: Path) -> None:
