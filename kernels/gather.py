@@ -54,9 +54,7 @@ def _sum(x: Tensor, index: Index) -> Tensor:
         from duologue.kernels.gpu import gather as gpu_gather
 
         return gpu_gather.sum_rows(x.contiguous(), *index.order, x.new_empty(index.size, *x.shape[1:]))
-    wide = torch.promote_types(x.dtype, torch.float32)
-    out = torch.zeros(index.size, *x.shape[1:], dtype=wide, device=x.device)
-    return out.index_add_(0, index.numbers, x.to(wide)).to(x.dtype)
+    return _added_up(torch.Size((index.size, *x.shape[1:])), index.numbers, x)
 
 
 class _Take(torch.autograd.Function):
@@ -103,12 +101,20 @@ def add_rows(total: Tensor, ids: Tensor, x: Tensor) -> None:
         total.index_add_(0, ids, x.to(total.dtype))
 
 
+def _added_up(shape: torch.Size, numbers: Tensor, x: Tensor) -> Tensor:
+    """`add_rows` to zeros of this shape, rounded once to x's type."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    total = torch.zeros(shape, dtype=wide, device=x.device)
+    add_rows(total, numbers, x)
+    return total.to(x.dtype)
+
+
 class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, ids: Tensor) -> Tensor:
         ctx.save_for_backward(ids)
         ctx.parameter = weight if weight.is_leaf else None
-        ctx.like = weight.shape, weight.dtype, weight.device
+        ctx.shape = weight.shape
         return weight.index_select(0, ids)
 
     @staticmethod
@@ -118,7 +124,4 @@ class _Embedding(torch.autograd.Function):
             total, add = place()
             add_rows(total if add else total.zero_(), ids, grad)
             return None, None
-        shape, dtype, device = ctx.like
-        total = torch.zeros(shape, dtype=torch.promote_types(dtype, torch.float32), device=device)
-        add_rows(total, ids, grad)
-        return total.to(dtype), None
+        return _added_up(ctx.shape, ids, grad), None
