@@ -23,7 +23,7 @@ class PriceWords:
         words, rng, who = english.words_of(FILES), side.rng, "buyer" if side.buys else "seller"
         named = (side.agreed if act.accept else act.take, act.against, act.reveal)
         price, theirs, own = (vector[0] if vector else 0 for vector in named)
-        fill = [str(number) for number in (price, theirs, own, abs(theirs - own))]
+        fill = [str(number) for number in (price, theirs, own)]
         bid = f"{who}_compare" if act.against else "middle" if act.best else f"{who}_bid"
         parting = f"{who}_apart" if act.against else "bye" if side.last.leave else "leave"
         lost = side.heard > 0 and side.last == Act() and not act.accept
@@ -99,9 +99,7 @@ class EnglishPriceGame(ReadFinals, PriceGame):
             if buys
             else f"sell something for {haggle.least} at least"
         )
-        other, better = ("seller", "below your limit") if buys else ("buyer", "above your limit")
-        places = {"task": task, "other": other, "better": better, "form": "The price is N."}
-        return english.fill_prompt("price", places)
+        return english.fill_prompt("price", {"task": task, "form": "The price is N."})
 
     def final_examples(self) -> list[str]:
         return [self.statement(29), english.LEFT]
