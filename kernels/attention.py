@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 from duologue.kernels import libraries
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
+from duologue.kernels.backend import (
+    DTYPES,
+    check,
+    device_type,
+    lib,
+    library_op,
+    pointers,
+    triton,
+    with_gradients,
+)
 from torch import Tensor
 
 Groups = tuple[Tensor, Tensor]  # starts [G + 1] int32, shared [G] int32: see ops.paged_attention
@@ -61,24 +70,26 @@ def packed_with_stats(
     """
     op = "packed_attention"
     q, k, v, cu_seqlens = map(Tensor.contiguous, (q, k, v, cu_seqlens))
-    device = q.device.type
+    device = device_type(q)
     if q.dim() != 3:
         check(op, device, q=(q, (None, None, None), None))
     T, Hq, D = q.shape
+    of_keys, dtype = k.shape, q.dtype
+    Hk = of_keys[1] if len(of_keys) == 3 else None
     check(
         op,
         device,
-        k=(k, (T, None, D), q.dtype),
-        v=(v, k.shape, q.dtype),
-        cu_seqlens=(cu_seqlens, (None,), torch.int32),
+        k=(k, (T, Hk, D), dtype),
+        v=(v, of_keys, dtype),
+        cu_seqlens=(cu_seqlens, cu_seqlens.shape if cu_seqlens.dim() == 1 else (None,), torch.int32),
     )
-    Hk = k.shape[1]
+    assert Hk is not None
     _check_heads(op, q, Hk)
     S = cu_seqlens.shape[0] - 1
     if S < 0:
         raise ValueError(f"{op}: cu_seqlens is empty, accepted is [S + 1] from 0 to T")
     out = torch.empty_like(q)
-    stats = torch.empty(T, Hq, 2, dtype=torch.float32, device=q.device)
+    stats = q.new_empty(T, Hq, 2, dtype=torch.float32)
     if triton(q):
         from duologue.kernels.gpu import attention as gpu_attention
 
@@ -133,7 +144,7 @@ def paged(
     q, block_table, cu_seqlens, context_lens = (
         x.contiguous() for x in (q, block_table, cu_seqlens, context_lens)
     )
-    device = q.device.type
+    device = device_type(q)
     check(op, device, q=(q, (None, None, None), None), context_lens=(context_lens, (None,), torch.int32))
     T, Hq, D = q.shape
     S = len(context_lens)
@@ -204,7 +215,6 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.longest = more[0] if more else 0
     ctx.n_inputs = len(inputs)
     ctx.save_for_backward(q, k, v, cu_seqlens, *output)
-    ctx.mark_non_differentiable(output[1])
 
 
 def _backward(run: Any, ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 from duologue.kernels import backend
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, with_gradients
+from duologue.kernels.backend import (
+    DTYPES,
+    as_dtype,
+    check,
+    device_type,
+    lib,
+    library_op,
+    pointers,
+    with_gradients,
+)
 from torch import Tensor
 
 # The attribute of a weight whose gradients somebody adds up: (the sum [O, K], fp32 or wider, whether there is
@@ -39,7 +48,7 @@ def forward(
     *rows, K = x.shape
     plain = bias is None and x.is_cpu and weight.is_cpu and weight.dtype == dtype
     if not plain or len(sizes) != 2 or sizes[1] != K:  # saves a small product a tenth of its time
-        check("linear", x.device.type, weight=(weight, (None, K), dtype), bias=(bias, sizes[:1], dtype))
+        check("linear", device_type(x), weight=(weight, (None, K), dtype), bias=(bias, sizes[:1], dtype))
     bias = None if bias is None else bias.contiguous()
     O = sizes[0]
     if out is None:  # without a dtype and with sizes one by one in half the time
@@ -82,7 +91,7 @@ def backward(
     like = weight if x is None else x
     assert like is not None
     dtype, rows = like.dtype, grad.flatten(0, -2)
-    grad_x = grad_weight = like.new_empty(0)
+    grad_x = grad_weight = None
     if not backend.cpp(like):
         rows = rows.to(dtype)
         if need_x:
@@ -91,31 +100,32 @@ def backward(
         if need_weight:
             assert x is not None
             grad_weight = rows.t() @ x.flatten(0, -2)
-        return grad_x, grad_weight
-    product, of_product = _product(like)
-    rows = _operand(rows, like)
+        return _given(grad_x, like), _given(grad_weight, like)
+    narrow = backend.multiplies_bf16(like)
+    product, of_product = (matmul_bf16, dtype) if narrow else (matmul, torch.float32)
+    rows = _operand(rows, narrow)
     M, O = rows.shape
     if need_x:
         assert weight is not None
         K = weight.shape[1]
         grad_x = weight.new_empty((*grad.shape[:-1], K), dtype=of_product)
-        product(rows, _operand(weight, like), grad_x, (M, O, K, O, 1), False)
+        product(rows, _operand(weight, narrow), grad_x, (M, O, K, O, 1), False)
     if need_weight:
         assert x is not None
         K = x.shape[-1]
         grad_weight = x.new_empty((O, K), dtype=of_product)
-        product(rows, _operand(x.flatten(0, -2), like), grad_weight, (O, M, K, 1, O), False)
-    return grad_x.to(dtype), grad_weight.to(dtype)
+        product(rows, _operand(x.flatten(0, -2), narrow), grad_weight, (O, M, K, 1, O), False)
+    return _given(grad_x, like), _given(grad_weight, like)
 
 
-def _product(x: Tensor) -> tuple[Callable[..., None], torch.dtype]:
-    """By C++, of what is like x; and the dtype that it gives where none is asked for."""
-    return (matmul_bf16, x.dtype) if backend.multiplies_bf16(x) else (matmul, torch.float32)
+def _given(grad: Tensor | None, like: Tensor) -> Tensor:
+    """In the dtype of its factor; empty where it was not needed, for an op returns tensors."""
+    return like.new_empty(0) if grad is None else as_dtype(grad, like.dtype)
 
 
-def _operand(factor: Tensor, like: Tensor) -> Tensor:
-    """As the product of C++ takes it."""
-    return (factor if backend.multiplies_bf16(like) else factor.float()).contiguous()
+def _operand(factor: Tensor, narrow: bool) -> Tensor:
+    """As the product of C++ takes it, which multiplies bf16 where it is `narrow`."""
+    return (factor if narrow else as_dtype(factor, torch.float32)).contiguous()
 
 
 def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, add: bool) -> None:
@@ -124,9 +134,10 @@ def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, add: bool) -> No
     """
     x, rows = x.flatten(0, -2), grad.flatten(0, -2)
     if backend.cpp(x):
-        product, _ = _product(x)
+        narrow = backend.multiplies_bf16(x)
+        product = matmul_bf16 if narrow else matmul
         (M, O), K = rows.shape, x.shape[1]
-        product(_operand(rows, x), _operand(x, x), total, (O, M, K, 1, O), add)
+        product(_operand(rows, narrow), _operand(x, narrow), total, (O, M, K, 1, O), add)
     elif x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
         how: Any = {"beta": int(add), "out_dtype": torch.float32}
         torch.addmm(total, rows.to(x.dtype).t(), x, out=total, **how)

@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from duologue.kernels.backend import DTYPES, check, lib, library_op, pointers, triton, with_gradients
+from duologue.kernels.backend import (
+    DTYPES,
+    as_dtype,
+    check,
+    device_type,
+    lib,
+    library_op,
+    pointers,
+    triton,
+    with_gradients,
+)
 from torch import Tensor
 
 
@@ -25,13 +35,14 @@ def _shape(x: Tensor) -> tuple[int, int]:
 def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normed, total); total is x itself without a residual."""
     x = x.contiguous()
-    device = x.device.type
-    of_weight = (weight, x.shape[-1:], x.dtype)
+    device = device_type(x)
+    sizes, dtype = x.shape, x.dtype
+    of_weight = (weight, sizes[-1:], dtype)
     total = x
     if residual is None:
         check("rms_norm", device, weight=of_weight)
     else:
-        check("add_rms_norm", device, weight=of_weight, residual=(residual, x.shape, x.dtype))
+        check("add_rms_norm", device, weight=of_weight, residual=(residual, sizes, dtype))
         residual = residual.contiguous()
         total = torch.empty_like(x)
     weight = weight.contiguous()
@@ -40,7 +51,7 @@ def _norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tup
         from duologue.kernels.gpu import rows as gpu_rows
 
         return gpu_rows.rms_norm(x, residual, weight, eps, out, total)
-    lib().rms_norm(*pointers(x, residual, weight, out, total), *_shape(x), eps, DTYPES[x.dtype])
+    lib().rms_norm(*pointers(x, residual, weight, out, total), *_shape(x), eps, DTYPES[dtype])
     return out, total
 
 
@@ -65,10 +76,10 @@ def rms_norm_backward(
 
         return gpu_rows.rms_norm_backward(total, weight, eps, grad, grad_total, grad_x)
     N, K = _shape(total)
-    partial = torch.empty((-(-N // 32), K), dtype=torch.float32)
+    partial = total.new_empty(-(-N // 32), K, dtype=torch.float32)
     tensors = pointers(total, weight, grad, grad_total, grad_x, partial)
     lib().rms_norm_backward(*tensors, N, K, eps, DTYPES[total.dtype])
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, as_dtype(partial.sum(0), weight.dtype)
 
 
 rms_norm_op = library_op("rms_norm", rms_norm, 0)
@@ -109,7 +120,7 @@ add_rms_norm_grad = with_gradients(
 
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
-    check("silu_mul", gate.device.type, up=(up, gate.shape, gate.dtype))
+    check("silu_mul", device_type(gate), up=(up, gate.shape, gate.dtype))
     out = torch.empty_like(gate)
     if triton(gate):
         from duologue.kernels.gpu import rows as gpu_rows
@@ -156,7 +167,7 @@ def rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, sign: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """q [T, Hq, D] and k [T, Hk, D], each head rotated by its token's position; back again with sign -1."""
-    device = q.device.type
+    device = device_type(q)
     if q.dim() != 3:
         check("rope", device, x=(q, (None, None, None), None))
     T, _, D = q.shape
@@ -165,8 +176,8 @@ def rope(
     check(
         "rope",
         device,
-        k=(k, (T, None, D), q.dtype),
-        cos=(cos, (None, D // 2), torch.float32),
+        k=(k, (T, k.shape[1] if k.dim() == 3 else None, D), q.dtype),
+        cos=(cos, (len(cos), D // 2), torch.float32),
         sin=(sin, cos.shape, torch.float32),
         positions=(positions, (T,), torch.int64),
     )
@@ -216,7 +227,7 @@ rope_grad = with_gradients(rope_op, rope, _rope_setup, _rope_backward, rope_op, 
 
 def write_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     k, v = k.contiguous(), v.contiguous()
-    device = k.device.type
+    device = device_type(k)
     check("write_kv", device, k=(k, (None, None, None), k_pages.dtype))
     T, Hk, D = k.shape
     check(
