@@ -5,8 +5,10 @@ nothing.
 from __future__ import annotations
 
 import json
+import platform
 import signal
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -307,3 +309,28 @@ def test_gradient_of_truncated_draws_is_that_of_the_renormalised_softmax(max_tok
     assert max(supports) > 1
     for a, b in zip(found, gradients(exact), strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-3, atol=2e-6)
+
+
+FREED_AND_TAKEN = """
+import resource
+import torch
+from duologue.grpo.policy import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(2**24)  # 64 MiB, 16,384 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+default = faults()
+keep_freed_memory()
+faults()
+print(default, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+def test_large_tensors_take_the_pages_that_others_freed() -> None:
+    ran = subprocess.run([sys.executable, "-c", FREED_AND_TAKEN], capture_output=True, text=True, check=True)
+    by_default, kept = map(int, ran.stdout.split())
+    assert kept * 20 < by_default, "the system cleared their pages again"
