@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from duologue.kernels import ops
+from duologue.kernels import backend, ops
 from duologue.model.atomic import write_file
 from torch import Tensor
 
@@ -163,11 +163,15 @@ def commit() -> str:
 
 
 def device() -> str:
+    """The name of the GPU or the processor, with what of the latter decides a rate: one name covers
+    processors of several instruction sets.
+    """
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []:
         if line.startswith("model name"):
-            return f"{line.split(':')[1].strip()}, {torch.get_num_threads()} torch threads"
+            serves = f" ({backend.isa_name()})" if backend.available() else ""
+            return f"{line.split(':')[1].strip()}{serves}, {torch.get_num_threads()} torch threads"
     return platform.machine()
 
 
