@@ -2,7 +2,8 @@
 
     python bench/kernels.py [--only ours] [--json] [--save]
 
-The table is for people; the last line is JSON; --save appends the rows to bench/results/kernels_cpu.csv.
+Both sides take the memory that their last outputs freed, as in a training. The table is for people; the last
+line is JSON; --save appends the rows to bench/results/kernels_cpu.csv.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from duologue.grpo.policy import keep_freed_memory
 from duologue.kernels import backend
 
 from bench import cases_attention, cases_sparse
@@ -62,6 +64,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
     parser.add_argument("--save", action="store_true", help="append to bench/results/kernels_cpu.csv")
     args = parser.parse_args()
+    keep_freed_memory()
     bandwidth = copy_bandwidth()
     rows: list[dict[str, Any]] = []
     for cases in (*CASES.values(), *cases_attention.CASES.values(), *cases_sparse.CASES.values()):
