@@ -12,9 +12,11 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from duologue.rollout.games import english
 from duologue.rollout.games.catalogue import corpus, kind_of
 from duologue.rollout.games.game import Outcome
 from duologue.rollout.games.price import Haggle, Haggler, PriceGame, scripted_dialogue
+from duologue.rollout.games.price_english import FILES
 from duologue.rollout.games.scripted import Act, ScriptedDialogue, phrases
 from duologue.rollout.games.selection import CLOSE, SelectionSettings
 
@@ -293,24 +295,32 @@ def test_an_honest_side_walks_away_once_it_knows_better() -> None:
         assert (side.state() == "walk away") == leaves or side.agreed
 
 
-def test_in_english_both_limits_the_room_and_the_price_stand_in_one_order() -> None:
-    """The seller's number first, whoever speaks, then what lies between, then a price that suits both; where
-    nothing does, none.
+def test_in_english_a_word_beside_both_limits_says_which_way_it_goes() -> None:
+    """The seller's number first, whoever speaks; then how they compare, and only now do the sentences that
+    name a price part from those that part.
     """
     settings = SelectionSettings(name="price", telling="english")
     game: Any = kind_of(settings)(settings)
+    words = english.words_of(FILES)
+    kinds = [f"{who}_{kind}" for who in ("buyer", "seller") for kind in ("compare", "apart")]
+    pairs = [zip(words[meet], words[part], strict=True) for meet, part in (kinds[:2], kinds[2:])]
+    for meet, part in itertools.chain(*pairs):
+        equal = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(meet, part, strict=False))
+        alike = "".join(one for one, _ in equal)
+        assert set(re.findall(r"\{\d\}", alike)) == {"{1}", "{2}"}, (meet, part)
+    slot = re.compile(r"\\\{\d\\\}")
+    forms = [(kind, slot.sub(r"(\\d+)", re.escape(form))) for kind in kinds for form in words[kind]]
     rng, heard = random.Random(5), Counter[bool]()
     for _ in range(400):
         talk = scripted_dialogue(game, game.sample(rng, "train"), rng, {"open": 1.0})
         haggle = talk.scenario.data
         for _, text, _ in talk.turns:
-            numbers = [int(n) for n in re.findall(r"\d+", text)]
-            if len(numbers) < 3:
-                continue
-            assert numbers[:3] == [haggle.least, haggle.most, abs(haggle.zone)], text
-            assert len(numbers) == (4 if haggle.zone > 0 else 3), text
-            assert all(haggle.least < n < haggle.most for n in numbers[3:]), text
-            heard[haggle.zone > 0] += 1
-        right = talk.outcome.metrics["right"]
-        assert right, talk.turns
+            for kind, form in forms:
+                if match := re.search(form, text):
+                    least, most, *price = map(int, match.groups())
+                    assert (least, most) == (haggle.least, haggle.most), text
+                    assert kind.endswith("compare") == (haggle.zone > 0), text
+                    assert all(least < n < most for n in price), text
+                    heard[haggle.zone > 0] += 1
+        assert talk.outcome.metrics["right"], talk.turns
     assert min(heard.values()) > 100

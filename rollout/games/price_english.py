@@ -99,7 +99,8 @@ class EnglishPriceGame(ReadFinals, PriceGame):
             if buys
             else f"sell something for {haggle.least} at least"
         )
-        return english.fill_prompt("price", {"task": task, "form": "The price is N."})
+        role = "buyer" if buys else "seller"
+        return english.fill_prompt("price", {"role": role, "task": task, "form": "The price is N."})
 
     def final_examples(self) -> list[str]:
         return [self.statement(29), english.LEFT]
