@@ -168,7 +168,11 @@ def build_corpus(config: Config, game: Game) -> list[ScriptedDialogue]:
         needed = f"0, for {config.game.name} has no script() to imitate"
         raise ValueError(f"imitation.steps or grpo.imitation_coef: accepted is {needed}")
     i, seed = config.imitation, derive_seed(config.train.seed, "corpus")
-    return corpus(game, i.dialogues, seed, i.characters)
+    dialogues = corpus(game, i.dialogues, seed, i.characters)
+    if i.decisive_weight != 1 and not any(any(one.decisive) for one in dialogues):
+        only = "accepted is 1, for no word of this game's scripts is marked as decisive"
+        raise ValueError(f"imitation.decisive_weight = {i.decisive_weight}: {only}")
+    return dialogues
 
 
 def first_texts(config: Config, game: Game) -> list[ScriptedDialogue]:

@@ -20,40 +20,61 @@ from torch import Tensor
 
 
 def demonstration_rows(
-    dialogue: ScriptedDialogue, tokenizer: Tokenizer, dialogue_id: int, final_weight: float = 1.0
+    dialogue: ScriptedDialogue,
+    tokenizer: Tokenizer,
+    dialogue_id: int,
+    final_weight: float = 1.0,
+    decisive_weight: float = 1.0,
 ) -> list[Row]:
     """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side
-    imitates its own words. A token of a final statement counts `final_weight` times in the loss.
+    imitates its own words. A token of a final statement counts `final_weight` times in the loss, one of a
+    decisive word `decisive_weight` times.
     """
     first, second = dialogue.scenario.private_text
     transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
     end = min(tokenizer.stop_token_ids)
     question = tokenizer.encode(dialogue.final_prompt)
     observed = any(kind == "prompt" for _, _, kind in dialogue.turns)  # else each hears the other's words
-    for side, text, kind in dialogue.turns:
+    deciding: tuple[list[int], list[int]] = ([], [])  # positions in each side's view
+    spans = dialogue.decisive or [[] for _ in dialogue.turns]
+    for (side, text, kind), decisive in zip(dialogue.turns, spans, strict=True):
         if kind == "prompt":
             told = Turn(role=side, kind=kind, text=text, token_ids=tokenizer.encode(text), logprobs=None)
             transcript.tell(told)
             continue
         transcript.ask(side, question if kind == "final" else None)
-        ids = [*tokenizer.encode(text), end]
+        said, offsets = tokenizer.encode_with_offsets(text)
+        before, ids = len(transcript.views[side].token_ids), [*said, end]
+        deciding[side].extend(before + i for i, at in enumerate(offsets) if _overlaps(at, decisive))
         turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
         transcript.say(turn, heard=not observed)
     kinds = ("utterance", "final")
     rows = [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
-    if final_weight != 1:
+    if final_weight != 1 or decisive_weight != 1:
         final = KINDS.index("final")
-        for row, view in zip(rows, transcript.views, strict=True):
+        for row, view, places in zip(rows, transcript.views, deciding, strict=True):
             row.weights = [final_weight if kind == final else 1.0 for kind in view.kinds]
+            for i in places:
+                row.weights[i] = decisive_weight
     return rows
 
 
+def _overlaps(one: tuple[int, int], others: Sequence[tuple[int, int]]) -> bool:
+    return any(one[0] < end and start < one[1] for start, end in others)
+
+
 def demonstration_batch(
-    corpus: list[ScriptedDialogue], tokenizer: Tokenizer, n: int, seed: int, final_weight: float = 1.0
+    corpus: list[ScriptedDialogue],
+    tokenizer: Tokenizer,
+    n: int,
+    seed: int,
+    final_weight: float = 1.0,
+    decisive_weight: float = 1.0,
 ) -> list[Row]:
     """Rows of `n` dialogues drawn from the corpus by `seed`."""
     chosen = random.Random(seed).sample(range(len(corpus)), min(n, len(corpus)))
-    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, final_weight)]
+    weights = final_weight, decisive_weight
+    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, *weights)]
     return [row for row in rows if row.n_trained]
 
 

@@ -228,7 +228,7 @@ class Steps:
     def _imitation_gradient(self, seed: int, coefficient: float, dropout_seed: int) -> UpdateStats:
         c = self.config.imitation
         demonstrations = demonstration_batch(
-            self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight
+            self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight, c.decisive_weight
         )
         gradient = partial(
             accumulate_imitation_gradient,

@@ -12,6 +12,10 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from duologue.grpo.build import build_corpus, build_game
+from duologue.grpo.config import load_config
+from duologue.grpo.imitation import demonstration_rows
+from duologue.model.tokenizer import train_tokenizer
 from duologue.rollout.games import english
 from duologue.rollout.games.catalogue import corpus, kind_of
 from duologue.rollout.games.game import Outcome
@@ -324,3 +328,47 @@ def test_in_english_a_word_beside_both_limits_says_which_way_it_goes() -> None:
                     heard[haggle.zone > 0] += 1
         assert talk.outcome.metrics["right"], talk.turns
     assert min(heard.values()) > 100
+
+
+def test_the_word_that_decides_counts_more_in_imitation() -> None:
+    """Its tokens, in the words of whoever said it, and no others."""
+    settings = SelectionSettings(name="price", telling="english")
+    game: Any = kind_of(settings)(settings)
+    dialogues = corpus(game, 80, seed=1, names=["open"])
+    tokenizer = train_tokenizer([text for one in dialogues for _, text, _ in one.turns], 400)
+    found = Counter[str]()
+    for i, dialogue in enumerate(dialogues):
+        plain = demonstration_rows(dialogue, tokenizer, i, final_weight=4.0)
+        rows = demonstration_rows(dialogue, tokenizer, i, final_weight=4.0, decisive_weight=16.0)
+        for side, (row, even) in enumerate(zip(rows, plain, strict=True)):
+            assert row.weights is not None
+            assert even.weights is not None
+            assert row.token_ids == even.token_ids
+            at = [n for n, weight in enumerate(row.weights) if weight == 16]
+            assert all(row.loss_mask[n] for n in at)
+            assert [w for n, w in enumerate(row.weights) if n not in at] == [
+                w for n, w in enumerate(even.weights) if n not in at
+            ]
+            marked = tokenizer.decode([row.token_ids[n] for n in at])
+            said = [text for who, text, kind in dialogue.turns if who == side and kind == "utterance"]
+            compared = [text for text in said if len(re.findall(r"\d+", text)) > 1]
+            assert bool(marked) == bool(compared), (marked, said)
+            found[marked.strip()] += bool(marked)
+    ways = {"enough", "room", "will do", "fine", "a price", "can meet", "works", "can be done"}
+    ways |= {
+        "too little",
+        "no room",
+        "won't do",
+        "a pity",
+        "no price",
+        "can't meet",
+        "falls short",
+        "can't be done",
+    }
+    assert len(found & Counter(ways)) > 10, found
+
+
+def test_without_marked_words_none_can_count_more() -> None:
+    config = load_config("price", ["imitation.decisive_weight=2"])
+    with pytest.raises(ValueError, match=r"imitation.decisive_weight = 2.0: accepted is 1, for no word"):
+        build_corpus(config, build_game(config))

@@ -95,8 +95,24 @@ def sentences(text: str) -> Iterator[tuple[str, bool]]:
 
 @cache
 def words_of(names: tuple[str, ...]) -> Mapping[str, Sequence[str]]:
-    """The forms of these files by kind; a later file's take the place of an earlier one's."""
-    return {kind: forms for name in names for kind, forms in phrases(name).items()}
+    """The forms of these files by kind, without marks; a later file's take the place of an earlier one's."""
+    every = {kind: forms for name in names for kind, forms in phrases(name).items()}
+    return {kind: [form.replace("*", "") for form in forms] for kind, forms in every.items()}
+
+
+@cache
+def _marked(names: tuple[str, ...]) -> re.Pattern[str]:
+    """Any form with a mark, whose group is what stands *between stars*; a form has one."""
+    forms = sorted(
+        form for name in names for every in phrases(name).values() for form in every if "*" in form
+    )
+    literal = "|".join(re.sub(r"\\\*(.*)\\\*", r"(\1)", re.escape(form)) for form in forms)
+    return re.compile(re.sub(r"\\\{\d\\\}", r"\\S+?", literal), re.IGNORECASE)
+
+
+def decisive(names: tuple[str, ...], text: str) -> list[tuple[int, int]]:
+    """Where the marked words of these files' forms begin and end in what `pick` made of them."""
+    return [match.span(match.lastindex or 0) for match in _marked(names).finditer(text)]
 
 
 @cache

@@ -102,6 +102,9 @@ class EnglishPriceGame(ReadFinals, PriceGame):
         role = "buyer" if buys else "seller"
         return english.fill_prompt("price", {"role": role, "task": task, "form": "The price is N."})
 
+    def decisive(self, text: str) -> list[tuple[int, int]]:
+        return english.decisive(FILES, text)
+
     def final_examples(self) -> list[str]:
         return [self.statement(29), english.LEFT]
 

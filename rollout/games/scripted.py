@@ -187,7 +187,9 @@ class Side(ABC):
 
 @dataclass(kw_only=True, slots=True)
 class ScriptedDialogue:
-    """`turns` are (side, text, "utterance" | "final"); `final_prompt` comes before a final."""
+    """`turns` are (side, text, "utterance" | "final"); `final_prompt` comes before a final. `decisive` has,
+    of each turn, where words begin and end on which depends what comes next; empty where none are known.
+    """
 
     scenario: Scenario
     first_speaker: int
@@ -195,6 +197,7 @@ class ScriptedDialogue:
     turns: list[tuple[int, str, str]]
     outcome: Outcome
     final_prompt: str
+    decisive: list[list[tuple[int, int]]] = field(default_factory=list)
 
 
 def hold(
@@ -245,4 +248,5 @@ def meet(
         turns=turns,
         outcome=game.judge(scenario, finals),
         final_prompt=game.final_prompt,
+        decisive=[game.decisive(text) for _, text, _ in turns],
     )

@@ -95,6 +95,10 @@ class SelectionGame(Game):
     @abstractmethod
     def scenario(self, context: Any, split: str) -> Scenario: ...  # as the two sides are told it
 
+    def decisive(self, text: str) -> list[tuple[int, int]]:
+        """Where words of a script's turn begin and end on which depends what comes next."""
+        return []
+
     @abstractmethod
     def judge(self, scenario: Scenario, finals: tuple[str, str] | None) -> Outcome:
         """Score the two final statements; None means that the talk ended without a close."""
