@@ -74,7 +74,7 @@ class ImitationSection:
         1.0, "of a final statement's tokens in the loss, those of utterances being 1", least=0.01, most=1000
     )
     decisive_weight: float = setting(
-        1.0, "of a word that says which way it goes, in `price` told in English", least=0.01, most=1000
+        1.0, "of words on which depends what comes next, in games told in English", least=0.01, most=1000
     )
     learning_rate: float = setting(2e-3, "at its peak; then a cosine", least=1e-12, most=1)
     warmup_steps: int = setting(20, "steps of linear warm-up", least=0)

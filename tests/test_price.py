@@ -368,6 +368,19 @@ def test_the_word_that_decides_counts_more_in_imitation() -> None:
     assert len(found & Counter(ways)) > 10, found
 
 
+@pytest.mark.parametrize("name", ["deal", "priorities"])
+def test_who_gets_an_item_is_decided_where_its_values_stand(name: str) -> None:
+    game = build_game(load_config(name, ["game.telling=english"]))
+    decided = Counter[str]()
+    for one in corpus(game, 100, seed=2, names=["open"]):
+        for (_, text, _), spans in zip(one.turns, one.decisive, strict=True):
+            items = len(re.findall(r"\d+ (?:to|for) (?:Ann|Ben) and \d+ (?:to|for) (?:Ann|Ben)", text))
+            assert len(spans) == items, text
+            decided.update(text[start:end] for start, end in spans)
+    assert min(decided["Ann"], decided["Ben"]) > 50
+    assert set(decided) == {"Ann", "Ben"}
+
+
 def test_without_marked_words_none_can_count_more() -> None:
     config = load_config("price", ["imitation.decisive_weight=2"])
     with pytest.raises(ValueError, match=r"imitation.decisive_weight = 2.0: accepted is 1, for no word"):

@@ -31,6 +31,7 @@ COMPARED = (  # of both values, the speaker's first: of the first type, of the o
     ("a {0} is worth {1} to {2} and {3} to {4}", "a {0} {1} to {2} and {3} to {4}", "{0} gets {1}"),
     ("each {0} counts {1} for {2} and {3} for {4}", "each {0} {1} for {2} and {3} for {4}", "{0} takes {1}"),
 )
+DECIDES = re.compile(rf", so ({'|'.join(NAMES)})\b")  # who gets an item, by the two values before it
 FILLERS = {"a", "an", "the", "each", "every", "is", "are", "worth", "points", "point", "and", "at", "for"}
 FILLERS |= {"apiece", "me", "to", "of", "count", "counts", "be"}
 ARTICLES = {"a": 1, "an": 1}
@@ -302,6 +303,9 @@ class EnglishDealGame(ReadFinals, DealGame):
 
     def _counted(self, n: int | str, item: str) -> str:
         return f"{n} {self.words.name(item, 1 if n == 1 else 2)}"
+
+    def decisive(self, text: str) -> list[tuple[int, int]]:
+        return [match.span(1) for match in DECIDES.finditer(text)]
 
     def final_examples(self) -> list[str]:
         return [self.statement([2] * len(self.items))]
