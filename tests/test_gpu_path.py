@@ -8,7 +8,6 @@ import ast
 import contextlib
 import gc
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from duologue.grpo.build import build_engine
@@ -73,19 +73,7 @@ def test_no_test_imports_what_may_be_absent_at_its_head() -> None:
 
 
 def test_sums_and_heads_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "tests/interpreted_path.py",
-    ]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreter.passes("interpreted_path.py")
 
 
 # ---- the device --------------------------------------------------------------------------------------------

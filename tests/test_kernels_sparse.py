@@ -7,13 +7,13 @@ The Triton kernels run in Triton's interpreter on the same cases: interpreted_sp
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from duologue.kernels import backend, ops, reference, sparse
@@ -262,19 +262,7 @@ def test_draws_are_distributed_as_the_training_op_says(isa: str) -> None:
 
 def test_triton_kernels_in_the_interpreter() -> None:
     """In a process of its own: Triton chooses the interpreter once, when it is imported."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        str(ROOT / "tests" / "interpreted_sparse.py"),
-    ]
-    done = subprocess.run(
-        command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout[-4_000:]
+    interpreter.passes("interpreted_sparse.py")
 
 
 # ---- group advantages --------------------------------------------------------------------------------------

@@ -6,12 +6,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import interpreter
 import pytest
 
 pytestmark = pytest.mark.skipif(
@@ -21,11 +21,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_kernels_in_the_interpreter() -> None:
-    env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    options = ["-q", "-x", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, "tests/triton_interpreted.py"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    interpreter.passes("triton_interpreted.py")
 
 
 def test_compile_cases_name_every_argument(monkeypatch: pytest.MonkeyPatch) -> None:
