@@ -45,7 +45,8 @@ def demonstration_rows(
         transcript.ask(side, question if kind == "final" else None)
         said, offsets = tokenizer.encode_with_offsets(text)
         before, ids = len(transcript.views[side].token_ids), [*said, end]
-        deciding[side].extend(before + i for i, at in enumerate(offsets) if _overlaps(at, decisive))
+        if decisive:
+            deciding[side].extend(before + i for i, at in enumerate(offsets) if _overlaps(at, decisive))
         turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
         transcript.say(turn, heard=not observed)
     kinds = ("utterance", "final")
