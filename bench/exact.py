@@ -1,6 +1,6 @@
 """Counts log-probs of the rollout that are not, bit for bit, those of the training forward.
 
-    python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json]
+    python bench/exact.py [--tokens 1000000] [--dtype float32] [--seed 0] [--json] [--save]
     python bench/exact.py --checkpoint DIR [--lora] [--tokens 100000]   # on a real model in its dtype
     python bench/exact.py --run DIR...   # what training runs have compared themselves
 
@@ -8,7 +8,7 @@ Random dialogues on random weights: batches of 1 to 256, groups that fork from a
 turns with rewinds between them, chunked prefill among decoding rows, and in every other round a pool so small
 that requests are preempted. Each sampled token's recorded log-prob is compared with `score`, the packed
 training forward. Exit code 1 when one differs. SIGTERM ends it after the round that is being played, with the
-JSON line of what it has compared.
+JSON line of what it has compared. `--save` appends that line to bench/results/exact.csv.
 
 A run compares every log-prob that it trains, in the update itself: `mismatch` of metrics.jsonl is the largest
 difference of a step. `--run` adds up how many these were, from dialogues.jsonl: all tokens of the policy's
@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from duologue.grpo.config import load_config
 from duologue.grpo.run_dir import read_lines
 from duologue.kernels import backend
@@ -39,6 +41,8 @@ from duologue.model.decoder import Decoder, score
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.engine import Branch, Engine
 from duologue.rollout.engine.sequence import SamplingParams
+
+from bench.common import append_rows
 
 VOCAB = 503
 MOST_APPENDED, MOST_NEW = 16, 32  # tokens of a turn
@@ -209,6 +213,7 @@ def main() -> int:
     parser.add_argument("--lora", action="store_true", help="with an adapter on it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print the JSON line only")
+    parser.add_argument("--save", action="store_true", help="append to bench/results/exact.csv")
     parser.add_argument("--run", nargs="+", type=Path, help="directories of training runs")
     args = parser.parse_args()
     if args.run:
@@ -232,8 +237,12 @@ def main() -> int:
             )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     seconds = {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time(), 1)}
-    row = {"bench": "exact", "backend": backend.describe(), "dtype": dtype, **asdict(tally), **seconds}
-    print(json.dumps(row | {"wanted_tokens": args.tokens}), flush=True)
+    model_name = f"{args.checkpoint.name}{' with an adapter' * args.lora}" if args.checkpoint else "tiny"
+    row = {"model": model_name, "dtype": dtype, **asdict(tally), **seconds}
+    known = {"bench": "exact", "backend": backend.describe()}
+    print(json.dumps(known | row | {"wanted_tokens": args.tokens}), flush=True)
+    if args.save:
+        append_rows("exact", [row])
     return int(tally.differing > 0)
 
 
