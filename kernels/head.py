@@ -251,14 +251,13 @@ class Head:
         x = self.hidden[rows]
         k = len(dz)
         if self.library == "cpp":
-            product = linear.matmul_bf16 if self.narrow else linear.matmul
             if self.grad_hidden is not None:
                 out = self.new(k, self.H)
-                product(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), add=False)
+                linear.matmul(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), False, self.narrow)
                 self.grad_hidden[rows] = out.to(x.dtype)
             if self.grad_weight is not None:
                 x = x.contiguous() if self.narrow else x.float()
-                product(dz, x, self.grad_weight, (self.V, k, self.H, 1, self.V), add=True)
+                linear.matmul(dz, x, self.grad_weight, (self.V, k, self.H, 1, self.V), True, self.narrow)
             if self.grad_bias is not None:
                 linear.matmul(torch.ones(k), dz, self.grad_bias, (1, k, self.V, k, 1), add=True)
             return

@@ -65,18 +65,24 @@ def forward(
     return out
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
-    """out [I, C] (+)= A [I, R] @ b [R, C] in fp32, by C++.
+def matmul(
+    a: Tensor,
+    b: Tensor,
+    out: Tensor,
+    sizes: tuple[int, int, int, int, int],
+    add: bool,
+    narrow: bool = False,
+) -> None:
+    """out [I, C] (+)= A [I, R] @ b [R, C] by C++.
 
-    `sizes` are I, R, C and the strides of `a` along I and R, one of which is 1.
+    `sizes` are I, R, C and the strides of `a` along I and R, one of which is 1. All are fp32; `narrow`, by
+    instructions that multiply bf16: `a` in bf16, or in fp32 and rounded; b in bf16; out in fp32, or in bf16
+    where nothing is added to it.
     """
-    lib().matmul(*pointers(a, b, out), *sizes, add)
-
-
-def matmul_bf16(a: Tensor, b: Tensor, out: Tensor, sizes: tuple[int, int, int, int, int], add: bool) -> None:
-    """`matmul` by instructions that multiply bf16: `a` in bf16, or in fp32 and rounded; b in bf16; out in
-    fp32, or in bf16 where nothing is added to it."""
-    lib().matmul_bf16(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
+    if narrow:
+        lib().matmul_bf16(*pointers(a, b, out), *sizes, add, DTYPES[a.dtype], DTYPES[out.dtype])
+    else:
+        lib().matmul(*pointers(a, b, out), *sizes, add)
 
 
 def backward(
@@ -102,19 +108,19 @@ def backward(
             grad_weight = rows.t() @ x.flatten(0, -2)
         return _given(grad_x, like), _given(grad_weight, like)
     narrow = backend.multiplies_bf16(like)
-    product, of_product = (matmul_bf16, dtype) if narrow else (matmul, torch.float32)
+    of_product = dtype if narrow else torch.float32
     rows = _operand(rows, narrow)
     M, O = rows.shape
     if need_x:
         assert weight is not None
         K = weight.shape[1]
         grad_x = weight.new_empty((*grad.shape[:-1], K), dtype=of_product)
-        product(rows, _operand(weight, narrow), grad_x, (M, O, K, O, 1), False)
+        matmul(rows, _operand(weight, narrow), grad_x, (M, O, K, O, 1), False, narrow)
     if need_weight:
         assert x is not None
         K = x.shape[-1]
         grad_weight = x.new_empty((O, K), dtype=of_product)
-        product(rows, _operand(x.flatten(0, -2), narrow), grad_weight, (O, M, K, 1, O), False)
+        matmul(rows, _operand(x.flatten(0, -2), narrow), grad_weight, (O, M, K, 1, O), False, narrow)
     return _given(grad_x, like), _given(grad_weight, like)
 
 
@@ -135,9 +141,8 @@ def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, add: bool) -> No
     x, rows = x.flatten(0, -2), grad.flatten(0, -2)
     if backend.cpp(x):
         narrow = backend.multiplies_bf16(x)
-        product = matmul_bf16 if narrow else matmul
         (M, O), K = rows.shape, x.shape[1]
-        product(_operand(rows, narrow), _operand(x, narrow), total, (O, M, K, 1, O), add)
+        matmul(_operand(rows, narrow), _operand(x, narrow), total, (O, M, K, 1, O), add, narrow)
     elif x.is_cuda and x.dtype in (torch.float16, torch.bfloat16):
         how: Any = {"beta": int(add), "out_dtype": torch.float32}
         torch.addmm(total, rows.to(x.dtype).t(), x, out=total, **how)

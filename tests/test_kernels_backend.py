@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -186,6 +188,28 @@ def test_what_is_described_is_what_serves(monkeypatch: pytest.MonkeyPatch) -> No
         assert backend.describe("cuda") == said
     assert backend.describe("cpu") == backend.describe()
     assert backend.describe().startswith("C++ " if backend.available() else "PyTorch (")
+
+
+@pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
+def test_the_stub_says_what_the_library_has() -> None:
+    """Names, arguments by number and kind, and what is returned, against what nanobind has bound."""
+
+    def types(function: ast.stmt) -> tuple[list[str], str]:
+        assert isinstance(function, ast.FunctionDef)
+        arguments = [*function.args.posonlyargs, *function.args.args]
+        *kinds, returned = [*(one.annotation for one in arguments), function.returns]
+        return [ast.unparse(kind) for kind in kinds if kind], ast.unparse(returned) if returned else ""
+
+    library = backend.lib()
+    stub = ast.parse(Path(backend.__file__).with_name("_cpu.pyi").read_text("utf-8"))
+    functions = {node.name: node for node in stub.body if isinstance(node, ast.FunctionDef)}
+    assert functions.keys() == {name for name in dir(library) if not name.startswith("_")}
+    for name, node in functions.items():
+        (bound,) = ast.parse(getattr(library, name).__nb_signature__[0][0] + ": ...").body
+        kinds, returned = types(bound)
+        if node.args.vararg is not None:  # a long list of pointers and sizes, named as a whole
+            kinds = []
+        assert types(node) == (kinds, returned), name
 
 
 def test_gradients_are_taken_without_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,12 +137,12 @@ def test_backward_products(isa: str, dtype: torch.dtype, I: int, R: int, C: int)
         for add in (False, True):
             for left, strides in ((a, (R, 1)), (a.t().contiguous(), (1, I))):
                 out = start.clone()
-                linear.matmul_bf16(left, b, out, (I, R, C, *strides), add)
+                linear.matmul(left, b, out, (I, R, C, *strides), add, narrow=True)
                 assert float((out - exact - add * start).abs().max()) < 2e-6 * R
                 found.append(out)
                 if not add:
                     narrow = torch.empty(I, C, dtype=torch.bfloat16)
-                    linear.matmul_bf16(left, b, narrow, (I, R, C, *strides), add)
+                    linear.matmul(left, b, narrow, (I, R, C, *strides), add, narrow=True)
                     assert torch.equal(narrow, out.bfloat16())
     backend.lib().set_threads(threads)
     for i, out in enumerate(found):
