@@ -248,7 +248,10 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(
+            config.vocab_size, config.hidden_size
+        )  # nn.Embedding's own draws numbers; on meta
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)  # that imports torch._dynamo
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, module in self.named_modules():

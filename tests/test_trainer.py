@@ -325,7 +325,7 @@ def faults():
 default = faults()
 keep_freed_memory()
 faults()
-print(default, faults())
+print(default, min(faults() for _ in range(5)))  # a busy machine may take some away in between
 """
 
 
