@@ -34,6 +34,8 @@ from duologue.rollout.engine.sequence import SamplingParams
 from bench.common import append_rows, calls, ceilings, tokens_per_second
 from bench.models import QWEN3, SAMPLED, SHAPES, chosen
 
+PAGE = 256  # tokens of transformers' cache, as by default
+
 
 def lengths(n: int, shortest: int, longest: int) -> tuple[list[int], list[int]]:
     """Of n prompts, and of what follows each."""
@@ -70,13 +72,17 @@ def run_generate(theirs: Any, prompts: list[list[int]], out: list[int], batch: i
 
 
 def run_continuous(theirs: Any, prompts: list[list[int]], out: list[int]) -> int:
-    from transformers import GenerationConfig
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
+    # All at once fit; by itself it takes most of the machine's memory, whose pages are cleared first.
+    blocks = sum(-(-(len(ids) + n) // PAGE) for ids, n in zip(prompts, out, strict=True))
+    cache = ContinuousBatchingConfig(page_size=PAGE, num_blocks=blocks + 8)
     settings = GenerationConfig(
         max_new_tokens=max(out), do_sample=True, top_k=0, top_p=1.0, eos_token_id=-1, pad_token_id=0
     )
     asked = {}
-    with theirs.continuous_batching_context_manager(generation_config=settings, warmup=False) as manager:
+    how = {"generation_config": settings, "continuous_batching_config": cache, "warmup": False}
+    with theirs.continuous_batching_context_manager(**how) as manager:
         for ids, n in zip(prompts, out, strict=True):
             asked[manager.add_request(ids, max_new_tokens=n)] = n
         tokens = 0
