@@ -72,7 +72,17 @@ def write_transformers_checkpoint(name: str, folder: Path) -> Any:
 
 
 # Files that take longest: of tests that are dealt over processes they begin, so that all end together.
-LONGEST = ("gpu_sessions", "ranks", "triton", "collective", "readme", "bench", "faults_search", "run_dir")
+LONGEST = (
+    "ranks",
+    "triton",
+    "real",
+    "gpu_sessions",
+    "collective",
+    "readme",
+    "bench",
+    "faults_search",
+    "run_dir",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

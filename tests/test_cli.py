@@ -53,6 +53,20 @@ def test_settings_may_stand_anywhere_and_be_written_three_ways() -> None:
     assert overrides == ["train.seed=3", "grpo.loss=grpo", "model.path=x=y", "game.name=deal"]
 
 
+def test_a_training_starts_without_the_compiler(tmp_path: Path) -> None:
+    """torch._dynamo takes seconds to import, and much of torch asks for it at the first call: a run with all
+    that has gradients, on its kernels, does without.
+    """
+    more = ["grpo.kl_coef=0.1", "grpo.imitation_coef=0.1", "train.kl_every=1"]
+    argv = [*train(tmp_path / "run", *more), "train.gradient_accumulation_fusion=true"]
+    code = f"import sys; from duologue.grpo.cli import main; code = main({argv}); print(code, *sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    ended, *modules = done.stdout.splitlines()[-1].split()
+    assert ended == "0", done.stderr
+    assert "torch.optim.adamw" in modules
+    assert "torch._dynamo" not in modules
+
+
 def test_help_and_bad_usage_answer_without_loading_torch() -> None:
     code = (
         "import sys; from duologue.grpo.cli import main; "
