@@ -248,9 +248,8 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        V, H = config.vocab_size, config.hidden_size
-        # With a table of its own it draws no numbers, which on the meta device would import torch._dynamo.
-        self.embed_tokens = nn.Embedding(V, H, _weight=torch.empty(V, H))
+        table = torch.empty(config.vocab_size, config.hidden_size)  # to draw it would import torch._dynamo
+        self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, module in self.named_modules():
