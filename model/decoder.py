@@ -8,8 +8,7 @@ A decode step of a small model is all overhead, so what runs per token avoids th
 `.forward` skips the hooks (a Layer is the smallest unit with hooks), `_parameters` and `_at_hand` the search
 for an attribute.
 
-Shapes: B batch, T tokens, N rows, H hidden, A query heads, G key heads, D head dim, V vocabulary, S
-sequences.
+Shapes: B batch, T tokens, N rows, H hidden, A query and G key heads, D head dim, V vocabulary, S sequences.
 """
 
 from __future__ import annotations
@@ -248,8 +247,8 @@ class Body(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        table = torch.empty(config.vocab_size, config.hidden_size)  # to draw it would import torch._dynamo
-        self.embed_tokens = nn.Embedding(*table.shape, _weight=table)
+        V, H = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(V, H, _weight=torch.empty(V, H))  # a draw imports torch._dynamo
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         for name, module in self.named_modules():
