@@ -395,7 +395,6 @@ def group_advantages(
     """
     members = (rewards, group_ids, scored, roles, baseline)
     advantage.check(*members, method, n_roles)
-    kernel = advantage.kernel_op if torch.compiler.is_compiling() else advantage.kernel
+    kernel: Any = advantage.kernel_op if torch.compiler.is_compiling() else advantage.kernel
     run = kernel if backend.cpp(rewards) else reference.group_advantages
-    out: advantage.Advantages = run(*members, method, n_groups, n_roles, decay)
-    return out
+    return run(*members, method, n_groups, n_roles, decay)
