@@ -10,7 +10,7 @@ from duologue.grpo.checkpoints import STATE, json_object, latest_checkpoint
 from duologue.grpo.collapse import WatchSection
 from duologue.grpo.config import from_dict
 from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, place_of
-from duologue.kernels import backend
+from duologue.kernels import backend, libraries
 from duologue.model.checkpoint import parse_dtype
 from duologue.model.settings import keys
 
@@ -93,6 +93,17 @@ def schedule_moved(before: Settings, after: Settings) -> list[str]:
         return []
     planned = f"is planned anew for train.steps = {after[steps]} in place of {before[steps]}"
     return [f"grpo.schedule = {schedule!r} {planned}: the learning rate jumps to where that plan has it"]
+
+
+def gpu_moved(checkpoint: Path, after: Settings) -> list[str]:
+    """A line that says so where other hardware or another library goes on with a run on CUDA: one as good may
+    sum in another order."""
+    state = checkpoint / STATE
+    noted = json_object(state).get("gpu", "") if state.is_file() else ""
+    here = libraries.describe_gpu() if _kind(after["model", "device"]) == "cuda" else ""
+    if not noted or not here or noted == here:
+        return []
+    return [f"{checkpoint} was written on {noted}; here it is {here}: the run goes on, in other bits"]
 
 
 def check_instruction_set(checkpoint: Path, after: Settings) -> None:

@@ -35,6 +35,7 @@ from duologue.grpo.resume import (
     Settings,
     check_instruction_set,
     check_same,
+    gpu_moved,
     may_differ,
     schedule_moved,
     settings,
@@ -122,6 +123,7 @@ class RunDir:
             self.notes.append(f"{latest} is damaged ({reason}): the run goes on from {before}")
             latest = before
         check_instruction_set(latest, after)
+        self.notes += gpu_moved(latest, after)
         noted, seen = json_object(latest / LENGTHS), self._lines_before(step_of(latest))
         for name, end in seen.items():
             if end < noted.get(name, 0):

@@ -39,7 +39,7 @@ from duologue.grpo.steps import Metrics
 from duologue.grpo.trackers import Trackers
 from duologue.grpo.watched import Watched
 from duologue.grpo.world import ALONE, World
-from duologue.kernels import backend
+from duologue.kernels import backend, libraries
 from duologue.model.checkpoint import host_copy, on_host, parse_dtype, write_checkpoint
 from torch import Tensor
 
@@ -325,6 +325,8 @@ class Trainer(Watched):
         }
         if self.bad.in_a_row:
             state["bad_updates"] = self.bad.in_a_row
+        if self.config.model.device.startswith("cuda"):
+            state["gpu"] = libraries.describe_gpu()
         return state
 
     def _instruction_set(self) -> str:

@@ -134,6 +134,13 @@ def describe_attention_backward() -> str:
     return f"Triton (torch {torch.__version__} takes other statistics)"
 
 
+def describe_gpu() -> str:
+    """One line on what decides the bits of a run on CUDA, beside its settings and our kernels."""
+    triton = importlib.metadata.version("triton") if importlib.util.find_spec("triton") else "absent"
+    device = f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton}"
+    return f"{device}, attention's backward by {describe_attention_backward()}"
+
+
 @functools.cache
 def flash_attn_takes_statistics() -> bool:
     """From 2.7 on its backward has the arguments below, and statistics [Hq, T]; 3 is another package."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from duologue.grpo import resume
-from duologue.kernels import backend, cores, linear, ops
+from duologue.kernels import backend, cores, libraries, linear, ops
 from torch import Tensor
 
 needs_cpp = pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
@@ -190,6 +190,24 @@ def test_a_resume_without_tiles_says_how_to_start_a_run_that_moves(
     monkeypatch.setattr(backend, "runs", lambda isa: isa != "amx")
     with pytest.raises(ValueError, match=r"cannot run amx; start .* with DUOLOGUE_CPU=avx512bf16$"):
         resume.check_instruction_set(noted(tmp_path, "amx"), of("bfloat16"))
+
+
+def test_a_resume_on_another_gpu_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200")
+    monkeypatch.setattr(libraries, "HAS_FLASH_ATTN", False)
+    there, cuda = libraries.describe_gpu(), {("model", "device"): "cuda:1"}
+    state = tmp_path / "trainer_state.json"
+    state.write_text(json.dumps({"gpu": there}), "utf-8")
+    assert there.startswith(f"NVIDIA H200, torch {torch.__version__}, triton ")
+    assert resume.gpu_moved(tmp_path, cuda) == []
+    assert resume.gpu_moved(tmp_path, of("bfloat16")) == []  # check_same speaks of another kind of device
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA A100")
+    (line,) = resume.gpu_moved(tmp_path, cuda)
+    assert line.startswith(f"{tmp_path} was written on NVIDIA H200, torch ")
+    assert "; here it is NVIDIA A100, torch " in line
+    assert line.endswith(": the run goes on, in other bits")
+    state.write_text("{}", "utf-8")  # older than the line
+    assert resume.gpu_moved(tmp_path, cuda) == []
 
 
 # ---- cores -------------------------------------------------------------------------------------------------
