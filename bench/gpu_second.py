@@ -15,7 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench.gpu_driver import Job, Place, drive
 
 SECONDS = 330
-# Of stages that run Triton's kernels directly, where there is no GPU; NumPy's product keeps its order there.
+# Of what runs Triton's kernels directly, where there is no GPU. A product of the interpreter is NumPy's, and
+# OpenBLAS' for AVX2 ("Haswell", "Zen") sums in an order that depends on the sizes of a tile; those for older
+# processors, which every x86 can run, do not.
 INTERPRETED = {"TRITON_INTERPRET": "1", "OPENBLAS_CORETYPE": "Nehalem"}
 
 

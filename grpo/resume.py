@@ -95,11 +95,16 @@ def schedule_moved(before: Settings, after: Settings) -> list[str]:
     return [f"grpo.schedule = {schedule!r} {planned}: the learning rate jumps to where that plan has it"]
 
 
+def _noted(checkpoint: Path, key: str) -> Any:
+    """What the checkpoint's state says of where it was computed; "" where it says nothing."""
+    state = checkpoint / STATE
+    return json_object(state).get(key, "") if state.is_file() else ""
+
+
 def gpu_moved(checkpoint: Path, after: Settings) -> list[str]:
     """A line that says so where other hardware or another library goes on with a run on CUDA: one as good may
     sum in another order."""
-    state = checkpoint / STATE
-    noted = json_object(state).get("gpu", "") if state.is_file() else ""
+    noted = _noted(checkpoint, "gpu")
     here = libraries.describe_gpu() if _kind(after["model", "device"]) == "cuda" else ""
     if not noted or not here or noted == here:
         return []
@@ -109,8 +114,7 @@ def gpu_moved(checkpoint: Path, after: Settings) -> list[str]:
 def check_instruction_set(checkpoint: Path, after: Settings) -> None:
     """ValueError where what the checkpoint's run computed would come out in other bits here. A checkpoint
     that names no instruction set is older than the name, or none of the C++ kernels served."""
-    state = checkpoint / STATE
-    noted = json_object(state).get("instruction_set", "") if state.is_file() else ""
+    noted = _noted(checkpoint, "instruction_set")
     device, dtype = _kind(after["model", "device"]), after["model", "dtype"]
     here = backend.instruction_set(device, parse_dtype(dtype))
     if not noted or noted == here:

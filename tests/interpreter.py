@@ -7,10 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from bench.gpu_second import INTERPRETED
+
 ROOT = Path(__file__).parent.parent
-# A product of the interpreter is NumPy's, and OpenBLAS' for AVX2 ("Haswell", "Zen") sums in an order that
-# depends on the sizes of a tile; those for older processors, which every x86 can run, do not.
-ENVIRONMENT = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_CORETYPE": "Nehalem"}
+ENVIRONMENT = {**INTERPRETED, "OMP_NUM_THREADS": "1"}
 
 
 def passes(file: str) -> None:
