@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 from unittest import mock
 
+import interpreter
 import pytest
 import torch
 from duologue.grpo.loss import LossConfig
@@ -21,6 +22,7 @@ from tiny import decoder
 from torch import Tensor
 
 assert backend.triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
+interpreter.replace_language_once()
 NUMBERS = torch.tensor([3, 0, 3, 5, 0, 3, 1, 1, 6, 3])  # of 0 to 7: some many times, 2, 4 and 7 never
 
 

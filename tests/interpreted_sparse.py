@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 from duologue.kernels import backend, ops, reference
@@ -22,6 +23,7 @@ spec.loader.exec_module(shared)
 ODD = shared.ODD
 
 assert backend.triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
+interpreter.replace_language_once()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32], ids=str)

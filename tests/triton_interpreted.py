@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import pytest
 import torch
 import triton
@@ -32,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import cases, cases_attention
 
 assert backend.triton(torch.ones(1)), "TRITON_INTERPRET=1 must be set"
+interpreter.replace_language_once()
 DTYPES = (torch.float32, torch.float16)
 OPS = ("linear", "rms_norm", "add_rms_norm", "rope", "silu_mul", "logprob", "packed_attention")
 ODD = [
