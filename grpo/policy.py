@@ -40,7 +40,7 @@ def use_device(config: Config) -> None:
     if on_cpu:
         keep_freed_memory()
     else:
-        torch.cuda.set_device(config.model.device)
+        torch.cuda.set_device(torch.device(config.model.device).index or 0)
     if on_cpu and backend.available():
         backend.lib().set_threads(config.train.threads)
         torch.set_num_threads(1)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import interpreter
+import numpy as np
 import pytest
 import torch
 from duologue.grpo.build import build_engine
@@ -29,15 +30,18 @@ from duologue.grpo.policy import load_beside
 from duologue.grpo.unsaid import kept_of
 from duologue.kernels import backend, libraries
 from duologue.kernels.gpu import launcher
+from duologue.kernels.gpu.attention_decode import work_of
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.peft import write_adapter
-from duologue.rollout.engine import kv_memory
+from duologue.rollout.engine import decode_gpu, kv_memory
+from duologue.rollout.engine.buckets import Bucket
 from duologue.rollout.engine.decode_gpu import DeviceLoop
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.runner import Runner
 from duologue.rollout.engine.sequence import Completion, SamplingParams
 from tiny import TINY_DEAL, decoder
+from torch.cuda._utils import _get_device_index
 
 ROOT = Path(__file__).parent.parent
 ABSENT = ("trl", "liger_kernel", "flash_attn", "bitsandbytes", "tenacity", "textarena", "openai")  # may be
@@ -114,26 +118,27 @@ def test_no_kernel_is_launched_elsewhere() -> None:
     assert launching == ["launcher", "launcher"]
 
 
+@pytest.mark.parametrize(("device", "index"), [("cuda", 0), ("cuda:1", 1)])
 @pytest.mark.parametrize("command", ["train", "eval", "play"])
 def test_a_command_makes_its_gpu_the_current_one(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    command: str, device: str, index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Chosen(BaseException):
         pass
 
-    def set_device(device: str) -> None:
-        raise Chosen(device)
+    def set_device(device: Any) -> None:
+        raise Chosen(_get_device_index(device))  # as torch's own does, which takes no "cuda" without a number
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", set_device)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
-    checkpoint, settings = str(tmp_path / "model"), [*TINY_DEAL, "model.device=cuda:1"]
+    checkpoint, settings = str(tmp_path / "model"), [*TINY_DEAL, f"model.device={device}"]
     words = {
         "train": ["train", "deal", "--run-dir", str(tmp_path / "run")],
         "eval": ["eval", checkpoint, "--recipe", "deal"],
         "play": ["play", checkpoint, "--game", "deal"],
     }[command]
-    with pytest.raises(Chosen, match="cuda:1"):
+    with pytest.raises(Chosen, match=f"^{index}$"):
         main(
             [
                 *words,
@@ -402,6 +407,32 @@ def test_a_loop_owns_its_stream_and_the_pool_of_its_graphs(monkeypatch: pytest.M
     assert again[0][2] is None
     assert all(pool is not None for *_, pool in again[1:])
     assert {id(captured) for _, captured, _ in again} == {id(graphs.captures[0][1])}
+
+
+def test_rows_that_share_pages_are_alone_while_their_graph_is_captured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The buffers are empty then, and an index out of range would end a process that has a GPU."""
+    Graphs(monkeypatch)
+    engine = Engine(decoder(vocab_size=70), decode_steps=4)
+    requests = [engine.start(engine.open([1, 2, 3]), SamplingParams(max_new_tokens=9)) for _ in range(3)]
+    groups = np.array([0, 3, 4, 4, 4], np.int32), np.array([512, 0, 0, 0], np.int32)
+    monkeypatch.setattr(decode_gpu, "shared_groups", lambda *_: groups)
+    with monkeypatch.context() as triton:
+        triton.setattr(backend, "triton", lambda _: True)
+        loop: Any = DeviceLoop(engine.model, engine.adapters, 7, 4, True)
+        loop.kv, loop.page_size = torch.zeros(1), 16
+        arrays = loop._arrays(requests, 4, 32)
+    bucket = Bucket(arrays, 4, False, torch.device("cpu"))
+    seen: list[Any] = []
+
+    def step() -> None:
+        lengths = (torch.where(bucket.rows.state[1] > bucket.rows.last, 0, bucket.rows.state[1]) + 1).int()
+        items, n = work_of(lengths, 512, 1, bucket.groups, narrow=True)
+        seen.append(items[: int(n)].tolist())
+
+    loop._captured(bucket, step)
+    assert seen == [[[s, 1, 0] for s in range(4)]] * 3  # two warm-ups and the capture
 
 
 def test_a_prefill_leaves_the_graph_of_those_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:

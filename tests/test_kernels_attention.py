@@ -354,3 +354,18 @@ def test_the_work_of_a_decode_step_has_each_chunk_once(grouped: bool, ratio: int
             assert sequences * ratio <= 64
     assert sorted(done) == [(s, c) for s, length in enumerate(lengths) for c in range(-(-length // 256))]
     assert (int(n) < len(done)) == (grouped and ratio < 96)  # 64 rows and no more
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="there is no Triton for this platform")
+@pytest.mark.parametrize("ratio", [1, 8, 96])
+def test_rows_whose_first_has_stopped_miss_no_chunk(ratio: int) -> None:
+    """A row that stops within a call of the engine sees one key, and stays in its group."""
+    from duologue.kernels.gpu import attention_decode
+
+    lengths, starts, shared = [1, 601, 601, 1, 900, *[700] * 70], [0, 4, 5, 75, 75, 75], [512, 0, 640, 0, 0]
+    lengths[5] = 1
+    tensors = [torch.tensor(x, dtype=torch.int32) for x in (lengths, starts, shared)]
+    items, n = attention_decode.work_of(tensors[0], 1024, ratio, (tensors[1], tensors[2]), narrow=True)
+    done = [(s + i, chunk) for s, many, chunk in items[: int(n)].tolist() for i in range(many)]
+    assert len(done) == len(set(done))
+    assert {*done} >= {(s, c) for s, length in enumerate(lengths) for c in range(-(-length // 256))}

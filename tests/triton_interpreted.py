@@ -541,7 +541,9 @@ def test_rollout_is_score_bit_for_bit() -> None:
 
 
 def test_decoding_ahead_with_a_shared_prefix_has_the_bits_of_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The device-side loop on these kernels, rows of a group read as one; and without the loop."""
+    """The device-side loop on these kernels, and without it: rows of a group are read as one, and its first
+    ends earlier.
+    """
     monkeypatch.setattr(engine_attention, "LEAST_SHARED", 256)
     config = ModelConfig(
         model_type="qwen3",
@@ -558,7 +560,8 @@ def test_decoding_ahead_with_a_shared_prefix_has_the_bits_of_score(monkeypatch: 
     model.init_weights(0)
     prefix = [(7 * i) % 61 for i in range(256)]
     prompts = [[*prefix, 5], [*prefix, 9, 3], [1, 2, 3]]
-    params = [SamplingParams(max_new_tokens=3, seed=i, top_p=0.8 if i == 1 else 1.0) for i in range(3)]
+    limits, cuts = (2, 3, 3), (1.0, 0.8, 1.0)  # the first token comes from the prefill
+    params = [SamplingParams(max_new_tokens=limits[i], seed=i, top_p=cuts[i]) for i in range(3)]
     found = []
     for steps in (3, 1):
         engine = Engine(model, max_step_tokens=1024, cache_tokens=4096, decode_steps=steps)

@@ -91,7 +91,8 @@ def work_of(context_lens: Tensor, most_keys: int, ratio: int, groups: Pair | Non
         begin, end = starts[group].unsqueeze(1), starts[group + 1].unsqueeze(1)
         common = (c + 1) * CHUNK <= shared[group].unsqueeze(1)
         most = max(rows // ratio, 1)
-        wanted &= ~common | ((s - begin) % most == 0)
+        # By the place alone: a row that has stopped sees one key, and reads on for those behind it.
+        wanted = torch.where(common, (s - begin) % most == 0, wanted)
         together = torch.where(common, (end - s).clamp(max=most), 1)
     of_all = torch.stack((s.expand_as(wanted), together, c.expand_as(wanted)), -1).view(-1, 3)
     wanted = wanted.flatten()

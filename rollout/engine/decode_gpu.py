@@ -278,6 +278,8 @@ class DeviceLoop(DecodeLoop):
         """The step as a graph. It runs before on the stream of the capture, all rows stopped."""
         bucket.rows.state[1].fill_(STOPPED)
         bucket.rows.table.fill_(self.scratch)
+        if bucket.groups is not None:
+            bucket.groups[0].copy_(bucket.cu_seqlens)  # each row alone
         limit = self.model.config.max_position_embeddings
         self.model.rotary_tables(torch.tensor([limit - 1], device=self.device))  # whole: no step makes them
         if self._stream is None:
