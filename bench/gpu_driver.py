@@ -5,6 +5,7 @@ CUDA error or a limit loses one stage; each result a line of JSON on disk before
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from bench.bare import ROOT, find_package
 SUMMARY = 8_000  # characters of what is printed at the end
 DRY_SECONDS = 1_800.0  # for all stages on the CPU, which may be busy
 TAIL = 1_500  # characters of a stage's output that are kept with its row
+GRACE = 5.0  # seconds before its limit at which a stage is interrupted, and can say where it was
 
 
 class Rows:
@@ -101,19 +103,31 @@ def run_job(job: Job, rows: Rows, seconds: float) -> None:
         errors="replace",
         start_new_session=True,
     )
-    late = False
+    grace, late = min(GRACE, seconds / 4), False
     try:
-        output, _ = process.communicate(timeout=seconds)
+        output, _ = process.communicate(timeout=seconds - grace)
     except subprocess.TimeoutExpired:
         late = True
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        output = _ended(process, grace)
     took = round(time.perf_counter() - began, 1)
     ended: dict[str, Any] = {"rc": process.returncode, "seconds": took, "limit": round(seconds)}
     ended["ok"] = process.returncode == 0
     if late:
         ended["late"] = True
     rows.add(job.name, ended=True, **ended, tail=output[-TAIL:])
+
+
+def _ended(process: subprocess.Popen[str], grace: float) -> str:
+    """The output of a process that is interrupted, and killed with its children after so many seconds."""
+    process.send_signal(signal.SIGINT)
+    try:
+        output, _ = process.communicate(timeout=grace)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return output
 
 
 def run_all(jobs: Sequence[Job], rows: Rows, seconds: float, least: float = 3.0) -> int:

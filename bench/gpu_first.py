@@ -24,24 +24,24 @@ CHECKED = "rope or write or sparse or moves"  # tests of kernels that follow ind
 
 def tests(place: Place) -> Job:
     """The GPU tests, on many cores: most of their time is compilation. Dry they are only collected."""
-    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-rfE", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", "tests/test_gpu.py", "-q", "-rfE"]
+    command += ["-p", "no:cacheprovider", "-p", "bench.gpu_rows", f"--rows={place.out}"]
     if place.dry:
         command.append("--collect-only")
     else:
-        command += [f"--junitxml={place.out / 'gpu.xml'}", "--durations=10"]
         command += ["-n", "12"] if importlib.util.find_spec("xdist") else []
-    return Job(name="tests", seconds=65, command=command)
+    return Job(name="tests", seconds=75, command=command)
 
 
 def memcheck(place: Place) -> Job:
-    """Bad addresses, by NVIDIA's tool where it is installed."""
+    """Bad addresses, by NVIDIA's tool where it is installed and in the time that others left."""
     tool = shutil.which("compute-sanitizer")
     if tool is None or place.dry:
         absent = [sys.executable, "-c", "print('compute-sanitizer is absent, or this is dry')"]
-        return Job(name="memcheck", seconds=20, command=absent)
+        return Job(name="memcheck", seconds=10, command=absent)
     pytest = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "-k", CHECKED]
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *pytest]
-    return Job(name="memcheck", seconds=20, command=command, env=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
+    return Job(name="memcheck", seconds=10, command=command, env=(("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
 def jobs(place: Place) -> list[Job]:

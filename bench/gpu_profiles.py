@@ -21,7 +21,7 @@ from duologue.grpo.loss import LossConfig
 from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row, pack
 from duologue.grpo.update import accumulate_policy_gradient
-from duologue.kernels import ops
+from duologue.kernels import libraries, ops
 from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.engine import Engine
@@ -261,8 +261,8 @@ def tiles(place: Place) -> None:
 
 
 def warps(place: Place) -> None:
-    """Attention at head dim 128 with 4 and with 8 warps, forward, decode and backward."""
-    from duologue.kernels.gpu import attention
+    """Attention at head dim 128 with 4 and with 8 warps, forward and backward; and a library's backward."""
+    from duologue.kernels.gpu import attention, attention_backward
 
     dtype, before = interpreted(place), attention.tile
     D, T, Hq, Hk = (32, 20, 2, 1) if place.dry else (128, 16_384, 32, 8)
@@ -277,7 +277,10 @@ def warps(place: Place) -> None:
 
     outputs: list[Tensor] = []
     for number in (4, 8):
-        with mock.patch.object(attention, "tile", tiled(number)):
+        with (
+            mock.patch.object(attention, "tile", tiled(number)),
+            mock.patch.object(attention_backward, "tile", tiled(number)),
+        ):
             out = forward()
             grads = torch.autograd.grad(out, (q, k, v), out.detach(), retain_graph=True)
             outputs += [out.detach(), *grads]
@@ -286,6 +289,13 @@ def warps(place: Place) -> None:
         place.rows.add("warps", warps=number, D=D, T=T, us=found)
     same = [torch.equal(a, b) for a, b in zip(outputs[:4], outputs[4:], strict=True)]
     place.rows.add("warps", same_bits=same)
+    if libraries.attention_backward(q) is None:
+        place.rows.add("warps", library=libraries.describe_attention_backward())
+        return
+    out = ops.packed_attention(q, k, v, lengths, D**-0.5, True, T // 2, True)
+    backward = partial(torch.autograd.grad, out, (q, k, v), out.detach(), retain_graph=True)
+    serving = libraries.describe_attention_backward()
+    place.rows.add("warps", library=serving, us={"backward": micros(place, backward, 0.2)})
 
 
 def named() -> Iterator[tuple[str, Callable[[Place], None]]]:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -343,8 +344,8 @@ def kill_and_resume(place: Place) -> dict[str, Any]:
     settings = [*RECIPE.split(), *(RECIPE_DRY.split() if place.dry else [])]
     words = [word for s in settings for word in (f"--{s.partition('=')[0]}", s.partition("=")[2])]
     base = [sys.executable, "-m", "duologue.grpo.cli", "train", "deal", "--device", place.device]
-    runs = {name: place.out / "runs" / name for name in ("whole", "killed")}
-    shutil.rmtree(place.out / "runs", ignore_errors=True)
+    folder = Path(tempfile.mkdtemp())  # of what is in `out` only so many files come back
+    runs = {name: folder / name for name in ("whole", "killed")}
     began = time.perf_counter()
     run_to_end([*base, "--run-dir", str(runs["whole"]), *words])
     seconds = time.perf_counter() - began
@@ -362,7 +363,7 @@ def kill_and_resume(place: Place) -> dict[str, Any]:
     run_to_end([*base, "--run-dir", str(runs["killed"]), "--resume", *words])
     whole, resumed = (metrics(path) for path in runs.values())
     differ = [a["step"] for a, b in zip(whole, resumed, strict=False) if a != b]
-    shutil.rmtree(place.out / "runs")
+    shutil.rmtree(folder)
     ok = whole == resumed and len(whole) > 2
     mismatch = max((row.get("mismatch", 0.0) for row in whole), default=0.0)
     return {

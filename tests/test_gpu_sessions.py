@@ -65,7 +65,7 @@ def test_a_stage_that_hangs_or_dies_costs_itself_alone(
     from bench.gpu_driver import SUMMARY, Job, Rows, run_all
 
     codes = {
-        "hangs": "import time; print('so far'); time.sleep(600)",
+        "hangs": "import signal, time; signal.signal(2, signal.SIG_IGN); print('so far'); time.sleep(600)",
         "dies": "import os; os.abort()",
         "works": "print('y' * 50_000)",
     }
@@ -84,6 +84,27 @@ def test_a_stage_that_hangs_or_dies_costs_itself_alone(
     late = Rows(tmp_path / "late.jsonl")
     assert run_all(jobs, late, 0) == 1
     assert [row["left_out"] for row in late.read()] == [True] * 3
+
+
+def test_tests_that_are_late_have_said_what_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each as soon as it has ended, for what is printed at the end is lost."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from bench.gpu_driver import Job, Rows, run_job
+
+    bodies = {"right": "pass", "wrong": "assert 1 == 2", "slow": "__import__('time').sleep(600)"}
+    code = "\n".join(f"def test_{name}():\n    {body}\n" for name, body in bodies.items())
+    (tmp_path / "test_late.py").write_text(code, "utf-8")
+    rows = Rows(tmp_path / "rows.jsonl")
+    command = [sys.executable, "-m", "pytest", str(tmp_path / "test_late.py"), "-q", "-rf", "-n", "1"]
+    command += ["-p", "no:cacheprovider", "-p", "bench.gpu_rows", f"--rows={tmp_path}"]
+    run_job(Job(name="tests", seconds=20, command=command), rows, 20)
+    wrong, ended = rows.read()
+    assert wrong["test"].endswith("test_late.py::test_wrong")
+    assert not wrong["ok"]
+    assert "assert 1 == 2" in wrong["error"]
+    assert ended["late"]
+    right, failed = Rows(tmp_path / "tests.jsonl").read()
+    assert (right["outcome"], failed["outcome"]) == ("passed", "failed")
 
 
 def test_what_is_kept_for_a_stage_is_there_whatever_came_before(
