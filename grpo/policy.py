@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from duologue.grpo.config import Config
-from duologue.kernels import backend
+from duologue.kernels import backend, cores
 from duologue.model.checkpoint import load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, empty_decoder
@@ -42,7 +42,7 @@ def use_device(config: Config) -> None:
     else:
         torch.cuda.set_device(torch.device(config.model.device).index or 0)
     if on_cpu and backend.available():
-        backend.lib().set_threads(config.train.threads)
+        backend.lib().set_threads(config.train.threads or cores.thread_count())
         torch.set_num_threads(1)
     elif config.train.threads:
         torch.set_num_threads(config.train.threads)

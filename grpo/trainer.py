@@ -226,6 +226,8 @@ class Trainer(Watched):
         return metrics
 
     def _finish(self) -> dict[str, Any]:
+        self._save()
+        self.saver.wait()  # what is measured may fail, or be killed: training is there
         self.run_dir.drop_trained(self.step)
         trained = self._evaluate("trained")
         summary: dict[str, Any] = {
@@ -252,8 +254,6 @@ class Trainer(Watched):
             summary["ability"] = at_end(
                 self.config, engine, self.tokenizer, self.game, self.judge, self.world
             )
-        self._save()
-        self.saver.wait()
         self.run_dir.write_summary(summary)
         return summary
 

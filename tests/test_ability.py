@@ -77,6 +77,16 @@ def test_our_prompts_have_every_kind_as_often_and_can_be_read_back(tmp_path: Pat
             "startend:rhyme",
         ),
         ('{"key": 1, "prompt": "x", "instruction_id_list": ["startend:quotation"], "kwargs": []}', "line 2"),
+        (
+            '{"key": 1, "prompt": null, "instruction_id_list": ["startend:quotation"], "kwargs": [{}]}',
+            "no text",
+        ),
+        ('{"key": 1, "prompt": "x", "instruction_id_list": [], "kwargs": []}', "one or more"),
+        (
+            '{"key": 1e400, "prompt": "x", "instruction_id_list": ["startend:quotation"], "kwargs": [{}]}',
+            "infin",
+        ),
+        ("[" * 99_999, "recursion"),
     ],
 )
 def test_a_line_that_is_no_prompt_is_named(line: str, message: str, tmp_path: Path) -> None:

@@ -164,7 +164,22 @@ def test_sentences_end_where_a_mark_and_a_gap_stand(text: str, n: int) -> None:
         ("keywords:existence", {"keywords": None}, "accepted is keywords"),
         ("keywords:existence", {"keywords": "river"}, "a list"),
         ("punctuation:no_comma", {"n": 3}, "accepted is none"),
-        ("startend:end_checker", {"end_phrase": 7}, "wrong type"),
+        ("startend:end_checker", {"end_phrase": 7}, "end_phrase = 7: accepted is a text"),
+        ("language:response_language", {"language": 5}, "language = 5: accepted is a text"),
+        ("keywords:forbidden_words", {"forbidden_words": {"a": 1}}, "a list"),
+        *(
+            (
+                "detectable_format:number_bullet_lists",
+                {"num_bullets": n},
+                f"num_bullets = {n!r}: accepted is",
+            )
+            for n in ("3", 2.5, float("inf"), True, -1)
+        ),
+        (
+            "length_constraints:nth_paragraph_first_word",
+            {"num_paragraphs": 2, "nth_paragraph": 0, "first_word": "a"},
+            "nth_paragraph = 0: accepted is a whole number from 1 on",
+        ),
         ("length_constraints:number_words", {"relation": "about", "num_words": 3}, "'about'"),
         (
             "keywords:letter_frequency",
@@ -176,6 +191,19 @@ def test_sentences_end_where_a_mark_and_a_gap_stand(text: str, n: int) -> None:
 def test_what_cannot_be_checked_is_refused_by_name(kind: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         check_for(kind, given)
+
+
+def test_a_whole_number_may_be_written_as_a_fraction() -> None:
+    given = {"num_paragraphs": 2.0, "nth_paragraph": 1.0, "first_word": "one"}
+    assert check_for("length_constraints:nth_paragraph_first_word", given)("One.\n\nTwo.")
+
+
+def test_words_in_capitals_end_at_typographic_marks() -> None:
+    holds = check_for(
+        "change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 5}
+    )
+    assert holds("DON’T STOP, HELLO—WORLD")
+    assert not holds("DON’T STOP, HELLO-WORLD")
 
 
 def test_every_variant_is_asked_the_same_check() -> None:

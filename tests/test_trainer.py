@@ -21,11 +21,11 @@ from duologue.grpo.console import Progress
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.packing import Row
-from duologue.grpo.policy import build_policy
+from duologue.grpo.policy import build_policy, use_device
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
-from duologue.grpo.trainer import train
+from duologue.grpo.trainer import Trainer, train
 from duologue.grpo.update import accumulate_policy_gradient
-from duologue.kernels import backend
+from duologue.kernels import backend, cores
 from safetensors.torch import load_file
 from tiny import RUN, dying, lines, run_whole
 
@@ -129,6 +129,39 @@ def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> No
     done = subprocess.run([*dying(10**6), *command, "--resume"], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert_same_run(whole, path)
+
+
+def test_what_was_trained_is_there_when_measuring_it_fails(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated(trainer: Any, policy: str) -> Any:
+        if policy == "trained":
+            raise OSError("no room to measure in")
+        return evaluate(trainer, policy)
+
+    c, evaluate = config(), Trainer._evaluate
+    run = RunDir.create(tmp_path / "run", c.to_toml())
+    with monkeypatch.context() as failing:
+        failing.setattr(Trainer, "_evaluate", evaluated)
+        with pytest.raises(OSError, match="no room to measure"):
+            train(c, run, Progress(quiet=True), threading.Event())
+    run.close()
+    assert (tmp_path / "run/checkpoints/step_000008/model.safetensors").is_file()
+    train(c, RunDir.resume(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
+    assert_same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.skipif(not backend.available(), reason="the C++ kernels are not built")
+def test_threads_are_the_physical_cores_unless_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    before, torch_before = backend.lib().threads(), torch.get_num_threads()
+    monkeypatch.setattr(cores, "thread_count", lambda: 3)
+    try:
+        for said, threads in (("0", 3), ("2", 2)):
+            use_device(config(f"train.threads={said}"))
+            assert backend.lib().threads() == threads
+    finally:
+        backend.lib().set_threads(before)
+        torch.set_num_threads(torch_before)
 
 
 def gradients(model: torch.nn.Module) -> list[torch.Tensor]:

@@ -61,14 +61,24 @@ def check_for(kind: str, given: Mapping[str, Any]) -> Check:
     if kind not in KINDS:
         raise ValueError(f"the instruction {kind!r}: accepted are {', '.join(KINDS)}")
     known = {key: value for key, value in given.items() if value is not None}
-    needed = [*inspect.signature(KINDS[kind]).parameters]
+    needed = {name: str(p.annotation) for name, p in inspect.signature(KINDS[kind]).parameters.items()}
     if sorted(known) != sorted(needed):
         accepted = ", ".join(needed) or "none"
         raise ValueError(f"{kind} with the arguments {', '.join(known) or 'none'}: accepted is {accepted}")
-    try:
-        return KINDS[kind](**known)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{kind} with {known}: an argument is of the wrong type ({error})") from error
+    return KINDS[kind](**{name: _of_type(type_, kind, name, known[name]) for name, type_ in needed.items()})
+
+
+def _of_type(type_: str, kind: str, name: str, value: Any) -> Any:
+    """An argument as the check's signature has it; a whole number may be written as 3.0."""
+    if type_ == "int":
+        whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+        least = int(name.startswith("nth"))
+        if isinstance(value, bool) or not whole or value < least:
+            raise ValueError(f"{kind} with {name} = {value!r}: accepted is a whole number from {least} on")
+        return int(value)
+    if type_ == "str" and not isinstance(value, str):
+        raise ValueError(f"{kind} with {name} = {value!r}: accepted is a text")
+    return value
 
 
 def can_check(kind: str) -> bool:
@@ -79,7 +89,6 @@ def can_check(kind: str) -> bool:
 def _compare(relation: str, limit: int) -> Callable[[int], bool]:
     if relation not in (LESS, LEAST):
         raise ValueError(f"the relation {relation!r}: accepted is {LESS!r} or {LEAST!r}")
-    limit = int(limit)
     return lambda count: count < limit if relation == LESS else count >= limit
 
 
@@ -110,7 +119,7 @@ def _letter_frequency(let_relation: str, letter: str, let_frequency: int) -> Che
 
 
 def _texts(words: Sequence[str]) -> list[str]:
-    if isinstance(words, str) or not all(isinstance(word, str) for word in words) or not words:
+    if not isinstance(words, list | tuple) or not all(isinstance(word, str) for word in words) or not words:
         raise ValueError(f"the words {words!r}: accepted is a list of at least one text")
     return [*words]
 
@@ -156,7 +165,7 @@ def _english_lowercase() -> Check:
 # What stands between gaps and marks, short of an ending such as n't, which is a word of its own
 ENDING = r"n't\b|'(?:s|m|d|ll|re|ve)\b"
 CAPITAL_WORD = re.compile(
-    rf"{ENDING}|(?:(?!{ENDING}|--|\.\.\.)[^\s,:;@#$%&?!*“”«»\"()\[\]{{}}<>])+", re.IGNORECASE
+    rf"{ENDING}|(?:(?!{ENDING}|--|\.\.\.)[^\s,:;@#$%&?!*“”‘’—«»\"()\[\]{{}}<>])+", re.IGNORECASE
 )
 
 

@@ -49,8 +49,10 @@ def read_prompts(path: Path) -> list[Prompt]:
         try:
             row = json.loads(line)
             key, text, kinds = row["key"], row["prompt"], row["instruction_id_list"]
-            prompts.append(Prompt.of(int(key), str(text), kinds, row["kwargs"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(text, str) or not isinstance(kinds, list) or not kinds:
+                raise ValueError("its prompt is no text, or its instruction_id_list no list with one or more")
+            prompts.append(Prompt.of(int(key), text, kinds, row["kwargs"]))
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
             accepted = "an object with key, prompt, instruction_id_list and kwargs, as IFEval has them"
             raise ValueError(f"{path}, line {number}: {what}; accepted is {accepted}") from error

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 
 import torch
 from duologue.grpo.plan import GB, memory_limits
+from duologue.kernels import cores
 from rich.console import Console
 from rich.table import Table
 
@@ -35,12 +35,12 @@ class Finding:
     advice: str = ""
 
 
-def devices(ranks: int, gpus: int, cores: int) -> Finding:
+def devices(ranks: int, gpus: int, n_cores: int) -> Finding:
     if gpus:
         advice = "start as many ranks as there are GPUs here, or more nodes"
         return Finding("devices", gpus >= ranks, f"{gpus} GPUs for {ranks} ranks", advice)
     advice = "start fewer ranks, or widen the process's affinity (taskset): ranks share cores here"
-    return Finding("devices", cores >= ranks, f"no GPU; {cores} cores of affinity for {ranks} ranks", advice)
+    return Finding("devices", n_cores >= ranks, f"no GPU; {n_cores} cores for {ranks} ranks", advice)
 
 
 def space(name: str, where: str, free: int, needed: int, advice: str) -> Finding:
@@ -102,7 +102,7 @@ def findings(ranks: int) -> list[Finding]:
     shm = Path("/dev/shm")
     answers, port = loopback()
     found = [
-        devices(ranks, gpus, len(os.sched_getaffinity(0))),
+        devices(ranks, gpus, cores.thread_count()),
         space(
             "shared memory",
             " in /dev/shm",

@@ -20,6 +20,7 @@ from duologue.grpo.distributed.run_dir import FollowerDir, LeaderDir
 from duologue.grpo.distributed.watch import SAID, note_said, say
 from duologue.grpo.distributed.world import Ranks, environment
 from duologue.grpo.run_dir import RunDir
+from duologue.kernels import cores
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -88,7 +89,7 @@ def use_cores(config: Config) -> Config:
     if device.startswith("cuda"):
         torch.cuda.set_device(local["LOCAL_RANK"])
         device = f"cuda:{local['LOCAL_RANK']}"
-    threads = threads or max(len(os.sched_getaffinity(0)) // local["LOCAL_WORLD_SIZE"], 1)
+    threads = threads or max(cores.thread_count() // local["LOCAL_WORLD_SIZE"], 1)
     return dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, device=device),
