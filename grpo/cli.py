@@ -265,7 +265,8 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     run = options.run_dir if getattr(options, "resume", False) else None
-    player = next(iter(getattr(options, "players", [])), "")
+    players = (*getattr(options, "players", []), getattr(options, "against", None) or "")
+    player = next((name for name in players if Path(name).is_dir()), "")
     config = resolved(options.recipe, [*options.overrides, *chosen], run, player, options.device or "cpu")
     check_device(config)
     return config

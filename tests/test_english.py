@@ -101,7 +101,7 @@ FINALS = {
             "I get 1 book, 0 hats and 2 balls.", "i get 1 book 0 hat 2 ball", "**I get 1 book, 0 hats, and 2 balls.**",
             "Final: I take one book, no hats and two balls", "I'll take 2 balls, a book and zero hats.",
             "Final statement: book: 1, hat: 0, ball: 2", "book 1 hat 0 ball 2", "BOOKS 1, BALLS 2, HATS 0",
-            "I will keep  1  book ,  0 hats , 2 balls !", "My final statement is: I get 1 book, 0 hats, 2 balls.",
+            "1 book - 0 hats – 2 balls", "I will keep  1  book ,  0 hats , 2 balls !", "My final statement is: I get 1 book, 0 hats, 2 balls.",
         ],
         "incomplete": ["I get 1 book and 2 balls.", "I take 2 hats"],
         "ambiguous": ["I get 1 book, 2 hats, 1 ball or 2 balls", "1 book, 1 book, 0 hats and 2 balls"],
@@ -110,6 +110,7 @@ FINALS = {
             "I get 1 book. You get 0 hats and 2 balls.", "I don't get 1 book, 0 hats and 2 balls.", "x" * 5000,
             "book 1 hat 0 2 ball", "1 book 0 hats 2 balls 3 pens", "I get 99999 books, 0 hats and 2 balls",
             "I get 1 book, 0 hats and -2 balls.", "I get 1.5 book, 0 hats and 2 balls.",
+            "I get −1 books, 0 hats and 2 balls.", "I get 1½ books, 0 hats and 2 balls.",
         ],
     },
     "price": {
@@ -121,7 +122,8 @@ FINALS = {
         "ambiguous": ["The price is 12 or 13."],
         "malformed": [
             "The price is N.", "The price is not 12.", "The price is above 12.", "price 123", "", "I walk away at 12.",
-            "The price is 12.5.", "The price is -12.", "1 2 or 1 2 walk",
+            "The price is 12.5.", "The price is -12.", "1 2 or 1 2 walk", "The price is 12½.", "The price is −12.",
+            "The price is –12.", "The price is - 12.", "Цена не 12", "The price is <12", "The price is 12+", "price 12²",
         ],
     },
     "priorities": {
@@ -315,6 +317,10 @@ def test_a_checkpoint_that_no_setting_names_is_told_what_it_knows(
         shared = ["eval.dialogues=2", "--json", str(measures)]
         assert main(["eval", str(folder), "--recipe", *asked, *shared]) == 0
         assert ("failure_incomplete" in json.loads(measures.read_text("utf-8"))) == told
+        lines = tmp_path / "lines.jsonl"  # whoever comes first, the checkpoint decides
+        words = ["eval", "scripted:honest", str(folder), "--recipe", *asked, "eval.dialogues=1"]
+        assert main([*words, "--save-dialogues", str(lines)]) == 0
+        assert ("You and another person" in lines.read_text("utf-8")) == told
         monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
         capsys.readouterr()
         assert main(["play", str(folder), "--game", *asked]) == 0

@@ -19,6 +19,10 @@ KINDS = {
 LEAVES = re.compile(r"(?:i|id|ill)?(?: (?:will|would))? ?walk(?:ing)? away|im walking away")
 START = re.compile(r"^(?:my )?final(?: (?:statement|answer|selection))?(?: is)? ")
 LONGEST = 400  # characters of a statement that is read
+# A number that is not a plain whole one, and words and digits that the normal spelling would leave out
+GUESSED = re.compile(
+    r"[-−–]\d|(?:^|:|\bis)\s*[-−–]\s*\d|[<>≤≥~≈]\s*\d|\d\s*[+%/]|[½¼¾²³⅓⅔]|(?![\x00-\x7f])\w"
+)
 
 
 class Unread(ValueError):
@@ -42,7 +46,7 @@ class ReadFinals(SelectionGame):
         """A final statement in the plain telling; `Unread` with the kind where it has not one reading."""
         spelled = normal(CLOSED.sub("", text[:LONGEST]))
         words = START.sub("", " ".join(spelled.rstrip(" .!").split()))
-        if len(text) > LONGEST or re.search("[.?!{}]", words) or re.search(r"-\d", text):
+        if len(text) > LONGEST or re.search("[.?!{}]", words) or GUESSED.search(text):
             raise Unread("malformed")
         return WALK_AWAY if LEAVES.fullmatch(words) else self.read(words)
 
