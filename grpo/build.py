@@ -20,6 +20,7 @@ from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.pages import CACHE_TOKENS
 from duologue.rollout.games.catalogue import corpus, kind_of
+from duologue.rollout.games.finals import ReadFinals
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import ScriptedDialogue
 from duologue.rollout.games.text_game import TextGame
@@ -248,7 +249,10 @@ def check_context(engine: Engine, contexts: Contexts) -> None:
     )
     for key, limit in limits:
         if longest > limit:
+            way = "raise it or lower dialogue.max_rounds or max_tokens_per_turn"
+            if isinstance(contexts.game, ReadFinals) and key.startswith("model"):
+                way += ", or name a chat model (--model DIR), for which this telling is meant"
             raise ValueError(
                 f"{key} = {limit} is below the {longest} tokens that {talk} of {rules.max_tokens_per_turn} "
-                "tokens per turn can take; raise it or lower dialogue.max_rounds or max_tokens_per_turn"
+                f"tokens per turn can take; {way}"
             )

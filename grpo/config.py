@@ -318,7 +318,7 @@ def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, Any]) -> None:
         unsaid = {"game.telling": "english"} | unsaid
         device = typed("model.device", model.get("device", "cpu"), "")
         named = "dtype" in model or "model.dtype" in unsaid
-        if not named and (dtype := natural_dtype(local(path), device)):
+        if not named and (dtype := natural_dtype(local(path, weights=False), device)):
             unsaid["model.dtype"] = dtype
     if typed("game.name", game.get("name", "deal"), "") not in ENGLISH:
         unsaid = {key: value for key, value in unsaid.items() if key != "game.telling"}

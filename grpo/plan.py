@@ -10,7 +10,6 @@ Bytes, unless a name says otherwise. H hidden, I MLP, V vocabulary, A query head
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,11 +21,12 @@ from duologue.grpo.blocks import block_of
 from duologue.grpo.config import Config
 from duologue.grpo.mix import START
 from duologue.grpo.space import stored_bytes
-from duologue.kernels import backend
+from duologue.kernels import backend, cores
 from duologue.kernels.head import CPU_BYTES, MIN_ROWS, gpu_bytes
 from duologue.model.checkpoint import parse_dtype, read_config
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.hub import local
 from duologue.model.lora import linears
 from duologue.model.recompute import LAYER, NORMS, NOTHING
 from duologue.rollout.engine.pages import CACHE_TOKENS
@@ -77,7 +77,8 @@ def shape_of(config: Config) -> ModelConfig | None:
     """Of the model that a run starts from; None where its folder does not say (an adapter, or nothing)."""
     m = config.model
     if m.path:
-        return read_config(m.folder) if (m.folder / "config.json").is_file() else None
+        folder = local(m.path, weights=False)
+        return read_config(folder) if (folder / "config.json").is_file() else None
     return ModelConfig(
         model_type="qwen3",
         hidden_size=m.hidden_size,
@@ -357,12 +358,8 @@ def memory_limits(device: str) -> tuple[int, int]:
         return 0, 0
     sizes = {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines}
     total, free = sizes["MemTotal"] + sizes.get("SwapTotal", 0), sizes.get("MemAvailable", 0)
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        file = Path("/sys/fs/cgroup", name)
-        text = file.read_text("ascii").strip() if file.is_file() and os.access(file, os.R_OK) else ""
-        if text.isdigit():
-            total, free = min(total, int(text)), min(free, int(text))
-    return total, free
+    most = cores.memory_limit()
+    return int(min(total, most)), int(min(free, most))
 
 
 def check_memory(config: Config, limits: tuple[int, int] | None = None, ranks: int = 1) -> str:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from duologue.grpo.config import Config
 from duologue.kernels import backend, cores
-from duologue.model.checkpoint import load_model, load_weights, parse_dtype
+from duologue.model.checkpoint import is_checkpoint, load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, empty_decoder
+from duologue.model.hub import is_pinned, local
 from duologue.model.lora import LoraDecoder, merged, new_adapter
 from duologue.model.peft import read_adapter
 from duologue.model.quantized import quantize
@@ -29,6 +30,14 @@ def check_device(config: Config) -> None:
         raise ValueError(
             f"model.device = {config.model.device!r}: accepted is cpu or one of {count} CUDA devices here"
         )
+
+
+def check_path(config: Config) -> None:
+    """Raise ValueError for a `model.path` that holds no checkpoint."""
+    path = config.model.path
+    if path and not is_checkpoint(local(path, weights=False)):
+        accepted = "a folder with a config.json or an adapter_config.json, or ORG/NAME in the Hub"
+        raise ValueError(f"model.path = {path!r} is not a checkpoint: accepted is {accepted}")
 
 
 def use_device(config: Config) -> None:
@@ -99,7 +108,8 @@ def build_policy(
 
 def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
     """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's."""
-    base = config.model.folder if (config.model.folder / "config.json").is_file() else ""
+    m = config.model
+    base = (m.path if is_pinned(m.path) else m.folder) if (m.folder / "config.json").is_file() else ""
     model, tokenizer = load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
     if isinstance(model, LoraDecoder) and config.lora.rank and config.lora.quantize:
         model.packed = quantize(model.adapter_off).packed
@@ -120,7 +130,7 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
         return model if c.rank else merged(model)
     if not c.rank:
         return model
-    base = str(config.model.folder.resolve())
+    base = config.model.path if is_pinned(config.model.path) else str(config.model.folder.resolve())
     model = quantize(model) if c.quantize else model
     return LoraDecoder(model, new_adapter(model, c.settings(base), derive_seed(config.train.seed, "adapter")))
 

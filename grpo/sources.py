@@ -78,5 +78,5 @@ def _hash(path: Path) -> str:
 
 def _hash_adapter(folder: Path) -> str:
     """Of an adapter's settings, with what its base holds in place of where that is."""
-    settings = {**read_json(folder / ADAPTER), "base_model_name_or_path": None}
+    settings = {**read_json(folder / ADAPTER), "base_model_name_or_path": None, "revision": None}
     return json.dumps([settings, content(read_settings(folder).base)], sort_keys=True)

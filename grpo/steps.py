@@ -53,8 +53,10 @@ class Steps:
         self.judge = build.build_judge(
             config, run.path / "judge.sqlite", lambda: (self.start_weights(), self.tokenizer), world
         )
-        self.corpus = build.build_corpus(config, self.game)
         latest = run.latest_checkpoint()
+        if latest is None:
+            policy.check_path(config)
+        self.corpus = build.build_corpus(config, self.game)
         texts = self.corpus or ([] if latest else build.first_texts(config, self.game))
         self.model, self.tokenizer = policy.build_policy(config, texts, latest)
         self.model.recompute = config.train.recompute

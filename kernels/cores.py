@@ -1,11 +1,12 @@
 """How many threads the machine gives this process: one for each physical core that it may run on (two
 hyper-threads of a core share the units that these kernels keep busy), and no more than a container's share of
-time allows."""
+time allows. And how much memory a container leaves it."""
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -27,31 +28,38 @@ def physical_cores(cpus: set[int], root: Path = Path("/")) -> int:
     return len(found)
 
 
-def _quotas(folder: Path, above: Path) -> list[float]:
-    """Processors' worth of time of this control group and of those above it."""
-    shares = []
-    for group in (folder, *folder.parents):
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The control groups that share something out to this process, its own and those above it."""
+    for line in _text(root / "proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        above = root / "sys/fs/cgroup" / controllers
+        own = above / path.strip("/")
+        yield from (group for group in (own, *own.parents) if group.is_relative_to(above))
+        yield above  # inside a container its own group is often mounted as the top
+
+
+def time_limit(root: Path = Path("/")) -> float:
+    """Processors' worth of time that this process's control groups leave it; inf without a limit."""
+    shares = [math.inf]
+    for group in _groups(root, "cpu"):
         words = _text(group / "cpu.max").split()  # version 2: "max 100000" or "150000 100000"
         if not words:  # version 1, where no limit is -1
             words = [_text(group / "cpu.cfs_quota_us"), _text(group / "cpu.cfs_period_us")]
         if len(words) == 2 and all(word.isdecimal() and int(word) > 0 for word in words):
             shares.append(int(words[0]) / int(words[1]))
-        if group == above:
-            break
-    return shares
+    return min(shares)
 
 
-def time_limit(root: Path = Path("/")) -> float:
-    """Processors' worth of time that this process's control groups leave it; inf without a limit."""
-    shares = []
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        above = root / "sys/fs/cgroup" / controllers
-        # inside a container its own group is often mounted as the top
-        shares += _quotas(above / path.strip("/"), above) + _quotas(above, above)
-    return min(shares, default=math.inf)
+def memory_limit(root: Path = Path("/")) -> float:
+    """Bytes that this process's control groups leave it; inf without a limit."""
+    found = [
+        _text(group / name)
+        for group in _groups(root, "memory")
+        for name in ("memory.max", "memory.limit_in_bytes")  # versions 2 and 1
+    ]
+    return min((int(text) for text in found if text.isdecimal()), default=math.inf)
 
 
 def available_cpus() -> set[int]:

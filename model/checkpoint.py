@@ -14,6 +14,7 @@ from duologue.model.atomic import write_folder
 from duologue.model.config import ModelConfig, one_or_list
 from duologue.model.decoder import Decoder, Linear, empty_decoder
 from duologue.model.files import CHECKSUMS, OF_TRAINERS, altered, read_json
+from duologue.model.hub import folder_of, is_name
 from duologue.model.lora import Adapter, LoraDecoder
 from duologue.model.peft import CONFIG as ADAPTER_CONFIG
 from duologue.model.peft import read_adapter, read_settings, write_adapter
@@ -50,16 +51,18 @@ def load_model(
         meant = f"if it was changed on purpose, remove {folder / CHECKSUMS}"
         raise ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}; {meant}")
     if (folder / ADAPTER_CONFIG).is_file():
-        below = Path(base or read_settings(folder).base)
+        named = str(base or read_settings(folder).base)
+        below = folder_of(named)
         if not (below / "config.json").is_file():
             raise ValueError(
                 f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as "
-                "model.path"
+                "model.path, to export as --base"
             )
+        named = named if is_name(named) else str(below.resolve())
         model, tokenizer = load_model(below, device, dtype)
         tokenizer = _tokenizer_of_adapter(folder, tokenizer)
         _check_vocabulary(folder, tokenizer, model.config)
-        return LoraDecoder(model, read_adapter(folder, model, str(below.resolve()))), tokenizer
+        return LoraDecoder(model, read_adapter(folder, model, named)), tokenizer
     config = read_config(folder)
     tokenizer = Tokenizer.from_dir(folder)
     _check_vocabulary(folder, tokenizer, config)
@@ -111,7 +114,7 @@ def natural_dtype(folder: Path, device: str) -> str:
     checkpoint. ValueError where it would be float32 on a GPU, and too large for that to be meant.
     """
     if (folder / ADAPTER_CONFIG).is_file():
-        folder = Path(read_settings(folder).base)
+        folder = folder_of(read_settings(folder).base, weights=False)
     elif not (folder / "config.json").is_file():
         return ""
     config = read_config(folder)

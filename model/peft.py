@@ -12,6 +12,7 @@ from typing import Any
 from duologue.model.config import LARGEST_FLOAT
 from duologue.model.decoder import Decoder
 from duologue.model.files import read_json
+from duologue.model.hub import is_pinned
 from duologue.model.lora import TARGETS, Adapter, LoraSettings, linears
 from duologue.model.weights import DTYPES, finite, opened
 from safetensors.torch import save_file
@@ -48,6 +49,7 @@ NEAR = ("lm_head", "model.embed_tokens")  # modules of the checkpoint that can h
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, into an existing folder; `peft` loads it."""
     s = adapter.settings
+    base, _, commit = s.base.partition("@") if is_pinned(s.base) else (s.base, "", "")
     raw = {
         "task_type": "CAUSAL_LM",
         "target_modules": list(s.targets),
@@ -57,7 +59,8 @@ def write_adapter(adapter: Adapter, folder: Path) -> None:
         "inference_mode": True,
         **s.raw,
         "peft_type": "LORA",
-        "base_model_name_or_path": s.base,
+        "base_model_name_or_path": base,
+        **({"revision": commit} if commit else {}),
         "r": s.rank,
         "lora_alpha": s.alpha,
         "lora_dropout": s.dropout,
@@ -91,6 +94,8 @@ def read_settings(folder: Path) -> LoraSettings:
     )
     if not isinstance(base, str | None):
         raise ValueError(f"{file}: base_model_name_or_path = {base!r}, accepted is a string")
+    if base and is_pinned(commit := f"{base}@{raw.get('revision')}"):
+        base = commit
     if not 0 <= dropout < 1:
         raise ValueError(f"{file}: lora_dropout = {dropout}, accepted is from 0 to below 1")
     rslora = raw.get("use_rslora", False)

@@ -187,3 +187,43 @@ def test_what_the_hub_does_not_give_is_one_line(
         assert "the Hub does not give it" in said
         assert len(said.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_describes_a_model_comes_before_its_weights(hub: Hub, tmp_path: Path) -> None:
+    """A run that does not fit says so before gigabytes are fetched."""
+    for folder in hub.folders.values():
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"hidden_size": 2**20, "intermediate_size": 2**24}), "utf-8"
+        )
+    done = duologue(hub, tmp_path / "home", "1", str(tmp_path / "run"), *RUN)
+    assert done.returncode == 1, done.stderr
+    assert "the run needs" in done.stderr
+    assert any(path.endswith("config.json") for path in hub.asked)
+    assert not any(path.endswith(".safetensors") for path in hub.asked)
+
+
+def test_an_adapter_names_its_base_in_the_hub_and_finds_it_there(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So do its card and peft's revision. Without the Hub, by what is cached of it."""
+    from huggingface_hub import constants
+
+    home, run, out = tmp_path / "home", tmp_path / "run", tmp_path / "out"
+    done = duologue(hub, home, "1", str(run), *RUN)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    local.cache_clear()
+    assert pinned(NAME) == f"{NAME}@{FIRST}"
+    assert main(["export", str(run), str(out)]) == 0
+    assert main(["export", str(run), str(tmp_path / "merged"), "--merge"]) == 0
+    kept = json.loads((out / "adapter_config.json").read_text("utf-8"))
+    assert (kept["base_model_name_or_path"], kept["revision"]) == (NAME, FIRST)
+    for folder in (out, tmp_path / "merged"):
+        card = (folder / "README.md").read_text("utf-8")
+        assert f'base_model: "{NAME}"\n' in card
+        assert f"began with `{NAME}` (commit {FIRST})" in card
+        assert str(home) not in card
+    with pytest.raises(ValueError, match="the Hub does not give it"):
+        pinned("org/unknown")

@@ -250,4 +250,25 @@ def test_a_container_limits_the_threads(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text + "\n")
     assert cores.time_limit(tmp_path) == limit
+    assert cores.memory_limit(tmp_path) == math.inf
     assert 1 <= cores.thread_count(tmp_path) <= max(1, math.ceil(min(limit, len(cores.available_cpus()))))
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "limit"),
+    [
+        ("0::/job/step", {"job/memory.max": "700", "job/step/memory.max": "max"}, 700),
+        ("0::/", {"memory.max": "max"}, math.inf),
+        ("9:memory:/a", {"memory/a/memory.limit_in_bytes": "8", "memory/memory.limit_in_bytes": "9"}, 8),
+    ],
+)  # fmt: skip
+def test_a_container_limits_the_memory(
+    tmp_path: Path, line: str, files: dict[str, str], limit: float
+) -> None:
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
+    for name, text in files.items():
+        path = tmp_path / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+    assert cores.memory_limit(tmp_path) == limit

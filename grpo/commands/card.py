@@ -12,6 +12,7 @@ from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.unsaid import run_of
 from duologue.model.files import read_json
+from duologue.model.hub import is_name, is_pinned
 from duologue.rollout.games.catalogue import kind_of
 from duologue.rollout.games.game import Measure
 
@@ -39,8 +40,13 @@ def card(source: Path, out: Path, adapter_of: str = "") -> str:
     """
     path = run_of(source)
     config = load_config(str(path)) if path else None
-    base = adapter_of or (config.model.path if config else "")
-    parts = [_front_matter(base, bool(adapter_of)), f"# {out.name}", _origin(config, base, bool(adapter_of))]
+    place = adapter_of or (config.model.path if config else "")
+    base, _, commit = place.partition("@") if is_pinned(place) else (place, "", "")
+    parts = [
+        _front_matter(base, bool(adapter_of)),
+        f"# {out.name}",
+        _origin(config, base, commit, bool(adapter_of)),
+    ]
     if path is not None and config is not None:
         parts += _figures(path.parent, source, config)
     places = {"folder": out.name, "base": base}
@@ -56,13 +62,14 @@ def _block(language: str, text: str) -> str:
 
 def _front_matter(base: str, adapter: bool) -> str:
     lines = [f"library_name: {'peft' if adapter else 'transformers'}", "pipeline_tag: text-generation"]
-    if base:
+    if is_name(base):  # what the Hub knows
         lines.append(f"base_model: {json.dumps(base)}")
     return "\n".join(["---", *lines, "tags:", "- duologue", "---"])
 
 
-def _origin(config: Config | None, base: str, adapter: bool) -> str:
+def _origin(config: Config | None, base: str, commit: str, adapter: bool) -> str:
     began = f"began with `{base}`" if base else "began from random weights"
+    began += f" (commit {commit})" if commit else ""
     what = "An adapter" if adapter else "A language model"
     if config is None:
         return f"{what} as duologue exported it."
