@@ -108,8 +108,8 @@ def use(isa: str) -> None:
     if _lib is None:
         raise ValueError(f"DUOLOGUE_CPU = {isa!r}: the C++ kernels are not built, nothing can be chosen")
     if not _lib.use(isa):
-        accepted = f"accepted is one of {', '.join(ISAS)} that this machine can run"
-        raise ValueError(f"DUOLOGUE_CPU = {isa!r}: {accepted}")
+        accepted = ", ".join(filter(runs, ISAS))
+        raise ValueError(f"DUOLOGUE_CPU = {isa!r}: accepted is one of {accepted} on this machine")
 
 
 def runs(isa: str) -> bool:
