@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from duologue.model.files import TEMPLATES, altered
+from duologue.model.hub import folder_of
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -44,6 +45,12 @@ def checkpoints(run: Path) -> list[Path]:
     """The `step_*` checkpoints of a run directory, the oldest first."""
     folders = (run / "checkpoints").glob("step_*")
     return sorted((path for path in folders if re.fullmatch(r"step_\d{6,}", path.name)), key=step_of)
+
+
+def checkpoint_of(place: str | Path) -> Path:
+    """Of what a command names: a run's last checkpoint, a folder as it is, a name in the Hub."""
+    folder = folder_of(str(place))
+    return latest_checkpoint(folder) or folder
 
 
 def latest_checkpoint(run: Path) -> Path | None:

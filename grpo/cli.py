@@ -262,11 +262,12 @@ def _resolved(options: argparse.Namespace, shortcuts: dict[str, Any]) -> Config:
     """The configuration; `shortcuts` are settings that have an option of their own."""
     from duologue.grpo.policy import check_device
     from duologue.grpo.unsaid import resolved
+    from duologue.model.hub import is_name
 
     chosen = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     run = options.run_dir if getattr(options, "resume", False) else None
     players = (*getattr(options, "players", []), getattr(options, "against", None) or "")
-    player = next((name for name in players if Path(name).is_dir()), "")
+    player = next((name for name in players if Path(name).is_dir() or is_name(name)), "")
     config = resolved(options.recipe, [*options.overrides, *chosen], run, player, options.device or "cpu")
     check_device(config)
     return config

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_server
-from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.checkpoints import checkpoint_of
 from duologue.grpo.config import Config
 from duologue.grpo.crossplay import CrossPlay, Player
 from duologue.grpo.policy import load_policy
@@ -51,8 +51,8 @@ def load_player(name: str, config: Config, game: Game, start: Path) -> Player:
         return scripted_player(name, config, game)
     if name == START and not start.is_dir():
         raise ValueError(f"{START}: there is no {start}; accepted where the first player is a run directory")
-    path = start if name == START else Path(name)
-    return policy_player(name, *load_policy(latest_checkpoint(path) or path, config), config)
+    path = checkpoint_of(start if name == START else name)
+    return policy_player(name, *load_policy(path, config), config)
 
 
 def policy_player(name: str, model: Decoder, tokenizer: Tokenizer, config: Config) -> Player:

@@ -12,7 +12,7 @@ from duologue.grpo.checkpoints import latest_checkpoint
 from duologue.grpo.config import RUN_FILE, Config, load_config
 from duologue.grpo.resume import settings_of
 from duologue.model.checkpoint import natural_dtype
-from duologue.model.hub import is_pinned, pinned
+from duologue.model.hub import folder_of, is_pinned, pinned
 from duologue.model.tokenizer import TEMPLATE
 
 KEPT = ("game.telling", "model.dtype")
@@ -68,7 +68,7 @@ def unsaid(player: str | Path, device: str = "cpu") -> dict[str, str]:
     """What follows from a player where no setting says it: of a checkpoint how games are told and the type of
     its weights, of others nothing.
     """
-    folder = Path(player)
+    folder = folder_of(str(player), weights=False)
     if not folder.is_dir():
         return {}
     found = {"game.telling": "english"} if knows_english(folder) else {}

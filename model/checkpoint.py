@@ -111,7 +111,8 @@ def is_checkpoint(folder: Path) -> bool:
 def natural_dtype(folder: Path, device: str) -> str:
     """The type that a checkpoint runs in where nobody says it: that of its config.json; on a CPU float32 but
     for bfloat16 on a processor that has it. An adapter's is its base's; "" of a folder without a
-    checkpoint. ValueError where it would be float32 on a GPU, and too large for that to be meant.
+    checkpoint. float16 becomes bfloat16, for without scaled losses its gradients vanish. ValueError where
+    it would be float32 on a GPU, and too large for that to be meant.
     """
     if (folder / ADAPTER_CONFIG).is_file():
         folder = folder_of(read_settings(folder).base, weights=False)
@@ -125,7 +126,7 @@ def natural_dtype(folder: Path, device: str) -> str:
     if config.dtype == "float32" and n > MOST_FP32:
         held = f"{folder} is in float32, in which a GPU trains {n / 1e6:,.0f}M parameters slowly"
         raise ValueError(f"model.dtype: {held}; accepted is bfloat16, or float32 where it is said")
-    return config.dtype
+    return "bfloat16" if config.dtype == "float16" else config.dtype
 
 
 def load_weights(model: Decoder, folder: Path, device: str | torch.device, dtype: torch.dtype) -> None:

@@ -171,6 +171,9 @@ def test_a_run_on_a_gpu_has_settings_that_suit_one(
     assert gpu.rollout.cache_tokens > cpu.rollout.cache_tokens
     assert (cpu.train.recompute, gpu.train.recompute) == ("none", "norms")
     assert not gpu.rollout.released
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float16"}), "utf-8")
+    half = load_config("collective-agency", ["model.device=cuda", f"model.path={folder}"])
+    assert half.model.dtype == "bfloat16"
     said = ["model.device=cuda:1", f"model.path={folder}", "model.dtype=float16", "rollout.page_size=32"]
     chosen = load_config("collective-agency", said)
     assert (chosen.model.dtype, chosen.rollout.page_size) == ("float16", 32)

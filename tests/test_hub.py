@@ -227,3 +227,7 @@ def test_an_adapter_names_its_base_in_the_hub_and_finds_it_there(
         assert str(home) not in card
     with pytest.raises(ValueError, match="the Hub does not give it"):
         pinned("org/unknown")
+    told = tmp_path / "told.jsonl"
+    words = ["eval", NAME, "--recipe", "deal", *RUN[7:], "--save-dialogues", str(told)]
+    assert main([word for word in words if "partners" not in word and "lora" not in word]) == 0
+    assert "You and another person" in told.read_text("utf-8")

@@ -11,7 +11,7 @@ from typing import Any
 
 from duologue.grpo.ability.measure import LEVELS, Subject, measure, subject
 from duologue.grpo.build import MEMORY, build_game, build_judge
-from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.checkpoints import checkpoint_of
 from duologue.grpo.config import Config
 from duologue.grpo.partners import START, start_of
 from duologue.grpo.policy import load_policy, use_device
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace, resolve: Callable[[], Config]) -> int:
     config = resolve()
     use_device(config)
     began = time.monotonic()
-    policy = _loaded(latest_checkpoint(path) or path, config)
+    policy = _loaded(checkpoint_of(path), config)
     base = _base(options.against, path, config)
     found = _measured(config, policy, base, has_game=bool(recipe))
     found["seconds"] = time.monotonic() - began
@@ -72,8 +72,7 @@ def _base(against: str | None, player: Path, config: Config) -> Subject | None:
     """Whom --against names, or what the run began from."""
     if against is None:
         return _loaded(config.model.folder, config) if config.model.path else None
-    path = start_of(player) if against == START else Path(against)
-    return _loaded(latest_checkpoint(path) or path, config)
+    return _loaded(checkpoint_of(start_of(player) if against == START else against), config)
 
 
 def table(found: dict[str, Any]) -> Table:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
-from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.checkpoints import checkpoint_of
 from duologue.grpo.commands.aloud import Aloud, Wrapped
 from duologue.grpo.config import RECIPES, Config, load_config
 from duologue.grpo.policy import load_policy, use_device
@@ -96,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
             f"--game: with {game.name} the policy answers alone, accepted is a game of two, "
             "e.g. collective-agency"
         )
-    checkpoint = latest_checkpoint(options.checkpoint) or options.checkpoint
+    checkpoint = checkpoint_of(options.checkpoint)
     model, tokenizer = load_policy(checkpoint, config)
     scenario = game.sample(random.Random(derive_seed(options.seed, "play")), "heldout")
     side = {"first": 0, "second": 1}[options.side]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from duologue.grpo.build import build_engine, build_game
-from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.checkpoints import checkpoint_of
 from duologue.grpo.commands.compare import compare, table
 from duologue.grpo.config import Config
 from duologue.grpo.console import Progress, formatted
@@ -51,7 +51,7 @@ def conditions(config: Config) -> str:
 
 def _alone(options: argparse.Namespace, config: Config) -> int:
     path = Path(options.players[0])
-    model, tokenizer = load_policy(latest_checkpoint(path) or path, config)
+    model, tokenizer = load_policy(checkpoint_of(path), config)
     game = build_game(config)
     metrics, dialogues = evaluate(build_engine(config, model), tokenizer, game, config, None)
     _write_dialogues(options, [d.record(stage="eval") for d in dialogues])
