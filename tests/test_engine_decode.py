@@ -348,7 +348,7 @@ def test_what_is_launched_before_the_last_was_read(
     assert queue.overlaps > 5
     assert engine.pool.n_free == engine.pool.n_pages
     assert engine.stats.preemptions > 0 or tokens > 256
-    assert not any(r.ahead for r in (engine._runner.loop._flight or SimpleNamespace(rows=())).rows)
+    assert not any(r.ahead for flight in engine._runner.loop._flights.values() for r in flight.rows)
 
 
 def turns(engine: Engine, seed: int, cancelled: int) -> list[tuple[Any, ...]]:

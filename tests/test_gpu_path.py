@@ -463,3 +463,40 @@ def test_a_prefill_leaves_the_graph_of_those_that_decode(monkeypatch: pytest.Mon
     assert engine.stats.decode_tokens == before + 12
     engine.run()
     assert drawn([r.completion for r in requests]) == plain
+
+
+@pytest.mark.parametrize(("adapters", "largest"), [(3, 512), (1, 4), (3, 2)])
+def test_graphs_of_several_adapters_and_of_part_of_the_rows_draw_the_same(
+    adapters: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Opponents that are adapters decode in graphs beside the policy, and beyond the largest graph rows go on
+    without one. Rows end at different times, and others begin.
+    """
+    monkeypatch.setattr(Decoder, "paged_layers", lambda self: None)
+    monkeypatch.setattr(decode_gpu, "BUCKETS", tuple(b for b in decode_gpu.BUCKETS if b <= largest))
+    graphs, base = Graphs(monkeypatch), decoder(vocab_size=70)
+    policy, *others = (new_adapter(base, LoraSettings(rank=2, base=""), seed) for seed in range(3))
+    for adapter in (policy, *others):
+        for _, b in adapter.pairs.values():
+            b.data.normal_()
+
+    def drawn_with(steps: int) -> tuple[list[tuple[Any, ...]], Engine]:
+        engine = Engine(LoraDecoder(base, policy), decode_steps=steps)
+        engine.use_adapters(others)
+        loop: Any = engine._runner.loop
+        if loop is not None:
+            loop.capture, loop.held = True, 2
+        branches = [engine.open([i + 1, 5, 9], adapter=i % adapters) for i in range(7)]
+        params = [SamplingParams(max_new_tokens=23 - 3 * i, seed=i) for i in range(7)]
+        requests = [engine.start(branch, how) for branch, how in zip(branches[:5], params, strict=False)]
+        for _ in range(2):
+            engine.step()
+        requests += [engine.start(branch, how) for branch, how in zip(branches[5:], params[5:], strict=True)]
+        engine.run()
+        return drawn([r.completion for r in requests]), engine
+
+    plain, _ = drawn_with(1)
+    found, engine = drawn_with(4)
+    assert found == plain
+    assert {key[2] for key in engine._runner.loop._buckets} == {*range(adapters)}  # type: ignore[union-attr]
+    assert len(graphs.captures) >= adapters

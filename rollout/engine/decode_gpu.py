@@ -19,7 +19,9 @@ Shapes: B rows of the bucket, n requests in them, k steps, W pages of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -48,6 +50,19 @@ from torch import Tensor
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # rows
 WIDTHS = (16, 64, 256, 1024, 4096, 1 << 20)  # pages of a row
 HELD = 2  # steps that run while the host works: two take a GPU longer than the host takes for eight
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """An engine that Python happens to collect gives memory back, which would end a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 @dataclass(slots=True)
@@ -80,7 +95,7 @@ class DeviceLoop(DecodeLoop):
         self.scratch = scratch
         self.capture = capture
         self.held = HELD if capture else 0  # without a device of its own nothing runs beside the host
-        self._flight: _Flight | None = None
+        self._flights: dict[int, _Flight] = {}  # by adapter
         self.device = model.head_weight.device
         self.page_size = 0
         self._address = 0
@@ -103,13 +118,13 @@ class DeviceLoop(DecodeLoop):
 
     def leave(self) -> None:
         super().leave()
-        self._flight = None
+        self._flights.clear()
 
     def forget(self) -> None:
         """The pool goes with its graphs: a dead one may not be captured into."""
-        if self._flight is not None:
-            self._flight.reading.wait()
-        self._flight = None
+        for flight in self._flights.values():
+            flight.reading.wait()
+        self._flights.clear()
         self._buckets.clear()
         self._memory = None
 
@@ -121,15 +136,19 @@ class DeviceLoop(DecodeLoop):
         )
 
     def parts(self, works: list[Work]) -> list[list[Work]]:
-        """Rows that decode keep their graph beside the prefill of others."""
-        ahead: list[Work] = []
+        """Rows that decode keep their graph, one for each adapter, beside the prefill of others and what is
+        beyond a graph's rows.
+        """
+        ahead: dict[int, list[Work]] = {}
         others: list[Work] = []
         for work in works:
             request = work.request
             decodes = work.samples and work.n_tokens == 1 and not (request.plain or request.guided)
-            (ahead if decodes and len(request.stop_token_ids) <= STOPS else others).append(work)
-        apart = self.capture and ahead and others and self.takes([w.request for w in ahead])
-        return [others, ahead] if apart else [works]
+            part = ahead.setdefault(request.branch.adapter, []) if decodes else others
+            fits = len(part) < BUCKETS[-1] and len(request.stop_token_ids) <= STOPS
+            (part if fits else others).append(work)
+        parts = [part for part in (others, *ahead.values()) if part]
+        return parts if self.capture and any(ahead.values()) else [works]
 
     def reach(self, left: Sequence[int]) -> int:
         """Until the last one ends, for a row that has stopped costs nothing more."""
@@ -137,7 +156,7 @@ class DeviceLoop(DecodeLoop):
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], steps: int) -> Read:
-        before, self._flight = self._flight, None
+        before = self._flights.pop(requests[0].branch.adapter, None)
         source = np.full(len(requests), -1)
         if before is not None:
             source[:] = [before.rows[r] if r.ahead else -1 for r in requests]
@@ -173,7 +192,8 @@ class DeviceLoop(DecodeLoop):
             for _ in range(read, steps):
                 bucket.step()
             rows = {request: row for row, request in enumerate(requests)}
-            self._flight = _Flight(rows, steps - read, bucket.send(read, steps), bucket.rows.state)
+            flight = _Flight(rows, steps - read, bucket.send(read, steps), bucket.rows.state)
+            self._flights[requests[0].branch.adapter] = flight
             for request in requests:
                 request.ahead = steps - read
         return partial(reading.decoded, slice(len(requests)))
@@ -290,7 +310,7 @@ class DeviceLoop(DecodeLoop):
                 step()
         torch.cuda.current_stream(self.device).wait_stream(self._stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
+        with _no_collection(), torch.cuda.graph(graph, pool=self._memory, stream=self._stream):
             step()
         self._memory = self._memory or graph.pool()
         return graph.replay
