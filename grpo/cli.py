@@ -41,16 +41,17 @@ SETTINGS = "Settings: section.key=value or --section.key value, e.g. grpo.group_
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code."""
+    words = [*(sys.argv[1:] if argv is None else argv)]
     try:
-        rest, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-        options = _parser().parse_args(rest)
-        options.overrides = overrides
-        options.argv = [*(sys.argv[1:] if argv is None else argv)]
+        rest, overrides = split_overrides(words)
+        try:
+            options = _parser().parse_args(rest)
+        except SystemExit as stop:  # argparse has printed what is wrong
+            return int(stop.code or 0)
+        options.overrides, options.argv = overrides, words
         if overrides and not options.takes_settings:
             raise ValueError(f"{options.command} takes no settings, got {overrides[0]}")
         return int(options.run(options))
-    except SystemExit as stop:  # argparse has printed what is wrong
-        return int(stop.code or 0)
     except KeyboardInterrupt:
         return INTERRUPTED
     except ValueError as error:
@@ -202,8 +203,9 @@ def _train(options: argparse.Namespace) -> int:
     if options.ranks < 1:
         raise ValueError(f"--ranks = {options.ranks}: accepted is 1 or more")
     started = "TORCHELASTIC_RUN_ID" in os.environ  # as a rank, which looks for itself
-    config = config if started else fitted(config, options.ranks)
-    note = "" if started else check_memory(config, ranks=options.ranks)
+    on_gpus = options.ranks > 1 and config.model.device.startswith("cuda")  # to look would take memory there
+    config = config if started or on_gpus else fitted(config, options.ranks)
+    note = "" if started or on_gpus else check_memory(config, ranks=options.ranks)
     if not started and options.ranks == 1:
         return _train_run(options, config, _open_run(options, config), note)
     from duologue.grpo.distributed.launch import joined, launch, opened, use_cores
@@ -277,8 +279,7 @@ def _open_run(options: argparse.Namespace, config: Config, kind: type[RunDir] | 
     """The run to work on; None when it is finished already."""
     from duologue.grpo.run_dir import RunDir, finished
 
-    kind = kind or RunDir
-    path, toml = options.run_dir, config.to_toml()
+    kind, path, toml = kind or RunDir, options.run_dir, config.to_toml()
     if options.from_previous and not options.resume:
         raise ValueError("--from-previous goes with --resume")
     if options.resume:

@@ -209,6 +209,8 @@ class Trainer(Watched):
             lambda folder: write_checkpoint(self.model, self.tokenizer, folder),
             needed=weight_bytes(self.model),
         )
+        if self.config.imitation.steps:
+            self._save()  # before it is measured, which may fail
         self.warm_start = self._evaluate("warm_start")
         self.optimizer.reset()
         self._save()

@@ -131,11 +131,12 @@ def test_kill_9_and_resume_gives_the_same_run(whole: Path, tmp_path: Path) -> No
     assert_same_run(whole, path)
 
 
+@pytest.mark.parametrize(("measured", "step"), [("warm_start", 4), ("trained", 8)])
 def test_what_was_trained_is_there_when_measuring_it_fails(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, tmp_path: Path, measured: str, step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evaluated(trainer: Any, policy: str) -> Any:
-        if policy == "trained":
+        if policy == measured:
             raise OSError("no room to measure in")
         return evaluate(trainer, policy)
 
@@ -146,7 +147,7 @@ def test_what_was_trained_is_there_when_measuring_it_fails(
         with pytest.raises(OSError, match="no room to measure"):
             train(c, run, Progress(quiet=True), threading.Event())
     run.close()
-    assert (tmp_path / "run/checkpoints/step_000008/model.safetensors").is_file()
+    assert (tmp_path / f"run/checkpoints/step_{step:06}/model.safetensors").is_file()
     train(c, RunDir.resume(tmp_path / "run", c.to_toml()), Progress(quiet=True), threading.Event())
     assert_same_run(whole, tmp_path / "run")
 
