@@ -21,6 +21,7 @@ LINES = ("metrics.jsonl", "dialogues.jsonl")
 LENGTHS = "lines.json"  # in a checkpoint: bytes of each of LINES when it was saved, and of its own files
 STATE = "trainer_state.json"
 OPTIMIZER = "optimizer.pt"
+DAMAGED = "damaged_"  # before the name of a checkpoint that was set aside
 STATE_TYPES: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "seconds": (int, float),
@@ -147,7 +148,7 @@ def damaged(folder: Path, reason: str, seen_at_once: bool = True) -> ValueError:
 
 def put_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint, so that no run takes it for one; where it is now."""
-    names = (f"damaged_{folder.name}" + (f".{n}" if n else "") for n in itertools.count())
+    names = (f"{DAMAGED}{folder.name}" + (f".{n}" if n else "") for n in itertools.count())
     aside = next(path for name in names if not (path := folder.with_name(name)).exists())
     return folder.rename(aside)
 

@@ -25,6 +25,7 @@ WATCHED = (  # rules of [watch]
 )
 Row = Mapping[str, Any]
 SIDES = ("side 1", "side 2")
+NOISE = 3.0  # distances of a step from the mean, in the mean, that a fall of the reward must exceed
 STATS = (  # that means are kept of, in a line's `watch`
     *(f"{name}_{side}" for name in ("reward", "no_variance") for side in (0, 1)),
     *("win_share", "distinct_2", "echo", "turn_tokens", "cut", "malformed"),
@@ -158,9 +159,17 @@ class Watch:
         if self._begun < self.config.fast_steps:
             weight = 1 / (self._begun + 1)
             self.first[name] = self.first.get(name, value) * (1 - weight) + value * weight
+        if name in self.fast:  # how far a step lies from those before it: a fall is measured by that, too
+            distance, spread = abs(value - self.fast[name]), f"spread_{name}"
+            weight = self._weight(self.config.slow_steps)
+            self.slow[spread] = self.slow.get(spread, distance) * (1 - weight) + distance * weight
         for means, span in ((self.fast, self.config.fast_steps), (self.slow, self.config.slow_steps)):
-            weight = 2 / (span + 1)  # of an exponential mean that looks back on `span` steps
+            weight = self._weight(span)
             means[name] = means[name] * (1 - weight) + value * weight if name in means else value
+
+    def _weight(self, span: int) -> float:
+        """Of a step in an exponential mean that looks back on `span` steps, in a plain one before."""
+        return max(2 / (span + 1), 1 / (self.steps + 1))
 
     # ---- rules ---------------------------------------------------------------------------------------------
 
@@ -181,7 +190,8 @@ class Watch:
         c, fast, slow, found = self.config, self.fast, self.slow, {}
         for side, name in enumerate(SIDES):
             now, before = fast.get(f"reward_{side}", math.nan), slow.get(f"reward_{side}", math.nan)
-            if c.reward and before - now > c.reward * abs(before):
+            least = max(c.reward * abs(before), NOISE * slow.get(f"spread_reward_{side}", 0.0))
+            if c.reward and before - now > least:
                 found["reward"] = f"the reward of {name} fell to {now:.3g} from a mean of {before:.3g}"
             if c.no_variance and (share := fast.get(f"no_variance_{side}", 0.0)) > c.no_variance:
                 found["no_variance"] = f"{share:.0%} of the groups have no variance for {name}"

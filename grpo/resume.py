@@ -9,7 +9,7 @@ from typing import Any
 from duologue.grpo.checkpoints import STATE, json_object, latest_checkpoint
 from duologue.grpo.collapse import WatchSection
 from duologue.grpo.config import from_dict
-from duologue.grpo.sources import MODELS, TEXTS, Key, content, noted_sources, place_of
+from duologue.grpo.sources import MODELS, TEXTS, Key, class_in, content, noted_sources, place_of
 from duologue.kernels import backend, libraries
 from duologue.model.checkpoint import parse_dtype
 from duologue.model.settings import keys
@@ -67,10 +67,12 @@ def check_same(before: Settings, after: Settings, path: Path) -> None:
 def _other_source(before: Settings, after: Settings, key: Key, run: Path) -> list[str]:
     """What a place was and is, where it is not the same content as when the run began."""
     a, b, name = before[key], after.get(key), ".".join(key)
-    noted = noted_sources(run).get(name) or (content(a) if a != b else "")
+    noted = noted_sources(run).get(name) or (content(place_of(before, key)) if a != b else "")
     if a == b and (not noted or not _read_again(before, key, run)):
         return []
-    if b and noted and content(str(b)) == noted:
+    place = place_of(after, key)
+    same_class = key != ("game", "name") or class_in(str(a)) == class_in(str(b))
+    if place and noted and same_class and content(place) == noted:
         return []
     return [f"{name} = {a!r}, not {b!r}" if a != b else f"other content of {name} = {a!r}"]
 

@@ -18,6 +18,7 @@ from duologue.model.peft import read_settings
 FILE = "sources.json"  # in the run directory: setting -> hash
 MODELS = (("model", "path"), ("judge", "model"), ("opponent", "path"))
 TEXTS = (
+    ("game", "name"),
     ("game", "dilemmas"),
     ("game", "personas"),
     ("game", "tasks"),
@@ -44,7 +45,15 @@ def place_of(settings: Settings, key: Key) -> str:
     """The path that a setting names, "" where it names none."""
     if key == ("judge", "model") and settings.get(("judge", "backend")) != "model":
         return ""  # a server's name of its model
+    if key == ("game", "name"):  # a file of one's own, and in it a class
+        path = str(settings.get(key) or "").rpartition(".py")[0]
+        return f"{path}.py" if path else ""
     return str(settings.get(key) or "")
+
+
+def class_in(name: str) -> str:
+    """Of a game's name that is a file, and in it a class."""
+    return name.rpartition(".py")[2]
 
 
 def noted_sources(run: Path) -> dict[str, Any]:

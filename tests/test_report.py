@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from duologue.grpo.commands.charts import HEIGHT, WIDTH, chart, short, ticks
+from duologue.grpo.commands.partners import table
 from duologue.grpo.commands.report import _pieces, write_report
 from duologue.grpo.config import load_config
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
@@ -348,3 +349,17 @@ def test_lines_stay_in_the_chart_and_keep_their_values() -> None:
 def test_short_numbers() -> None:
     assert [short(v) for v in (0, 0.25, 1234, 56_789, 3e-7)] == ["0", "0.25", "1,234", "57k", "3e-07"]
     assert [short(v, True) for v in (0, 0.025, 0.5, 1)] == ["0%", "2.5%", "50%", "100%"]
+
+
+def test_elo_is_that_of_the_last_step_in_which_a_partner_was_met() -> None:
+    payoff = {
+        "dialogues": 1, "agreement": 1.0, "policy": 0.5, "opponent": 0.5, "policy_points": 5.0,
+        "opponent_points": 5.0, "score": 0.5,
+    }  # fmt: skip
+    metrics = [
+        {"step": step, "partners": {name: payoff}, "payoff": {}, "elo": {name: elo}}
+        for step, (name, elo) in enumerate([("a", 1000.0), ("a", 1100.0), ("a", 1200.0), ("b", 900.0)])
+    ]
+    rows = dict(table(metrics)["rows"])
+    assert "1200" in rows["a"]
+    assert "900" in rows["b"]

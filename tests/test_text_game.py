@@ -357,6 +357,10 @@ def broken(folder: Path, **methods: str) -> Path:
             r"reset\(\) raised ZeroDivisionError: division by zero \(.*mine\.py, line 2\)",
         ),
         (
+            {"reset": "def reset(self, seed): raise SystemExit(0)"},
+            r"reset\(\) raised SystemExit: 0 \(.*mine\.py, line 2\)",
+        ),
+        (
             {"__init__": "def __init__(self, size): pass"},
             r"game\.options = \{\}: .*mine\.py does not take them: missing a required argument: 'size'",
         ),
@@ -374,6 +378,7 @@ def test_a_game_that_cannot_begin(tmp_path: Path, methods: dict[str, str], messa
         ({"step": "def step(self, text): return self.board"}, r"no attribute 'board' \(.*mine\.py, line 4\)"),
         ({"scores": "def scores(self): return 1"}, r"scores\(\) gave 1: accepted is two finite numbers"),
         ({"scores": "def scores(self): return 1, float('nan')"}, r"scores\(\) gave \(1, nan\)"),
+        ({"scores": "def scores(self): return 1, 10**400"}, r"scores\(\) gave \(1, 10000"),
         ({"summary": "def summary(self): return {'a b': 1}"}, r"summary\(\) gave \{'a b': 1\}"),
         ({"summary": "def summary(self): return {'moves': 1}"}, r"summary\(\) has 'moves': accepted is any"),
         ({"legal": "def legal(self): return [' a']"}, r"the legal move ' a' is read back as 'a'"),
@@ -630,3 +635,20 @@ def test_what_textarena_cannot_play(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "textarena", None)
     with pytest.raises(ValueError, match=r"textarena is needed: pip install 'duologue\[textarena\]'"):
         game_of("textarena:KuhnPoker-v0")
+
+
+def test_a_file_with_another_game_in_it_is_not_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At another place, as it was, it may be."""
+    path = broken(tmp_path)
+    command = ["train", "text-game", *SMALL, *BESIDE, "--run-dir", str(tmp_path / "run")]
+    assert main([*command, f"game.name={path}", "train.steps=1"]) == 0
+    moved = path.rename(path.with_name("elsewhere.py"))
+    resumed = [*command, f"game.name={moved}", "--resume"]
+    assert main([*resumed, "train.steps=2"]) == 0
+    moved.write_text(moved.read_text("utf-8") + "# another\n", "utf-8")
+    capsys.readouterr()
+    assert main([*resumed, "train.steps=3"]) == 2
+    assert "was started with " in (said := capsys.readouterr().err)
+    assert "game.name" in said

@@ -277,6 +277,15 @@ def line(entropy: float = 1.0, kl: float | None = 0.1, score: float = 0.5, **mor
     return {**row, "eval": evaluation, "watch": {**FINE, "changed": True, **more}}
 
 
+def test_a_reward_that_is_noise_around_zero_does_not_fall() -> None:
+    """As in a game of constant sum, where the mean is near nothing."""
+    for seed in range(20):
+        watch, rng = Watch(WatchSection(stop=(), rollback=("reward",))), random.Random(seed)
+        for _ in range(100):
+            watch.feed(line(**{f"reward_{side}": rng.gauss(0.0, 0.1) for side in (0, 1)}))
+            assert not watch.alarms
+
+
 @pytest.mark.parametrize(
     ("rule", "bad"),
     [

@@ -31,9 +31,9 @@ def table(metrics: Sequence[Record]) -> Record:
     characters = _means([_characters(row["payoff"]) for row in latest])
     if "scripted" in rows:
         rows |= characters
-    ratings = dict(latest[-1]["elo"]) if latest else {}
+    ratings: dict[str, float] = {}  # each the latest, which need not be of the last step
     for row in latest:
-        ratings = row["elo"] | ratings
+        ratings |= row["elo"]
     return {
         "steps": len(latest),
         "headings": [heading for heading, _ in COLUMNS.values()],

@@ -180,7 +180,7 @@ def _table(title: str, columns: Iterable[str]) -> Table:
     shown = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     shown.add_column("", no_wrap=True)
     for name in columns:
-        shown.add_column(name, justify="right")
+        shown.add_column(name, justify="right", overflow="fold")  # in a narrow terminal, whole
     return shown
 
 

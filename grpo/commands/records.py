@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from duologue.grpo.checkpoints import DAMAGED
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.games.texts import read_text
 
@@ -29,10 +30,10 @@ def config_text(run_dir: Path) -> tuple[str, Record]:
 
 
 def any_tokenizer(run_dir: Path) -> Tokenizer | None:
-    """Any checkpoint's: they share it."""
-    for file in sorted(run_dir.glob("checkpoints/[!.]*/tokenizer.json")):
-        return Tokenizer.from_dir(file.parent)
-    return None
+    """Any checkpoint's, for they share it; of one that was set aside as damaged, none."""
+    files = sorted(run_dir.glob("checkpoints/[!.]*/tokenizer.json"))
+    whole = [file.parent for file in files if not file.parent.name.startswith(DAMAGED)]
+    return Tokenizer.from_dir(whole[0]) if whole else None
 
 
 def with_numbers(record: Record) -> Record:

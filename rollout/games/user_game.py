@@ -97,7 +97,7 @@ def _imports(folder: Path, name: str) -> Iterator[None]:
     sys.path.insert(0, str(folder))
     try:
         yield
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise BadGameError(f"game.name = {name!r}: {type(error).__name__}: {error}{_place(error)}") from error
     finally:
         sys.path[:] = before
@@ -234,7 +234,7 @@ class Match:
             return function(*args, **options)
         except BadGameError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             what = f"{type(error).__name__}: {error}"
             place = _place(error, self._file)
             raise GameFailedError(f"{self.name}: {method}() raised {what}{place}") from error
@@ -278,7 +278,11 @@ def _is_legal(legal: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
+    """A number that a float can hold."""
+    try:
+        return isinstance(value, int | float | np.number | np.bool_) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _are_scores(scores: Any) -> bool:
