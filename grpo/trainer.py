@@ -256,6 +256,8 @@ class Trainer(Watched):
             summary["ability"] = at_end(
                 self.config, engine, self.tokenizer, self.game, self.judge, self.world
             )
+        self._save()  # which knows of the lines that were added
+        self.saver.wait()
         self.run_dir.write_summary(summary)
         return summary
 

@@ -23,6 +23,7 @@ from duologue.model.weights import DTYPES, EMBEDDING, HEAD, INDEX, SINGLE, finit
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+ABSENT = "which is no checkpoint here: give its place as model.path, to export as --base"  # of a base
 MOST_FP32 = 100_000_000  # parameters of a checkpoint that a GPU trains in float32 without being told so
 
 
@@ -52,12 +53,12 @@ def load_model(
         raise ValueError(f"the checkpoint {folder} is damaged ({reason}); {way}; {meant}")
     if (folder / ADAPTER_CONFIG).is_file():
         named = str(base or read_settings(folder).base)
-        below = folder_of(named)
+        try:
+            below = folder_of(named)
+        except ValueError as error:  # of the Hub
+            raise ValueError(f"{folder} is an adapter on {named}, {ABSENT}: {error}") from error
         if not (below / "config.json").is_file():
-            raise ValueError(
-                f"{folder} is an adapter on {below}, which is no checkpoint here: give its place as "
-                "model.path, to export as --base"
-            )
+            raise ValueError(f"{folder} is an adapter on {below}, {ABSENT}")
         named = named if is_name(named) else str(below.resolve())
         model, tokenizer = load_model(below, device, dtype)
         tokenizer = _tokenizer_of_adapter(folder, tokenizer)
