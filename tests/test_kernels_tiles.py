@@ -228,6 +228,16 @@ def test_hyper_threads_are_one_core(tmp_path: Path) -> None:
     assert cores.physical_cores({0, 1, 7}, root) == 3  # of 7 nothing is known
 
 
+def write_groups(root: Path, line: str, files: dict[str, str]) -> None:
+    """This process's control group, and files of groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(line + "\n")
+    for name, text in files.items():
+        path = root / "sys/fs/cgroup" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text + "\n")
+
+
 @pytest.mark.parametrize(
     ("line", "files", "limit"),
     [
@@ -243,12 +253,7 @@ def test_hyper_threads_are_one_core(tmp_path: Path) -> None:
 def test_a_container_limits_the_threads(
     tmp_path: Path, line: str, files: dict[str, str], limit: float
 ) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+    write_groups(tmp_path, line, files)
     assert cores.time_limit(tmp_path) == limit
     assert cores.memory_limit(tmp_path) == math.inf
     assert 1 <= cores.thread_count(tmp_path) <= max(1, math.ceil(min(limit, len(cores.available_cpus()))))
@@ -265,10 +270,5 @@ def test_a_container_limits_the_threads(
 def test_a_container_limits_the_memory(
     tmp_path: Path, line: str, files: dict[str, str], limit: float
 ) -> None:
-    (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/self/cgroup").write_text(line + "\n")
-    for name, text in files.items():
-        path = tmp_path / "sys/fs/cgroup" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text + "\n")
+    write_groups(tmp_path, line, files)
     assert cores.memory_limit(tmp_path) == limit
