@@ -108,8 +108,7 @@ def build_policy(
 
 def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
     """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's."""
-    m = config.model
-    base = (m.path if is_pinned(m.path) else m.folder) if (m.folder / "config.json").is_file() else ""
+    base = config.model.path if (config.model.folder / "config.json").is_file() else ""
     model, tokenizer = load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
     if isinstance(model, LoraDecoder) and config.lora.rank and config.lora.quantize:
         model.packed = quantize(model.adapter_off).packed

@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from duologue.grpo.checkpoints import latest_checkpoint
+from duologue.grpo.checkpoints import checkpoint_of
 from duologue.grpo.config import RUN_FILE, Config, load_config
 from duologue.grpo.resume import settings_of
 from duologue.model.checkpoint import natural_dtype
@@ -72,7 +72,7 @@ def unsaid(player: str | Path, device: str = "cpu") -> dict[str, str]:
     if not folder.is_dir():
         return {}
     found = {"game.telling": "english"} if knows_english(folder) else {}
-    folder = latest_checkpoint(folder) or folder
+    folder = checkpoint_of(folder)
     with contextlib.suppress(ValueError):  # of which its reader says more
         if dtype := natural_dtype(folder, device):
             found["model.dtype"] = dtype
@@ -88,5 +88,5 @@ def knows_english(folder: Path) -> bool:
             settings = settings_of(run)
             telling = settings.get(("game", "telling"))
             return telling == "english" if telling else bool(settings["model", "path"])
-    template = (latest_checkpoint(folder) or folder) / "chat_template.jinja"
+    template = checkpoint_of(folder) / "chat_template.jinja"
     return not template.is_file() or template.read_text("utf-8") != TEMPLATE

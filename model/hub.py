@@ -25,6 +25,12 @@ def is_pinned(place: str) -> bool:
     return is_name(place) and COMMIT.fullmatch(place.partition("@")[2]) is not None
 
 
+def split(place: str) -> tuple[str, str]:
+    """A name without its commit, and the commit; what is not pinned as it is, and ""."""
+    name, _, commit = place.partition("@")
+    return (name, commit) if is_pinned(place) else (place, "")
+
+
 def pinned(place: str) -> str:
     """A name with the commit that it stands for now, or last stood for where the Hub is not to be asked
     (HF_HUB_OFFLINE); what is no name as it is. ValueError where the Hub does not know it or cannot be asked.
@@ -57,7 +63,7 @@ def local(place: str, weights: bool = True) -> Path:
         return Path(place)
     from huggingface_hub import snapshot_download
 
-    name, _, commit = place.partition("@")
+    name, commit = split(place)
     needed = DESCRIBING + WEIGHTS if weights else DESCRIBING
     try:
         folder = snapshot_download(name, revision=commit, allow_patterns=needed, ignore_patterns=OTHERS)

@@ -12,7 +12,7 @@ from typing import Any
 from duologue.model.config import LARGEST_FLOAT
 from duologue.model.decoder import Decoder
 from duologue.model.files import read_json
-from duologue.model.hub import is_pinned
+from duologue.model.hub import is_pinned, split
 from duologue.model.lora import TARGETS, Adapter, LoraSettings, linears
 from duologue.model.weights import DTYPES, finite, opened
 from safetensors.torch import save_file
@@ -49,7 +49,7 @@ NEAR = ("lm_head", "model.embed_tokens")  # modules of the checkpoint that can h
 def write_adapter(adapter: Adapter, folder: Path) -> None:
     """adapter_config.json and adapter_model.safetensors, into an existing folder; `peft` loads it."""
     s = adapter.settings
-    base, _, commit = s.base.partition("@") if is_pinned(s.base) else (s.base, "", "")
+    base, commit = split(s.base)
     raw = {
         "task_type": "CAUSAL_LM",
         "target_modules": list(s.targets),

@@ -177,6 +177,7 @@ def test_a_run_goes_on_from_before_a_damaged_checkpoint(
         assert (third / name).read_bytes() == (whole / "checkpoints" / third.name / name).read_bytes()
     assert read_lines(run / "dialogues.jsonl") == read_lines(whole / "dialogues.jsonl")
     assert [row["step"] for row in read_lines(run / "metrics.jsonl")] == [0, 1, 2]
+    flip(third / "model.safetensors")
     tokenizer = third / "tokenizer.json"  # which the lines of dialogues are read with, too
     tokenizer.write_bytes(tokenizer.read_bytes()[:200])
     assert train(run, "--resume", "--from-previous", "train.steps=3") == 0

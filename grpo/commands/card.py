@@ -12,7 +12,7 @@ from duologue.grpo.config import Config, load_config
 from duologue.grpo.console import COUNT, UNKNOWN, formatted
 from duologue.grpo.unsaid import run_of
 from duologue.model.files import read_json
-from duologue.model.hub import is_name, is_pinned
+from duologue.model.hub import is_name, split
 from duologue.rollout.games.catalogue import kind_of
 from duologue.rollout.games.game import Measure
 
@@ -41,7 +41,7 @@ def card(source: Path, out: Path, adapter_of: str = "") -> str:
     path = run_of(source)
     config = load_config(str(path)) if path else None
     place = adapter_of or (config.model.path if config else "")
-    base, _, commit = place.partition("@") if is_pinned(place) else (place, "", "")
+    base, commit = split(place)
     parts = [
         _front_matter(base, bool(adapter_of)),
         f"# {out.name}",

@@ -144,11 +144,13 @@ class DeviceLoop(DecodeLoop):
         for work in works:
             request = work.request
             decodes = work.samples and work.n_tokens == 1 and not (request.plain or request.guided)
-            part = ahead.setdefault(request.branch.adapter, []) if decodes else others
-            fits = len(part) < BUCKETS[-1] and len(request.stop_token_ids) <= STOPS
-            (part if fits else others).append(work)
+            if decodes and len(request.stop_token_ids) <= STOPS:
+                part = ahead.setdefault(request.branch.adapter, [])
+                (part if len(part) < BUCKETS[-1] else others).append(work)
+            else:
+                others.append(work)
         parts = [part for part in (others, *ahead.values()) if part]
-        return parts if self.capture and any(ahead.values()) else [works]
+        return parts if self.capture and ahead else [works]
 
     def reach(self, left: Sequence[int]) -> int:
         """Until the last one ends, for a row that has stopped costs nothing more."""

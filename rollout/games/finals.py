@@ -21,7 +21,8 @@ START = re.compile(r"^(?:my )?final(?: (?:statement|answer|selection))?(?: is)? 
 LONGEST = 400  # characters of a statement that is read
 # A number that is not a plain whole one, and words and digits that the normal spelling would leave out
 GUESSED = re.compile(
-    r"[-−–]\d|(?:^|:|\bis)\s*[-−–]\s*\d|[<>≤≥~≈]\s*\d|\d\s*[+%/]|[½¼¾²³⅓⅔]|(?![\x00-\x7f])\w"
+    r"[-−–]\d|(?:^|:|\bis)\s*[-−–]\s*\d|[<>≤≥~≈]\s*\d"
+    r"|\d\s*[+%/]|[½¼¾²³⅓⅔]|(?![\x00-\x7f])\w"
 )
 
 
