@@ -6,7 +6,6 @@ one that fails a row of the session too.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -34,5 +33,5 @@ class Ended:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" not in os.environ:  # workers report to the process that started them
+    if not hasattr(config, "workerinput"):  # workers report to the process that started them
         config.pluginmanager.register(Ended(config.getoption("rows")))
