@@ -158,7 +158,7 @@ def replies(draw: Any) -> bytes:
 def test_whatever_a_server_sends_a_question_ends(
     who: str, server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(endpoints, "_BACKOFF", lambda state: 0.001)
+    monkeypatch.setattr(endpoints, "_BACKOFF", lambda state: 0.001 * 2**state.attempt_number)
     limits = {"deadline_s": 0.2, "timeout_s": 0.1}
     asked = Endpoint(server.url, **limits) if who == "judge" else ChatEndpoint(server.url, **limits)
     text = "how good?" if who == "judge" else json.dumps({"messages": [], "max_tokens": 8, "temperature": 1})

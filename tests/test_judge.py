@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from duologue.rollout.games.game import Persona
+from duologue.rollout.judge import endpoint as endpoints
 from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.ledger import Ledger, ledger_key
@@ -362,6 +363,45 @@ def test_an_invalid_answer_is_asked_again_with_a_temperature_and_then_given_up(
     assert ask(judge, [case()]) == [None]
     assert [body["temperature"] for body in judge_server.requests] == [0, 0.7, 0.7]
     assert "power = 7: accepted is an integer from 0 to 5" in judge.last_fault
+
+
+@pytest.mark.parametrize("fault", ["429", "500", "reset"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_was_not_heard_is_asked_again_as_it_was(
+    make: Make, judge_server: JudgeServer, fault: str, temperature: float
+) -> None:
+    judge_server.fault = lambda n, prompt: fault if n == 0 else None
+    assert ask(make(temperature=temperature), [case()]) == [known(case())]
+    assert [body["temperature"] for body in judge_server.requests] == [temperature] * 2
+
+
+def test_a_server_that_comes_up_late_is_waited_for_until_the_deadline(
+    make: Make, judge_server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However often that is, and whatever pause it asks for: no more often than the pause that grows."""
+    monkeypatch.setattr(endpoints, "_BACKOFF", lambda state: 0.01)
+    judge_server.retry_after = "0.001"
+    judge_server.fault = lambda n, prompt: ("429", "500")[n % 2] if n < 40 else None
+    assert ask(make(), [case()]) == [known(case())]
+    assert len(judge_server.requests) == 41
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ALL_PROXY", "socks5://127.0.0.1:1080"),
+        ("no_proxy", "localhost,fe80::/10"),
+        ("all_proxy", "socks://me:secret@127.0.0.1:1080"),
+        ("SSL_CERT_FILE", "/nonexistent.pem"),
+    ],
+)
+def test_an_environment_that_serves_no_request_is_named(
+    name: str, value: str, make: Make, judge_server: JudgeServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=rf"judge\.url: no request can be made with .*{name}") as error:
+        make()
+    assert "secret" not in str(error.value)
 
 
 def test_the_key_is_sent_and_appears_nowhere_else(

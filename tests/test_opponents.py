@@ -474,7 +474,30 @@ def test_messages_alternate_and_hold_what_a_side_knows() -> None:
         {"role": "user", "content": "b"},
         {"role": "assistant", "content": "c"},
     ]
-    assert messages("mine", turns, 1, "so?") == [system, *said, {"role": "user", "content": "so?"}]
+    opens = {"role": "user", "content": "The talk goes on."}
+    assert messages("mine", turns, 1, "so?") == [system, opens, *said, {"role": "user", "content": "so?"}]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("n", [0, 1, 2, 3])
+def test_a_strict_template_takes_what_an_opponent_is_sent(first: int, n: int) -> None:
+    """Some render nothing but a user's message and an assistant's in turns after the system's, and want a
+    user's before they answer.
+    """
+    import jinja2
+
+    strict = jinja2.Environment(autoescape=False).from_string(
+        "{%- for m in messages[1:] %}{% set due = 'user' if loop.index0 % 2 == 0 else 'assistant' %}"
+        "{%- if m.role != due or not m.content %}{{ raise('roles must alternate') }}{% endif %}"
+        "{%- endfor %}{% if messages[-1].role != 'user' %}{{ raise('no user query') }}{% endif %}"
+    )
+
+    def refuse(why: str) -> None:
+        raise AssertionError(why)
+
+    sides = [(first + i) % 2 for i in range(n)]
+    turns = [Turn(role=s, kind="utterance", text="words", token_ids=[], logprobs=None) for s in sides]
+    strict.render(messages=messages("mine", turns, (first + n) % 2), **{"raise": refuse})
 
 
 def test_a_lost_answer_leaves_its_dialogue_unscored(start: Path, tmp_path: Path, server: JudgeServer) -> None:
@@ -631,7 +654,7 @@ def test_a_guest_takes_part_in_deliberations_and_the_policy_writes(
         shared = [talk[0]["content"] for talk in server.asked]
         assert all("who pays?" in text and ("Ada" in text or "Bo" in text) for text in shared)
         longest = max(len(talk) for talk in server.asked)
-        assert longest > 3 if context == "full" else longest <= 3
+        assert longest > 4 if context == "full" else longest <= 4
 
 
 # ---- resume ------------------------------------------------------------------------------------------------

@@ -2,8 +2,8 @@
 
 All questions live on one event loop in one background thread, at most `concurrency` of them on the wire. A
 question that meets 429 (its Retry-After is kept), 5xx, a timeout or a lost connection is asked again after
-a growing pause, one with an invalid answer at once, until `attempts` or `deadline_s` is used up; then it
-stays unanswered. Waiting for a place on the wire does not count.
+a growing pause until `deadline_s` is used up, one with an invalid answer at once, INVALID_TRIES times; then
+it stays unanswered. Waiting for a place on the wire does not count.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import json
+import os
 import re
 import sys
 import threading
@@ -27,20 +28,27 @@ from tenacity import (
     RetryCallState,
     retry_if_exception_type,
     stop_after_attempt,
+    stop_never,
     wait_exponential_jitter,
 )
 
 _BACKOFF = wait_exponential_jitter(initial=0.3, max=5, jitter=0.3)
+INVALID_TRIES = 24  # of a question whose answers are none of those that are accepted
 WITHHELD_TRIES = 3  # of a question whose answer is cut or withheld
 REDIRECTS = 5
+OF_HTTPX = re.compile(r"(http|https|all|no)_proxy|ssl_cert_(file|dir)", re.IGNORECASE)  # in the environment
 RENAMED = {"max_tokens": "max_completion_tokens"}
 LIMITS = (*RENAMED, *RENAMED.values())
 OPTIONAL = ("response_format", "seed", "top_p", *LIMITS, "temperature")  # what a request may do without
 _UNKNOWN = re.compile(
     r"(un|not |n't |no longer )support|unknown|unrecogni[sz]ed|unexpected|not (permitted|allowed|accepted)"
-    r"|deprecated|instead",
+    r"|deprecated|\buse\b.{0,40}\binstead",
     re.IGNORECASE,
 )
+
+
+class Invalid(Fault):
+    """An answer came that is none: what is asked again at once."""
 
 
 class Endpoint:
@@ -56,13 +64,15 @@ class Endpoint:
         concurrency: int = 16,
         deadline_s: float = 240.0,
         timeout_s: float = 60.0,
-        attempts: int = 24,
+        attempts: int | None = None,
         temperature: float = 0.0,
         max_tokens: int = 512,
         api_key: str = "",
         name: str = "",
     ) -> None:
-        """`name` is what a server whose model is not named is called in the ledger: one that several runs use
+        """`attempts` of any kind end a question too, where they are given.
+
+        `name` is what a server whose model is not named is called in the ledger: one that several runs use
         may hold the answers of several servers, told apart by their addresses.
         """
         if not re.fullmatch(r"[!-~]*", api_key):
@@ -73,15 +83,24 @@ class Endpoint:
         self._model = model or NAMELESS
         self._deadline_s, self._attempts, self._key = deadline_s, attempts, api_key
         self._refused: frozenset[str] = frozenset()  # parameters that the server does not take
+        self._client = self._new_client(min(timeout_s, deadline_s), concurrency)
         self._loop = asyncio.new_event_loop()
         self._places = asyncio.Semaphore(concurrency)
-        self._client = httpx.AsyncClient(
-            headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=httpx.Timeout(min(timeout_s, deadline_s), pool=None),
-            limits=httpx.Limits(max_connections=concurrency),
-        )
         self._thread = threading.Thread(target=self._loop.run_forever, name=self.section, daemon=True)
         self._thread.start()
+
+    def _new_client(self, timeout_s: float, connections: int) -> httpx.AsyncClient:
+        try:
+            return httpx.AsyncClient(
+                headers={"Authorization": f"Bearer {self._key}"} if self._key else {},
+                timeout=httpx.Timeout(timeout_s, pool=None),
+                limits=httpx.Limits(max_connections=connections),
+            )
+        except (ImportError, ValueError, OSError, httpx.InvalidURL) as error:
+            there = ", ".join(filter(OF_HTTPX.fullmatch, os.environ))  # a value may hold a password
+            raise ValueError(
+                f"{self.section}.url: no request can be made with the environment's {there}: {error}"
+            ) from None
 
     def ask(self, question: Ask) -> None:
         asyncio.run_coroutine_threadsafe(self._answer(question), self._loop)
@@ -134,16 +153,16 @@ class Endpoint:
         time.
         """
         retrying = AsyncRetrying(
-            stop=stop_after_attempt(self._attempts),
+            stop=stop_never if self._attempts is None else stop_after_attempt(self._attempts),
             wait=_pause,
             retry=retry_if_exception_type(Fault),
             reraise=True,
         )
-        withheld = 0
+        invalid = withheld = 0
         async for attempt in retrying:
             with attempt:
                 try:
-                    return await self._valid(question, attempt.retry_state.attempt_number)
+                    return await self._valid(question, again=invalid > 0)
                 except httpx.UnsupportedProtocol as error:
                     raise Refused(f"{self._url}: {error}") from None
                 except (Fault, Withheld, ValueError, httpx.RequestError) as error:
@@ -151,15 +170,17 @@ class Endpoint:
                         raise Refused(f"{self._url}: {distrust}") from None
                     last[0] = f"{self._url}: {str(error) or type(error).__name__}"
                     withheld += isinstance(error, Withheld)
-                    if withheld == WITHHELD_TRIES:
+                    invalid += isinstance(error, (Withheld, ValueError))
+                    if withheld == WITHHELD_TRIES or invalid == INVALID_TRIES:
                         raise Refused(last[0]) from None
-                    at_once = isinstance(error, (Withheld, ValueError))
-                    raise Fault(last[0], 0.0 if at_once else getattr(error, "pause", None)) from None
+                    if isinstance(error, (Withheld, ValueError)):
+                        raise Invalid(last[0]) from None
+                    raise Fault(last[0], getattr(error, "pause", None)) from None
         raise AssertionError("tenacity raises when it gives up")
 
-    async def _valid(self, question: Ask, attempt: int) -> str:
-        """A checked answer, from one try."""
-        body = self._body(question, attempt)
+    async def _valid(self, question: Ask, again: bool) -> str:
+        """A checked answer, from one try; `again` after one that was not."""
+        body = self._body(question, again)
         response = await self._accepted(body)
         try:
             reply = read_reply(response, self._limit(body))
@@ -173,14 +194,15 @@ class Endpoint:
             raise
         return reply.text
 
-    def _body(self, question: Ask, attempt: int) -> dict[str, Any]:
+    def _body(self, question: Ask, again: bool) -> dict[str, Any]:
         """The request for a question."""
         structure = {"name": question.kind, "strict": True, "schema": schema(question.kind)}
+        temperature = self.settings["temperature"]
         return {
             "model": self._model,
             "messages": [{"role": "user", "content": question.text}],
             **self.settings,
-            "temperature": self.settings["temperature"] if attempt == 1 else RETRY_TEMPERATURE,
+            "temperature": max(temperature, RETRY_TEMPERATURE) if again else temperature,
             "response_format": {"type": "json_schema", "json_schema": structure},
         }
 
@@ -268,9 +290,12 @@ def refused_parameter(message: str, body: dict[str, Any]) -> str | None:
 
 
 def _pause(state: RetryCallState) -> float:
+    """Seconds: what the server wishes, but never less than the pause that grows."""
     error = state.outcome.exception() if state.outcome else None
+    if isinstance(error, Invalid):
+        return 0.0
     wished = error.pause if isinstance(error, Fault) else None
-    return _BACKOFF(state) if wished is None else wished
+    return max(wished or 0.0, _BACKOFF(state))
 
 
 class ChatEndpoint(Endpoint):
@@ -282,7 +307,7 @@ class ChatEndpoint(Endpoint):
         super().__init__(url, model, **limits)
         self.settings = {}  # they are in the body
 
-    def _body(self, question: Ask, attempt: int) -> dict[str, Any]:
+    def _body(self, question: Ask, again: bool) -> dict[str, Any]:
         return {"model": self._model, **json.loads(question.text)}
 
     def _limit(self, body: dict[str, Any]) -> str:

@@ -229,9 +229,13 @@ def prefill(branches: Sequence[Branch | None]) -> None:
         engine.prefill(opened)
 
 
+OPENS, GOES_ON = "You speak first.", "The talk goes on."  # a user's message where nobody has spoken yet
+
+
 def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") -> list[dict[str, str]]:
-    """What `role` was told, has heard and said, as a chat. Neighbours of one role are one message, as some
-    templates ask for.
+    """What `role` was told, has heard and said, as a chat: after what it was told a user's message and its
+    own in turns, as many templates ask for. Neighbours of one role are one message, and where nothing was
+    heard before it speaks there is a message that says so.
     """
     own = {"utterance": "assistant", "prompt": "user"}
     said = [(own[t.kind] if t.role == role else "user", t.text) for t in turns if t.kind in own]
@@ -243,4 +247,6 @@ def messages(told: str, turns: Sequence[Turn], role: int, question: str = "") ->
             chat[-1]["content"] += f"\n\n{text}"
         else:
             chat.append({"role": speaker, "content": text})
+    if len(chat) == 1 or chat[1]["role"] == "assistant":
+        chat.insert(1, {"role": "user", "content": OPENS if len(chat) == 1 else GOES_ON})
     return chat
