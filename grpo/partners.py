@@ -49,10 +49,14 @@ def load_player(name: str, config: Config, game: Game, start: Path) -> Player:
         return Player(name=name, speaker=lambda tokenizer: build_server(config, tokenizer, ledger))
     if name.startswith(f"{SCRIPTED}:"):
         return scripted_player(name, config, game)
+    return policy_player(name, *load_policy(weights_of(name, start), config), config)
+
+
+def weights_of(name: str, start: Path) -> Path:
+    """The checkpoint of a player that has one, by its name; `start` is the run's."""
     if name == START and not start.is_dir():
         raise ValueError(f"{START}: there is no {start}; accepted where the first player is a run directory")
-    path = checkpoint_of(start if name == START else name)
-    return policy_player(name, *load_policy(path, config), config)
+    return checkpoint_of(start if name == START else name)
 
 
 def policy_player(name: str, model: Decoder, tokenizer: Tokenizer, config: Config) -> Player:

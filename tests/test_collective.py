@@ -166,6 +166,9 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
     assert len(metrics) == 3
     assert any(row["grad_norm"] > 0 for row in metrics)
     assert all(row["mismatch"] <= (0.0 if backend.available() else 1e-4) for row in metrics)
+    talks = [d for d in played if d["step"] == 0]  # asked after each round, and of finals
+    asked = sum(d["outcome"]["rounds"] + (final(d) is not None) for d in talks)
+    assert metrics[0]["judge_asked"] + metrics[0]["judge_hits"] == asked
     assert all(
         row["unscored_share"] == 0 and row["judge_asked"] > 0 and row["judge_seconds"] > 0 for row in metrics
     )

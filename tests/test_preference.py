@@ -172,6 +172,69 @@ def test_a_judge_with_a_favourite_place_decides_nothing(
         assert p["win_rate"] == {"value": None, "low": None, "high": None}
 
 
+def test_a_talk_that_was_not_judged_is_compared_with_none(
+    checkpoint_dir: Path,
+    other_dir: Path,
+    data: list[str],
+    questions: str,
+    server: JudgeServer,
+    tmp_path: Path,
+) -> None:
+    """It came to no answer, which is no bad answer."""
+    server.answer = choose
+    server.fault = lambda n, prompt: "401" if "<turn" in prompt and TASKS[0]["text"] in prompt else None
+    out = tmp_path / "result.json"
+    command = ["eval", str(checkpoint_dir), "--recipe", "collective-agency", "--against", str(other_dir)]
+    settings = [f"judge.url={server.url}", "eval.dialogues=2", "judge.max_unscored_share=1", *data, questions]
+    assert main([*command, "--json", str(out), *settings, *SMALL]) == 0
+    row = json.loads(out.read_text())["greedy"]["conflicts"]
+    assert row[str(checkpoint_dir)]["unscored"] == 1
+    assert row["preference"]["unscored"] == 1
+    asked = [body["messages"][0]["content"] for body in server.requests]
+    pairs = [inside(p, 'answer id="1"') + inside(p, 'answer id="2"') for p in asked if "<answer id" in p]
+    assert pairs
+    assert all(text.strip() for pair in pairs for text in pair)
+
+
+def test_a_run_and_its_start_are_players(
+    checkpoint_dir: Path,
+    data: list[str],
+    questions: str,
+    server: JudgeServer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    server.answer = choose
+    judge, run = f"judge.url={server.url}", str(tmp_path / "run")
+    train = ["train", "collective-agency", "--model", str(checkpoint_dir), "--run-dir", run]
+    lengths = ["train.steps=1", "eval.dialogues=2", "eval.ability=false", "grpo.groups_per_step=1"]
+    assert main([*train, *lengths, judge, *data, *SMALL]) == 0
+    command = ["eval", run, "--recipe", "collective-agency", judge, "eval.dialogues=2", *data, questions]
+    out = tmp_path / "result.json"
+    assert main([*command, "--against", "start", "--json", str(out), *SMALL]) == 0
+    assert json.loads(out.read_text())["greedy"]["conflicts"].keys() == {run, "start", "preference"}
+    assert main([*command, "--against", str(tmp_path / "run" / "checkpoints" / "step_000001"), *SMALL]) == 2
+    assert "accepted is another checkpoint" in capsys.readouterr().err
+    elsewhere = ["eval", str(checkpoint_dir), "--against", "start", *command[2:], *SMALL]
+    assert main(elsewhere) == 2
+    assert "accepted where the first player is a run directory" in capsys.readouterr().err
+
+
+def test_tasks_of_answers_alone_are_measured_as_such(
+    checkpoint_dir: Path, data: list[str], server: JudgeServer, tmp_path: Path
+) -> None:
+    """The file of a recipe without talks holds questions; the talks are those that come with the package."""
+    own = tmp_path / "questions.jsonl"
+    own.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    out = tmp_path / "result.json"
+    command = ["eval", str(checkpoint_dir), "--recipe", "dynamic-alignment", "--json", str(out)]
+    settings = ["judge.backend=endpoint", f"judge.url={server.url}", f"game.tasks={own}", "eval.dialogues=3"]
+    assert main([*command, *settings, *SMALL]) == 0
+    asked = [body["messages"][0]["content"] for body in server.requests]
+    assert all(any(row["text"] in prompt for prompt in asked) for row in QUESTIONS)
+    assert json.loads(out.read_text())["greedy"]["questions"][str(checkpoint_dir)]["tasks"] == 3
+
+
 def test_without_another_checkpoint_and_bad_input(
     checkpoint_dir: Path,
     data: list[str],

@@ -13,7 +13,7 @@ from duologue.grpo.ability.measure import LEVELS, Subject, measure, subject
 from duologue.grpo.build import MEMORY, build_game, build_judge
 from duologue.grpo.checkpoints import checkpoint_of
 from duologue.grpo.config import Config
-from duologue.grpo.partners import START, start_of
+from duologue.grpo.partners import start_of, weights_of
 from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.run_dir import finite
 from duologue.grpo.unsaid import run_of
@@ -72,7 +72,7 @@ def _base(against: str | None, player: Path, config: Config) -> Subject | None:
     """Whom --against names, or what the run began from."""
     if against is None:
         return _loaded(config.model.folder, config) if config.model.path else None
-    return _loaded(checkpoint_of(start_of(player) if against == START else against), config)
+    return _loaded(weights_of(against, start_of(player)), config)
 
 
 def table(found: dict[str, Any]) -> Table:

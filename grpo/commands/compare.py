@@ -97,14 +97,24 @@ def final_text(dialogue: Dialogue) -> str:
     return "".join(turn.text for turn in dialogue.turns if turn.kind == "final")
 
 
+def cut_short(dialogue: Dialogue) -> bool:
+    """Whether it ended because a question to the judge stayed unanswered."""
+    o = dialogue.outcome
+    return o is None or (o.failure == UNSCORED and not any(turn.kind == "final" for turn in dialogue.turns))
+
+
 def prefer(
     judge: FeedbackJudge, ours: Sequence[Dialogue], theirs: Sequence[Dialogue], seed: int
 ) -> dict[str, Any]:
     """Pairwise preference for our answers, asked in both orders. Of a judge that gives probabilities also how
-    probable it is that ours is better, as the mean of both orders; a tie is half of it.
+    probable it is that ours is better, as the mean of both orders; a tie is half of it. A talk that came to
+    no answer for want of a judge is compared with none.
     """
     said: dict[tuple[int, int], Answer] = {}
     for i, pair in enumerate(zip(ours, theirs, strict=True)):
+        if any(cut_short(d) for d in pair):
+            said[i, 0] = said[i, 1] = None
+            continue
         for order in (0, 1):
             first, second = (final_text(d) for d in (pair if order == 0 else pair[::-1]))
             scenario = pair[0].scenario
@@ -150,14 +160,23 @@ def judges(config: Config, policy: tuple[Decoder, Tokenizer]) -> tuple[FeedbackJ
     return scorer, second
 
 
+def both_games(texts: DilemmaSettings, questions: str) -> tuple[DilemmaGame, AloneGame]:
+    """The talks and the answers alone: `game.tasks` are of the one that `texts` are of, `questions` of the
+    other, where they are given.
+    """
+    own = texts.tasks if texts.name == AloneGame.name else ""
+    talks = dataclasses.replace(texts, tasks="") if own else texts
+    alone = dataclasses.replace(texts, tasks=questions or own or str(DilemmaGame.questions))
+    return DilemmaGame(talks), AloneGame(alone)
+
+
 def compare(config: Config, models: dict[str, tuple[Decoder, Tokenizer]]) -> dict[str, Any]:
     """`models`: the policy that is measured, and perhaps one to compare it with; JSON-able."""
     texts = config.game
     if texts.name == "dilemma_alone":  # a recipe without talks has no context for them
         config = dataclasses.replace(config, dialogue=dataclasses.replace(config.dialogue, context="last_2"))
     assert isinstance(texts, DilemmaSettings)
-    questions = config.eval.questions or str(DilemmaGame.questions)
-    talks, alone = DilemmaGame(texts), AloneGame(dataclasses.replace(texts, tasks=questions))
+    talks, alone = both_games(texts, config.eval.questions)
     scorer, second = judges(config, next(iter(models.values())))
     policies: dict[str, Policy] = {}
     for name, (model, tokenizer) in models.items():

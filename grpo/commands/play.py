@@ -242,7 +242,7 @@ class Person(Speaker):
     def _utterance(self) -> str:
         """Words that the policy can hear and still say all that it may have to say; "" to leave."""
         engine, rules, close = self.arena.engine, self.arena.rules, self.arena.game.close
-        limit = min(engine.model.config.max_position_embeddings, engine.pool.n_pages * engine.pool.page_size)
+        limit = engine.most_tokens
         left = limit - rules.max_tokens_per_turn - rules.max_tokens_final - FRAMES
         while True:
             words = self.terminal.read(self.name) or close

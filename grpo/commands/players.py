@@ -19,7 +19,7 @@ from duologue.grpo.config import Config
 from duologue.grpo.console import Progress, formatted
 from duologue.grpo.crossplay import CrossPlay, Interval, Player
 from duologue.grpo.evaluate import evaluate
-from duologue.grpo.partners import SCRIPTED, in_full, load_player, start_of
+from duologue.grpo.partners import SCRIPTED, in_full, load_player, start_of, weights_of
 from duologue.grpo.policy import load_policy, use_device
 from duologue.grpo.run_dir import compact, finite
 from duologue.model.atomic import write_file
@@ -68,13 +68,17 @@ def _dilemmas(options: argparse.Namespace, config: Config) -> int:
     if len(options.players) > 1:
         accepted = "one checkpoint with dilemmas, and with --against another"
         raise ValueError(f"{' '.join(options.players)}: accepted is {accepted}")
-    paths = [Path(name) for name in (options.players[0], options.against) if name]
+    names = [name for name in (options.players[0], options.against) if name]
+    start = start_of(Path(names[0]))
+    paths = [weights_of(name, start) for name in names]
     if len(paths) == 2 and paths[0].resolve() == paths[1].resolve():
         raise ValueError(
             f"--against {options.against}: accepted is another checkpoint than the one that is measured"
         )
-    result = compare(config, {str(path): load_policy(path, config) for path in paths})
-    Console(highlight=False).print(table(result, [str(path) for path in paths]))
+    result = compare(
+        config, {name: load_policy(path, config) for name, path in zip(names, paths, strict=True)}
+    )
+    Console(highlight=False).print(table(result, names))
     return _write(options, {"against": options.against, **result})
 
 

@@ -199,16 +199,24 @@ class Engine:
         self.pool.trim(branch, len(branch) - 1)  # the last token is computed again, to sample after it
         return self._queue(branch, params, seed, prefill_only=False)
 
+    @property
+    def _limits(self) -> dict[str, int]:
+        return {
+            "the model's max_position_embeddings": self.model.config.max_position_embeddings,
+            "the KV pool (rollout.cache_tokens)": self.pool.n_pages * self.pool.page_size,
+        }
+
+    @property
+    def most_tokens(self) -> int:
+        """That a context can have, with what is sampled after it."""
+        return min(self._limits.values())
+
     def _check_request(self, branch: Branch, params: SamplingParams) -> None:
         if branch.engine is not self:
             raise RuntimeError("this branch is closed or belongs to another engine")
         if branch.request is not None:
             raise RuntimeError("this branch is generating already; wait for its request to finish")
-        limits = {
-            "the model's max_position_embeddings": self.model.config.max_position_embeddings,
-            "the KV pool (rollout.cache_tokens)": self.pool.n_pages * self.pool.page_size,
-        }
-        check_fits(len(branch), params, limits)
+        check_fits(len(branch), params, self._limits)
         check_stop_strings(params.stop_strings, self._decode)
         check_ids([*params.stop_token_ids, *params.candidates], self.model.config.vocab_size)
 

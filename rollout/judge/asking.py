@@ -16,7 +16,7 @@ from duologue.rollout.judge.ledger import Ledger, ledger_key
 from duologue.rollout.judge.questions import Posed
 
 LOOK_S = 0.05  # from one look for an answer of another process to the next
-RETRY_TEMPERATURE = 0.7  # of a question asked again: a greedy judge would repeat an invalid answer
+RETRY_TEMPERATURE = 0.7  # at least, after an invalid answer: a greedy judge would repeat it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,13 +190,14 @@ class Fallible(Protocol):
     def last_fault(self) -> str: ...
 
 
-def check_share(asked: Fallible, unscored: int, total: int) -> None:
+def check_share(asked: Fallible, unscored: int, total: int, fault: str = "") -> None:
     """RuntimeError when more of `total` dialogues are unscored than is accepted, as soon as that is
-    certain.
+    certain. `fault`: the last reason, where it is not one of this process.
     """
     if unscored > asked.max_unscored_share * total:
+        fault = fault or asked.last_fault
         raise RuntimeError(
             f"{asked.who} failed: {unscored} of {total} dialogues are unscored, above "
-            f"judge.max_unscored_share = {asked.max_unscored_share:g}; the last reason: {asked.last_fault}. "
+            f"judge.max_unscored_share = {asked.max_unscored_share:g}; the last reason: {fault}. "
             "--resume goes on from the last checkpoint and asks nothing again that was answered"
         )
