@@ -86,7 +86,7 @@ def _records(
 
 
 def _turn(role: int, kind: str, text: str, tokenizer: Tokenizer, rng: random.Random) -> dict[str, Any]:
-    ids = [*tokenizer.encode(text), min(tokenizer.stop_token_ids)]
+    ids = [*tokenizer.encode(text), tokenizer.chat.end_token_id]
     logprobs = [float(np.float32(-rng.expovariate(3.0))) for _ in ids]
     return {
         "role": role,

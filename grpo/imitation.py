@@ -25,16 +25,17 @@ def demonstration_rows(
     dialogue_id: int,
     final_weight: float = 1.0,
     decisive_weight: float = 1.0,
+    limit: int | None = None,
 ) -> list[Row]:
     """Both sides' views of a scripted dialogue, by the same transcript that self-play uses; each side
     imitates its own words. A token of a final statement counts `final_weight` times in the loss, one of a
-    decisive word `decisive_weight` times.
+    decisive word `decisive_weight` times. The first turn that makes a view longer than `limit` ids ends it.
     """
     first, second = dialogue.scenario.private_text
     transcript = Transcript(tokenizer.chat, (tokenizer.encode(first), tokenizer.encode(second)))
-    end = min(tokenizer.stop_token_ids)
+    end = tokenizer.chat.end_token_id
     question = tokenizer.encode(dialogue.final_prompt)
-    observed = any(kind == "prompt" for _, _, kind in dialogue.turns)  # else each hears the other's words
+    lengths = [len(view.token_ids) for view in transcript.views]  # of whole turns
     deciding: tuple[list[int], list[int]] = ([], [])  # positions in each side's view
     spans = dialogue.decisive or [[] for _ in dialogue.turns]
     for (side, text, kind), decisive in zip(dialogue.turns, spans, strict=True):
@@ -48,7 +49,12 @@ def demonstration_rows(
         if decisive:
             deciding[side].extend(before + i for i, at in enumerate(offsets) if _overlaps(at, decisive))
         turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
-        transcript.say(turn, heard=not observed)
+        transcript.say(turn, heard=not dialogue.observed)
+        if limit is not None and max(len(view.token_ids) for view in transcript.views) > limit:
+            break
+        lengths = [len(view.token_ids) for view in transcript.views]
+    for view, length in zip(transcript.views, lengths, strict=True):
+        view.cut(length)
     kinds = ("utterance", "final")
     rows = [view_row(view, kinds, 0.0, dialogue_id, role) for role, view in enumerate(transcript.views)]
     if final_weight != 1 or decisive_weight != 1:
@@ -56,7 +62,8 @@ def demonstration_rows(
         for row, view, places in zip(rows, transcript.views, deciding, strict=True):
             row.weights = [final_weight if kind == final else 1.0 for kind in view.kinds]
             for i in places:
-                row.weights[i] = decisive_weight
+                if i < len(row.weights):
+                    row.weights[i] = decisive_weight
     return rows
 
 
@@ -71,11 +78,12 @@ def demonstration_batch(
     seed: int,
     final_weight: float = 1.0,
     decisive_weight: float = 1.0,
+    limit: int | None = None,
 ) -> list[Row]:
-    """Rows of `n` dialogues drawn from the corpus by `seed`."""
+    """Rows of `n` dialogues drawn from the corpus by `seed`, each of at most `limit` ids."""
     chosen = random.Random(seed).sample(range(len(corpus)), min(n, len(corpus)))
-    weights = final_weight, decisive_weight
-    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, *weights)]
+    how = final_weight, decisive_weight, limit
+    rows = [row for i in chosen for row in demonstration_rows(corpus[i], tokenizer, i, *how)]
     return [row for row in rows if row.n_trained]
 
 

@@ -12,8 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
+from duologue.grpo.imitation import demonstration_rows
 from duologue.model.chat import Chat
-from duologue.model.tokenizer import Tokenizer
+from duologue.model.tokenizer import Tokenizer, train_tokenizer
+from duologue.rollout.games.game import Outcome, Scenario
+from duologue.rollout.games.scripted import ScriptedDialogue
 from tiny import all_text
 
 Make = Callable[..., tuple[Tokenizer, Any]]
@@ -357,3 +361,30 @@ def test_ids_that_depend_on_their_place_are_refused() -> None:
         ValueError, match="the tokenizer gives 'A' of the chat template other ids in other places"
     ):
         Chat(long, {}, encode, [46], [])
+
+
+def test_an_imitated_turn_ends_as_the_template_ends_it() -> None:
+    """Of several ids that may stop a reply, as Qwen2.5 and Llama 3 have them: not the lowest."""
+    core = tokenizers.Tokenizer.from_str(train_tokenizer(["say one word or two"] * 4, 300)._core.to_str())
+    core.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    template = (
+        "{% for m in messages %}"
+        "{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    other, end = core.token_to_id("<|endoftext|>"), core.token_to_id("<|im_end|>")
+    assert other < end
+    tokenizer = Tokenizer(core, {"eos_token": "<|im_end|>"}, template, eos=[end, other])
+    scenario = Scenario(game="x", id="1", split="train", private_text=("say one", "say two"), data=None)
+    script = ScriptedDialogue(
+        scenario=scenario,
+        first_speaker=0,
+        temperaments=("", ""),
+        turns=[(0, "one", "utterance"), (1, "two", "utterance")],
+        outcome=Outcome(agreed=True, scores=(0.0, 0.0)),
+        final_prompt="",
+    )
+    for row, word in zip(demonstration_rows(script, tokenizer, 0), ("one", "two"), strict=True):
+        trained = [token for token, is_own in zip(row.token_ids, row.loss_mask, strict=True) if is_own]
+        assert trained == [*tokenizer.encode(word), end]
+        assert other not in row.token_ids

@@ -32,7 +32,7 @@ def record(
     """A scripted dialogue as the trainer would have recorded it of a policy."""
     turns = []
     for side, text, kind in d.turns:
-        ids = [*tokenizer.encode(text), min(tokenizer.stop_token_ids)]
+        ids = [*tokenizer.encode(text), tokenizer.chat.end_token_id]
         logprobs = [-rng.expovariate(1.2) if rng.random() < 0.4 else -rng.random() * 0.1 for _ in ids]
         turns.append({"role": side, "kind": kind, "text": text, "token_ids": ids, "logprobs": logprobs})
     s, o = d.scenario, d.outcome

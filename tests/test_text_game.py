@@ -33,10 +33,11 @@ from duologue.grpo.update import accumulate_policy_gradient
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.trie import TokenTrie
-from duologue.rollout.games.text_game import TextGame, TextGameSettings
+from duologue.rollout.games.text_game import MEASURES, TAKEN, TextGame, TextGameSettings
 from duologue.rollout.selfplay.arena import Arena
 from duologue.rollout.selfplay.dialogue import UTTERANCE, Dialogue, assign_rewards
 from duologue.rollout.selfplay.rules import Rules
+from duologue.rollout.selfplay.speakers import Opponent
 from safetensors.torch import load_file
 from tiny import TINY, all_text, decoder, lines
 
@@ -290,6 +291,89 @@ def test_limits_end_a_game(tmp_path: Path, tokenizer: Tokenizer) -> None:
         check_context(arena.engine, arena.contexts)
 
 
+ENDLESS = """
+    class Endless:
+        def reset(self, seed): self.n = 0
+        def told(self, side): return "say one word " * (40 if seed_is_long(self) else 1)
+        def observe(self): return self.n % 2, "say one word" if self.n % 3 else ""
+        def step(self, text): self.n += 1; return False
+        def scores(self): raise AssertionError("it never ends")
+        def script(self, side, rng): return "two words"
+
+    def seed_is_long(game): return False
+"""
+
+
+@pytest.mark.parametrize("limit", range(60, 76))
+def test_a_context_may_be_filled_to_the_last_place(tmp_path: Path, tokenizer: Tokenizer, limit: int) -> None:
+    """What closes a turn has its place too, and an update takes all that was said."""
+    arena = arena_of(game_of(written(tmp_path, ENDLESS)), tokenizer, limit=limit, max_rounds=40)
+    scenarios = [arena.game.sample(random.Random(0), "train")]
+    groups = arena.play(scenarios, group_size=4, seed=limit)
+    dialogues = groups[0].dialogues
+    assert {d.outcome.failure for d in dialogues if d.outcome} == {"context_full"}
+    longest = max(len(view.token_ids) for d in dialogues for view in d.views)
+    assert limit - 16 <= longest <= limit
+    for i, d in enumerate(dialogues):
+        d.reward = float(i), -float(i)
+    rows, _ = grpo_rows(groups, GrpoSection(group_size=4, groups_per_step=1), RunningBaseline())
+    how: Any = {"temperature": arena.rules.temperature, "max_tokens": 4096}
+    assert accumulate_policy_gradient(arena.engine.model, rows, LossConfig(), **how).mismatch == 0
+
+
+def test_a_script_that_outgrows_the_context_is_imitated_as_far_as_it_fits(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    script = game_of(written(tmp_path, ENDLESS)).scripted(random.Random(0))
+    whole = demonstration_rows(script, tokenizer, 0)
+    assert min(len(row.token_ids) for row in whole) > 400
+    for limit in range(100, 130):
+        for row, of_all in zip(demonstration_rows(script, tokenizer, 0, limit=limit), whole, strict=True):
+            n = len(row.token_ids)
+            assert limit - 24 <= n <= limit
+            assert row.token_ids == of_all.token_ids[:n]
+            assert row.loss_mask == of_all.loss_mask[:n]
+            assert n == len(row.logprobs)
+            ended = [i for i in range(n) if row.loss_mask[i] and not (i + 1 < n and row.loss_mask[i + 1])]
+            assert all(row.token_ids[i] == tokenizer.chat.end_token_id for i in ended)  # of whole turns
+    (tmp_path / "run").mkdir()
+    named = [f"game.name={tmp_path / 'mine.py'}", "imitation.steps=2", "imitation.dialogues=8"]
+    lengths = ["model.max_position=128", "train.steps=0", "dialogue.max_tokens_per_turn=8"]
+    assert main(["train", "text-game", *SMALL, *named, *lengths, "--run-dir", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize("of", ["opponent", "pool"])
+def test_whoever_has_least_room_ends_a_game(tmp_path: Path, tokenizer: Tokenizer, of: str) -> None:
+    game = game_of(written(tmp_path, ENDLESS))
+    arena = arena_of(game, tokenizer, limit=128, max_rounds=40)
+    opponent = None
+    if of == "pool":
+        arena = Arena(Engine(arena.engine.model, cache_tokens=64), tokenizer, game, arena.rules)
+    else:
+        small = decoder(vocab_size=tokenizer.vocab_size, max_position_embeddings=64)
+        opponent = Opponent(role=1, name="small", engine=Engine(small, cache_tokens=4096))
+    scenarios = [game.sample(random.Random(0), "train")]
+    groups = arena.play(scenarios, group_size=2, seed=0, opponents=[opponent])
+    for d in groups[0].dialogues:
+        assert d.outcome is not None
+        assert d.outcome.failure == "context_full"
+        assert 40 < max(len(view.token_ids) for view in d.views) <= 64
+
+
+def test_what_is_told_may_be_too_long_now_and_then(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    text = ENDLESS.replace("self.n = 0", "self.n, self.seed = 0, seed")
+    text = text.replace(
+        "def seed_is_long(game): return False", "def seed_is_long(game): return game.seed == 7"
+    )
+    game = game_of(written(tmp_path, text))
+    arena = arena_of(game, tokenizer, limit=128, max_rounds=2)
+    groups = arena.play([game.scenario(seed, "train") for seed in (6, 7)], group_size=2, seed=0)
+    failures = [[d.outcome.failure for d in group.dialogues if d.outcome] for group in groups]
+    assert failures == [["unfinished"] * 2, ["context_full"] * 2]
+    assert all(not d.turns for d in groups[1].dialogues)
+    assert arena.engine.pool.n_free == arena.engine.pool.n_pages
+
+
 def test_held_out_seeds_are_others(tmp_path: Path) -> None:
     game = game_of(written(tmp_path, KUHN))
     seeds = {
@@ -302,9 +386,13 @@ def test_held_out_seeds_are_others(tmp_path: Path) -> None:
         game.sample(random.Random(0), "test")
 
 
-def test_a_script_is_imitated_as_self_play_sees_it(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """The same moves, scripted and drawn, give the same contexts."""
-    game = game_of(written(tmp_path, KUHN))
+@pytest.mark.parametrize("silent", [False, True])
+def test_a_script_is_imitated_as_self_play_sees_it(
+    tmp_path: Path, tokenizer: Tokenizer, silent: bool
+) -> None:
+    """The same moves, scripted and drawn, give the same contexts, also where a game says nothing of them."""
+    text = KUHN.replace('self.said[-1] if self.said else ""', '""') if silent else KUHN
+    game = game_of(written(tmp_path, text))
     by_moves = {(d.scenario.private_text, *moves(d)): d for d in played(arena_of(game, tokenizer), n=12)}
     compared = 0
     rng = random.Random(0)
@@ -381,6 +469,7 @@ def test_a_game_that_cannot_begin(tmp_path: Path, methods: dict[str, str], messa
         ({"scores": "def scores(self): return 1, 10**400"}, r"scores\(\) gave \(1, 10000"),
         ({"summary": "def summary(self): return {'a b': 1}"}, r"summary\(\) gave \{'a b': 1\}"),
         ({"summary": "def summary(self): return {'moves': 1}"}, r"summary\(\) has 'moves': accepted is any"),
+        ({"summary": "def summary(self): return {'step': 1}"}, r"summary\(\) has 'step': accepted is any"),
         ({"legal": "def legal(self): return [' a']"}, r"the legal move ' a' is read back as 'a'"),
         (
             {"legal": "def legal(self): return ['call call call call call']"},
@@ -463,6 +552,37 @@ def test_options_are_a_table(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             load_config("text-game", ["game.name=a:B", override])
+
+
+def test_options_may_have_any_name(tmp_path: Path) -> None:
+    text = WHOLE | {"__init__": "def __init__(self, method, function=1): self.way = method, function"}
+    made = game_of(broken(tmp_path, **text), options={"method": "simple", "function": 2}).begin(0)
+    assert made._game.way == ("simple", 2)
+
+
+def test_a_line_has_no_name_that_a_game_may_give(tmp_path: Path) -> None:
+    """What a run writes beside a game's measures is refused as a measure's name; and where no group teaches
+    anything no entropy is known.
+    """
+    constant = broken(tmp_path, scores="def scores(self): return 1.0, 1.0")
+    run = tmp_path / "run"
+    more = [
+        "train.steps=2",
+        "eval.every=1",
+        "grpo.resample=1",
+        "opponent.kind=start",
+        "model.max_position=128",
+    ]
+    words = ["train", "text-game", *SMALL, f"game.name={constant}", "dialogue.max_tokens_per_turn=6", *more]
+    assert main([*words, "--run-dir", str(run)]) == 0
+    rows = read_lines(run / "metrics.jsonl")
+    assert len(rows) == 2
+    for row in rows:
+        own = {name for name in row if not name.startswith("failure_")} - MEASURES.keys()
+        assert own <= TAKEN
+        assert row["no_variance_share"] == 1
+        assert "entropy" not in row
+    assert main(["report", str(run)]) == 0
 
 
 SMALL = [word for word in TINY if not word.startswith(("imitation", "dialogue"))]

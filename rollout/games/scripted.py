@@ -189,6 +189,7 @@ class Side(ABC):
 class ScriptedDialogue:
     """`turns` are (side, text, "utterance" | "final"); `final_prompt` comes before a final. `decisive` has,
     of each turn, where words begin and end on which depends what comes next; empty where none are known.
+    `observed`: a side hears what its game tells it ("prompt") in place of the other's words.
     """
 
     scenario: Scenario
@@ -198,6 +199,7 @@ class ScriptedDialogue:
     outcome: Outcome
     final_prompt: str
     decisive: list[list[tuple[int, int]]] = field(default_factory=list)
+    observed: bool = False
 
 
 def hold(

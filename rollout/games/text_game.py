@@ -41,7 +41,15 @@ MEASURES = {
     "illegal": Measure("illegal moves of a game", "{:.3f}", "illegal"),
     "finished": Measure("finished", "{:.1%}"),
 }
-TAKEN = {"dialogues", "score_0", "score_1", "moves", "finished", "unscored"}  # no names for a game's measures
+OF_LINES = (
+    "step stage seconds reward loss mismatch entropy clip_share kl_old kl_start grad_norm lr "
+    "tokens trained_tokens sampled_tokens update_tokens_per_s rollout_tokens_per_s idle_share "
+    "no_variance_share resampled_groups resampled_dialogues resampled_tokens dropped_unscored "
+    "flat_share_before flat_share_after bad_updates watch payoff partners elo eval eval_seconds eval_share "
+    "start_eval start_eval_seconds start_eval_share peak_memory_bytes instruction_set"
+)  # what a line of metrics.jsonl has beside a game's measures
+# No names for a game's own measures.
+TAKEN = {"dialogues", "score_0", "score_1", "moves", "finished", "unscored", *OF_LINES.split()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +186,7 @@ class TextGame(Game):
             turns=turns,
             outcome=self.outcome(match, None if match.done else UNFINISHED),
             final_prompt="",
+            observed=True,
         )
 
     def longest(self, length: Callable[[str], int]) -> Scenario:

@@ -228,7 +228,7 @@ class Match:
     def _call(self, method: str, *args: Any) -> Any:
         return self._guarded(method, getattr(self._game, method), *args)
 
-    def _guarded(self, method: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    def _guarded(self, method: str, function: Callable[..., Any], /, *args: Any, **options: Any) -> Any:
         """GameFailedError for what the game's own code raises, with the line of it."""
         try:
             return function(*args, **options)

@@ -26,7 +26,7 @@ class Contexts:
         self.tokenizer, self.game, self.rules = tokenizer, game, rules
         self.grows = rules.context == "full" and not game.alone
         self.chat = tokenizer.chat if self.grows else tokenizer.turn_chat
-        self.limit: int | None = None  # tokens that a context of the policy can have
+        self.limit: int | None = None  # tokens that a context can have, whoever speaks from it
         self._tries: dict[tuple[str, ...], TokenTrie] = {}
         self.question_ids = tokenizer.encode(game.final_prompt) if game.final_prompt else None
 
@@ -61,13 +61,17 @@ class Contexts:
         view.prompt(chat.open(self._encode(scenario.shared_text)) + chat.heard(request) + chat.reply())
         return view
 
+    def takes(self, length: int) -> bool:
+        """Whether something can be said after so many ids."""
+        return self.limit is None or length < self.limit
+
     def holds(self, view: View, heard: list[int]) -> bool:
         """Whether a side's context can take these words of the other and a turn of its own."""
         return self.limit is None or len(view.token_ids) + self._turn_length(heard) <= self.limit
 
     def _turn_length(self, heard: list[int]) -> int:
-        frames = len(self.chat.heard(heard)) + len(self.chat.reply()) if heard else len(self.chat.reply())
-        return frames + self.rules.max_tokens_per_turn
+        frames = len(self.chat.reply()) + len(self.chat.close_reply(False))
+        return frames + self.rules.max_tokens_per_turn + (len(self.chat.heard(heard)) if heard else 0)
 
     def trie(self, legal: tuple[str, ...]) -> TokenTrie:
         """The ids of these texts, each with the token that ends a turn. ValueError for one that does not fit

@@ -76,6 +76,12 @@ class View:
         self.supports.extend(supports or Supports([0] * n))
         assert len(self.supports.sizes) == len(self.token_ids)
 
+    def cut(self, n: int) -> None:
+        """Drop all but the first `n` tokens of a demonstration: nothing was drawn from a smaller support."""
+        assert not self.supports.ids
+        for column in (self.token_ids, self.kinds, self.logprobs, self.supports.sizes):
+            del column[n:]
+
 
 class Transcript:
     """Keeps both views in step while a dialogue is held. Private text enters one view only, here, and
