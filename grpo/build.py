@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,20 @@ def build_judge(
     )
 
 
+def ledger_of_node(path: Path, world: World) -> Path:
+    """`path` on the first node, the same name with a number on each other: SQLite's log of writes is no file
+    that two machines can share.
+    """
+    hosts = [*dict.fromkeys(world.each(socket.gethostname()))]  # world
+    n = hosts.index(socket.gethostname())
+    return path.with_name(f"{path.stem}.{n}{path.suffix}") if n else path
+
+
 def _ledger(path: Path, world: World) -> Ledger:
     """Which the ranks of a node share."""
     if world.size == 1:
         return Ledger(path)
+    path = ledger_of_node(path, world)
     from duologue.grpo.distributed.ledger import SharedLedger
     from duologue.grpo.distributed.world import Ranks
 

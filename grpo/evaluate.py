@@ -12,6 +12,7 @@ from duologue.grpo.world import ALONE, World
 from duologue.model.tokenizer import Tokenizer
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.games.game import Game, Scenario
+from duologue.rollout.judge.asking import check_share
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.seeds import derive_seed
 from duologue.rollout.selfplay.arena import Arena
@@ -77,8 +78,21 @@ def hold(
             )
             played += [group.dialogues[0] for group in groups]
         dialogues += world.gather(played)  # world
+        check_lost(arena, world, len(part), arena.from_outside([opponent] * len(part)))  # world
     check_finite(dialogues, "evaluation")
     return dialogues
+
+
+def check_lost(arena: Arena, world: World, total: int, outside: int) -> None:
+    """Over all ranks, each of which sees its own part of `total` dialogues, of which `outside` are with
+    somebody outside: RuntimeError when more are unscored than is accepted. Counts begin anew.
+    """
+    unanswered, unscored = map(int, world.sum(arena.lost))  # world
+    arena.lost = [0, 0]
+    for asked, n, of in ((arena.speakers.outside, unanswered, outside), (arena.judge, unscored, total)):
+        if asked is not None and n:
+            faults = [fault for fault in world.each(asked.last_fault) if fault]  # world
+            check_share(asked, n, of, faults[0] if faults else "")
 
 
 def check_finite(dialogues: Iterable[Dialogue], when: str) -> None:

@@ -138,7 +138,7 @@ class RunDir:
     def forget_if_new(self) -> None:
         """Give the directory up when nothing was recorded yet, so that a corrected command can use it."""
         files = [*self.path.iterdir()]
-        started = r"config\.toml|sources\.json|\.lock|(judge|opponent)\.sqlite.*"
+        started = r"config\.toml|sources\.json|\.lock|wandb\.id|(judge|opponent)[.\d]*\.sqlite.*"
         if all(re.fullmatch(started, file.name) for file in files):
             for file in files:
                 file.unlink()

@@ -22,6 +22,7 @@ from duologue.grpo import build, policy
 from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.bad_updates import BadUpdates, Gradient
 from duologue.grpo.config import Config
+from duologue.grpo.evaluate import check_lost
 from duologue.grpo.imitation import accumulate_imitation_gradient, demonstration_batch, imitated
 from duologue.grpo.kl import kl_to_reference
 from duologue.grpo.microbatch import fitted
@@ -64,7 +65,7 @@ class Steps:
         self.optimizer = build.build_optimizer(config, self.model, world)
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
-        build.add_server(config, self.arena, run.path / "opponent.sqlite")
+        build.add_server(config, self.arena, build.ledger_of_node(run.path / "opponent.sqlite", world))
         folder, longest = run.path / "opponents", self.arena.contexts.longest()
         self.opponents = Opponents(config, folder, self.model, self.tokenizer, engine, world, longest=longest)
         self.baseline = RunningBaseline()
@@ -113,9 +114,12 @@ class Steps:
             engine.name_weights(self.step)  # the same in a resumed run
         play = partial(play_groups, self.arena, c, opponents=opponents, step=self.step)
         played: dict[int, Group] = {}  # by their numbers in the step
+        self.arena.lost = [0, 0]
         with self.timing("play"):
             for numbers in self.world.hand_out(self.lengths.expected(opponents)):  # world
                 played |= play(scenarios, self._seed("play"), numbers)
+            outside = self.arena.from_outside(opponents)
+            check_lost(self.arena, self.world, c.group_size * len(scenarios), c.group_size * outside)  # world
             play_again(played, scenarios, self.game, c, self._seed("again"), play)
         self.played = [*played.values()]
         costs = joint_costs(self.world.each({} if self.judge is None else self.judge.costs()))  # world
@@ -133,8 +137,8 @@ class Steps:
         self.lengths.note((players, sampled) for *_, players, sampled in of_all)
         rewards = [sum(reward) / 2 for _, reward, *_ in of_all if reward is not None]
         return {
-            "stage": "selfplay",
             **self.game.summarise([outcome for outcome, *_ in of_all if outcome is not None]),
+            "stage": "selfplay",
             "reward": sum(rewards) / max(len(rewards), 1),
             **self.scores,
             "sampled_tokens": sum(n for *_, n in of_all) + self.scores.get("resampled_tokens", 0),
@@ -172,7 +176,8 @@ class Steps:
                 )
             norm = self._optimizer_step(lr)
         metrics = every[0].metrics() | {"kl_old": every[-1].metrics()["kl_old"], "grad_norm": norm, "lr": lr}
-        del metrics["trained_tokens"]
+        if not metrics.pop("trained_tokens"):
+            del metrics["entropy"]  # no group had variance: of no token was it computed
         return metrics
 
     def _policy_gradient(self, rows: Sequence[Row], epoch: int) -> UpdateStats:
@@ -230,7 +235,13 @@ class Steps:
     def _imitation_gradient(self, seed: int, coefficient: float, dropout_seed: int) -> UpdateStats:
         c = self.config.imitation
         demonstrations = demonstration_batch(
-            self.corpus, self.tokenizer, c.dialogues_per_step, seed, c.final_weight, c.decisive_weight
+            self.corpus,
+            self.tokenizer,
+            c.dialogues_per_step,
+            seed,
+            c.final_weight,
+            c.decisive_weight,
+            self.model.config.max_position_embeddings,
         )
         gradient = partial(
             accumulate_imitation_gradient,

@@ -10,11 +10,13 @@ import hashlib
 import importlib.util
 import math
 import tomllib
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from duologue.grpo.config import Config
+from duologue.model.atomic import write_file
 from duologue.rollout.games.catalogue import kind_of
 
 SAMPLE_EVERY = 10  # steps of self-play from one dialogue to the next
@@ -34,12 +36,12 @@ def numbers(row: Row, prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 class Trackers:
-    """`log` each line as it is written, then `close`. ValueError where a package is missing."""
+    """`begin`, `log` each line as it is written, then `close`. ValueError where a package is missing."""
 
     def __init__(self, config: Config, run: Path, first: bool = True) -> None:
         """`first`: whether this rank writes the run's files."""
         self.config, self.run = config, run
-        self._writer: Any = None  # both are made at the first line
+        self._writer: Any = None  # is made at the first line
         self._wandb: Any = None
         wanted = {"tensorboard": config.train.tensorboard, "wandb": bool(config.train.wandb)}
         self.wanted = {name for name, is_wanted in wanted.items() if is_wanted and first}
@@ -80,19 +82,30 @@ class Trackers:
             self._writer.add_text("dialogue", sample, step)
         self._writer.flush()
 
-    def _to_wandb(self, step: int, values: Mapping[str, float], sample: str) -> None:
+    def begin(self) -> None:
+        """ValueError where Weights & Biases cannot be reached, before anything is computed."""
+        if "wandb" not in self.wanted:
+            return
         import wandb
 
-        if self._wandb is None:
-            folder = self.run.resolve()
+        folder, project = self.run.resolve(), self.config.train.wandb
+        try:
             self._wandb = wandb.init(
-                project=self.config.train.wandb,
+                project=project,
                 name=folder.name,
-                id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],  # the same at a resume
+                id=_wandb_id(folder),
                 resume="allow",
                 dir=str(folder),
                 config=tomllib.loads(self.config.to_toml()),
             )
+        except Exception as error:  # wandb's own are no kinds of any that Python has
+            said = " ".join(str(error).split())[:300]
+            ways = "`wandb login`, WANDB_MODE=offline, or train.wandb= (empty)"
+            raise ValueError(f"train.wandb = {project!r}: {said}; accepted after {ways}") from error
+
+    def _to_wandb(self, step: int, values: Mapping[str, float], sample: str) -> None:
+        import wandb
+
         more = {"dialogue": wandb.Html(f"<pre>{_escaped(sample)}</pre>")} if sample else {}
         self._wandb.log({**values, **more}, step=step)
 
@@ -103,6 +116,16 @@ class Trackers:
         told = [f"{sides[side]} was told: {text}" for side, text in enumerate(shown["told"])]
         said = [f"{sides[turn['role']]}: {turn['text']}" for turn in record["turns"]]
         return "\n\n".join([*told, *said, shown["verdict"]])
+
+
+def _wandb_id(run: Path) -> str:
+    """The run's name there: it lies with the run, so that it is the same at a resume, wherever that is."""
+    note = run / "wandb.id"
+    if not note.is_file():
+        begun = (run / "wandb").is_dir()  # by an older version, which named it by its place
+        name = hashlib.sha256(str(run).encode()).hexdigest() if begun else uuid.uuid4().hex
+        write_file(note, name[:16].encode())
+    return note.read_text("ascii")
 
 
 def _escaped(text: str) -> str:

@@ -104,11 +104,16 @@ class Trainer(Watched):
             yield path, f"opponent.kind = {c.opponent.kind!r}"
         if self.game.compared and c.eval.partners:
             yield start, f"eval.partners = {[*c.eval.partners]} ([] goes on without)"
+        if left and c.eval.every and not self.game.alone:
+            yield start, f"eval.every = {c.eval.every}"
+        if left and c.watch.rollback:
+            yield start, f"watch.rollback = {[*c.watch.rollback]} ([] goes on without)"
         if left and c.train.kl_every:
             yield start, f"train.kl_every = {c.train.kl_every} (0 goes on without)"
 
     def run(self) -> dict[str, Any]:
         imitation, selfplay = self.config.imitation.steps, self.config.train.steps
+        self.trackers.begin()
         if self.step < imitation:
             self.progress.stage("imitation", imitation, self.step)
             while self.step < imitation:
@@ -221,6 +226,8 @@ class Trainer(Watched):
         metrics, dialogues = evaluate(
             self.opponents.engine, self.tokenizer, self.game, self.config, self.judge, self.world
         )
+        if self.judge is not None:
+            self.judge.costs()  # are those of steps
         by_token = self.config.train.record_tokens > 0
         self.run_dir.append_dialogues(
             d.record(by_token, step=self.step, stage="eval", policy=policy) for d in dialogues

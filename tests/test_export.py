@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import pytest
 import torch
 from conftest import write_transformers_checkpoint
 from duologue.grpo.cli import main
+from duologue.grpo.commands.card import card
+from duologue.grpo.config import load_config
 from duologue.model.checkpoint import load_model, save_model
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.model.tokenizer import Tokenizer
@@ -114,6 +117,24 @@ def test_the_card_of_an_adapter_loads_it(
     assert card_of(tmp_path / "merged")[0].library_name == "transformers"
     merged = loaded_as_its_card_says(tmp_path / "merged", monkeypatch)
     torch.testing.assert_close(logits(merged), logits(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_the_commands_of_a_card_are_taken_by_a_shell(tmp_path: Path) -> None:
+    """A place with a space, a rank above vLLM's default, a commit of the Hub's."""
+    run = tmp_path / "run"
+    (run / "checkpoints" / "step_000001").mkdir(parents=True)
+    for rank, wanted in ((16, ""), (20, "32"), (300, "320")):
+        config = load_config("deal", [f"lora.rank={rank}", f"model.path={tmp_path}"])
+        (run / "config.toml").write_text(config.to_toml(), "utf-8")
+        text = card(run / "checkpoints" / "step_000001", tmp_path / "my out", f"{tmp_path}/the base")
+        (line,) = re.findall(r"```sh\n(.*?)\n```", text)
+        words = shlex.split(line)
+        assert words[:3] == ["vllm", "serve", f"{tmp_path}/the base"]
+        assert words[-1] == "policy=my out"
+        assert wanted == (words[words.index("--max-lora-rank") + 1] if "--max-lora-rank" in words else "")
+    text = card(run / "checkpoints" / "step_000001", tmp_path / "out", f"org/name@{'a' * 40}")
+    assert f"vllm serve org/name --revision {'a' * 40} --max-lora-rank 320 --enable-lora" in text
+    assert f"from_pretrained('org/name', revision='{'a' * 40}', dtype=\"auto\")" in text
 
 
 def test_the_card_of_a_run_has_the_figures_of_its_last_checkpoint(tmp_path: Path) -> None:

@@ -134,7 +134,23 @@ def test_frozen_weights_are_looked_at_before_training_goes_on(
     assert "put a copy of it back, or start another run" in error
     assert contents(run) == before
     if "warm" in name:
-        assert train(run, "opponent.kind=lagged:2", "--resume", "train.steps=5", "train.kl_every=0") == 0
+        more = ["opponent.kind=lagged:2", "--resume", "train.steps=5", "train.kl_every=0"]
+        watched = 'watch.rollback=["entropy"]'
+        assert train(run, *more, watched) == 2
+        assert f"{run / name}, which watch.rollback = ['entropy'] " in said(capsys)
+        assert train(run, *more) == 0
+
+
+def test_the_start_that_evaluations_meet_is_looked_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run"
+    settings = ["train.kl_every=0", "eval.every=1", "eval.every_dialogues=4", "eval.partners=[]"]
+    assert train(path, *settings, "train.steps=2") == 0
+    flip(path / "checkpoints" / "warm_start" / "model.safetensors")
+    capsys.readouterr()
+    assert train(path, *settings, "--resume", "train.steps=3") == 2
+    assert "warm_start, which eval.every = 1" in said(capsys)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -60,6 +60,29 @@ def summed(model: Decoder, fuse: bool, recompute: str = "none") -> tuple[dict[st
     return found, by_autograd
 
 
+def test_a_step_without_a_gradient_moves_nothing_on_ranks_either() -> None:
+    """Adapters over ranks: a step whose groups all taught nothing is no step of AdamW's, whose momentum and
+    decay would go on; where one rank has a gradient, all take it.
+    """
+
+    def work(world: Any) -> tuple[dict[str, Tensor], float]:
+        model = model_of(torch.float32, rank=4)
+        optimizer = ReplicatedOptimizer(model, world=world, **SETTINGS)
+        for has in ([True, True], [True, False], [False, False], [False, False]):
+            if has[world.rank]:
+                accumulate_policy_gradient(model, some_rows(), LossConfig(), temperature=1.0, max_tokens=4096)
+            before = {name: p.detach().clone() for name, p in optimizer.parameters.items()}
+            optimizer.step(1e-2, optimizer.squared_grad_norm())
+        moved = max(
+            float((p - before[name]).detach().abs().max()) for name, p in optimizer.parameters.items()
+        )
+        return {name: p.detach().clone() for name, p in optimizer.parameters.items()}, moved
+
+    (first, moved), (second, other) = on_ranks(2, work)
+    assert moved == other == 0
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 1), (7, 13, 5), (3, 17, 96, 40), (300, 33, 65)])
 def test_the_product_is_that_of_float64(shape: tuple[int, ...], dtype: torch.dtype) -> None:

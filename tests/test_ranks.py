@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import json
 import os
+import random
 import resource
 import signal
 import socket
@@ -18,16 +19,22 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.build import build_arena, build_game, ledger_of_node
+from duologue.grpo.config import load_config
 from duologue.grpo.distributed import launch, watch
 from duologue.grpo.distributed.ledger import SharedLedger
 from duologue.grpo.distributed.world import batches
+from duologue.grpo.evaluate import check_lost
+from duologue.grpo.policy import load_policy
 from duologue.grpo.run_dir import read_lines
+from duologue.rollout.engine.engine import Engine
 from duologue.rollout.judge.endpoint import Endpoint
 from duologue.rollout.judge.judge import FeedbackJudge
 from duologue.rollout.judge.questions import REQUIRED, SCORE, Case, load_prompt
 from forked import FORKS, LIMIT_S, Started, chaos, limited_rank
 from judge_server import JudgeServer
 from safetensors.torch import load_file
+from thread_ranks import on_ranks
 from tiny import MODEL
 from torch.distributed import HashStore
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -321,6 +328,80 @@ def test_no_question_is_asked_twice_on_a_node(judge_server: JudgeServer, tmp_pat
     prompts = [body["messages"][0]["content"] for body in judge_server.requests]
     asked = [prompt for prompt in prompts if "Case 3" not in prompt]
     assert len(asked) == len(set(asked)) == 5
+
+
+def test_a_ledger_for_each_node(tmp_path: Path) -> None:
+    """SQLite's log of writes is shared by the processes of one machine alone."""
+    here = socket.gethostname()
+    path = tmp_path / "judge.sqlite"
+    for hosts, name in (([here, "b"], "judge.sqlite"), (["a", "a", here, "b", here], "judge.1.sqlite")):
+        world: Any = SimpleNamespace(each=lambda _, hosts=hosts: hosts)
+        assert ledger_of_node(path, world) == tmp_path / name
+
+
+def test_an_error_of_a_rank_has_the_exit_code_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    words = [word for word in train(tmp_path / "full", "--ranks", "2") if word != "--resume"]
+    code, _, err = Started(tmp_path / "starter", "duologue", *words).ended()
+    assert code == 2, err
+    assert err.count("duologue: ") == 1
+
+
+class Silent:
+    """A judge that answers nobody."""
+
+    who, max_unscored_share, last_fault = "the judge", 0.1, ""
+
+    def __init__(self, lost: Callable[[int], bool]) -> None:
+        self._lost, self._asked, self._n = lost, [], 0
+
+    def submit(self, kind: str, case: Case, tag: Any) -> None:
+        self._asked.append(tag)
+
+    def answered(self, wait: bool) -> list[tuple[Any, Any]]:
+        asked, self._asked = self._asked, []
+        answers = []
+        for tag in asked:
+            answers.append((tag, None if self._lost(self._n) else {"agreed": False}))
+            self.last_fault = "it is down" if answers[-1][1] is None else self.last_fault
+            self._n += 1
+        return answers
+
+
+@pytest.mark.parametrize(
+    ("ranks", "groups", "lost", "said"),
+    [
+        (8, 16, lambda n: True, "128 of 128"),  # no batch of the queue has as many as would stop it
+        (2, 2, lambda n: n == 0, "2 of 16"),  # one on each
+        (2, 4, lambda n: False, ""),
+    ],
+)
+def test_unscored_dialogues_are_counted_over_all_ranks(
+    ranks: int, groups: int, lost: Callable[[int], bool], said: str, chat_checkpoint: Path
+) -> None:
+    settings = ["dialogue.max_rounds=1", "dialogue.max_tokens_per_turn=4", "dialogue.max_tokens_final=4"]
+    config = load_config(
+        "collective-agency", [f"model.path={chat_checkpoint}", *settings, "model.dtype=float32"]
+    )
+    model, tokenizer = load_policy(chat_checkpoint, config)
+    game = build_game(config)
+    scenarios = [game.sample(random.Random(i), "train") for i in range(groups)]
+
+    def work(world: Any) -> str:
+        judge: Any = Silent(lost)
+        arena = build_arena(config, Engine(model, cache_tokens=16384), tokenizer, game, judge)
+        for number in range(world.rank, groups, ranks):  # batches of one group
+            arena.play(scenarios, group_size=8, seed=0, chosen=[number])
+        try:
+            check_lost(arena, world, 8 * groups, 0)
+        except RuntimeError as error:
+            return str(error)
+        return ""
+
+    (heard,) = set(on_ranks(ranks, work))  # alike on all
+    assert (f"{said} dialogues are unscored, above" in heard) == bool(said)
+    assert ("the last reason: it is down" in heard) == bool(said)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

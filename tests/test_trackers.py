@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import sys
@@ -37,6 +38,7 @@ def lines_of(run: Path) -> list[dict[str, Any]]:
 def tracked(run: Path, folder: Path, rows: list[dict[str, Any]], *settings: str) -> None:
     """What a run with these settings would hand over."""
     trackers = Trackers(load_config("text-game", [*RUN, *settings]), folder)
+    trackers.begin()
     for row in rows:
         trackers.log(row, next(d for d in read_lines(run / "dialogues.jsonl") if d["stage"] == "selfplay"))
     trackers.close()
@@ -95,6 +97,57 @@ def test_wandb_is_given_each_line_once(run: Path, tmp_path: Path, monkeypatch: p
     assert (first["project"], first["resume"], first["dir"]) == ("mine", "allow", str(tmp_path))
     assert first["config"]["train"]["wandb"] == "mine"
     assert ended == [True, True]
+
+
+def test_a_run_of_wandbs_is_that_folder_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same at a resume, elsewhere too; another where a run began anew in the same place."""
+    begun: list[str] = []
+    wandb_run = SimpleNamespace(log=lambda data, step: None, finish=lambda: None)
+
+    def init(**settings: Any) -> Any:
+        begun.append(settings["id"])
+        return wandb_run
+
+    stand_in = SimpleNamespace(init=init, __spec__=SimpleNamespace(name="wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+    run = tmp_path / "run"
+
+    def begin(folder: Path) -> str:
+        folder.mkdir(exist_ok=True)
+        Trackers(load_config("text-game", [*RUN, "train.wandb=mine"]), folder).begin()
+        return begun[-1]
+
+    first = begin(run)
+    assert begin(run) == first
+    assert begin(run.rename(tmp_path / "moved")) == first
+    assert begin(run) != first
+    (tmp_path / "old" / "wandb").mkdir(parents=True)
+    place = str((tmp_path / "old").resolve())
+    assert (
+        begin(tmp_path / "old") == hashlib.sha256(place.encode()).hexdigest()[:16]
+    )  # as it was called before
+
+
+def test_what_wandb_refuses_is_said_before_anything_is_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class UsageError(Exception):
+        """wandb's own have no base that is Python's."""
+
+    def init(**settings: Any) -> Any:
+        raise UsageError("No API key configured.\nUse `wandb login`")
+
+    stand_in = SimpleNamespace(init=init, __spec__=SimpleNamespace(name="wandb"))
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)  # type: ignore[arg-type]
+    command = ["train", "text-game", *RUN, "--run-dir", str(tmp_path / "run")]
+    assert main([*command, "train.wandb=mine"]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("duologue: ")]
+    assert line.startswith(
+        "duologue: train.wandb = 'mine': No API key configured. Use `wandb login`; accepted"
+    )
+    assert main([*command, "train.steps=1"]) == 0  # the corrected command
 
 
 def test_wandb_offline(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

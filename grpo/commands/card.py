@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ PEFT = """\
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r}, dtype="auto")
+base = AutoModelForCausalLM.from_pretrained({base!r}, {revision}dtype="auto")
 model = PeftModel.from_pretrained(base, {folder!r})
 tokenizer = AutoTokenizer.from_pretrained({folder!r})
 """
 VLLM = "vllm serve {folder}\n"
-VLLM_LORA = "vllm serve {base} --enable-lora --lora-modules policy={folder}\n"
+VLLM_LORA = "vllm serve {base} {options}--enable-lora --lora-modules policy={folder}\n"
+VLLM_RANKS = (16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank accepts from its default on
 
 
 def card(source: Path, out: Path, adapter_of: str = "") -> str:
@@ -49,11 +51,21 @@ def card(source: Path, out: Path, adapter_of: str = "") -> str:
     ]
     if path is not None and config is not None:
         parts += _figures(path.parent, source, config)
-    places = {"folder": out.name, "base": base}
     load, serve = (PEFT, VLLM_LORA) if adapter_of else (TRANSFORMERS, VLLM)
-    parts.append("## How to load it")
-    parts += [_block("python", load.format(**places)), _block("sh", serve.format(**places))]
+    revision = f"revision={commit!r}, " if commit else ""
+    python = load.format(folder=out.name, base=base, revision=revision)
+    options = _vllm_options(commit, config.lora.rank if config else 0)
+    shell = serve.format(folder=shlex.quote(out.name), base=shlex.quote(base), options=options)
+    parts += ["## How to load it", _block("python", python), _block("sh", shell)]
     return "\n\n".join(parts) + "\n"
+
+
+def _vllm_options(commit: str, rank: int) -> str:
+    """For an adapter of this rank on a base of this commit."""
+    room = next((n for n in VLLM_RANKS if n >= rank), VLLM_RANKS[-1])
+    options = [f"--revision {commit}"] if commit else []
+    options += [f"--max-lora-rank {room}"] if room > VLLM_RANKS[0] else []
+    return "".join(f"{option} " for option in options)
 
 
 def _block(language: str, text: str) -> str:

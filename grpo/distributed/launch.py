@@ -55,7 +55,8 @@ def launch(ranks: int, argv: Sequence[str], grace_s: float) -> int:
                 how = f"exit code {failure.exitcode}"
                 how = signal.Signals(-failure.exitcode).name if failure.exitcode < 0 else how
                 say(f"rank {rank} ended by {how}")
-            return max(failure.exitcode, 1)
+                return max(failure.exitcode, 1)
+            return int(said.read_text("ascii") or 1)
         except SignalException:
             if all(ended(said, rank).exists() for rank in range(ranks)):
                 return 0
@@ -106,7 +107,7 @@ def joined(config: Config) -> Iterator[Ranks]:
     except BaseException as error:
         if not world.watch.fail(f"rank {world.rank}: {error}"):
             os._exit(1)
-        note_said()
+        note_said(2 if isinstance(error, ValueError) else 1)  # as the command line has it
         raise
     world.close()
     if said := os.environ.get(SAID):

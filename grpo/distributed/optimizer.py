@@ -21,8 +21,10 @@ class ReplicatedOptimizer(Optimizer):
     def squared_grad_norm(self) -> Tensor:
         """[] fp64, of the gradient of all ranks."""
         self.accumulate()
-        for master in self.masters.values():
-            if master.grad is None:
+        masters = [*self.masters.values()]
+        ranks = self.world.sum([float(master.grad is not None) for master in masters])  # world
+        for master, n in zip(masters, ranks, strict=True):
+            if n and master.grad is None:  # another rank has one; where none has, no step is taken
                 master.grad = torch.zeros_like(master)
         self.world.add_up(self.gradients())
         return super().squared_grad_norm()

@@ -130,10 +130,10 @@ def say(reason: str) -> None:
     print(f"duologue: {reason}; --resume goes on from the last checkpoint", file=sys.stderr, flush=True)
 
 
-def note_said() -> None:
-    """For the process that started the ranks: the user has been told."""
+def note_said(code: int = 1) -> None:
+    """For the process that started the ranks: the user has been told, and this is to be the exit code."""
     if path := os.environ.get(SAID):
-        Path(path).touch()
+        Path(path).write_text(str(code), "ascii")
 
 
 def _lives(pid: int) -> bool:

@@ -45,9 +45,8 @@ class Arena:
             EngineSpeaker(policy) if isinstance(policy, Engine) else policy,
             partial(ScriptedSpeaker, game, tokenizer, rules.max_rounds),
         )
-        if isinstance(self.speakers.policy, EngineSpeaker):
-            self.contexts.limit = self.engine.model.config.max_position_embeddings
         self._waiting: dict[Speak | Question, Talk] = {}
+        self.lost = [0, 0]  # dialogues not answered, and not judged, since whoever counts them set it to 0
 
     @property
     def engine(self) -> Engine:
@@ -77,8 +76,10 @@ class Arena:
         """
         opponents = opponents or [None] * len(scenarios)
         chosen = range(len(scenarios)) if chosen is None else chosen
+        self.contexts.limit = self._limit(opponents)
         opened = [self._open(scenarios[n], opponents[n]) for n in chosen]
-        prefill([branch for pair in opened for branch in pair])  # forked, or found by later contexts
+        fit = [b for pair in opened for b in pair if b is None or self.contexts.takes(len(b))]
+        prefill(fit)  # forked, or found by later contexts
         talks: list[Talk] = []
         for n, contexts in zip(chosen, opened, strict=True):
             number, opponent = first_group + n, opponents[n]
@@ -95,7 +96,7 @@ class Arena:
                 )
                 for i, branches in enumerate(self._fork(contexts, group_size))
             ]
-        self._run(talks, group_size * len(scenarios), group_size * self._from_outside(opponents))
+        self._run(talks, group_size * len(scenarios), group_size * self.from_outside(opponents))
         for branch in (b for pair in opened for b in pair if b is not None):
             branch.close()
         ended = iter(talks)
@@ -103,6 +104,13 @@ class Arena:
             Group(scenario=scenarios[n], dialogues=[next(ended).dialogue for _ in range(group_size)])
             for n in chosen
         ]
+
+    def _limit(self, opponents: Sequence[Opponent | None]) -> int | None:
+        """Tokens that a context of every engine at work can have; None where the policy has none."""
+        if not isinstance(self.speakers.policy, EngineSpeaker):
+            return None
+        engines = {self.engine, *(o.engine for o in opponents if o is not None and o.engine is not None)}
+        return min(engine.most_tokens for engine in engines)
 
     def _open(self, scenario: Scenario, opponent: Opponent | None) -> list[Branch | None]:
         """What every dialogue of a group begins with, for each side that speaks in it."""
@@ -128,23 +136,23 @@ class Arena:
         for talk in talks:
             talk.protocol = protocol(talk)
             self._go_on(talk)
-        unanswered, unscored = 0, 0
+        lost, before = self.lost, [*self.lost]
         while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
                 if completion is None:
-                    unanswered += 1
+                    lost[0] += 1
                     assert self.speakers.outside is not None
-                    check_share(self.speakers.outside, unanswered, outside)
+                    check_share(self.speakers.outside, lost[0] - before[0], outside)
             if self.judge is None:
                 continue
             for question, answer in self.judge.answered(wait=not self.speakers.busy):
                 self._answered(question, answer)
                 if answer is None:
-                    unscored += 1
-                    check_share(self.judge, unscored, total)
+                    lost[1] += 1
+                    check_share(self.judge, lost[1] - before[1], total)
 
-    def _from_outside(self, opponents: Sequence[Opponent | None]) -> int:
+    def from_outside(self, opponents: Sequence[Opponent | None]) -> int:
         """How many of them may fail to answer."""
         guests = [self.speakers.of(o, o.role) for o in opponents if o is not None]
         return sum(guest is self.speakers.outside for guest in guests)
