@@ -107,6 +107,7 @@ def random_qwen3(
     head_dim: int = 128,
     vocab: int = 151_936,
     tied: bool = True,
+    max_positions: int = 4096,
 ) -> Decoder:
     """Random weights, made on the device."""
     config = ModelConfig(
@@ -118,7 +119,7 @@ def random_qwen3(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=4096,
+        max_position_embeddings=max_positions,
         tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
@@ -130,10 +131,31 @@ def random_qwen3(
     return model
 
 
+def alone(name: str, device: str, max_positions: int) -> Decoder:
+    """Ours of one of `SHAPES`; its weights are drawn as transformers draws them, not the same draws."""
+    s = SHAPES[name]
+    return random_qwen3(
+        device,
+        parse_dtype(s["dtype"]),
+        hidden=s["hidden_size"],
+        inner=s["intermediate_size"],
+        layers=s["num_hidden_layers"],
+        heads=s["num_attention_heads"],
+        kv_heads=s["num_key_value_heads"],
+        head_dim=64,
+        vocab=s["vocab_size"],
+        max_positions=max_positions,
+    )
+
+
 def chosen(parser: ArgumentParser, args: Namespace, max_positions: int) -> tuple[Any, Decoder]:
-    """transformers' model and ours, as `--model` and `--device` say. In Qwen3's shapes ours alone."""
-    if args.model in SHAPES:
+    """transformers' model and ours, as `--model` and `--device` say. In Qwen3's shapes ours alone; with
+    `--only ours` too, which then waits for no other library.
+    """
+    if args.model in SHAPES and args.only is None:
         return both(args.model, args.device, max_positions)
+    if args.model in SHAPES:
+        return None, alone(args.model, args.device, max_positions)
     if args.only is None:
         parser.error(
             f"--model {args.model}: its weights are made here, without transformers; add --only ours"

@@ -25,6 +25,7 @@ from conftest import write_core
 from duologue.grpo.cli import main
 from duologue.grpo.run_dir import read_lines
 from duologue.kernels import backend
+from duologue.rollout.judge import endpoint as endpoints
 from judge_server import ASPECTS, FAULTS, JudgeServer, inside, scores
 from safetensors.torch import load_file
 
@@ -200,11 +201,12 @@ def test_three_steps_with_known_scores_and_again_without_a_request(
 
 @pytest.mark.parametrize("fault", [*FAULTS, "all"])
 def test_faults_lose_and_misread_no_dialogue(
-    run: Run, judge_server: JudgeServer, tmp_path: Path, fault: str
+    run: Run, judge_server: JudgeServer, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each fault alone hits a fifth of the requests; "all": every fault hits a fifth, so that five of six
     requests fail.
     """
+    monkeypatch.setattr(endpoints, "_BACKOFF", lambda state: min(0.02 * 2**state.attempt_number, 0.3))
     rng = random.Random(0)
     faults = FAULTS if fault == "all" else (fault,)
     judge_server.fault = lambda n, prompt: next((name for name in faults if rng.random() < 0.2), None)

@@ -274,12 +274,13 @@ def test_each_fault_is_survived(make: Make, judge_server: JudgeServer, fault: st
     assert set(met.values()) == {1 if harmless else 2}
 
 
-def test_all_faults_at_once(make: Make, judge_server: JudgeServer) -> None:
+def test_all_faults_at_once(make: Make, judge_server: JudgeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of the eight hits a fifth of the requests, on its own: five of six requests fail. Nothing is
     lost or misread.
     """
     import random
 
+    monkeypatch.setattr(endpoints, "_BACKOFF", lambda state: min(0.02 * 2**state.attempt_number, 0.3))
     rng = random.Random(0)
     judge_server.fault = lambda n, prompt: next((fault for fault in FAULTS if rng.random() < 0.2), None)
     cases = [case(i) for i in range(40)]
