@@ -284,7 +284,7 @@ def test_the_ranks_play_the_dialogues_of_one(tmp_path: Path) -> None:
     """Scenarios, first speakers and draws go by the number of a group among all."""
     played = {}
     for name, world in zip(("one", "first", "second"), (World(), *ranks()), strict=True):
-        world.each = lambda value: [value]  # they play one after the other
+        world.each, world.sum = lambda value: [value], list  # they play one after the other
         groups = trainer(tmp_path / name, world).play()
         played[name] = [d.record(step=0) for group in groups for d in group.dialogues]
     assert len(played["first"]) == 2 * 4
