@@ -6,6 +6,7 @@ servers.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -46,7 +47,8 @@ def load_player(name: str, config: Config, game: Game, start: Path) -> Player:
     """
     if ADDRESS in name:
         ledger = Path(":memory:")
-        return Player(name=name, speaker=lambda tokenizer: build_server(config, tokenizer, ledger))
+        there = dataclasses.replace(config, opponent=dataclasses.replace(config.opponent, url=name))
+        return Player(name=name, speaker=lambda tokenizer: build_server(there, tokenizer, ledger))
     if name.startswith(f"{SCRIPTED}:"):
         return scripted_player(name, config, game)
     return policy_player(name, *load_policy(weights_of(name, start), config), config)

@@ -10,9 +10,9 @@ from duologue.grpo.world import ALONE, World
 from duologue.rollout.games.game import UNSCORED
 from duologue.rollout.selfplay.dialogue import POLICY, Dialogue, Group
 
-# Kinds of failure by form, not by what was negotiated: a statement that cannot be read or cannot hold, a game
-# that a limit ended.
-MALFORMED = ("malformed", "out_of_range", "unfinished", "context_full")
+# Kinds of failure by form, not by what was negotiated: a statement that cannot be read, leaves something out,
+# says two things or cannot hold, a game that a limit ended.
+MALFORMED = ("malformed", "incomplete", "ambiguous", "out_of_range", "unfinished", "context_full")
 NGRAM = 3  # tokens, of what is taken for an echo
 
 Sums = dict[str, list[float]]  # figure -> its sum, and over how many

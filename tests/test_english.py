@@ -11,11 +11,14 @@ import re
 import shutil
 import subprocess
 import threading
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from duologue.grpo import partners as players
+from duologue.grpo import talk_stats
 from duologue.grpo.cli import main
 from duologue.grpo.config import from_dict, load_config
 from duologue.grpo.console import Progress
@@ -23,9 +26,10 @@ from duologue.grpo.run_dir import RunDir
 from duologue.grpo.trainer import Trainer
 from duologue.grpo.unsaid import kept_of, knows_english, unsaid
 from duologue.rollout.games import catalogue, english
-from duologue.rollout.games.catalogue import SIDES, characters, kind_of, partners
+from duologue.rollout.games.catalogue import SIDES, characters, kind_in, kind_of, partners
 from duologue.rollout.games.deal import Deal, DealSettings
 from duologue.rollout.games.finals import Unread
+from duologue.rollout.games.game import Game
 from duologue.rollout.games.scripted import Act
 from duologue.rollout.games.selection import SelectionSettings
 from tiny import TINY_DEAL, dialogues, dying, lines, selfplay, trained
@@ -183,7 +187,32 @@ FREE = [
      "and a ball 4 to Ben and 2 to Ann, so Ben gets 1.", Act(reveal=(2, 2, 4))),
     ("What do you want?", Act(ask=True)),
     ("No way.", Act(refuse=True)),
+    ("Okay, I'd like the hats and the ball.", Act()),
+    ("Yes, I need the ball.", Act()),
+    ("I agree that the hats are more valuable to you.", Act()),
+    ("Yes, please tell me your values.", Act()),
+    ("Great, I'm glad we reached an agreement. [done]", Act(accept=True, close=True)),
+    ("Excellent, deal.", Act()),
+    ("I'll accept.", Act(accept=True)),
+    ("We have a deal.", Act(accept=True)),
+    ("I can't accept that you get the book and I get the hats and the ball.", Act(refuse=True)),
+    ("It isn't fair that I get the book and you get the hats and the ball.", Act()),
+    ("I would like 1 book, 2 hats and 1 ball.", Act()),  # a demand, no values
 ]  # fmt: skip
+PRICES = [
+    ("I'd sell it for $20.00.", Act(take=(20,))),
+    ("I can do 12.50.", Act()),
+    ("I would pay 1,200.", Act()),
+    ("Let's find a price that works for the two of us.", Act()),
+    ("This one is in great condition.", Act()),
+    ("I have one question.", Act()),
+    ("I can come down by 2.", Act()),
+    ("Okay, let me think about it.", Act()),
+    ("Sure, I would like to hear your offer.", Act()),
+    ("Yes, we have an agreement.", Act(accept=True)),
+    ("You have a deal! [done]", Act(accept=True, close=True)),
+    ("I accept your offer of $15. [done]", Act(accept=True, take=(15,), close=True)),
+]
 
 
 @pytest.mark.parametrize(("text", "act"), FREE)
@@ -194,9 +223,19 @@ def test_free_variants_are_understood_where_they_are_clear(text: str, act: Act) 
     assert side.understand(text) == act
 
 
+@pytest.mark.parametrize(("text", "act"), PRICES)
+def test_what_a_price_is_and_what_is_none(text: str, act: Act) -> None:
+    game = made("price")
+    scenario = game.sample(random.Random(0), "train")
+    side = SIDES["price"](game, scenario, scenario.data.buyer, "honest", random.Random(0))
+    assert side.understand(text) == act
+
+
 @pytest.mark.parametrize(
     ("name", "offer", "text", "taken"),
     [
+        ("price", (15,), "I accept your offer of $15. [done]", True),
+        ("price", (15,), "I accept your offer of $16. [done]", False),
         ("deal", (1, 0, 1), "Deal! I get 0 books, 2 hats and 0 balls, you get 1 book, 0 hats and 1 ball. [done]", True),
         ("deal", (1, 0, 1), "Sounds fair. Then I take both hats and you take the rest. [done]", True),
         ("deal", (1, 0, 1), "Deal! I get 1 book, 2 hats and 0 balls, you get 0 books, 0 hats and 1 ball.", False),
@@ -377,3 +416,28 @@ def test_english_has_room_for_its_statements_where_nothing_is_said() -> None:
     again = load_config("deal", ["model.path=x", "game.telling=english"])
     assert again.to_toml() == config.to_toml()
     assert load_config("deal").dialogue == load_config("deal", ["game.telling=plain"]).dialogue
+
+
+def test_a_run_is_described_in_the_telling_that_it_had() -> None:
+    """Report, page and `watch` know from config.toml that a failure is one of English statements."""
+    for name in GAMES:
+        section = load_config(name, ["game.telling=english"]).to_toml()
+        kind = kind_in(tomllib.loads(section)["game"])
+        assert kind is kind_of(load_config(name, ["game.telling=english"]).game)
+        for failure in ("incomplete", "ambiguous"):
+            assert kind.failure_in_words(failure) != failure
+            assert failure in talk_stats.MALFORMED
+    assert kind_in({"name": "gone"}) is Game
+
+
+def test_servers_of_a_matrix_are_asked_where_each_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(players, "build_server", lambda config, *_: asked.append(config.opponent.url))
+    places = ["http://127.0.0.1:8001/v1", "http://127.0.0.1:8002/v1"]
+    config = load_config("deal", ["opponent.kind=endpoint", f"opponent.url={places[0]}"])
+    tokenizer: Any = None
+    for place in places:
+        player = players.load_player(place, config, made("deal"), Path("nowhere"))
+        assert player.speaker is not None
+        player.speaker(tokenizer)
+    assert asked == places

@@ -24,8 +24,7 @@ from duologue.grpo.commands.same_contexts import Held, compare, find
 from duologue.grpo.config import RUN_FILE, load_config
 from duologue.grpo.run_dir import iter_lines
 from duologue.model.atomic import write_file
-from duologue.rollout.games.catalogue import game_kind
-from duologue.rollout.games.game import Game
+from duologue.rollout.games.catalogue import kind_in
 from duologue.rollout.judge.questions import AGREEMENT, SCORE, Prompt, load_prompt
 
 PAGE = "inspect.html"
@@ -78,7 +77,7 @@ def compared(options: argparse.Namespace) -> list[Held]:
 def write_page(run_dir: Path, path: Path, steps: Steps = ALL, held: Sequence[Held] = ()) -> int:
     """Write the page of a run's dialogues, and of those that its checkpoints held now; how many they are."""
     _, config = config_text(run_dir)
-    game, prompts = game_kind(config["game"]["name"]) or Game, _prompts(config)
+    game, prompts = kind_in(config["game"]), _prompts(config)
     dialogues = Dialogues(game, config, any_tokenizer(run_dir), prompts)
     try:
         for of_checkpoint in held:

@@ -32,7 +32,7 @@ from duologue.grpo.settings import typed
 from duologue.model.atomic import write_file
 from duologue.model.settings import keys
 from duologue.model.tokenizer import Tokenizer
-from duologue.rollout.games.catalogue import game_kind
+from duologue.rollout.games.catalogue import kind_in
 from duologue.rollout.games.game import Game, Measure, Published
 
 TEMPLATE = "report.html.j2"
@@ -102,7 +102,7 @@ def _page(run_dir: Path, ended: bool = True, inspected: str = "") -> str:
 def gather(run_dir: Path, ended: bool = True) -> Record:
     """Everything that the template shows; of a run that is to go on not its summary."""
     toml, config = config_text(run_dir)
-    game = game_kind(config["game"]["name"]) or Game
+    game = kind_in(config["game"])
     metrics = read_lines(run_dir / "metrics.jsonl")
     summary = _summary(run_dir, ended)
     policies, recent = _dialogues(run_dir / "dialogues.jsonl")

@@ -15,7 +15,7 @@ from typing import Any
 from duologue.grpo.commands.charts import is_number
 from duologue.grpo.commands.watched import facts
 from duologue.grpo.console import REWARD, TRAINING, UNKNOWN, formatted
-from duologue.rollout.games.catalogue import game_kind
+from duologue.rollout.games.catalogue import kind_in
 from duologue.rollout.games.game import Game
 from duologue.rollout.games.texts import read_text
 from rich.console import Console, Group, RenderableType
@@ -83,7 +83,7 @@ def curve(values: Sequence[float]) -> str:
 def view(run: Path, rows: Sequence[Row]) -> RenderableType:
     """What is shown of a run."""
     config = tomllib.loads(read_text(run / "config.toml"))
-    game = game_kind(config["game"]["name"]) or Game
+    game = kind_in(config["game"])
     if not rows:
         return Text(f"{run}: no step is done yet")
     parts = [_head(run, config, rows), Padding(_table(game, rows), (1, 0))]

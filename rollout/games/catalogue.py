@@ -8,6 +8,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from duologue.rollout.games import deal_scripts, price
 from duologue.rollout.games.characters import TACTICS
@@ -74,6 +75,12 @@ def kind_of(settings: GameSettings) -> type[Game]:
     assert kind is not None, settings.name
     english = getattr(settings, "telling", "plain") == "english"
     return ENGLISH[settings.name] if english else kind
+
+
+def kind_in(section: Mapping[str, Any]) -> type[Game]:
+    """Of the [game] of a run's config.toml; `Game` where nobody knows it any more."""
+    kind = game_kind(str(section["name"])) or Game
+    return ENGLISH.get(kind.name, kind) if section.get("telling") == "english" else kind
 
 
 def corpus(game: Game, n: int, seed: int, names: Sequence[str] = ()) -> list[ScriptedDialogue]:

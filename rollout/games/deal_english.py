@@ -168,14 +168,18 @@ class DealWords:
         if (take := self._taken(side, sentence)) is not None:
             return Act(take=take)
         words = sentence.split()
-        if not asks and not {"you", "your", "yours"} & {*words}:
+        if not asks and not {"you", "your", "yours"} & {*words} and not DEMAND.search(sentence):
             for start in range(len(words) if not self.ranked else 0):
                 if values := values_in(words[start:], items):
                     return Act(reveal=values)
-        return english.small_talk(sentence, asks)
+        act = english.small_talk(sentence, asks)
+        named = {*words} & {form for item in items for form in (item, f"{item}s")}
+        return None if act and act.accept and named else act  # "okay, the ball" is no acceptance
 
     def _taken(self, side: Any, words: str) -> Vector | None:
-        """What the words leave to the speaker, who is the other side."""
+        """What the words leave to the speaker, who is the other side, unless they deny it."""
+        if DENIED.search(words):
+            return None
         for pattern, order, named in FREE:
             for match in re.finditer(pattern, words):
                 mine, yours = (match[n] for n in (order[::-1] if named and side.role == 0 else order))
@@ -215,6 +219,8 @@ class DealWords:
         return tuple(share)
 
 
+DENIED = re.compile(r"\b(?:not|never|unfair|cant|dont|wont|isnt|doesnt|wouldnt)\b")
+DEMAND = re.compile(r"\b(?:i|id|ill|me) (?:would |will )?(?:take|get|keep|have|want|like|receive)\b")
 BETWEEN = "(?: and| while| then| if)?"
 GETS = "(?:gets|takes|keeps|has|receives|will get|would get)"
 FREE = (  # of a division: where the speaker's share and the other's stand, or Ann's and Ben's

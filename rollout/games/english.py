@@ -43,11 +43,14 @@ SHORTER = re.compile(rf"\b(?:{'|'.join(SHORT)})\b")
 COMPOUND = re.compile(rf"\b({'|'.join(TENS)})[- ]({'|'.join(UNITS[1:10])})\b")
 SHARED = ("again", "leave", "bye", "agree", "confirm", "hurry")
 YES = re.compile(
-    r"(?:ok|okay|yes|yeah|deal|agreed|great|sure|fine|perfect|sounds (?:good|great|fair)|i (?:accept|agree)|"
-    r"that works|its a deal|works for me)\b"
+    r"(?:ok|okay|yes|yeah|deal|agreed|great|sure|fine|perfect|sounds (?:good|great|fair)|"
+    r"(?:i|ill|i can|im happy to) (?:accept|agree)|"
+    r"(?:you have|weve) a deal|that works|its a deal|works for me)\b"
 )
 NOT_YES = re.compile(
-    r"\b(?:but|not|no|if|cant|dont|wont|unless|\w+nt|except|instead|only|when|how|what)\b|\d"
+    r"\b(?:but|not|no|if|cant|unless|except|instead|only|when|how|what|about|first|question|"
+    r"(?:do|is|are|was|were|wo|would|could|should|has|have|had|did|must|need|ai)(?:es)?nt|"
+    r"let me|think|please|tell|need|want|(?:id|would) (?:like|love|prefer|rather))\b|\d"
 )
 NO = re.compile(r"(?:no|nope|sorry|never|i cant|i dont|i wont|thats (?:too|not))\b")
 QUESTION = re.compile(r"\b(?:what|how|which|tell|where)\b.*\b(?:you|your|yours)\b|^(?:and )?you$")

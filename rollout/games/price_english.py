@@ -12,6 +12,11 @@ from duologue.rollout.games.price import Haggle, PriceGame
 from duologue.rollout.games.scripted import Act
 
 FILES = ("english", "price_english")
+ACCEPTED = re.compile(
+    r"(?:(?:yes|ok|okay|great|sure) )?(?:i|ill|i can) (?:accept|agree to) "
+    r"(?:the|your) (?:offer|price|proposal)(?: of)? (\d{1,2})"
+)
+MOVES = re.compile(r"\bby \d+\b|\b\d+ (?:more|less|lower|higher)\b")
 LIMIT = re.compile(r"\b(?:limit|most|least|maximum|minimum|max|min|budget|more than|less than|above|below)\b")
 BOTH = ("middle", "recap", "ask", *english.SHARED)  # kinds of sentences of either side
 
@@ -44,7 +49,7 @@ class PriceWords:
 
     def understood(self, side: Any, text: str) -> Act:
         who = "seller" if side.buys else "buyer"
-        said = [_sentence(who, *one) for one in english.sentences(text[:4000].replace("$", " "))]
+        said = [_sentence(who, *one) for one in english.sentences(_plain(text[:4000]))]
         return english.together([act for act in said if act is not None], text)
 
 
@@ -67,11 +72,27 @@ def _sentence(who: str, sentence: str, asks: bool) -> Act | None:
     return _free(sentence, asks)
 
 
+def _plain(text: str) -> str:
+    """With prices as whole numbers: 20.00 is 20; 12.50 and 1,200 are two numbers, so that neither is
+    read; "one" and "the two of us" are none.
+    """
+    text = re.sub(r"(?<=\d)\.0+(?!\d)", "", text.replace("$", " "))
+    text = re.sub(r"(?<=\d)[.,](?=\d)", " ", text)
+    text = re.sub(r"\b(?:the )?two of us\b", "us", text, flags=re.IGNORECASE)
+    return re.sub(r"\bone\b", "a", text, flags=re.IGNORECASE)
+
+
 def _free(sentence: str, asks: bool) -> Act | None:
-    """Of nobody's form: a sentence with one number names a limit or a price, unless it denies it."""
+    """Of nobody's form: a sentence with one number names a limit or a price, unless it denies it or says how
+    far a price moves; or it accepts one by its number.
+    """
     numbers = re.findall(r"\b\d+\b", sentence)
     if not numbers:
         return english.small_talk(sentence, asks)
+    if not asks and (accepted := ACCEPTED.fullmatch(sentence)):
+        return Act(accept=True, take=(int(accepted[1]),))
+    if MOVES.search(sentence):
+        return None
     about_you = re.search(r"\byours?\b", sentence)
     if len(numbers) > 1 or len(numbers[0]) > 2 or about_you:
         return None
