@@ -269,12 +269,14 @@ class Tokenizer:
     @classmethod
     def from_dir(cls, path: str | Path, base: Tokenizer | None = None) -> Tokenizer:
         """Read tokenizer.json and, where there, tokenizer_config.json, generation_config.json,
-        chat_template.jinja. `base` is the tokenizer below an adapter: it says what ends a text where the
-        folder does not.
+        chat_template.jinja, and special_tokens_map.json of folders that older versions of transformers wrote.
+        `base` is the tokenizer below an adapter: it says what ends a text where the folder does not.
         """
         folder = Path(path)
         core = _read_core(folder)
         settings = read_json(folder / "tokenizer_config.json")
+        if "added_tokens_decoder" not in settings:
+            settings = {**settings, **read_json(folder / "special_tokens_map.json")}
         generation = read_json(folder / "generation_config.json")
         eos = token_ids(generation, "eos_token_id", str(folder / "generation_config.json"))
         if generation.get("eos_token_id") is None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from duologue.kernels import backend
@@ -195,6 +197,77 @@ def test_seeded_requests_in_between_change_no_draw() -> None:
     lent.generate(make_prompts(7, seed=6), SamplingParams(max_new_tokens=9, seed=5, top_p=0.8), n=2)
     assert [first, lent.generate([[1, 2]], unseeded)] == expected
     assert expected[0] != expected[1]
+
+
+@pytest.mark.parametrize("how", ["fused", "foreach", "for-loop"])
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_step_of_torchs_optimizers_is_noticed(kind: type[torch.optim.Optimizer], how: str) -> None:
+    """A fused step is what torch itself does not count."""
+    model = make_model()
+    engine = Engine(model)
+    settings = {} if how == "for-loop" else {how: True}
+    optimizer = kind(model.parameters(), lr=0.05, **settings)  # type: ignore[call-arg]
+    branch = engine.open([1, 2, 3, 4] * 10)
+    branch.generate(SamplingParams(max_new_tokens=2, seed=1))
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimizer.step()
+    found = branch.generate(SamplingParams(max_new_tokens=5, seed=2))
+    assert found.weights_version == 1
+    fresh = Engine(model).open(branch.token_ids[:-5]).generate(SamplingParams(max_new_tokens=5, seed=2))
+    assert (fresh.token_ids, fresh.logprobs) == (found.token_ids, found.logprobs)
+
+
+def test_an_error_in_a_step_leaves_nothing_behind() -> None:
+    """What it was raised for goes on with another call; what others asked for is worked on."""
+    said: list[str] = []
+
+    def decode(ids: list[int]) -> str:
+        if not said:
+            said.append("once")
+            raise KeyboardInterrupt
+        return ""
+
+    engine = Engine(make_model(), decode=decode, cache_tokens=64)
+    branch = engine.open([1, 2, 3])
+    stops = SamplingParams(max_new_tokens=4, stop_strings=("x",), seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        branch.generate(stops)
+    assert branch.generate(stops).finish_reason == "length"
+    other = engine.start(engine.open([4, 5]), SamplingParams(max_new_tokens=3, seed=1))
+    with pytest.raises(ValueError, match="the KV pool"):
+        engine.generate([[1], [1] * 100], SamplingParams())
+    short, long = engine.open([1, 2]), engine.open([1] * 100)
+    with pytest.raises(ValueError, match="the KV pool"):
+        engine.prefill([short, long])
+    assert not short.request
+    engine.run()
+    assert other.done
+    assert len(other.completion.token_ids) == 3
+    dropped = engine.start(short, SamplingParams(max_new_tokens=3))
+    engine.abort()
+    assert dropped.done
+    assert dropped.completion.finish_reason == "cancelled"
+    engine.cancel(dropped)
+    for each in [*engine._branches]:
+        each.close()  # type: ignore[attr-defined]
+    engine.release_memory()
+    assert engine.pool.n_free == engine.pool.n_pages
+
+
+@pytest.mark.parametrize("form", [tuple, np.array, torch.tensor])
+def test_ids_may_be_an_array_or_a_tensor(form: Any) -> None:
+    engine = Engine(make_model())
+    ids, more, allowed = [1, 2, 3, 4], [5, 6], [7, 8, 9]
+    expected, found = engine.open(ids), engine.open(form(ids))
+    assert found.token_ids == ids
+    expected.append(more)
+    found.append(form(more))
+    a = expected.generate(SamplingParams(max_new_tokens=6, seed=0, allow=lambda _: allowed))
+    for answer in (form(allowed), set(allowed), dict.fromkeys(allowed).keys()):
+        b = found.generate(SamplingParams(max_new_tokens=6, seed=0, allow=lambda _, x=answer: x))
+        assert not b.error
+        assert (a.token_ids, a.logprobs) == (b.token_ids, b.logprobs)
+        found.rewind(6)
 
 
 def test_new_weights_are_noticed_and_old_kv_is_never_hit() -> None:

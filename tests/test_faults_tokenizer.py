@@ -277,6 +277,26 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(tokenizer_pair:
     assert tokenizer.decode(tokenizer.encode("a \ud83d\ude00 pair")) == "a 😀 pair"
 
 
+@pytest.mark.parametrize("as_object", [False, True])
+def test_tokens_that_only_an_older_folder_names(
+    tokenizer_pair: Make, tmp_path: Path, as_object: bool
+) -> None:
+    """transformers before 4.34 named bos and eos in special_tokens_map.json alone; templates use them."""
+    named: dict[str, Any] = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+    if as_object:
+        named = {key: {"content": token, "lstrip": False} for key, token in named.items()}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(named), "utf-8")
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    )
+    template += "{% if add_generation_prompt %}assistant\n{% endif %}"
+    tokenizer, theirs = tokenizer_pair(CHATML, template)
+    talk = [("system", "private"), ("user", "hats")]
+    ids = tokenizer.chat.open(tokenizer.encode("private")) + tokenizer.chat.heard(tokenizer.encode("hats"))
+    assert [*ids, *tokenizer.chat.reply()] == whole(theirs, talk)
+    assert tokenizer.chat.end_token_id == theirs.convert_tokens_to_ids("<|im_end|>")
+
+
 # ---- templates of thinking models --------------------------------------------------------------------------
 
 

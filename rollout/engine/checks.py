@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Ids
 
 from duologue.rollout.engine.sequence import Request, SamplingParams
@@ -19,6 +19,11 @@ def check_sizes(page_size: int, cache_tokens: int | None, others: Mapping[str, i
     for name, value in others.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} = {value}: accepted is an integer >= 1")
+
+
+def plain_ids(token_ids: Iterable[int]) -> list[int]:
+    """Of a list, or of an array, a tensor or a set of numbers."""
+    return token_ids if isinstance(token_ids, list) else [int(token) for token in token_ids]
 
 
 def check_ids(token_ids: Ids[int], vocab_size: int) -> None:
@@ -70,11 +75,13 @@ def allowed_ids(request: Request, vocab_size: int) -> Ids[int] | None:
     if request.params.allow is None:
         return None
     try:
-        ids = request.params.allow(list(request.completion.token_ids))
-        if ids is not None:
-            check_ids(ids, vocab_size)
-            if not len(ids):
-                raise ValueError("no token is allowed")
+        answer = request.params.allow(list(request.completion.token_ids))
+        if answer is None:
+            return None
+        ids = plain_ids(answer)
+        check_ids(ids, vocab_size)
+        if not ids:
+            raise ValueError("no token is allowed")
         return ids
     except Exception as error:
         request.completion.error = f"SamplingParams.allow: {type(error).__name__}: {error}"

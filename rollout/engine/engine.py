@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
 from dataclasses import replace
-from operator import attrgetter
 
 from duologue.model.decoder import Decoder
 from duologue.model.lora import Adapter, LoraDecoder
@@ -26,6 +25,7 @@ from duologue.rollout.engine.checks import (
     check_ids,
     check_sizes,
     check_stop_strings,
+    plain_ids,
 )
 from duologue.rollout.engine.decode import DecodedSteps, Read
 from duologue.rollout.engine.entry import enter_draws, enter_prefill
@@ -33,8 +33,7 @@ from duologue.rollout.engine.pages import CACHE_TOKENS, PagePool
 from duologue.rollout.engine.runner import Runner, measured_tokens
 from duologue.rollout.engine.scheduler import Scheduler, Stats, Work
 from duologue.rollout.engine.sequence import BranchState, Completion, Request, SamplingParams
-
-_VERSION = attrgetter("_version")  # torch counts the writes into a tensor
+from duologue.rollout.engine.writes import writes
 
 
 class Branch(BranchState):
@@ -48,6 +47,7 @@ class Branch(BranchState):
 
     def append(self, token_ids: Ids[int]) -> None:
         """Add ids that were not sampled here: the other side's turn, a template fragment."""
+        token_ids = plain_ids(token_ids)
         check_ids(token_ids, self._idle_engine("append").model.config.vocab_size)
         self.token_ids.extend(token_ids)
 
@@ -55,7 +55,11 @@ class Branch(BranchState):
         """Sample from this branch until it stops; the sampled ids become part of it."""
         engine = self._idle_engine("generate")
         request = engine.start(self, params)
-        engine.run()
+        try:
+            engine.run()
+        except BaseException:
+            engine.cancel(request)
+            raise
         return request.completion
 
     def fork(self, n: int = 1) -> list[Branch]:
@@ -160,11 +164,10 @@ class Engine:
                     p = replace(p, seed=(p.seed + i % n) % 2**63)
                 requests.append(self.start(branch, p))
             self.run()
-        except BaseException:
-            self.abort()
-            raise
         finally:
             for branch in branches:
+                if branch.request is not None:
+                    self.cancel(branch.request)  # something went wrong; what others asked for goes on
                 branch.close()
         return [request.completion for request in requests]
 
@@ -172,6 +175,7 @@ class Engine:
 
     def open(self, token_ids: Ids[int] = (), adapter: int = 0) -> Branch:
         """A live sequence that begins with `token_ids` and goes through `adapters[adapter]`."""
+        token_ids = plain_ids(token_ids)
         check_ids(token_ids, self.model.config.vocab_size)
         if not 0 <= adapter < len(self.adapters):
             raise ValueError(f"open: adapter = {adapter}, accepted is 0 to {len(self.adapters) - 1}")
@@ -182,11 +186,16 @@ class Engine:
     def prefill(self, branches: list[Branch]) -> None:
         """Compute the KV of whole contexts now, so that forks share it."""
         self._notice_new_weights()
+        branches = [branch for branch in branches if branch.token_ids]
         for branch in branches:
-            if branch.token_ids:
-                self._check_request(branch, SamplingParams(max_new_tokens=1))
-                self._queue(branch, SamplingParams(), 0, prefill_only=True)
-        self.run()
+            self._check_request(branch, SamplingParams(max_new_tokens=1))
+        requests = [self._queue(branch, SamplingParams(), 0, prefill_only=True) for branch in branches]
+        try:
+            self.run()
+        except BaseException:
+            for request in requests:
+                self.cancel(request)
+            raise
 
     def start(self, branch: Branch, params: SamplingParams) -> Request:
         """Put a request for `branch` in line. `step` or `run` works on it."""
@@ -243,7 +252,7 @@ class Engine:
     def abort(self) -> None:
         """Drop every request in flight; what they sampled so far stays in their branches."""
         for request in [*self._scheduler.running, *self._scheduler.waiting]:
-            self._detach(request)
+            self.cancel(request)
 
     def _detach(self, request: Request) -> None:
         self._scheduler.drop(request)
@@ -369,7 +378,7 @@ class Engine:
         self._runner.release_memory()
 
     def _weights_counter(self) -> int:
-        return sum(map(_VERSION, self._parameters))
+        return writes(self._parameters)
 
     def _notice_new_weights(self) -> None:
         """A new weights version when any parameter was written since; KV of the old one is dropped."""
