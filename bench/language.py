@@ -1,5 +1,5 @@
 """What negotiation training costs in language: append what `duologue eval CHECKPOINT --ability --json FILE`
-measured to bench/results/language.csv, a row to a file.
+measured to bench/results/language.csv, a row to a file; without talk of the base where that was not measured.
 
 python bench/language.py NAME=FILE [NAME=FILE ...]    # NAME is what the row calls the policy
 """
@@ -17,7 +17,7 @@ from bench.common import append_rows
 
 def row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
     """Of strictly followed prompts, the plain text, and the base's own talk."""
-    strict, text, talk = (measured[key] for key in ("strict_prompt", "plain_text", "dialogues"))
+    strict, text, talk = measured["strict_prompt"], measured["plain_text"], measured.get("dialogues", {})
     found = {
         "policy": name,
         "prompts": measured["asked"],
@@ -31,8 +31,8 @@ def row(name: str, measured: dict[str, Any]) -> dict[str, Any]:
         "perplexity_after": text["perplexity"],
         "kl_base_policy_text": text["kl_base_policy"],
         "kl_policy_base_text": text["kl_policy_base"],
-        "kl_base_policy_talk": talk["kl_base_policy"],
-        "kl_policy_base_talk": talk["kl_policy_base"],
+        "kl_base_policy_talk": talk.get("kl_base_policy"),
+        "kl_policy_base_talk": talk.get("kl_policy_base"),
     }
     return {
         key: round(value, 2 if key.startswith("perplexity") else 4) if isinstance(value, float) else value
