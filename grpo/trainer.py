@@ -261,7 +261,7 @@ class Trainer(Watched):
             self.progress.log(f"measuring what is kept of the language of {self.config.model.path}")
             engine = self.opponents.engine
             summary["ability"] = at_end(
-                self.config, engine, self.tokenizer, self.game, self.judge, self.world
+                self.config, engine, self.tokenizer, self.game, self.judge, self.world, self.progress.log
             )
         self._save()  # which knows of the lines that were added
         self.saver.wait()

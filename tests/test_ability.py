@@ -258,7 +258,11 @@ def test_a_checkpoint_against_itself_has_lost_nothing(
         row = found[level]
         assert (row["value"], row["low"], row["high"], row["gained"], row["lost"]) == (0, 0, 0, 0, 0)
     assert "(+0.0, [0.0, 0.0]), perplexity +0.0 %, KL 0.00" in found["line"]
-    assert found["line"] in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert found["line"] in shown.out
+    assert [line for line in shown.err.splitlines() if line.endswith("answers")] == [
+        f"{name}: {found['asked']} of {found['asked']} answers" for name in ("base", "policy")
+    ]
 
 
 def test_what_was_measured_is_a_row_of_the_results(

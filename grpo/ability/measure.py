@@ -12,8 +12,9 @@ difference.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ DIALOGUES = 64  # of the base, at most
 LEVELS = ("strict", "loose")
 Scores = dict[str, np.ndarray]  # "strict", "loose": [prompts, instructions], NaN beyond a prompt's own
 Row = dict[str, Any]
+Note = Callable[[str], None]
+
+
+def _silently(line: str) -> None:
+    return
+
+
+def _noted(note: Note, name: str, done: int, total: int) -> None:
+    note(f"{name}: {done} of {total} answers")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,16 +72,22 @@ def measure(
     game: Game | None = None,
     judge: FeedbackJudge | None = None,
     world: World = ALONE,
+    note: Note = _silently,
 ) -> Row:
-    """Everything, of the policy alone where there is no base; dialogues where a `game` is given."""
+    """Everything, of the policy alone where there is no base; dialogues where a `game` is given. `note` is
+    told how far it is.
+    """
     if base is not None and not base.tokenizer.equals(policy.tokenizer):
         raise ValueError("--against: the tokenizers differ, accepted is a base with the same tokenizer")
     e = config.eval
     prompts = read_prompts(Path(e.ifeval)) if e.ifeval else own_prompts(e.ability_prompts)
     checked = [prompt for prompt in prompts if prompt.checks]
     subjects = {"policy": policy} if base is None else {"base": base, "policy": policy}
-    limit = min(longest(one) for one in subjects.values())
-    said = {name: answers(one, checked, e.ability_tokens, limit, world) for name, one in subjects.items()}
+    limit = min(one.engine.most_tokens for one in subjects.values())
+    said = {}
+    for name, one in subjects.items():
+        how_far = partial(_noted, note, name)
+        said[name] = answers(one, checked, e.ability_tokens, limit, world, how_far)
     asked = [i for i, answer in enumerate(said["policy"]) if answer is not None]
     row: Row = {
         "prompts": Path(e.ifeval).name if e.ifeval else "ours",
@@ -93,6 +109,7 @@ def measure(
     text = passages(policy.tokenizer, PLAIN.read_text("utf-8"), limit)
     row["plain_text"] = _distance(policy, base, text, world)
     if base is not None and game is not None:
+        note("dialogues of the base")
         talks = base_dialogues(config, base, game, judge, world)
         row["dialogues"] = _distance(policy, base, talks, world)
     row["line"] = line(row)
@@ -106,10 +123,11 @@ def at_end(
     game: Game,
     judge: FeedbackJudge | None,
     world: World,
+    note: Note = _silently,
 ) -> Row:
     """Of a run that began from `model.path`, which is the base."""
     policy = Subject(engine=engine, tokenizer=tokenizer)
-    found = measure(config, policy, base_of(config, policy), game, judge, world)
+    found = measure(config, policy, base_of(config, policy), game, judge, world, note)
     del found["answers"]  # a summary has no room for them
     return found
 
@@ -135,10 +153,15 @@ def subject(config: Config, model: Decoder, tokenizer: Tokenizer) -> Subject:
 
 
 def answers(
-    subject: Subject, prompts: Sequence[Prompt], n_tokens: int, limit: int, world: World = ALONE
+    subject: Subject,
+    prompts: Sequence[Prompt],
+    n_tokens: int,
+    limit: int,
+    world: World = ALONE,
+    note: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str | None]:
     """One greedy answer per prompt, of `n_tokens` at most; None for a prompt that leaves a context of `limit`
-    tokens no place for one.
+    tokens no place for one. `note` is told how many of how many are there.
     """
     chat, tokenizer = subject.tokenizer.turn_chat, subject.tokenizer
     contexts = [chat.question(tokenizer.encode(prompt.text)) for prompt in prompts]
@@ -155,6 +178,7 @@ def answers(
             texts += [tokenizer.decode(completion.token_ids) for completion in done]
         for i, text in zip(part, world.gather(texts), strict=True):  # world
             said[i] = text
+        note(start + len(part), len(fits))
     subject.engine.release_memory()
     return said
 
@@ -162,12 +186,6 @@ def answers(
 def _greedy(limit: int, tokenizer: Tokenizer) -> SamplingParams:
     stops = tuple(sorted(tokenizer.turn_chat.stop_token_ids))
     return SamplingParams(max_new_tokens=limit, temperature=0.0, stop_token_ids=stops)
-
-
-def longest(subject: Subject) -> int:
-    """Tokens of the longest context."""
-    pool = subject.engine.pool
-    return min(subject.model.config.max_position_embeddings, pool.n_pages * pool.page_size)
 
 
 def scores(prompts: Sequence[Prompt], said: Sequence[str]) -> Scores:

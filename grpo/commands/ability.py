@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,14 +55,18 @@ def run(options: argparse.Namespace, resolve: Callable[[], Config]) -> int:
 def _measured(config: Config, policy: Subject, base: Subject | None, has_game: bool) -> dict[str, Any]:
     """With dialogues of the base where there is one, and a game."""
     if base is None or not has_game:
-        return measure(config, policy, base)
+        return measure(config, policy, base, note=_note)
     weights = base.model, base.tokenizer
     judge = build_judge(config, MEMORY, lambda: weights)
     try:
-        return measure(config, policy, base, build_game(config), judge)
+        return measure(config, policy, base, build_game(config), judge, note=_note)
     finally:
         if judge is not None:
             judge.close()
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _loaded(path: Path, config: Config) -> Subject:
