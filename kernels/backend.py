@@ -145,9 +145,21 @@ if _lib is not None and _lib.threads() > cores.thread_count():
     _lib.set_threads(cores.thread_count())
 
 
+def address(x: Tensor) -> int:
+    """Where it lies. ValueError for one that lies nowhere, as a part of a sharded one does."""
+    place = x.data_ptr()
+    if not place and x.numel():
+        kind, shape = type(x).__name__, tuple(x.shape)
+        raise ValueError(
+            f"a {kind} of shape {shape} has no memory of its own: accepted is a plain tensor, "
+            "such as a sharded weight is within its module's forward, or its full_tensor()"
+        )
+    return place
+
+
 def pointers(*tensors: Tensor | None) -> list[int]:
     """Their addresses, 0 for None. The tensors must stay alive while these are used."""
-    return [0 if x is None else x.data_ptr() for x in tensors]
+    return [0 if x is None else address(x) for x in tensors]
 
 
 def as_dtype(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -77,7 +77,7 @@ def prepare(
         if not 0 < temperature < float("inf"):
             raise ValueError(f"{op}: temperature = {temperature}, accepted is a finite number above 0")
         temperature = torch.full((N,), temperature, dtype=wide(hidden), device=hidden.device)
-    temperature = temperature.to(wide(hidden))
+    temperature = temperature.to(wide(hidden)).contiguous()
     backend.check(
         op,
         device,
@@ -154,11 +154,14 @@ class Head:
         self.N, self.H = self.hidden.shape
         self.V = len(self.weight)
         self.library = backend.library(self.hidden)
-        # the gradient of the logits has the dtype of hidden, on C++ fp32: whether it can take their place
-        self.in_place = self.library == "cpp" or self.hidden.dtype == self.wide
+        # The gradient of the logits has the dtype of hidden, on C++ fp32: whether it is wide, and can take
+        # their place. In fp16 it stays wide: a loss scale comes later, and must find what is small.
+        half = self.hidden.dtype == torch.float16
+        self.in_place = self.library == "cpp" or half or self.hidden.dtype == self.wide
         self.step = self._rows_of_a_chunk()
         self.buffer = None if self.library == "reference" else self.new(self.step, self.V)
-        self.grad_hidden = torch.zeros_like(self.hidden) if need[0] else None
+        kept = self.wide if half else self.hidden.dtype
+        self.grad_hidden = torch.zeros_like(self.hidden, dtype=kept) if need[0] else None
         self.grad_weight = self.new(self.V, self.H).zero_() if need[1] else None
         self.grad_bias = self.new(self.V).zero_() if need[2] else None
         self.narrow = backend.multiplies_bf16(self.hidden)  # products take bf16 as it is, and round dz
@@ -254,7 +257,7 @@ class Head:
             if self.grad_hidden is not None:
                 out = self.new(k, self.H)
                 linear.matmul(dz, self.wide_weight, out, (k, self.V, self.H, self.V, 1), False, self.narrow)
-                self.grad_hidden[rows] = out.to(x.dtype)
+                self.grad_hidden[rows] = out.to(self.grad_hidden.dtype)
             if self.grad_weight is not None:
                 x = x.contiguous() if self.narrow else x.float()
                 linear.matmul(dz, x, self.grad_weight, (self.V, k, self.H, 1, self.V), True, self.narrow)
@@ -262,7 +265,7 @@ class Head:
                 linear.matmul(torch.ones(k), dz, self.grad_bias, (1, k, self.V, k, 1), add=True)
             return
         if self.grad_hidden is not None:
-            self.grad_hidden[rows] = self.product(dz, self.weight).to(x.dtype)
+            self.grad_hidden[rows] = self.product(dz, self.weight).to(self.grad_hidden.dtype)
         if self.grad_weight is not None:
             if dz.is_cuda and dz.dtype != self.wide:
                 torch.addmm(self.grad_weight, dz.t(), x, out_dtype=torch.float32, out=self.grad_weight)
@@ -272,8 +275,8 @@ class Head:
             self.grad_bias += dz.sum(0, dtype=self.wide)
 
     def sums(self) -> list[Tensor | None]:
-        """The gradients of hidden, in its dtype, and of weight and bias, fp32 or wider; None where none was
-        needed."""
+        """The gradients of hidden, in its dtype (fp16: in fp32), and of weight and bias, fp32 or wider; None
+        where none was needed."""
         return [self.grad_hidden, self.grad_weight, self.grad_bias]
 
     def gradients(self) -> tuple[Tensor | None, ...]:

@@ -60,8 +60,7 @@ def forward(
 
         return gpu_linear.forward(x, weight, bias, out, exact)
     M = out.numel() // max(O, 1)
-    addresses = x.data_ptr(), weight.data_ptr(), 0 if bias is None else bias.data_ptr(), out.data_ptr()
-    lib().linear(*addresses, M, O, K, DTYPES[dtype], DTYPES[out.dtype])
+    lib().linear(*pointers(x, weight, bias, out), M, O, K, DTYPES[dtype], DTYPES[out.dtype])
     return out
 
 
@@ -96,7 +95,7 @@ def backward(
     """
     like = weight if x is None else x
     assert like is not None
-    dtype, rows = like.dtype, grad.flatten(0, -2)
+    dtype, rows = like.dtype, _rows(grad)
     grad_x = grad_weight = None
     if not backend.cpp(like):
         rows = rows.to(dtype)
@@ -105,7 +104,7 @@ def backward(
             grad_x = (rows @ weight).view(*grad.shape[:-1], weight.shape[1])
         if need_weight:
             assert x is not None
-            grad_weight = rows.t() @ x.flatten(0, -2)
+            grad_weight = rows.t() @ _rows(x)
         return _given(grad_x, like), _given(grad_weight, like)
     narrow = backend.multiplies_bf16(like)
     of_product = dtype if narrow else torch.float32
@@ -120,8 +119,13 @@ def backward(
         assert x is not None
         K = x.shape[-1]
         grad_weight = x.new_empty((O, K), dtype=of_product)
-        matmul(rows, _operand(x.flatten(0, -2), narrow), grad_weight, (O, M, K, 1, O), False, narrow)
+        matmul(rows, _operand(_rows(x), narrow), grad_weight, (O, M, K, 1, O), False, narrow)
     return _given(grad_x, like), _given(grad_weight, like)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as [rows, K]."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 def _given(grad: Tensor | None, like: Tensor) -> Tensor:
@@ -138,7 +142,7 @@ def add_weight_gradient(total: Tensor, x: Tensor, grad: Tensor, add: bool) -> No
     """total [O, K], fp32 or wider, (+)= grad [..., O]^T @ x [..., K] in one product: where nothing is added,
     what is there is not read.
     """
-    x, rows = x.flatten(0, -2), grad.flatten(0, -2)
+    x, rows = _rows(x), _rows(grad)
     if backend.cpp(x):
         narrow = backend.multiplies_bf16(x)
         (M, O), K = rows.shape, x.shape[1]
@@ -193,7 +197,7 @@ def _backward(run: Any, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         add_weight_gradient(total, x, grad, add)
         need_weight = False
     grad_x, grad_weight = run(x, weight, grad, need_x, need_weight) if need_x or need_weight else (None, None)
-    grad_bias = grad.flatten(0, -2).sum(0).to(ctx.dtype_of_bias) if need_bias else None
+    grad_bias = _rows(grad).sum(0).to(ctx.dtype_of_bias) if need_bias else None
     return grad_x if need_x else None, grad_weight if need_weight else None, grad_bias, None, None
 
 

@@ -33,7 +33,7 @@ class PolicyLoss(NamedTuple):
     loss: Tensor  # differentiable in hidden, weight and bias
     logprob: Tensor  # [N], without gradient; 0 where the mask is False
     entropy: Tensor  # [N], likewise
-    sums: dict[str, Tensor]  # what loss_fn gave beside the loss, summed over its calls
+    sums: dict[str, Tensor]  # what loss_fn gave beside the loss, summed over its calls; {} without a row
 
 
 def _loss_and_sums(
@@ -81,14 +81,16 @@ class _PolicyLoss(torch.autograd.Function):
             loss, *grads = _coefficients(loss_fn, logprob[rows], entropy[rows], rows, sums, any(need))
             g, h = torch.zeros_like(logprob), torch.zeros_like(logprob)
             g[rows], h[rows] = grads
-            accumulate(head, stats, entropy, g, h)
+            if any(need):
+                accumulate(head, stats, entropy, g, h)
         else:
             for rows in head.chunks(index):
                 logits = head.project(rows)
                 logprob[rows], entropy[rows], stats = head.stats(logits, rows)
                 part, *grads = _coefficients(loss_fn, logprob[rows], entropy[rows], rows, sums, any(need))
                 loss = loss + part
-                head.gradient(logits, rows, stats, entropy[rows], *grads)
+                if any(need):
+                    head.gradient(logits, rows, stats, entropy[rows], *grads)
         ctx.grads = head.sums()
         ctx.parameter = weight if need[1] and weight.is_leaf else None
         ctx.dtype = hidden.dtype
@@ -107,9 +109,9 @@ class _PolicyLoss(torch.autograd.Function):
             total, add = place()
             of_weight = of_weight if by_one else of_weight.mul_(grad_loss)
             total.add_(of_weight) if add else total.copy_(of_weight)
-        grads = [None if x is None else x.to(ctx.dtype) for x in grads]
-        if not by_one:
+        if not by_one:  # while the sums are wide: in fp16 what a loss scale would keep is 0 otherwise
             grads = [None if x is None else x.mul_(grad_loss) for x in grads]
+        grads = [None if x is None else x.to(ctx.dtype) for x in grads]
         return *grads, None, None, None, None
 
 
@@ -134,5 +136,7 @@ def _chunked_policy_loss(
 ) -> PolicyLoss:
     check_values("linear_policy_loss", inputs)
     head = (inputs.hidden, inputs.weight, inputs.bias)
+    if not torch.is_grad_enabled():  # which a Function is not told
+        head = tuple(None if x is None else x.detach() for x in head)  # type: ignore[assignment]
     out = _PolicyLoss.apply(*head, inputs, loss_fn, by_sequence, sums)  # type: ignore[no-untyped-call]
     return PolicyLoss(out[0], out[1], out[2], sums)

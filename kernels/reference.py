@@ -116,9 +116,14 @@ def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return _wide(logits) / temperature
 
 
+LEAST = (
+    -1e30
+)  # of a log-prob that is multiplied: what is impossible counts as nothing, 0 times infinity as NaN
+
+
 def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     logp_NV = torch.log_softmax(_scaled(logits, temperature), dim=-1)
-    entropy = -(logp_NV.exp() * logp_NV).sum(-1)
+    entropy = -(logp_NV.exp() * logp_NV.clamp_min(LEAST)).sum(-1)
     return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 
@@ -126,7 +131,7 @@ def logprob_backward(
     logits: Tensor, targets: Tensor, temperature: Tensor, entropy: Tensor, g: Tensor, h: Tensor
 ) -> Tensor:
     """The gradient of the logits [N, V], given those of log-prob (g) and entropy (h), both [N]."""
-    logp_NV = torch.log_softmax(_scaled(logits, temperature), dim=-1)
+    logp_NV = torch.log_softmax(_scaled(logits, temperature), dim=-1).clamp_min(LEAST)
     g, h, entropy, targets = (x.unsqueeze(-1) for x in (g, h, entropy, targets))
     grad_NV = -logp_NV.exp() * (g + h * (logp_NV + entropy))
     return _scaled(grad_NV.scatter_add_(-1, targets, g), temperature)
@@ -207,7 +212,7 @@ def keep_mask(logits: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Te
 def _renormalised(scaled: Tensor, support: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Log-prob and entropy of softmax over the support [N, V] of scaled logits."""
     logp_NV = scaled.masked_fill(~support, float("-inf")).log_softmax(-1)
-    entropy = -(logp_NV.exp() * logp_NV.masked_fill(~support, 0.0)).sum(-1)
+    entropy = -(logp_NV.exp() * logp_NV.clamp_min(LEAST)).sum(-1)
     return logp_NV.gather(-1, targets.unsqueeze(-1)).squeeze(-1), entropy
 
 

@@ -198,7 +198,7 @@ def _rotated(
     at = pointers(*tables)
     most, dtype, (T, _, D) = cos.shape[0], DTYPES[q.dtype], q.shape
     for x, out in zip((q, k), outs, strict=True):
-        bad = lib().rope(x.data_ptr(), out.data_ptr(), *at, T, x.shape[1], D, most, sign, dtype)
+        bad = lib().rope(*pointers(x, out), *at, T, x.shape[1], D, most, sign, dtype)
         if bad:
             position = int(positions[bad - 1])
             raise ValueError(f"rope: positions[{bad - 1}] = {position}, accepted is 0 to {most - 1}")

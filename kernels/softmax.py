@@ -43,6 +43,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(log-prob [N], entropy [N], what the backward needs [N, 2])."""
     logits, targets = logits.contiguous(), targets.contiguous()
+    temperatures = None if temperatures is None else temperatures.contiguous()
     N, V = _check_logits("logprob", logits)
     check(
         "logprob",
@@ -95,6 +96,7 @@ def backward(
     logits, targets, entropy, stats, grad_logprob, grad_entropy = (
         x.contiguous() for x in (logits, targets, entropy, stats, grad_logprob, grad_entropy)
     )
+    temperatures = None if temperatures is None else temperatures.contiguous()
     assert out.is_contiguous()
     inputs = (entropy, stats, grad_logprob, grad_entropy)
     if triton(logits):
@@ -168,7 +170,7 @@ def sample(logits: Tensor, *settings: Tensor) -> Samples:
         return token, logprob, entropy, support.nonzero()[:, 1].int(), offsets
     N, V = _check_logits("sample", logits)
     settings = check_settings("sample", settings, N, "cpu")
-    return call_sampler("sample", lib().sample, [logits.data_ptr()], settings, N, V, DTYPES[logits.dtype])
+    return call_sampler("sample", lib().sample, pointers(logits), settings, N, V, DTYPES[logits.dtype])
 
 
 def sample_bounded(logits: Tensor, settings: Tensors, most: int) -> Samples:

@@ -411,3 +411,79 @@ def test_on_a_gpu_a_chunk_goes_by_the_memory_that_the_device_has(
     assert asked == [torch.device("cuda", 1)]
     work.N = 100
     assert head.Head._rows_of_a_chunk(work) == 100
+
+
+def token_loss(logp: Tensor, entropy: Tensor, rows: Any) -> Tensor:
+    return (logp * torch.linspace(-1, 1, 6)[rows] - 0.1 * entropy).sum()
+
+
+@pytest.mark.parametrize("op", ["logprob", "loss"])
+def test_temperatures_may_be_a_column_or_one_number_over_again(op: str) -> None:
+    """Of any strides: what is read is each row's own."""
+
+    def found(temperature: Any) -> list[Tensor]:
+        x = inputs(6, 8, 29, torch.float32)
+        of_head = x["hidden"], x["weight"], x["targets"]
+        if op == "logprob":
+            logp, entropy = ops.linear_logprob(*of_head, temperature)
+            return [logp, entropy, *grads(x, token_loss(logp, entropy, slice(None)))]
+        made = ops.linear_policy_loss(*of_head, token_loss, temperature=temperature)
+        return [made.logprob, made.entropy, *grads(x, made.loss)]
+
+    expected = found(0.7)
+    beside = torch.stack([torch.full((6,), 0.7), torch.full((6,), 9.0)], 1)
+    for temperature in (beside[:, 0], torch.tensor(0.7).expand(6)):
+        assert all(torch.equal(a, b) for a, b in zip(found(temperature), expected, strict=True))
+
+
+def test_a_loss_scale_keeps_what_is_small_in_fp16() -> None:
+    x = inputs(64, 32, 2000, torch.float16)
+    of_head = x["hidden"], x["weight"], x["targets"]
+    made = ops.linear_policy_loss(*of_head, lambda logp, entropy, rows: -(logp.sum() / 65536))
+    found = grads(x, made.loss * 65536)
+    wide = doubled(x)
+    logp, _ = plain(wide["hidden"], wide["weight"], x["targets"], 1.0, None, None)
+    for got, exact in zip(found, grads(wide, -logp.sum()), strict=True):
+        assert got.dtype == torch.float16
+        assert error(got, exact) < 1e-3
+        assert float((got == 0).double().mean()) < 0.01
+
+
+def test_without_gradients_none_are_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head.Head, "gradient", None)
+    x = inputs(6, 8, 29, torch.float32)
+    for level in ("token", "sequence"):
+        with torch.no_grad():
+            made = ops.linear_policy_loss(
+                x["hidden"], x["weight"], x["targets"], token_loss, level=level, chunk_bytes=300
+            )
+        assert not made.loss.requires_grad
+    with pytest.raises(TypeError, match="NoneType"):
+        ops.linear_policy_loss(x["hidden"], x["weight"], x["targets"], token_loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.float32])
+def test_a_forbidden_part_of_the_vocabulary_counts_as_nothing(dtype: torch.dtype) -> None:
+    """Its logits are -inf; the definition, which serves float64 and fp16 on a CPU, has no NaN either."""
+    x = inputs(6, 8, 29, dtype, bias=True)
+    x["targets"] %= 20
+    with torch.no_grad():
+        x["bias"][20:] = -torch.inf
+    made = ops.linear_policy_loss(
+        x["hidden"], x["weight"], x["targets"], lambda logp, entropy, rows: -logp.sum(), bias=x["bias"]
+    )
+    found = grads(x, made.loss)
+    kept = {k: v if v is None or k in ("hidden", "targets") else v[:20] for k, v in doubled(x).items()}
+    logp, entropy = plain(kept["hidden"], kept["weight"], x["targets"], 1.0, kept["bias"], None)
+    tolerance = 1e-2 if dtype == torch.float16 else 1e-5
+    torch.testing.assert_close(made.logprob.double(), logp.detach(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(made.entropy.double(), entropy.detach(), rtol=tolerance, atol=tolerance)
+    exact = torch.autograd.grad(-logp.sum(), [kept["hidden"], kept["weight"]])
+    assert error(found[0], exact[0]) < tolerance
+    assert error(found[1][:20], exact[1]) < tolerance
+    assert not found[1][20:].any()
+    settings_of_draws = [torch.ones(6), torch.zeros(6).int(), torch.ones(6), torch.zeros(6)]
+    places = torch.arange(6)
+    logits = (x["hidden"] @ x["weight"].T + x["bias"]).detach()
+    entropies = ops.sample(logits, *settings_of_draws, places, places)[2]
+    torch.testing.assert_close(entropies.double(), entropy.detach(), rtol=tolerance, atol=tolerance)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from duologue.kernels import backend, ops, reference
+from duologue.kernels import linear as kernel
 from torch import Tensor
 
 spec = importlib.util.spec_from_file_location(
@@ -207,3 +208,34 @@ def test_without_the_library_the_definitions_serve(monkeypatch: pytest.MonkeyPat
     x, weight = torch.randn(3, 5), torch.randn(4, 5)
     assert torch.equal(ops.linear(x, weight), reference.linear(x, weight))
     assert "not built" in backend.describe()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_one_row_may_have_no_dimension_of_its_own(dtype: torch.dtype) -> None:
+    x, weight, bias = (torch.randn(n).to(dtype).requires_grad_() for n in (16, (5, 16), 5))
+    found = torch.autograd.grad(ops.linear(x, weight, bias).sum(), (x, weight, bias))
+    exact = torch.autograd.grad(torch.nn.functional.linear(x, weight, bias).sum(), (x, weight, bias))
+    torch.testing.assert_close(found, exact)
+
+
+class Sharded(torch.Tensor):
+    """As DTensor: a shape without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, *size: int) -> Sharded:
+        made: Sharded = torch.Tensor._make_wrapper_subclass(cls, size, dtype=torch.float32, device="cpu")
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return NotImplemented
+
+
+def test_a_tensor_without_memory_is_named() -> None:
+    """A weight that is sharded is given out whole within its module's forward alone."""
+    message = r"a Sharded of shape \(50, 16\) has no memory of its own: accepted is a plain tensor"
+    with pytest.raises(ValueError, match=message):
+        kernel.forward(torch.randn(5, 16), Sharded(50, 16))
+    with pytest.raises(ValueError, match=message):
+        backend.pointers(torch.randn(3), None, Sharded(50, 16))
+    assert backend.pointers(torch.empty(0), None) == [0, 0]

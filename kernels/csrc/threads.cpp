@@ -94,8 +94,10 @@ struct Pool {
 };
 
 int affinity_count() {
+#if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
   return (int)std::thread::hardware_concurrency();
 }
 
