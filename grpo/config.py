@@ -33,7 +33,7 @@ from duologue.grpo.sections import (
     RolloutSection,
     TrainSection,
 )
-from duologue.grpo.settings import Text, meant, to_toml, typed
+from duologue.grpo.settings import Text, meant, override_in, says_all, to_toml, typed
 from duologue.model.checkpoint import natural_dtype
 from duologue.model.hub import local
 from duologue.model.recompute import NORMS
@@ -278,6 +278,7 @@ def load_config(
     ValueError names an unknown recipe, section, key or value, and what is accepted.
     """
     raw = _read(recipe_or_path)
+    is_run = Path(recipe_or_path).name == RUN_FILE and says_all(raw)
     for override in overrides:
         key, equals, text = override.partition("=")
         section, _, name = (part.strip() for part in key.partition("."))
@@ -285,12 +286,14 @@ def load_config(
             raise ValueError(f"override {override!r}: accepted is section.key=value, e.g. grpo.group_size=8")
         table = raw.setdefault(section, {})
         if isinstance(table, dict):
-            _override(table, name, Text(text.strip()))
-    if Path(recipe_or_path).name != RUN_FILE:  # a run's own file says all
+            override_in(table, name, Text(text.strip()))
+    if not is_run:
         _leave_to_checkpoint(raw, unsaid or {})
         _suit_cuda(raw)
-    if raw.get("game", {}).get("telling") == "english" and isinstance(raw.setdefault("dialogue", {}), dict):
-        raw["dialogue"] = ENGLISH_LENGTHS | raw["dialogue"]
+    game, dialogue = raw.get("game", {}), raw.setdefault("dialogue", {})
+    telling = game.get("telling", "") if isinstance(game, dict) else ""
+    if typed("game.telling", telling, "") == "english" and isinstance(dialogue, dict):
+        raw["dialogue"] = ENGLISH_LENGTHS | dialogue
     return from_dict(raw)
 
 
@@ -325,16 +328,6 @@ def _leave_to_checkpoint(raw: dict[str, Any], unsaid: dict[str, Any]) -> None:
     for name, value in unsaid.items():
         section, key = name.split(".")
         raw[section] = {key: value} | raw.get(section, {})
-
-
-def _override(table: dict[str, Any], name: str, text: Text) -> None:
-    """`name`, or "table.name" where the key is a table."""
-    key, _, inner = name.partition(".")
-    within = table.setdefault(key, {}) if inner else None
-    if isinstance(within, dict):
-        table[key] = {**within, inner: text.parse(is_string=False)}
-    else:
-        table[name] = text
 
 
 def _read(recipe_or_path: str) -> dict[str, Any]:

@@ -52,8 +52,11 @@ class HeldWeights:
         return engine
 
     def forget_after(self, step: int) -> None:
-        """Snapshots that were taken later are to be read again."""
-        self._engines = {taken: engine for taken, engine in self._engines.items() if taken <= step}
+        """Snapshots that were taken later are to be read again; their engines are written over first."""
+        stale = [engine for taken, engine in self._engines.items() if taken > step]
+        kept = {taken: engine for taken, engine in self._engines.items() if taken <= step}
+        lowest = min(0, *kept, 0)  # of nobody's step, below those of an earlier call
+        self._engines = {lowest - 1 - n: engine for n, engine in enumerate(stale)} | kept
 
     def _build(self, model: Decoder) -> Engine:
         return build_engine(self.config, model, CACHE_TOKENS)  # the policy's pool took what was free

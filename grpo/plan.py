@@ -34,6 +34,8 @@ from torch import nn
 
 GB = 10**9
 GRAPHS = 2 * GB  # of a CUDA context, its libraries and captured graphs: an assumption, not measured
+# In place of all weights.
+ADAPTERS: tuple[dict[str, Any], ...] = ({"lora.rank": 16}, {"lora.rank": 16, "lora.quantize": "nf4"})
 POOL_SHARE = 0.85  # of what is free, with rollout.cache_tokens = 0 (rollout/engine/runner.py)
 NF4 = 0.5 + 4 / 64  # of a weight: four bits, and an fp32 scale for 64 of them
 # family, hidden, intermediate, layers, query heads, key heads, head dim, vocabulary, tied or not
@@ -315,8 +317,12 @@ def advice(config: Config, shape: ModelConfig, ranks: int, memory: int, device: 
     short = make_plan(all_of_them, shape, ranks=ranks, memory=memory, device=device).peak - memory
     with_all = [n for n in (2, 4, 8, 16, 32, 64) if n > ranks and fits(all_of_them, n)]
     ways = [f"{names} and --ranks {with_all[0]}"] if with_all and not config.lora.rank else []
-    if not config.lora.rank:
-        ways.append("lora.rank=16")
+    for adapter in () if config.lora.rank else ADAPTERS:
+        words = " and ".join(f"{key}={value}" for key, value in adapter.items())
+        if fits(_with(config, adapter)):
+            return [*ways, words]
+        if fits(_with(all_of_them, adapter)):
+            return [*ways, f"{words} and {names}"]
     return ways or [f"a device with {short / GB:,.1f} GB more, {names} included"]
 
 

@@ -11,9 +11,10 @@ from duologue.kernels import backend, cores
 from duologue.model.checkpoint import is_checkpoint, load_model, load_weights, parse_dtype
 from duologue.model.config import ModelConfig
 from duologue.model.decoder import Decoder, empty_decoder
-from duologue.model.hub import is_pinned, local
+from duologue.model.hub import folder_of, is_pinned, local
 from duologue.model.lora import LoraDecoder, merged, new_adapter
-from duologue.model.peft import read_adapter
+from duologue.model.peft import CONFIG as ADAPTER_CONFIG
+from duologue.model.peft import read_adapter, read_settings
 from duologue.model.quantized import quantize
 from duologue.model.tokenizer import Tokenizer, train_tokenizer
 from duologue.rollout.games.scripted import ScriptedDialogue
@@ -79,7 +80,11 @@ def build_policy(
         check_sizes(config, model, checkpoint)
         return model, tokenizer
     if config.model.path:
-        model, tokenizer = load_policy(config.model.folder, config)
+        folder = config.model.folder
+        if _packs(config) and not (folder / ADAPTER_CONFIG).is_file():
+            model, tokenizer = load_model(folder, "cpu", parse_dtype(config.model.dtype))
+        else:
+            model, tokenizer = load_policy(folder, config)
         return with_adapter(model, config), tokenizer
     if not demonstrations:
         needed = "which needs imitation.steps above 0: there is no text to learn from"
@@ -106,13 +111,35 @@ def build_policy(
     return model.to(device=m.device, dtype=parse_dtype(m.dtype)), tokenizer
 
 
-def load_policy(path: Path, config: Config) -> tuple[Decoder, Tokenizer]:
-    """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's."""
-    base = config.model.path if (config.model.folder / "config.json").is_file() else ""
-    model, tokenizer = load_model(path, config.model.device, parse_dtype(config.model.dtype), base)
-    if isinstance(model, LoraDecoder) and config.lora.rank and config.lora.quantize:
-        model.packed = quantize(model.adapter_off).packed
+def load_policy(path: Path, config: Config, own: bool = True) -> tuple[Decoder, Tokenizer]:
+    """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's. Of
+    somebody else's (not `own`) it goes on the weights that it names, where these are there.
+    """
+    m, is_adapter = config.model, (path / ADAPTER_CONFIG).is_file()
+    base = m.path if (m.folder / "config.json").is_file() else ""
+    if base and not own and is_adapter and _names_its_base(path):
+        base = ""
+    packs = is_adapter and _packs(config)
+    model, tokenizer = load_model(path, "cpu" if packs else m.device, parse_dtype(m.dtype), base)
+    if packs:
+        assert isinstance(model, LoraDecoder)
+        model.packed = quantize(model.adapter_off, m.device).packed
+        model.adapter.to(m.device)
     return model, tokenizer
+
+
+def _packs(config: Config) -> bool:
+    """Whether frozen weights are packed: they wait on the host, for unpacked they may not fit the device."""
+    return bool(config.lora.rank and config.lora.quantize)
+
+
+def _names_its_base(adapter: Path) -> bool:
+    """Whether the weights that an adapter was trained on are there."""
+    named = read_settings(adapter).base
+    try:
+        return bool(named) and (folder_of(named, weights=False) / "config.json").is_file()
+    except ValueError:
+        return False
 
 
 def with_adapter(model: Decoder, config: Config) -> Decoder:
@@ -130,7 +157,7 @@ def with_adapter(model: Decoder, config: Config) -> Decoder:
     if not c.rank:
         return model
     base = config.model.path if is_pinned(config.model.path) else str(config.model.folder.resolve())
-    model = quantize(model) if c.quantize else model
+    model = quantize(model, config.model.device) if c.quantize else model
     return LoraDecoder(model, new_adapter(model, c.settings(base), derive_seed(config.train.seed, "adapter")))
 
 
@@ -168,7 +195,8 @@ def load_beside(model: Decoder, folder: Path) -> Decoder:
     nothing.
     """
     if isinstance(model, LoraDecoder):
-        adapter = read_adapter(folder, model.adapter_off).requires_grad_(False)
+        base = model.adapter.settings.base  # which may lie elsewhere since the folder was written
+        adapter = read_adapter(folder, model.adapter_off, base).requires_grad_(False)
         return model.adapter_off if adapter.changes_nothing else LoraDecoder(model.adapter_off, adapter)
     weight = model.head_weight
     other = empty_decoder(model.config)

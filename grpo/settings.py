@@ -14,6 +14,13 @@ from typing import Any
 from duologue.model.settings import Options, Shares
 
 
+def says_all(raw: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one that a run wrote whole, and not a user's own file of that name."""
+    model = raw.get("model")
+    written = isinstance(model, Mapping) and {"path", "dtype", "device"} <= model.keys()
+    return written and {"train", "grpo", "dialogue"} <= raw.keys()
+
+
 def to_toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -86,3 +93,13 @@ def accepted_type(default: Any) -> str:
         Shares: "a table of weights, e.g. {a = 0.5, b = 0.5}",
     }
     return words[type(default)]
+
+
+def override_in(table: dict[str, Any], name: str, text: Text) -> None:
+    """`name`, or "table.name" where the key is a table."""
+    key, _, inner = name.partition(".")
+    within = table.setdefault(key, {}) if inner else None
+    if isinstance(within, dict):
+        table[key] = {**within, inner: text.parse(is_string=False)}
+    else:
+        table[name] = text

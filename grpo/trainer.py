@@ -40,7 +40,7 @@ from duologue.grpo.trackers import Trackers
 from duologue.grpo.watched import Watched
 from duologue.grpo.world import ALONE, World
 from duologue.kernels import backend, libraries
-from duologue.model.checkpoint import host_copy, on_host, parse_dtype, write_checkpoint
+from duologue.model.checkpoint import host_copy, is_checkpoint, on_host, parse_dtype, write_checkpoint
 from torch import Tensor
 
 
@@ -56,6 +56,12 @@ class Trainer(Watched):
         self.saver = Saver()
         self.trackers = Trackers(config, run.path, world.is_first)
         self.warm_start: dict[str, float] | None = None
+        base = config.model.folder if config.model.path and config.eval.ability else None
+        if base is not None and not is_checkpoint(base):
+            raise ValueError(
+                f"model.path = {config.model.path!r}: there is no checkpoint, which eval.ability = true "
+                "needs at the end (false goes on without)"
+            )
         if config.eval.ifeval:
             read_prompts(Path(config.eval.ifeval))  # refused now, not at the end
         checkpoint = run.latest_checkpoint()

@@ -70,14 +70,14 @@ def _functional() -> Any:
     return functional
 
 
-def quantize(model: Decoder) -> Decoder:
+def quantize(model: Decoder, device: str | torch.device | None = None) -> Decoder:
     """Pack the layers' linears of `model` in place; what they took before is free when nobody else
-    holds it."""
+    holds it. On `device`, where it is given: one linear at a time goes there unpacked."""
     model.requires_grad_(False)
     for module in list(model.model.layers.modules()):
         for name, child in list(module.named_children()):
             if type(child) is Linear:
-                setattr(module, name, QuantizedLinear(child))
+                setattr(module, name, QuantizedLinear(child if device is None else child.to(device)))
                 module.__dict__[name] = module._modules[name]
     model.packed = True
-    return model
+    return model if device is None else model.to(device)

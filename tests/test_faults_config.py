@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from duologue.grpo.cli import main
+from duologue.grpo.config import load_config
 from duologue.model.checkpoint import load_model, save_model
 from duologue.model.config import ModelConfig
 
@@ -207,3 +209,15 @@ def test_null_is_what_transformers_makes_of_it(family: str) -> None:
     raw = {**BASE, "model_type": family.lower(), "num_key_value_heads": None, "head_dim": None}
     ours, config = ModelConfig.from_hf(raw), getattr(transformers, f"{family}Config")(**raw)
     assert (ours.num_kv_heads, ours.head_dim) == (config.num_key_value_heads, 4)
+
+
+def test_a_game_that_is_no_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.toml").write_text('game = "deal"\n', "utf-8")
+    assert main(["config", str(tmp_path / "mine.toml")]) == 2
+    assert "game = 'deal': accepted is a section [game] of keys" in capsys.readouterr().err
+
+
+def test_a_telling_in_quotes_is_that_telling() -> None:
+    quoted, plain = (load_config("deal", [f"game.telling={text}"]) for text in ('"english"', "english"))
+    assert quoted == plain
+    assert plain.dialogue.max_tokens_per_turn == 128

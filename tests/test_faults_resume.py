@@ -28,7 +28,7 @@ from judge_server import JudgeServer, serving
 from test_collective import DILEMMAS, PAIRS, SMALL, TASKS
 from test_faults_judge import outcome
 from test_faults_runs import contents, said
-from tiny import TINY_DEAL, lines
+from tiny import RUN, TINY_DEAL, lines, run_whole
 
 DEAL = [*TINY_DEAL, "imitation.steps=1", "grpo.groups_per_step=1", "eval.dialogues=1"]
 LONGER = ["--resume", "train.steps=3"]
@@ -399,3 +399,30 @@ def test_an_adapter_brings_its_own_tokenizer(chat_checkpoint: Path, tmp_path: Pa
     expected = oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     ids = load_model(tmp_path / "adapter")[1].encode("the cat")
     assert [*chat.open([]), *chat.heard(ids), *chat.reply()][-len(expected) :] == expected
+
+
+def test_a_base_that_language_is_compared_with_is_looked_for_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    run_whole(tmp_path / "first", "imitation.steps=1", "train.steps=0")
+    shutil.copytree(tmp_path / "first" / "checkpoints" / "step_000001", base)
+    path, on_base = tmp_path / "run", [f"model.path={base}", "game.telling=plain", "imitation.steps=0"]
+    words = [
+        "train",
+        "deal",
+        "--run-dir",
+        str(path),
+        *RUN,
+        *on_base,
+        "eval.ability_prompts=2",
+        "eval.ability=true",
+    ]
+    assert main([*words, "train.steps=1"]) == 0
+    base.rename(tmp_path / "elsewhere")
+    before = contents(path)
+    capsys.readouterr()
+    assert main([*words, "train.steps=2", "--resume"]) == 2
+    assert "there is no checkpoint, which eval.ability = true needs at the end" in said(capsys)
+    assert contents(path) == before
+    assert main([*words, "train.steps=2", "--resume", "eval.ability=false"]) == 0

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -22,14 +23,16 @@ from duologue.grpo.advantage import RunningBaseline
 from duologue.grpo.cli import main
 from duologue.grpo.config import Config, GrpoSection, load_config
 from duologue.grpo.console import Progress
+from duologue.grpo.held import HeldWeights
 from duologue.grpo.loss import LossConfig
 from duologue.grpo.opponents import Opponents, payoff_table, update_ratings
+from duologue.grpo.policy import load_policy
 from duologue.grpo.rows import grpo_rows
 from duologue.grpo.run_dir import Interrupted, RunDir, read_lines
 from duologue.grpo.trainer import Trainer, train
 from duologue.grpo.update import accumulate_policy_gradient
 from duologue.kernels import backend
-from duologue.model.checkpoint import load_model
+from duologue.model.checkpoint import load_model, save_model
 from duologue.model.decoder import Decoder, score
 from duologue.model.lora import LoraDecoder
 from duologue.model.tokenizer import Tokenizer
@@ -712,6 +715,61 @@ def test_kill_9_and_resume_is_exact(start: Path, tmp_path: Path) -> None:
     assert lines(tmp_path / "whole") == lines(path)
     assert read_lines(tmp_path / "whole" / "dialogues.jsonl") == read_lines(path / "dialogues.jsonl")
     assert kept(tmp_path / "whole") == kept(path)
+
+
+@pytest.mark.parametrize("kind", ["lagged:1", "pool"])
+def test_the_base_of_adapters_may_move_between_snapshots(start: Path, tmp_path: Path, kind: str) -> None:
+    """Those before say where it was; their values are written over all the same."""
+    words = [f"opponent.kind={kind}", "train.save_every=1", "grpo.imitation_coef=1"]
+    words += ["opponent.pool_every=1"] if kind == "pool" else []
+    here, there = tmp_path / "here", tmp_path / "there"
+    shutil.copytree(start, here)
+    command = ["train", "deal", *overrides(here, True, *words, "train.steps=3"), "--run-dir"]
+    whole = ["train", "deal", *overrides(here, True, *words, "train.steps=6"), "--run-dir"]
+    assert main([*whole, str(tmp_path / "whole")]) == 0
+    assert main([*command, str(tmp_path / "run")]) == 0
+    here.rename(there)
+    more = [f"model.path={there}", "train.steps=6", "--resume"]
+    assert main([*command, str(tmp_path / "run"), *more]) == 0
+    assert lines(tmp_path / "whole")[3:] == lines(tmp_path / "run")[3:]
+
+
+def test_weights_of_forgotten_snapshots_are_written_over(start: Path, tmp_path: Path) -> None:
+    """After a rollback no engine is left behind, with its weights and its pool, for another to be made."""
+    model, tokenizer = load_model(start)
+    for step in range(1, 6):
+        with torch.no_grad():
+            model.head_weight.mul_(1.1)
+        save_model(model, tokenizer, tmp_path / str(step))
+    held = HeldWeights(config(start, False), model, 3)
+    first = held.use({step: tmp_path / str(step) for step in (1, 2, 3)})
+    held.forget_after(2)
+    held.forget_after(1)
+    then = held.use({step: tmp_path / str(step) for step in (1, 4, 5)})
+    assert {*then.values()} == {*first.values()}
+    assert then[1] is first[1]
+    for step, engine in then.items():
+        assert torch.equal(engine.model.head_weight, load_model(tmp_path / str(step))[0].head_weight)
+
+
+def test_a_frozen_adapter_of_other_weights_plays_on_those(start: Path, tmp_path: Path) -> None:
+    """Where they are gone, on the run's base."""
+    model, tokenizer = load_model(start)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01)
+    other = tmp_path / "other"
+    save_model(model, tokenizer, other)
+    trained(tmp_path / "theirs", config(other, True, "train.steps=1"))
+    adapter = tmp_path / "theirs" / "checkpoints" / "step_000001"
+    c = config(start, True, "opponent.kind=frozen", f"opponent.path={adapter}")
+    for base, expected in ((other, other), (None, start)):
+        if base is None:
+            other.rename(tmp_path / "gone")
+        found, _ = load_policy(adapter, c, own=False)
+        exact = load_model(expected if base is None else other)[0]
+        assert torch.equal(found.head_weight, exact.head_weight)
+        assert torch.equal(load_policy(adapter, c)[0].head_weight, load_model(start)[0].head_weight)
 
 
 def kept(path: Path) -> list[str]:

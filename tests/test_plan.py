@@ -253,6 +253,14 @@ def test_plan_says_whether_it_fits_and_what_would(capsys: pytest.CaptureFixture[
     told = json.loads(capsys.readouterr().out)
     assert not told["fits"]
     assert told["change"]
+    assert main([*words, "--gpu-memory", "12"]) == 1
+    for change in json.loads(capsys.readouterr().out)["change"]:
+        assert change.startswith("lora.rank=16 and ")
+        less = change.replace(" and ", ", ").split(", ")
+        assert main([*words, "--gpu-memory", "12", *less]) == 0, change
+        capsys.readouterr()
+    assert main([*words[:3], "Qwen3-32B", *words[4:], "--gpu-memory", "8"]) == 1
+    assert all("more" in change for change in json.loads(capsys.readouterr().out)["change"])
     assert main([*words, "--ranks", "8", "train.tokens_per_microbatch=8192"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
     assert main([*words[:3], "nobody"]) == 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,3 +127,24 @@ def test_a_run_trains_saves_and_resumes_on_packed_weights(
     assert type(load_model(tmp_path / "out")[0]) is Decoder
     assert main(["train", "deal", *TINY_DEAL, "lora.quantize=nf4", "--run-dir", str(tmp_path / "no")]) == 2
     assert "accepted is '' with lora.rank = 0" in capsys.readouterr().err
+
+
+def test_what_is_packed_waits_on_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unpacked it may not fit the device, where it goes one linear at a time."""
+    from duologue.grpo import policy
+    from duologue.grpo.config import load_config
+
+    (tmp_path / "config.json").write_text("{}")
+    loaded: list[str] = []
+
+    def load(path: Path, device: str, *_: Any) -> tuple[Any, Any]:
+        loaded.append(device)
+        return make_model(), None
+
+    monkeypatch.setattr(policy, "load_model", load)
+    monkeypatch.setattr(policy, "quantize", lambda model, to: loaded.append(f"packed on {to}") or model)
+    settings = [f"model.path={tmp_path}", "model.dtype=float32", "lora.rank=2", "model.device=cuda:0"]
+    for packed, expected in (("nf4", ["cpu", "packed on cuda:0"]), ("", ["cuda:0"])):
+        policy.build_policy(load_config("deal", [*settings, f"lora.quantize={packed}"]), [])
+        assert loaded == expected
+        loaded.clear()

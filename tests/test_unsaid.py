@@ -58,6 +58,15 @@ def test_a_gpu_takes_the_type_of_the_checkpoint_but_float32_of_many_parameters(t
     assert dtype_of(many) == "float32"
 
 
+def test_a_file_of_ones_own_may_be_called_as_a_runs(tmp_path: Path) -> None:
+    text = f'[model]\npath = "{folder_of(tmp_path / "a", "bfloat16")}"\n'
+    for name in ("config.toml", "mine.toml"):
+        (tmp_path / name).write_text(text, "utf-8")
+    of_run, own = (load_config(str(tmp_path / name)) for name in ("config.toml", "mine.toml"))
+    assert of_run == own
+    assert own.game.telling == "english"  # type: ignore[attr-defined]
+
+
 def test_a_run_goes_on_in_its_type_and_nothing_else_has_one(tmp_path: Path) -> None:
     folder = folder_of(tmp_path / "a", "bfloat16")
     run = tmp_path / "run"
