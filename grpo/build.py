@@ -149,7 +149,7 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
     if not config.model.path:
         needed = "needs a checkpoint that the policy starts from"
         raise ValueError(f"model.path = '': judge.backend = {j.backend!r} {needed}")
-    load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config, own=False)
+    load = start if j.backend == "policy" else lambda: load_policy(Path(j.model), config)
 
     def engine() -> tuple[Engine, Tokenizer]:
         model, tokenizer = load()

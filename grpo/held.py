@@ -55,7 +55,7 @@ class HeldWeights:
         """Snapshots that were taken later are to be read again; their engines are written over first."""
         stale = [engine for taken, engine in self._engines.items() if taken > step]
         kept = {taken: engine for taken, engine in self._engines.items() if taken <= step}
-        lowest = min(0, *kept, 0)  # of nobody's step, below those of an earlier call
+        lowest = min([0, *kept])  # of nobody's step, below those of an earlier call
         self._engines = {lowest - 1 - n: engine for n, engine in enumerate(stale)} | kept
 
     def _build(self, model: Decoder) -> Engine:

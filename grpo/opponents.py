@@ -332,7 +332,7 @@ class Opponents:
     def _load_frozen(self, path: Path) -> Engine:
         """The checkpoint that opponent.path names, which must speak in the policy's tokens."""
         try:
-            model, tokenizer = load_policy(path, self.config, own=False)
+            model, tokenizer = load_policy(path, self.config)
         except (ValueError, OSError) as error:
             raise ValueError(f"opponent.path = {str(path)!r}: accepted is a checkpoint ({error})") from error
         if not tokenizer.equals(self.tokenizer):

@@ -76,7 +76,7 @@ def build_policy(
     or a Qwen3 decoder from nothing with a tokenizer trained on the demonstrations.
     """
     if checkpoint is not None:
-        model, tokenizer = load_policy(checkpoint, config)
+        model, tokenizer = load_policy(checkpoint, config, own=True)
         check_sizes(config, model, checkpoint)
         return model, tokenizer
     if config.model.path:
@@ -111,9 +111,9 @@ def build_policy(
     return model.to(device=m.device, dtype=parse_dtype(m.dtype)), tokenizer
 
 
-def load_policy(path: Path, config: Config, own: bool = True) -> tuple[Decoder, Tokenizer]:
-    """A checkpoint; an adapter goes on `model.path` where that is set to other weights than the adapter's. Of
-    somebody else's (not `own`) it goes on the weights that it names, where these are there.
+def load_policy(path: Path, config: Config, own: bool = False) -> tuple[Decoder, Tokenizer]:
+    """A checkpoint. An adapter goes on the weights that it names where these are there, otherwise on
+    `model.path`; the run's `own` on that in any case, for what it names may have been replaced.
     """
     m, is_adapter = config.model, (path / ADAPTER_CONFIG).is_file()
     base = m.path if (m.folder / "config.json").is_file() else ""

@@ -116,9 +116,7 @@ def _scaled(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return _wide(logits) / temperature
 
 
-LEAST = (
-    -1e30
-)  # of a log-prob that is multiplied: what is impossible counts as nothing, 0 times infinity as NaN
+LEAST = -1e30  # of a log-prob that is multiplied: what is impossible counts as nothing, not as NaN
 
 
 def logprob(logits: Tensor, targets: Tensor, temperature: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:

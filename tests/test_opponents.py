@@ -766,10 +766,10 @@ def test_a_frozen_adapter_of_other_weights_plays_on_those(start: Path, tmp_path:
     for base, expected in ((other, other), (None, start)):
         if base is None:
             other.rename(tmp_path / "gone")
-        found, _ = load_policy(adapter, c, own=False)
+        found, _ = load_policy(adapter, c)
         exact = load_model(expected if base is None else other)[0]
         assert torch.equal(found.head_weight, exact.head_weight)
-        assert torch.equal(load_policy(adapter, c)[0].head_weight, load_model(start)[0].head_weight)
+        assert torch.equal(load_policy(adapter, c, own=True)[0].head_weight, load_model(start)[0].head_weight)
 
 
 def kept(path: Path) -> list[str]:
