@@ -30,14 +30,11 @@ from duologue.grpo.optimizer import Optimizer
 from duologue.grpo.packing import Row
 from duologue.grpo.policy import use_device
 from duologue.grpo.update import accumulate_policy_gradient
-from duologue.model.checkpoint import parse_dtype
-from duologue.model.config import ModelConfig
-from duologue.model.decoder import Decoder
 from duologue.model.lora import LoraDecoder, LoraSettings, new_adapter
 from duologue.rollout.engine.engine import Engine
 from duologue.rollout.engine.sequence import SamplingParams
 
-from bench.models import SHAPES
+from bench.models import SHAPES, alone
 
 ROWS, PROMPT, NEW, CACHE = 4, 32, 32, 4096
 SIZES = ("weights", "trained", "optimizer", "held", "peak")
@@ -75,30 +72,10 @@ def held() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def build(name: str, device: str) -> Decoder:
-    s = SHAPES[name]
-    model = Decoder(
-        ModelConfig(
-            model_type="qwen3",
-            vocab_size=s["vocab_size"],
-            hidden_size=s["hidden_size"],
-            intermediate_size=s["intermediate_size"],
-            num_layers=s["num_hidden_layers"],
-            num_heads=s["num_attention_heads"],
-            num_kv_heads=s["num_key_value_heads"],
-            head_dim=64,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-        )
-    )
-    model.init_weights(0)
-    return model.to(device=device, dtype=parse_dtype(s["dtype"]))
-
-
 def measure(name: str, rank: int, trains: str, partner: bool, device: str) -> dict[str, Any]:
     use_device(from_dict({"model": {"device": device}}))
     before = memory(device, peak=False)
-    model = build(name, device)
+    model = alone(name, device)
     if trains == "adapter":
         model = LoraDecoder(model, new_adapter(model, LoraSettings(rank=rank, alpha=2.0 * rank), 0))
     forget_peak(device)

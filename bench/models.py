@@ -107,7 +107,6 @@ def random_qwen3(
     head_dim: int = 128,
     vocab: int = 151_936,
     tied: bool = True,
-    max_positions: int = 4096,
 ) -> Decoder:
     """Random weights, made on the device."""
     config = ModelConfig(
@@ -119,7 +118,7 @@ def random_qwen3(
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=max_positions,
+        max_position_embeddings=4096,
         tie_word_embeddings=tied,
     )
     torch.manual_seed(0)
@@ -131,21 +130,24 @@ def random_qwen3(
     return model
 
 
-def alone(name: str, device: str, max_positions: int) -> Decoder:
-    """Ours of one of `SHAPES`; its weights are drawn as transformers draws them, not the same draws."""
+def alone(name: str, device: str, max_positions: int = 512) -> Decoder:
+    """Ours of one of `SHAPES`, with random weights of its own."""
     s = SHAPES[name]
-    return random_qwen3(
-        device,
-        parse_dtype(s["dtype"]),
-        hidden=s["hidden_size"],
-        inner=s["intermediate_size"],
-        layers=s["num_hidden_layers"],
-        heads=s["num_attention_heads"],
-        kv_heads=s["num_key_value_heads"],
+    config = ModelConfig(
+        model_type="qwen3",
+        vocab_size=s["vocab_size"],
+        hidden_size=s["hidden_size"],
+        intermediate_size=s["intermediate_size"],
+        num_layers=s["num_hidden_layers"],
+        num_heads=s["num_attention_heads"],
+        num_kv_heads=s["num_key_value_heads"],
         head_dim=64,
-        vocab=s["vocab_size"],
-        max_positions=max_positions,
+        max_position_embeddings=max_positions,
+        tie_word_embeddings=True,
     )
+    model = Decoder(config)
+    model.init_weights(0)
+    return model.to(device=device, dtype=parse_dtype(s["dtype"]))
 
 
 def chosen(parser: ArgumentParser, args: Namespace, max_positions: int) -> tuple[Any, Decoder]:

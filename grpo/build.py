@@ -159,10 +159,10 @@ def _model_judge(config: Config, start: Callable[[], tuple[Decoder, Tokenizer]])
     return ModelJudge(engine, threshold=j.threshold, score=j.score, readings=j.readings)
 
 
-def add_server(config: Config, arena: Arena, ledger: Path) -> None:
+def add_server(config: Config, arena: Arena, ledger: Path, world: World) -> None:
     """Let the server that opponent.url names speak in `arena`; the file `ledger` keeps what it says."""
     if ENDPOINT in config.opponent.parts:
-        arena.speakers.outside = build_server(config, arena.tokenizer, ledger)
+        arena.speakers.outside = build_server(config, arena.tokenizer, ledger_of_node(ledger, world))
 
 
 def build_server(config: Config, tokenizer: Tokenizer, ledger: Path) -> Server:

@@ -88,7 +88,7 @@ def check_lost(arena: Arena, world: World, total: int, outside: int) -> None:
     somebody outside: RuntimeError when more are unscored than is accepted. Counts begin anew.
     """
     unanswered, unscored = map(int, world.sum(arena.lost))  # world
-    arena.lost = [0, 0]
+    arena.lost = 0, 0
     for asked, n, of in ((arena.speakers.outside, unanswered, outside), (arena.judge, unscored, total)):
         if asked is not None and n:
             faults = [fault for fault in world.each(asked.last_fault) if fault]  # world

@@ -50,9 +50,10 @@ def demonstration_rows(
             deciding[side].extend(before + i for i, at in enumerate(offsets) if _overlaps(at, decisive))
         turn = Turn(role=side, kind=kind, text=text, token_ids=ids, logprobs=None)
         transcript.say(turn, heard=not dialogue.observed)
-        if limit is not None and max(len(view.token_ids) for view in transcript.views) > limit:
+        longer = [len(view.token_ids) for view in transcript.views]
+        if limit is not None and max(longer) > limit:
             break
-        lengths = [len(view.token_ids) for view in transcript.views]
+        lengths = longer
     for view, length in zip(transcript.views, lengths, strict=True):
         view.cut(length)
     kinds = ("utterance", "final")

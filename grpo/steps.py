@@ -65,7 +65,7 @@ class Steps:
         self.optimizer = build.build_optimizer(config, self.model, world)
         engine = build.build_engine(config, self.model)
         self.arena = build.build_arena(config, engine, self.tokenizer, self.game, self.judge)
-        build.add_server(config, self.arena, build.ledger_of_node(run.path / "opponent.sqlite", world))
+        build.add_server(config, self.arena, run.path / "opponent.sqlite", world)
         folder, longest = run.path / "opponents", self.arena.contexts.longest()
         self.opponents = Opponents(config, folder, self.model, self.tokenizer, engine, world, longest=longest)
         self.baseline = RunningBaseline()
@@ -114,7 +114,7 @@ class Steps:
             engine.name_weights(self.step)  # the same in a resumed run
         play = partial(play_groups, self.arena, c, opponents=opponents, step=self.step)
         played: dict[int, Group] = {}  # by their numbers in the step
-        self.arena.lost = [0, 0]
+        self.arena.lost = 0, 0
         with self.timing("play"):
             for numbers in self.world.hand_out(self.lengths.expected(opponents)):  # world
                 played |= play(scenarios, self._seed("play"), numbers)

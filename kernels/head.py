@@ -77,7 +77,7 @@ def prepare(
         if not 0 < temperature < float("inf"):
             raise ValueError(f"{op}: temperature = {temperature}, accepted is a finite number above 0")
         temperature = torch.full((N,), temperature, dtype=wide(hidden), device=hidden.device)
-    temperature = temperature.to(wide(hidden)).contiguous()
+    temperature = temperature.to(wide(hidden))
     backend.check(
         op,
         device,

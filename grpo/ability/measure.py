@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +46,6 @@ Note = Callable[[str], None]
 
 def _silently(line: str) -> None:
     return
-
-
-def _noted(note: Note, name: str, done: int, total: int) -> None:
-    note(f"{name}: {done} of {total} answers")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,8 +81,7 @@ def measure(
     limit = min(one.engine.most_tokens for one in subjects.values())
     said = {}
     for name, one in subjects.items():
-        how_far = partial(_noted, note, name)
-        said[name] = answers(one, checked, e.ability_tokens, limit, world, how_far)
+        said[name] = answers(one, checked, e.ability_tokens, limit, world, note=note, name=name)
     asked = [i for i, answer in enumerate(said["policy"]) if answer is not None]
     row: Row = {
         "prompts": Path(e.ifeval).name if e.ifeval else "ours",
@@ -158,10 +152,12 @@ def answers(
     n_tokens: int,
     limit: int,
     world: World = ALONE,
-    note: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    note: Note = _silently,
+    name: str = "",
 ) -> list[str | None]:
     """One greedy answer per prompt, of `n_tokens` at most; None for a prompt that leaves a context of `limit`
-    tokens no place for one. `note` is told how many of how many are there.
+    tokens no place for one. `note` is told how many there are, of `name`.
     """
     chat, tokenizer = subject.tokenizer.turn_chat, subject.tokenizer
     contexts = [chat.question(tokenizer.encode(prompt.text)) for prompt in prompts]
@@ -178,7 +174,7 @@ def answers(
             texts += [tokenizer.decode(completion.token_ids) for completion in done]
         for i, text in zip(part, world.gather(texts), strict=True):  # world
             said[i] = text
-        note(start + len(part), len(fits))
+        note(f"{name}: {start + len(part)} of {len(fits)} answers")
     subject.engine.release_memory()
     return said
 

@@ -169,11 +169,12 @@ class Endpoint:
                     if distrust := _distrust(error):
                         raise Refused(f"{self._url}: {distrust}") from None
                     last[0] = f"{self._url}: {str(error) or type(error).__name__}"
+                    answered = isinstance(error, (Withheld, ValueError))
                     withheld += isinstance(error, Withheld)
-                    invalid += isinstance(error, (Withheld, ValueError))
+                    invalid += answered
                     if withheld == WITHHELD_TRIES or invalid == INVALID_TRIES:
                         raise Refused(last[0]) from None
-                    if isinstance(error, (Withheld, ValueError)):
+                    if answered:
                         raise Invalid(last[0]) from None
                     raise Fault(last[0], getattr(error, "pause", None)) from None
         raise AssertionError("tenacity raises when it gives up")

@@ -46,7 +46,7 @@ class Arena:
             partial(ScriptedSpeaker, game, tokenizer, rules.max_rounds),
         )
         self._waiting: dict[Speak | Question, Talk] = {}
-        self.lost = [0, 0]  # dialogues not answered, and not judged, since whoever counts them set it to 0
+        self.lost = 0, 0  # dialogues not answered, and not judged, since whoever counts them set it to 0
 
     @property
     def engine(self) -> Engine:
@@ -136,21 +136,22 @@ class Arena:
         for talk in talks:
             talk.protocol = protocol(talk)
             self._go_on(talk)
-        lost, before = self.lost, [*self.lost]
+        unanswered, unscored = 0, 0
         while self._waiting:
             for turn, completion in self.speakers.answered():
                 self._answered(turn, completion)
                 if completion is None:
-                    lost[0] += 1
+                    unanswered += 1
                     assert self.speakers.outside is not None
-                    check_share(self.speakers.outside, lost[0] - before[0], outside)
+                    check_share(self.speakers.outside, unanswered, outside)
             if self.judge is None:
                 continue
             for question, answer in self.judge.answered(wait=not self.speakers.busy):
                 self._answered(question, answer)
                 if answer is None:
-                    lost[1] += 1
-                    check_share(self.judge, lost[1] - before[1], total)
+                    unscored += 1
+                    check_share(self.judge, unscored, total)
+        self.lost = self.lost[0] + unanswered, self.lost[1] + unscored
 
     def from_outside(self, opponents: Sequence[Opponent | None]) -> int:
         """How many of them may fail to answer."""
